@@ -1,0 +1,223 @@
+//! What every opened layer can do, and what some can: the block-driver trait and its abilities.
+//!
+//! A driver maps; it does not move guest data. Every method takes `&self`: a driver keeps its tables behind its
+//! own lock and never holds that lock across data I/O.
+
+use std::fmt;
+
+use super::format::{BackingRef, Child, Format};
+use super::info::{ImageInfo, SnapshotInfo};
+use super::{CompressedUnit, Error, Extent, GuestOffset, HostPlace, Result};
+use crate::storage::Preallocation;
+
+/// One opened layer of an image. Knows nothing of its backing file except the name written in its header.
+pub trait BlockDriver: Send + Sync + fmt::Debug {
+    /// Its format.
+    fn format(&self) -> &'static dyn Format;
+
+    /// The guest's disk size in bytes; a multiple of 512.
+    fn virtual_size(&self) -> u64;
+
+    /// The run that starts at `at` (below the virtual size) and is at most `max` (≥ 1) bytes long.
+    ///
+    /// It ends at the virtual size at the latest. As long as is cheap: it covers a whole unallocated L1 entry,
+    /// or a run of contiguous clusters.
+    fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent>;
+
+    /// Decodes one compressed unit: `input` is its encoded bytes, `out` has the unit's length.
+    fn decode(&self, unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {
+        let _ = (unit, input, out);
+        Err(Error::unsupported("this format has no compressed data"))
+    }
+
+    /// Its files. The first is the one that was opened by name.
+    fn files(&self) -> &[Child];
+
+    /// The backing file named in the header.
+    fn backing(&self) -> Option<&BackingRef> {
+        None
+    }
+
+    /// What `info` shows beyond name, format and size.
+    fn info(&self) -> Result<ImageInfo>;
+
+    /// Writes out all tables, in an order that leaves the image consistent at every moment, and flushes the
+    /// files unless their cache mode says otherwise.
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The last call on an image that was written to: flushes and takes back marks such as the dirty bit.
+    fn close(&self) -> Result<()> {
+        self.flush()
+    }
+
+    /// Able to be written to. `None` for a layer opened read-only.
+    fn writing(&self) -> Option<&dyn Write> {
+        None
+    }
+
+    /// Able to change the virtual size.
+    fn resizing(&self) -> Option<&dyn Resize> {
+        None
+    }
+
+    /// Able to hold internal snapshots.
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
+    }
+}
+
+/// What is to be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Store {
+    /// Guest data as it is.
+    Data,
+    /// One whole unit, encoded to that many bytes by [`Compress::encode`].
+    Compressed {
+        /// Encoded length.
+        bytes: u64,
+    },
+    /// Zeros; `unmap` allows the space to be given back.
+    Zero {
+        /// True where the space need not be kept.
+        unmap: bool,
+    },
+}
+
+/// What has to be done to the files before [`Write::publish`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// The bytes for [`Placed::start`] go to `place`. The `before` guest bytes that precede the range and the
+    /// `after` ones that follow it must be filled with what they read as now (they share a new unit with it).
+    Write {
+        /// Where the first byte of the range goes.
+        place: HostPlace,
+        /// Guest bytes before the range to fill, stored just before `place`.
+        before: u64,
+        /// Guest bytes after the range to fill, stored just after the range.
+        after: u64,
+    },
+    /// The range's own bytes in the file must read as zeros.
+    Zero {
+        /// Where the range starts in the file.
+        place: HostPlace,
+    },
+    /// Nothing: the tables say it all.
+    Nothing,
+}
+
+/// What the driver needs to know again at publish or withdraw. Means nothing to anybody else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Ticket {
+    /// First word.
+    pub a: u64,
+    /// Second word.
+    pub b: u64,
+    /// Third word.
+    pub c: u64,
+}
+
+/// Where a range may be put. Not visible until it is published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Placed {
+    /// Where the range starts: always where it was asked for.
+    pub start: GuestOffset,
+    /// How much of it was placed, at least 1 byte; the caller asks again for the rest.
+    pub len: u64,
+    /// What was to be stored.
+    pub store: Store,
+    /// What has to be done to the files.
+    pub action: Action,
+    /// The driver's own note.
+    pub ticket: Ticket,
+}
+
+/// Able to be written to.
+///
+/// Calls may come from several threads. Two placements that are not published yet must not share a unit
+/// ([`Write::unit`]). Space is given out in the order of the calls to `place`, so the order of those calls, and
+/// nothing else, decides where data lies.
+pub trait Write: Send + Sync {
+    /// The size of the piece that is allocated as a whole (cluster, grain, block), in bytes; 1 where there is none.
+    fn unit(&self) -> u64;
+
+    /// The alignment below which a write has to fill around itself (the subcluster, or the unit).
+    fn fill_unit(&self) -> u64 {
+        self.unit()
+    }
+
+    /// Finds room for the start of a guest range (≤ `len`, ≥ 1 byte). Cheap; does no data I/O.
+    fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed>;
+
+    /// Makes a placement visible, after what [`Placed::action`] asks for has been done.
+    fn publish(&self, placed: &Placed) -> Result<()>;
+
+    /// Gives back a placement that will not be published.
+    fn withdraw(&self, placed: &Placed);
+
+    /// The guest no longer needs this range (whole units alone are affected). What it then reads as: zeros, or
+    /// the backing file where `Zero` was not asked for.
+    fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let _ = (at, len);
+        Ok(())
+    }
+
+    /// Able to store compressed units.
+    fn compressing(&self) -> Option<&dyn Compress> {
+        None
+    }
+}
+
+/// The outcome of encoding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encoded {
+    /// The encoded bytes, framing and all, are in the output buffer.
+    Smaller,
+    /// It did not get smaller: store it as it is.
+    Incompressible,
+}
+
+/// Able to store compressed units.
+pub trait Compress: Send + Sync {
+    /// Encodes one unit (`plain` is a whole unit, zero-filled past the end of the disk) to `out`, which is
+    /// cleared first. Runs on many threads at once and allocates no space in the image.
+    fn encode(&self, at: GuestOffset, plain: &[u8], out: &mut Vec<u8>) -> Result<Encoded>;
+
+    /// True if units that do not get smaller must still be stored through [`Store::Compressed`].
+    fn always(&self) -> bool {
+        false
+    }
+}
+
+/// Able to change the virtual size.
+pub trait Resize {
+    /// Refuses, before anything is changed, what cannot be done.
+    fn check(&self, size: u64, fill: Preallocation) -> Result<()>;
+
+    /// Sets the virtual size (a multiple of 512 except for raw).
+    fn resize(&self, size: u64, fill: Preallocation) -> Result<()>;
+}
+
+/// Able to hold internal snapshots.
+pub trait Snapshots {
+    /// All of them, in the order of the table.
+    fn list(&self) -> Result<Vec<SnapshotInfo>>;
+
+    /// The layer as it was at that snapshot, read-only. `key` matches an id or a name as `by` says.
+    fn open(&self, key: &SnapshotKey) -> Result<Box<dyn BlockDriver>>;
+}
+
+/// Which snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotKey {
+    /// By id, or failing that by name.
+    IdOrName(String),
+    /// By what is given of the two.
+    Exact {
+        /// The id.
+        id: Option<String>,
+        /// The name.
+        name: Option<String>,
+    },
+}

@@ -1,0 +1,146 @@
+//! The error of the library strata: what kind, what was being done to which file, and the cause.
+//!
+//! The outer text never repeats the cause; whoever shows an error walks the chain once, joining with `": "`, and
+//! then prints the hints, each on a line of its own.
+
+use std::error::Error as StdError;
+
+use crate::storage;
+
+/// Result of an operation on images.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What a caller can tell apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The host could not do it: see the cause.
+    Io,
+    /// There is no such file, image, snapshot or device.
+    NotFound,
+    /// Somebody else holds the image.
+    Locked,
+    /// The image's own bytes are wrong.
+    Corrupt,
+    /// The image, or the format, cannot do this.
+    Unsupported,
+    /// What was asked for makes no sense.
+    Invalid,
+    /// The policy forbids what the image asks for.
+    Forbidden,
+}
+
+/// See the module.
+#[derive(Debug, thiserror::Error)]
+#[error("{context}")]
+pub struct Error {
+    /// What a caller can match.
+    pub kind: Kind,
+    /// What was being done to which file, or what is wrong with it.
+    pub context: String,
+    /// Lines to show after the message.
+    pub hints: Vec<String>,
+    /// The cause.
+    #[source]
+    pub source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+impl Error {
+    /// An error with no further cause.
+    pub fn new(kind: Kind, context: impl Into<String>) -> Self {
+        Self { kind, context: context.into(), hints: Vec::new(), source: None }
+    }
+
+    /// The image's own bytes are wrong.
+    pub fn corrupt(context: impl Into<String>) -> Self {
+        Self::new(Kind::Corrupt, context)
+    }
+
+    /// The image, or the format, cannot do this.
+    pub fn unsupported(context: impl Into<String>) -> Self {
+        Self::new(Kind::Unsupported, context)
+    }
+
+    /// What was asked for makes no sense.
+    pub fn invalid(context: impl Into<String>) -> Self {
+        Self::new(Kind::Invalid, context)
+    }
+
+    /// Adds a line to be shown after the message.
+    pub fn hint(mut self, line: impl Into<String>) -> Self {
+        self.hints.push(line.into());
+        self
+    }
+
+    /// Puts what was being done before this error.
+    pub fn context(self, context: impl Into<String>) -> Self {
+        Self { kind: self.kind, context: context.into(), hints: Vec::new(), source: Some(Box::new(self)) }
+    }
+
+    /// The whole message on one line: every text of the chain, joined with `": "`.
+    pub fn message(&self) -> String {
+        let mut text = self.context.clone();
+        let mut next = self.source();
+        while let Some(error) = next {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            next = error.source();
+        }
+        text
+    }
+
+    /// The hints of the whole chain, innermost first.
+    pub fn all_hints(&self) -> Vec<String> {
+        let mut hints = match self.source.as_ref().and_then(|source| source.downcast_ref::<Error>()) {
+            Some(inner) => inner.all_hints(),
+            None => Vec::new(),
+        };
+        hints.extend(self.hints.iter().cloned());
+        hints
+    }
+
+    /// The storage error at the bottom, if that is what it was.
+    pub fn storage(&self) -> Option<&storage::Error> {
+        let source = self.source.as_ref()?;
+        match source.downcast_ref::<Error>() {
+            Some(inner) => inner.storage(),
+            None => source.downcast_ref::<storage::Error>(),
+        }
+    }
+}
+
+/// Gives an error its place: what was being done.
+pub trait Context<T> {
+    /// Puts `what` before the error.
+    fn context(self, what: impl Into<String>) -> Result<T>;
+    /// The same, made only when needed.
+    fn with_context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T>;
+}
+
+impl<T> Context<T> for Result<T> {
+    fn context(self, what: impl Into<String>) -> Result<T> {
+        self.map_err(|e| e.context(what))
+    }
+
+    fn with_context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T> {
+        self.map_err(|e| e.context(what()))
+    }
+}
+
+impl<T> Context<T> for storage::Result<T> {
+    fn context(self, what: impl Into<String>) -> Result<T> {
+        self.map_err(|e| from_storage(e, what.into()))
+    }
+
+    fn with_context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T> {
+        self.map_err(|e| from_storage(e, what().into()))
+    }
+}
+
+fn from_storage(error: storage::Error, context: String) -> Error {
+    let kind = match &error {
+        storage::Error::Locked { .. } => Kind::Locked,
+        storage::Error::Io(e) if e.kind() == std::io::ErrorKind::NotFound => Kind::NotFound,
+        _ => Kind::Io,
+    };
+    Error { kind, context, hints: Vec::new(), source: Some(Box::new(error)) }
+}

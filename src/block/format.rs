@@ -1,0 +1,137 @@
+//! What is known of a format without an image: its name, how to recognise, open and create it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::options::{CreateOptions, OptionSpec};
+use super::{BlockDriver, Error, OptionTree, Result};
+use crate::storage::Storage;
+
+/// A file that a layer is made of.
+#[derive(Debug, Clone)]
+pub struct Child {
+    /// What it is to the layer: `file`, `data-file`, `extents.0`.
+    pub role: String,
+    /// Its name, as it is shown.
+    pub name: String,
+    /// Its bytes.
+    pub storage: Arc<dyn Storage>,
+}
+
+/// The backing file as a header names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackingRef {
+    /// The name, as written there.
+    pub name: String,
+    /// The format, if written there.
+    pub format: Option<String>,
+}
+
+/// Opens the other files of a layer. The only way for a driver to a file that it was not given.
+pub trait Related {
+    /// Opens `name` (as found in the image, relative to the image) for the part `role`, writable if the image is.
+    fn open(&self, role: &str, name: &str) -> Result<Child>;
+}
+
+/// What a driver is given to open a layer.
+pub struct OpenRequest<'a> {
+    /// The file that holds the header.
+    pub file: Child,
+    /// The user's options for this layer that are the format's own: the driver takes out those it knows; what
+    /// is left is refused.
+    pub options: &'a mut OptionTree,
+    /// For reading and writing.
+    pub write: bool,
+    /// Only the header will be looked at: no keys are needed and related files may be missing.
+    pub look_only: bool,
+    /// The way to related files.
+    pub related: &'a dyn Related,
+}
+
+/// Where identifiers and times come from: random and now, or fixed ones if the output is to be reproducible.
+pub trait Ids: fmt::Debug + Sync {
+    /// Seconds since the epoch.
+    fn seconds(&self) -> u64;
+    /// A version 4 UUID. `purpose` tells several of one image apart.
+    fn uuid(&self, purpose: &str) -> [u8; 16];
+    /// 32 random bits. `purpose` tells several of one image apart.
+    fn word(&self, purpose: &str) -> u32;
+}
+
+/// Makes the files of a new image.
+pub trait CreateFiles {
+    /// The main file's name, as typed.
+    fn name(&self) -> &str;
+    /// Makes the file that carries the image's own name: empty, or a device as it is. Called once.
+    fn main(&self) -> Result<Arc<dyn Storage>>;
+    /// Makes a file beside it (`name` relative to the main file's folder, or absolute).
+    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>>;
+}
+
+/// What a new image shall be.
+pub struct CreateRequest<'a> {
+    /// The guest's disk size in bytes, as asked for.
+    pub size: u64,
+    /// All `-o` options, checked against [`Create::options`] and the protocol's.
+    pub options: &'a CreateOptions,
+    /// Makes the files.
+    pub files: &'a dyn CreateFiles,
+    /// Makes identifiers and times.
+    pub ids: &'a dyn Ids,
+}
+
+/// Able to be created.
+pub trait Create: Sync {
+    /// The format's own options, in the order of the `Formatting` line.
+    fn options(&self) -> &'static [OptionSpec];
+
+    /// Whether `-c` means anything.
+    fn compresses(&self) -> bool {
+        false
+    }
+
+    /// Whether every write is compressed, asked for or not, with these options.
+    fn always_compresses(&self, options: &CreateOptions) -> bool {
+        let _ = options;
+        false
+    }
+
+    /// Makes the image: complete, closed, all zeros or all backing file.
+    fn create(&self, request: &CreateRequest<'_>) -> Result<()>;
+
+    /// Whether a backing file can be named.
+    fn has_backing(&self) -> bool {
+        self.options().iter().any(|option| option.name == "backing_file")
+    }
+}
+
+/// What is known of a format without an image: one static each.
+pub trait Format: Sync + fmt::Debug {
+    /// Its name on the command line.
+    fn name(&self) -> &'static str;
+
+    /// How sure we are, from the first bytes (up to 2048) and the file's name, that it is this format: 0 to 100.
+    fn probe(&self, head: &[u8], name: &str) -> u32;
+
+    /// Opens a layer.
+    fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>>;
+
+    /// Able to be created.
+    fn creating(&self) -> Option<&dyn Create> {
+        None
+    }
+
+    /// Whether its driver answers `Unallocated` at all (can have a backing file).
+    fn layered(&self) -> bool {
+        self.creating().is_some_and(|create| create.has_backing())
+    }
+}
+
+/// The format with that name.
+pub fn find(formats: &[&'static dyn Format], name: &str) -> Result<&'static dyn Format> {
+    formats
+        .iter()
+        .copied()
+        .find(|format| format.name() == name)
+        .ok_or_else(|| Error::invalid(format!("Unknown file format '{name}'")))
+}

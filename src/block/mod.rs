@@ -1,0 +1,26 @@
+//! One vocabulary for every image.
+//!
+//! A [`Format`] is what is known of a format without an image; a [`BlockDriver`] is one opened layer; a [`Node`]
+//! is a layer with what lies below it; the [`Opener`] is the only way to any of them. Drivers answer *where*
+//! data is and *where* new data may go; the reading and writing of guest data is done once, in [`node`].
+//!
+//! This stratum names no format: those that exist are handed to the [`Opener`].
+
+pub mod driver;
+pub mod error;
+pub mod extent;
+pub mod format;
+pub mod info;
+pub mod name;
+pub mod node;
+pub mod opener;
+pub mod options;
+
+pub use driver::{Action, BlockDriver, Compress, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write};
+pub use error::{Error, Kind, Result};
+pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace};
+pub use format::{BackingRef, Child, Create, CreateFiles, CreateRequest, Format, Ids, OpenRequest, Related};
+pub use name::{ImageRef, OptionTree};
+pub use node::{Mapping, Node};
+pub use opener::{OpenHow, Opener, Policy};
+pub use options::{CreateOptions, OptionKind, OptionSpec, OptionValue};

@@ -1,0 +1,140 @@
+//! Creation options: what a format takes (`-o`), and what the user gave.
+//!
+//! A table of [`OptionSpec`] is the single list of a format's options: parsing, help, defaults and the
+//! `Formatting` line all come from it.
+
+use super::{Error, Result};
+
+/// What an option's value looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OptionKind {
+    /// Any text.
+    Text,
+    /// Bytes, with an optional suffix k, M, G, T, P or E.
+    Size,
+    /// A number.
+    Number,
+    /// `on` or `off`.
+    Switch,
+}
+
+impl OptionKind {
+    /// How help shows it.
+    pub fn shown(self) -> &'static str {
+        match self {
+            Self::Text => "<str>",
+            Self::Size => "<size>",
+            Self::Number => "<num>",
+            Self::Switch => "<bool (on/off)>",
+        }
+    }
+}
+
+/// One option of a format.
+#[derive(Debug, Clone, Copy)]
+pub struct OptionSpec {
+    /// Its key.
+    pub name: &'static str,
+    /// What its value looks like.
+    pub kind: OptionKind,
+    /// One line of help.
+    pub help: &'static str,
+    /// The value that is shown and used when none is given; `None` shows nothing.
+    pub default: Option<&'static str>,
+}
+
+impl OptionSpec {
+    /// An option without a shown default.
+    pub const fn new(name: &'static str, kind: OptionKind, help: &'static str) -> Self {
+        Self { name, kind, help, default: None }
+    }
+
+    /// The same with a default.
+    pub const fn or(mut self, default: &'static str) -> Self {
+        self.default = Some(default);
+        self
+    }
+}
+
+/// A value that was given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OptionValue {
+    /// Any text.
+    Text(String),
+    /// Bytes.
+    Size(u64),
+    /// A number.
+    Number(u64),
+    /// On or off.
+    Switch(bool),
+}
+
+/// The options of one image to be: the tables they may come from, and the values given.
+#[derive(Debug, Clone, Default)]
+pub struct CreateOptions {
+    specs: Vec<OptionSpec>,
+    given: Vec<(&'static str, OptionValue)>,
+}
+
+impl CreateOptions {
+    /// No values yet; `tables` in the order of the `Formatting` line. A name that stands in an earlier table is
+    /// dropped from the later ones.
+    pub fn new(tables: &[&[OptionSpec]]) -> Self {
+        let mut specs: Vec<OptionSpec> = Vec::new();
+        for spec in tables.iter().flat_map(|table| table.iter()) {
+            if specs.iter().all(|known| known.name != spec.name) {
+                specs.push(*spec);
+            }
+        }
+        Self { specs, given: Vec::new() }
+    }
+
+    /// Every option there is, in the order of the `Formatting` line.
+    pub fn specs(&self) -> &[OptionSpec] {
+        &self.specs
+    }
+
+    /// The option with that name.
+    pub fn spec(&self, name: &str) -> Option<&OptionSpec> {
+        self.specs.iter().find(|spec| spec.name == name)
+    }
+
+    /// Gives an option its value; a later one replaces an earlier one.
+    pub fn set(&mut self, name: &str, value: OptionValue) -> Result<()> {
+        let name = self.spec(name).ok_or_else(|| Error::invalid(format!("Invalid parameter '{name}'")))?.name;
+        match self.given.iter_mut().find(|(given, _)| *given == name) {
+            Some(slot) => slot.1 = value,
+            None => self.given.push((name, value)),
+        }
+        Ok(())
+    }
+
+    /// What was given for that name (not the default).
+    pub fn given(&self, name: &str) -> Option<&OptionValue> {
+        self.given.iter().find(|(given, _)| *given == name).map(|(_, value)| value)
+    }
+
+    /// The text given, or the default.
+    pub fn text(&self, name: &str) -> Option<&str> {
+        match self.given(name) {
+            Some(OptionValue::Text(text)) => Some(text),
+            _ => self.spec(name)?.default,
+        }
+    }
+
+    /// The size or number given, or the default.
+    pub fn number(&self, name: &str) -> Option<u64> {
+        match self.given(name) {
+            Some(OptionValue::Size(n) | OptionValue::Number(n)) => Some(*n),
+            _ => self.spec(name)?.default?.parse().ok(),
+        }
+    }
+
+    /// Whether it is on, by what was given or by default.
+    pub fn switch(&self, name: &str) -> bool {
+        match self.given(name) {
+            Some(OptionValue::Switch(on)) => *on,
+            _ => self.spec(name).and_then(|spec| spec.default) == Some("on"),
+        }
+    }
+}

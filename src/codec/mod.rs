@@ -1,0 +1,1 @@
+//! Bytes in, bytes out: compression. No files, no formats.

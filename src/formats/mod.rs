@@ -1,0 +1,8 @@
+//! The formats: each knows its own on-disk layout and nothing of the others.
+
+pub mod raw;
+
+use crate::block::Format;
+
+/// Every format there is; raw last, because it takes anything.
+pub const FORMATS: &[&dyn Format] = &[&raw::Raw];

@@ -1,0 +1,192 @@
+//! raw: the guest's disk, byte by byte, in a file or on a device.
+//!
+//! Invariants: never `Unallocated` (a hole is a zero); nothing is allocated, so placing is the identity.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde_json::Value;
+
+use crate::block::error::Context;
+use crate::block::info::ImageInfo;
+use crate::block::{
+    Action, BlockDriver, Child, Create, CreateRequest, Error, Extent, ExtentKind, Format, GuestOffset, HostOffset,
+    HostPlace, OpenRequest, OptionKind, OptionSpec, Placed, Resize, Result, Store, Ticket, Write,
+};
+use crate::storage::{Preallocation, Zeroing};
+
+/// The format.
+#[derive(Debug)]
+pub struct Raw;
+
+const SECTOR: u64 = 512;
+
+const OPTIONS: &[OptionSpec] = &[OptionSpec::new("size", OptionKind::Size, "Virtual disk size")];
+
+impl Format for Raw {
+    fn name(&self) -> &'static str {
+        "raw"
+    }
+
+    fn probe(&self, _head: &[u8], _name: &str) -> u32 {
+        1
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
+        let OpenRequest { file, options, write, .. } = request;
+        let length = file.storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
+        let offset = number(options, "offset")?.unwrap_or(0);
+        let size = number(options, "size")?;
+        let room = length
+            .checked_sub(offset)
+            .ok_or_else(|| Error::invalid("Offset cannot be greater than size of the containing file"))?;
+        if let Some(size) = size
+            && size > room
+        {
+            return Err(Error::invalid(
+                "The sum of offset and size has to be smaller or equal to the actual size of the containing file",
+            ));
+        }
+        let fixed = size.is_some() || offset != 0;
+        let size = AtomicU64::new(size.unwrap_or(room));
+        Ok(Box::new(RawDriver { files: [file], offset, fixed, size, write }))
+    }
+
+    fn creating(&self) -> Option<&dyn Create> {
+        Some(self)
+    }
+}
+
+/// A number of the user's options: typed as one, or as text.
+fn number(options: &mut crate::block::OptionTree, key: &str) -> Result<Option<u64>> {
+    let bad = || Error::invalid(format!("Parameter '{key}' expects a non-negative number below 2^64"));
+    match options.remove(key) {
+        None => Ok(None),
+        Some(Value::Number(n)) => n.as_u64().map(Some).ok_or_else(bad),
+        Some(Value::String(text)) => text.parse().map(Some).map_err(|_| bad()),
+        Some(_) => Err(bad()),
+    }
+}
+
+impl Create for Raw {
+    fn options(&self) -> &'static [OptionSpec] {
+        OPTIONS
+    }
+
+    fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
+        let size = request
+            .size
+            .checked_next_multiple_of(SECTOR)
+            .ok_or_else(|| Error::invalid("The image size is too large"))?;
+        let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
+        let file = request.files.main()?;
+        file.set_len(size, fill).context("Could not resize file")?;
+        if fill == Preallocation::Off && !file.kind().is_device() && size > 0 {
+            // The reference allocates the first block too, for the sake of probing alignment.
+            let head = if size < 4096 { SECTOR } else { 4096 };
+            file.write_at(0, &vec![0; usize::try_from(head.min(size)).unwrap_or(512)]).context("Could not write")?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct RawDriver {
+    files: [Child; 1],
+    /// Where the disk starts in the file.
+    offset: u64,
+    /// Whether it is a window of the file, whose end is not the file's.
+    fixed: bool,
+    size: AtomicU64,
+    write: bool,
+}
+
+impl RawDriver {
+    fn place_of(&self, at: GuestOffset) -> HostPlace {
+        HostPlace { file: 0, at: HostOffset(self.offset) + at.get() }
+    }
+}
+
+impl BlockDriver for RawDriver {
+    fn format(&self) -> &'static dyn Format {
+        &Raw
+    }
+
+    fn virtual_size(&self) -> u64 {
+        let size = self.size.load(Ordering::Relaxed);
+        size.checked_next_multiple_of(SECTOR).unwrap_or(size)
+    }
+
+    fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
+        let place = self.place_of(at);
+        let host = self.files[0].storage.extent(place.at.get(), max).context("error while reading block status")?;
+        let kind = if host.data { ExtentKind::Data(place) } else { ExtentKind::Zero(Some(place)) };
+        Ok(Extent { start: at, len: host.len, kind })
+    }
+
+    fn files(&self) -> &[Child] {
+        &self.files
+    }
+
+    fn info(&self) -> Result<ImageInfo> {
+        Ok(ImageInfo { dirty: Some(false), ..ImageInfo::default() })
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.files[0].storage.flush().with_context(|| format!("{}: could not flush", self.files[0].name))
+    }
+
+    fn writing(&self) -> Option<&dyn Write> {
+        self.write.then_some(self)
+    }
+
+    fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+}
+
+impl Write for RawDriver {
+    fn unit(&self) -> u64 {
+        1
+    }
+
+    fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
+        let place = self.place_of(at);
+        let action = match store {
+            Store::Zero { .. } => Action::Zero { place },
+            Store::Data => Action::Write { place, before: 0, after: 0 },
+            Store::Compressed { .. } => {
+                return Err(Error::unsupported("Compression not supported for this file format"));
+            }
+        };
+        Ok(Placed { start: at, len, store, action, ticket: Ticket::default() })
+    }
+
+    fn publish(&self, _placed: &Placed) -> Result<()> {
+        Ok(())
+    }
+
+    fn withdraw(&self, _placed: &Placed) {}
+
+    fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
+        self.files[0].storage.zero(self.place_of(at).at.get(), len, Zeroing::Punch).context("discard")
+    }
+}
+
+impl Resize for RawDriver {
+    fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
+        let _ = size;
+        match fill {
+            Preallocation::Metadata => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
+            _ if self.fixed => Err(Error::unsupported("Cannot resize fixed-size raw disks")),
+            _ => Ok(()),
+        }
+    }
+
+    fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
+        self.check(size, fill)?;
+        let storage = &self.files[0].storage;
+        storage.set_len(size, fill).context("Failed to resize underlying file")?;
+        self.size.store(size, Ordering::Relaxed);
+        Ok(())
+    }
+}

@@ -1,0 +1,2 @@
+//! The program: see [`vimg::cli`].
+fn main() {}

@@ -1,0 +1,81 @@
+//! What can go wrong with bytes on the host, in the host's own words.
+
+use std::io;
+
+use nix::errno::Errno;
+
+use super::Preallocation;
+
+/// Result of a storage operation.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A storage failure. Says what is wrong, not with which file: the caller knows the file's name and adds it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host refused; the text is `strerror`'s, without the number.
+    #[error("{}", strerror(.0))]
+    Io(#[from] io::Error),
+    /// Somebody else holds what we need.
+    #[error("Failed to get {}\"{permission}\" lock", if *.shared { "shared " } else { "" })]
+    Locked {
+        /// The permission that could not be had.
+        permission: &'static str,
+        /// True if others use a permission that we cannot share, false if others do not share one we use.
+        shared: bool,
+    },
+    /// A directory, socket or pipe where a file was wanted.
+    #[error("'{driver}' driver requires '{name}' to be {wanted}")]
+    WrongKind {
+        /// The protocol that was to open it.
+        driver: &'static str,
+        /// Its name.
+        name: String,
+        /// What that protocol takes.
+        wanted: &'static str,
+    },
+    /// A device has the size that it has.
+    #[error("Cannot grow device files")]
+    GrowDevice,
+    /// A mode that a plain file cannot have.
+    #[error("Unsupported preallocation mode: {}", .0.name())]
+    UnsupportedPreallocation(Preallocation),
+    /// A mode that a device cannot have.
+    #[error("Preallocation mode '{}' unsupported for this non-regular file", .0.name())]
+    DevicePreallocation(Preallocation),
+    /// Anything else, in full.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl Error {
+    /// The operating system's error number, where there is one.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Error::Io(error) => error.raw_os_error().map(Errno::from_raw),
+            Error::Locked { .. } => Some(Errno::EAGAIN),
+            Error::WrongKind { .. } | Error::GrowDevice => Some(Errno::EINVAL),
+            Error::UnsupportedPreallocation(_) | Error::DevicePreallocation(_) => Some(Errno::ENOTSUP),
+            Error::Other(_) => None,
+        }
+    }
+
+    /// True where the file system has no way to do what was asked, so that another way must be taken.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self.errno(), Some(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOTTY | Errno::EINVAL | Errno::ENODEV))
+    }
+}
+
+impl From<Errno> for Error {
+    fn from(errno: Errno) -> Self {
+        Error::Io(errno.into())
+    }
+}
+
+/// The C library's text for an error, without Rust's `(os error N)`.
+pub fn strerror(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.rfind(" (os error ") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
+    }
+}
