@@ -1,2 +1,7 @@
 //! The program: see [`vimg::cli`].
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vimg::cli::main(std::env::args_os().collect())
+}

@@ -1,1 +1,126 @@
 //! What the user typed and what the user sees.
+//!
+//! [`SUBCOMMANDS`] is the list of subcommands: one file each, with an `Args` that says its options (clap) and a
+//! [`Subcommand::run`] that reads like its manual page. Nothing below this stratum prints or exits.
+
+pub mod cache;
+pub mod create;
+pub mod exit;
+mod getopt;
+mod help;
+pub mod program;
+pub mod report;
+mod trace;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{ArgMatches, Command};
+
+use exit::Exit;
+use getopt::Style;
+pub use program::Program;
+pub use report::Complaint;
+
+/// One subcommand: its options are the struct that implements this.
+pub trait Subcommand: clap::Args {
+    /// What it is called.
+    const NAME: &'static str;
+    /// What it does, in a line of the list of commands.
+    const ABOUT: &'static str;
+    /// What may follow its name; one line of help each.
+    const USAGE: &'static [&'static str];
+    /// True if an operand may look like `-1M`.
+    const SIGNED_OPERANDS: bool = false;
+
+    /// Does it.
+    fn run(self, program: &Program) -> anyhow::Result<Exit>;
+}
+
+/// A row of [`SUBCOMMANDS`].
+pub struct Row {
+    /// What it is called.
+    pub name: &'static str,
+    /// What it does, in a line.
+    pub about: &'static str,
+    /// What may follow its name.
+    pub usage: &'static [&'static str],
+    signed_operands: bool,
+    command: fn() -> Command,
+    run: fn(&ArgMatches, &Program) -> anyhow::Result<Exit>,
+}
+
+/// Every subcommand, in alphabetical order.
+pub const SUBCOMMANDS: &[Row] = &[row::<create::Args>()];
+
+const fn row<S: Subcommand>() -> Row {
+    Row {
+        name: S::NAME,
+        about: S::ABOUT,
+        usage: S::USAGE,
+        signed_operands: S::SIGNED_OPERANDS,
+        command: || S::augment_args(help::command(S::NAME)),
+        run: |matches, program| S::from_arg_matches(matches)?.run(program),
+    }
+}
+
+/// Runs the program with these arguments, the first being its own name.
+pub fn main(argv: Vec<OsString>) -> ExitCode {
+    let mut argv = argv.into_iter();
+    let mut program = Program::new(argv.next().unwrap_or_else(|| "vimg".into()));
+    let outcome = dispatch(&mut program, argv.collect());
+    let exit = match outcome {
+        Ok(exit) => exit,
+        Err(error) => {
+            report::error(&program, &error);
+            exit::of(&error)
+        }
+    };
+    program.finish(exit).into()
+}
+
+fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> {
+    let words = getopt::canonical(&help::top_level(), &argv, Style { permute: false, signed_operands: false });
+    let Some(matches) = parse(help::top_level(), &words)? else {
+        help::print_program(program)?;
+        return Ok(Exit::Success);
+    };
+    if matches.get_flag("version") {
+        help::print_version(program)?;
+        return Ok(Exit::Success);
+    }
+    for spec in matches.get_many::<String>("trace").unwrap_or_default() {
+        trace::apply(program, spec)?;
+    }
+    let mut operands = words.operands.into_iter();
+    let name = operands.next().ok_or_else(|| Complaint::usage("Not enough arguments"))?;
+    let name = name.to_string_lossy();
+    let Some(row) = SUBCOMMANDS.iter().find(|row| row.name == name) else {
+        return Err(Complaint::usage(format!("Command not found: {name}")).into());
+    };
+    program.enter(row.name);
+    let style = Style { permute: std::env::var_os("POSIXLY_CORRECT").is_none(), signed_operands: row.signed_operands };
+    let words = getopt::canonical(&(row.command)(), &operands.collect::<Vec<_>>(), style);
+    match parse((row.command)(), &words)? {
+        Some(matches) => (row.run)(&matches, program),
+        None => {
+            help::print_subcommand(program, row, &(row.command)())?;
+            Ok(Exit::Success)
+        }
+    }
+}
+
+/// What clap makes of the words; `None` if help was asked for. The first error on the line is the one reported.
+fn parse(command: Command, words: &getopt::Words) -> anyhow::Result<Option<ArgMatches>> {
+    use std::error::Error;
+    match (command.no_binary_name(true).args_override_self(true).try_get_matches_from(words.line()), &words.error) {
+        (Err(error), _) if error.kind() == clap::error::ErrorKind::DisplayHelp => Ok(None),
+        (Err(error), _) if error.source().is_some_and(|source| source.is::<Complaint>()) => {
+            let complaint = error.source().and_then(|source| source.downcast_ref::<Complaint>());
+            Err(complaint.cloned().unwrap_or_else(|| Complaint::usage(error.to_string())).into())
+        }
+        (_, Some(text)) => Err(Complaint::Getopt(text.clone()).into()),
+        (Ok(matches), None) => Ok(Some(matches)),
+        (Err(error), None) => Err(Complaint::usage(error.to_string().trim_end()).into()),
+    }
+}

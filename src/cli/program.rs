@@ -1,0 +1,128 @@
+//! The running program: the name it was started by, its output streams, what its subcommands share.
+//!
+//! Standard output is collected and written at the end (at each line on a terminal), as stdio does; standard
+//! error is written at once.
+
+use std::cell::RefCell;
+use std::ffi::OsString;
+use std::io::{self, BufWriter, IsTerminal, LineWriter, Stderr, Stdout, Write};
+use std::path::Path;
+
+use super::exit::Exit;
+use crate::block::{Opener, Policy};
+use crate::formats::FORMATS;
+
+enum Out {
+    Terminal(LineWriter<Stdout>),
+    Other(BufWriter<Stdout>),
+}
+
+/// See the module.
+pub struct Program {
+    typed: String,
+    name: String,
+    subcommand: Option<&'static str>,
+    out: RefCell<Out>,
+    trouble: RefCell<Option<io::Error>>,
+}
+
+impl Program {
+    /// Started under that name.
+    pub fn new(argv0: OsString) -> Self {
+        let typed = argv0.to_string_lossy().into_owned();
+        let name = Path::new(&argv0).file_name().map_or_else(|| typed.clone(), |n| n.to_string_lossy().into_owned());
+        let stdout = io::stdout();
+        let out = if stdout.is_terminal() {
+            Out::Terminal(LineWriter::new(stdout))
+        } else {
+            Out::Other(BufWriter::with_capacity(4096, stdout))
+        };
+        Self { typed, name, subcommand: None, out: RefCell::new(out), trouble: RefCell::default() }
+    }
+
+    /// The name it was started by, without folder.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What was typed to come here: the name as typed, and the subcommand.
+    pub fn invocation(&self) -> String {
+        match self.subcommand {
+            Some(subcommand) => format!("{} {subcommand}", self.typed),
+            None => self.typed.clone(),
+        }
+    }
+
+    /// From here on it is this subcommand that runs.
+    pub(super) fn enter(&mut self, subcommand: &'static str) {
+        self.subcommand = Some(subcommand);
+    }
+
+    /// Writes to standard output, as it is.
+    pub fn print(&self, text: &str) {
+        let written = match &mut *self.out.borrow_mut() {
+            Out::Terminal(out) => out.write_all(text.as_bytes()),
+            Out::Other(out) => out.write_all(text.as_bytes()),
+        };
+        self.keep(written);
+    }
+
+    /// Writes a line to standard output.
+    pub fn println(&self, text: &str) {
+        self.print(&format!("{text}\n"));
+    }
+
+    /// Sends what was printed on its way.
+    pub fn flush(&self) {
+        let flushed = match &mut *self.out.borrow_mut() {
+            Out::Terminal(out) => out.flush(),
+            Out::Other(out) => out.flush(),
+        };
+        self.keep(flushed);
+    }
+
+    fn keep(&self, result: io::Result<()>) {
+        if let Err(error) = result {
+            self.trouble.borrow_mut().get_or_insert(error);
+        }
+    }
+
+    /// A line on standard error, as it is.
+    pub fn line(&self, text: &str) {
+        // Where standard error is closed there is nobody to tell.
+        let mut err: Stderr = io::stderr();
+        let _ = err.write_all(format!("{text}\n").as_bytes());
+    }
+
+    /// `PROG: text` on standard error.
+    pub fn error(&self, text: &str) {
+        self.line(&format!("{}: {text}", self.name));
+    }
+
+    /// `PROG: warning: text` on standard error.
+    pub fn warn(&self, text: &str) {
+        self.error(&format!("warning: {text}"));
+    }
+
+    /// What opens images.
+    pub fn opener(&self) -> Opener<'static> {
+        Opener::new(FORMATS, Policy::Follow)
+    }
+
+    /// Shows what came up while opening.
+    pub fn notices(&self, opener: &Opener<'_>) {
+        opener.take_notices().iter().for_each(|notice| self.line(notice));
+    }
+
+    /// Writes out what was printed. Lost output is a failure, unless the reader went away: that is its own choice.
+    pub(super) fn finish(&self, exit: Exit) -> Exit {
+        self.flush();
+        match &*self.trouble.borrow() {
+            Some(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                self.error(&format!("Could not write to standard output: {}", crate::storage::error::strerror(error)));
+                Exit::Failure
+            }
+            _ => exit,
+        }
+    }
+}
