@@ -1,0 +1,120 @@
+//! qcow2, versions 2 and 3.
+//!
+//! What is where: `layout.rs` the on-disk structures and [`layout::Geometry`]; `header.rs` the header from and to
+//! bytes; `open.rs` opening: checks, refusals, options; `tables.rs` the cache of L1, L2 and refcount tables and the
+//! order in which changes reach the file; `map.rs` guest offset → extent; `codec.rs` compressed clusters;
+//! `snapshot.rs` and `bitmap.rs` their directories; `info.rs` what info shows; `create.rs` new images; `alloc.rs`
+//! and `refcount.rs` the giving out of clusters; `resize.rs` the changing of the size.
+//!
+//! Lock order: `alloc` → `header` → the cache's own. Whoever changes a table or the header holds `alloc`. No lock is
+//! held across data I/O; mapping takes `header` for reading, for a moment, and the cache's locks.
+
+#![allow(dead_code)] // until every part is here
+
+pub mod alloc;
+pub mod header;
+pub mod layout;
+pub mod tables;
+
+use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
+
+use crate::block::error::Context;
+use crate::block::{BackingRef, Child, Result};
+
+use alloc::Allocator;
+use header::Header;
+use layout::{ENTRY, Geometry};
+use tables::{Kind, Table, Tables};
+
+/// An opened qcow2 layer.
+#[derive(Debug)]
+pub struct Qcow2Driver {
+    /// 0: the image; 1: the external data file, if there is one.
+    files: Vec<Child>,
+    geometry: Geometry,
+    /// The header as it is in the file (or, for an opened snapshot, with the snapshot's L1 table and size).
+    header: RwLock<Header>,
+    tables: Tables,
+    alloc: Mutex<Allocator>,
+    backing: Option<BackingRef>,
+    write: bool,
+    look_only: bool,
+}
+
+impl Qcow2Driver {
+    /// The image file.
+    fn file(&self) -> &Child {
+        &self.files[0]
+    }
+
+    /// Index in `files` of the file that guest clusters lie in.
+    fn data_file(&self) -> usize {
+        self.files.len() - 1
+    }
+
+    /// Whether guest clusters lie in an external data file (which has no refcounts).
+    fn has_data_file(&self) -> bool {
+        self.header().fields.incompatible & layout::DATA_FILE != 0
+    }
+
+    fn header(&self) -> RwLockReadGuard<'_, Header> {
+        self.header.read().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Held by whoever changes tables or the header.
+    fn lock_alloc(&self) -> MutexGuard<'_, Allocator> {
+        self.alloc.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Changes the header in memory and in the file, at once. Tables are not written back first.
+    fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        let mut header = self.header.write().unwrap_or_else(|e| e.into_inner());
+        let mut changed = header.clone();
+        change(&mut changed);
+        let bytes = changed.to_bytes()?;
+        self.file().storage.write_at(0, &bytes).context("Could not update qcow2 header")?;
+        *header = changed;
+        Ok(())
+    }
+
+    /// The active L1 table.
+    fn l1(&self) -> Table {
+        let fields = self.header().fields;
+        Table { kind: Kind::L1, at: fields.l1_table_offset, len: u64::from(fields.l1_size) * ENTRY }
+    }
+
+    /// The L2 table at a host offset.
+    fn l2(&self, at: u64) -> Table {
+        Table { kind: Kind::L2, at, len: self.geometry.cluster_size() }
+    }
+
+    /// The refcount table.
+    fn refcount_table(&self) -> Table {
+        let fields = self.header().fields;
+        let len = u64::from(fields.refcount_table_clusters) << self.geometry.cluster_bits;
+        Table { kind: Kind::RefcountTable, at: fields.refcount_table_offset, len }
+    }
+
+    /// The refcount block at a host offset.
+    fn refcount_block(&self, at: u64) -> Table {
+        Table { kind: Kind::RefcountBlock, at, len: self.geometry.cluster_size() }
+    }
+
+    /// The L2 entry of a guest cluster: the entry and, with subclusters, its bitmap (else 0).
+    fn l2_entry(&self, table: Table, index: u64) -> Result<(u64, u64)> {
+        if self.geometry.extended {
+            self.tables.get_pair(table, index)
+        } else {
+            Ok((self.tables.get(table, index)?, 0))
+        }
+    }
+
+    /// Sets it (the caller holds the allocator).
+    fn set_l2_entry(&self, table: Table, index: u64, entry: u64, bitmap: u64) -> Result<()> {
+        if self.geometry.extended {
+            self.tables.set_pair(table, index, (entry, bitmap))
+        } else {
+            self.tables.set(table, index, entry)
+        }
+    }
+}

@@ -1,0 +1,422 @@
+//! The bounded cache of an image's tables: L1, L2, refcount table, refcount blocks.
+//!
+//! Tables are cached in slices, so a 2 MiB L2 table costs no more than what is used of it, and memory is bounded
+//! whatever the image's size. What is changed stays here until [`Tables::write_back`], which writes in the one
+//! order that leaves the image consistent (leaks at worst) wherever it stops:
+//!
+//! refcount blocks → refcount table → L2 → L1, with a flush of the file between two kinds that both had changes.
+//!
+//! Rules for those who change tables (all of them hold the allocator's lock meanwhile, see `mod.rs`):
+//! * raise a refcount before the entry that needs it is set, fill a new table before it is pointed to;
+//! * lower refcounts only after `write_back` has written the entries that no longer point there, and give the
+//!   cluster out again only after that;
+//! * a table that is given up is [`Tables::forget`]-ed before its place is used for anything else;
+//! * call `write_back` when [`Tables::is_full`]: dirty slices are never evicted.
+//!
+//! Lock order: allocator (the caller's) → shard → nothing; slice → nothing. A slice's lock is never taken while
+//! a shard is locked; a slice is read from the file under its own lock alone.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+
+use byteorder::{BigEndian, ByteOrder};
+
+use crate::block::error::Context;
+use crate::block::{Error, Result};
+use crate::storage::Storage;
+
+/// What kind of table: in the order in which changes reach the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// A refcount block.
+    RefcountBlock,
+    /// The refcount table.
+    RefcountTable,
+    /// An L2 table.
+    L2,
+    /// An L1 table.
+    L1,
+}
+
+impl Kind {
+    const ALL: [Kind; 4] = [Kind::RefcountBlock, Kind::RefcountTable, Kind::L2, Kind::L1];
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::RefcountBlock => "refcount block",
+            Kind::RefcountTable => "refcount table",
+            Kind::L2 => "L2 table",
+            Kind::L1 => "L1 table",
+        }
+    }
+}
+
+/// A table in the image file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Table {
+    /// What it is.
+    pub kind: Kind,
+    /// Where it starts, in bytes.
+    pub at: u64,
+    /// How long it is, in bytes.
+    pub len: u64,
+}
+
+/// Most bytes of one slice.
+const SLICE: u64 = 16 << 10;
+/// Shards of the index, so that threads seldom wait for each other.
+const SHARDS: usize = 8;
+/// What a slice costs beside its bytes, about.
+const OVERHEAD: u64 = 128;
+/// What the cache holds if nobody says otherwise.
+pub const DEFAULT_BYTES: u64 = 16 << 20;
+/// The least that works.
+const LEAST_BYTES: u64 = 1 << 20;
+
+#[derive(Debug)]
+struct Slice {
+    kind: Kind,
+    at: u64,
+    len: u64,
+    dirty: AtomicBool,
+    used: AtomicU64,
+    /// `None` until it has been read.
+    bytes: RwLock<Option<Box<[u8]>>>,
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    slices: HashMap<u64, Arc<Slice>>,
+    held: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Tables {
+    storage: Arc<dyn Storage>,
+    shards: [Mutex<Shard>; SHARDS],
+    limit: u64,
+    clock: AtomicU64,
+    dirty: AtomicU64,
+}
+
+impl Tables {
+    /// An empty cache of that many bytes over an image file.
+    pub fn new(storage: Arc<dyn Storage>, bytes: u64) -> Self {
+        Self {
+            storage,
+            shards: Default::default(),
+            limit: bytes.max(LEAST_BYTES),
+            clock: AtomicU64::new(0),
+            dirty: AtomicU64::new(0),
+        }
+    }
+
+    /// Gives `look` the table's bytes from `from` on, to the end of a slice (at least 1 byte if `from` lies in
+    /// the table, none otherwise).
+    pub fn view<R>(&self, table: Table, from: u64, look: impl FnOnce(&[u8]) -> R) -> Result<R> {
+        if from >= table.len {
+            return Ok(look(&[]));
+        }
+        let slice = self.slice(table, from);
+        let skip = index(from % SLICE)?;
+        let bytes = slice.bytes.read().unwrap_or_else(|e| e.into_inner());
+        if let Some(bytes) = &*bytes {
+            return Ok(look(bytes.get(skip..).unwrap_or(&[])));
+        }
+        drop(bytes);
+        let mut bytes = slice.bytes.write().unwrap_or_else(|e| e.into_inner());
+        let bytes = self.load(&slice, &mut bytes)?;
+        Ok(look(bytes.get(skip..).unwrap_or(&[])))
+    }
+
+    /// Gives `change` the table's `len` bytes from `from` on, which must lie in one slice (any aligned unit up to
+    /// 512 bytes does); they are dirty afterwards.
+    pub fn change<R>(&self, table: Table, from: u64, len: u64, change: impl FnOnce(&mut [u8]) -> R) -> Result<R> {
+        let outside = || Error::corrupt(format!("{} at {:#x}: no entry at byte {from}", table.kind.name(), table.at));
+        if from.checked_add(len).is_none_or(|end| end > table.len) || from % SLICE + len > SLICE {
+            return Err(outside());
+        }
+        let slice = self.slice(table, from);
+        let mut bytes = slice.bytes.write().unwrap_or_else(|e| e.into_inner());
+        let bytes = self.load(&slice, &mut bytes)?;
+        let (start, len) = (index(from % SLICE)?, index(len)?);
+        let part = bytes.get_mut(start..start + len).ok_or_else(outside)?;
+        self.soil(&slice);
+        Ok(change(part))
+    }
+
+    /// The 8-byte entry with that index.
+    pub fn get(&self, table: Table, entry: u64) -> Result<u64> {
+        let from = entry.saturating_mul(8);
+        let value = self.view(table, from, |bytes| bytes.get(..8).map(BigEndian::read_u64))?;
+        value.ok_or_else(|| Error::corrupt(format!("{} at {:#x}: no entry {entry}", table.kind.name(), table.at)))
+    }
+
+    /// Sets the 8-byte entry with that index.
+    pub fn set(&self, table: Table, entry: u64, value: u64) -> Result<()> {
+        self.change(table, entry.saturating_mul(8), 8, |bytes| BigEndian::write_u64(bytes, value))
+    }
+
+    /// The two words of the 16-byte entry with that index.
+    pub fn get_pair(&self, table: Table, entry: u64) -> Result<(u64, u64)> {
+        let from = entry.saturating_mul(16);
+        let value = self.view(table, from, |bytes| {
+            Some((BigEndian::read_u64(bytes.get(..8)?), BigEndian::read_u64(bytes.get(8..16)?)))
+        })?;
+        value.ok_or_else(|| Error::corrupt(format!("{} at {:#x}: no entry {entry}", table.kind.name(), table.at)))
+    }
+
+    /// Sets the two words of the 16-byte entry with that index.
+    pub fn set_pair(&self, table: Table, entry: u64, value: (u64, u64)) -> Result<()> {
+        self.change(table, entry.saturating_mul(16), 16, |bytes| {
+            BigEndian::write_u64(&mut bytes[..8], value.0);
+            BigEndian::write_u64(&mut bytes[8..], value.1);
+        })
+    }
+
+    /// A new table, all zeros and dirty; whatever was cached for its place is replaced.
+    pub fn fresh(&self, table: Table) -> Result<()> {
+        self.forget(table.at, table.len);
+        let mut from = 0;
+        while from < table.len {
+            let slice = self.slice(table, from);
+            let mut bytes = slice.bytes.write().unwrap_or_else(|e| e.into_inner());
+            *bytes = Some(vec![0; index(slice.len)?].into_boxed_slice());
+            self.soil(&slice);
+            from += SLICE;
+        }
+        Ok(())
+    }
+
+    /// Drops what is cached for a range of the file, changes and all.
+    pub fn forget(&self, at: u64, len: u64) {
+        let end = at.saturating_add(len);
+        for shard in &self.shards {
+            let mut shard = lock(shard);
+            let mut freed = 0;
+            shard.slices.retain(|_, slice| {
+                let keep = slice.at >= end || slice.at.saturating_add(slice.len) <= at;
+                if !keep {
+                    freed += slice.len + OVERHEAD;
+                    if slice.dirty.swap(false, Ordering::AcqRel) {
+                        self.dirty.fetch_sub(slice.len + OVERHEAD, Ordering::AcqRel);
+                    }
+                }
+                keep
+            });
+            shard.held = shard.held.saturating_sub(freed);
+        }
+    }
+
+    /// Whether so much is dirty that [`Tables::write_back`] is due.
+    pub fn is_full(&self) -> bool {
+        self.dirty.load(Ordering::Acquire) > self.limit / 2
+    }
+
+    /// Whether anything is dirty.
+    pub fn is_dirty(&self) -> bool {
+        self.dirty.load(Ordering::Acquire) > 0
+    }
+
+    /// Writes every change to the file, in the order of the module's head. Does not flush the file at the end.
+    pub fn write_back(&self) -> Result<()> {
+        let mut wrote = false;
+        for kind in Kind::ALL {
+            let mut slices = self.dirty_slices(kind);
+            if slices.is_empty() {
+                continue;
+            }
+            if wrote {
+                self.storage.flush().with_context(|| format!("flush before {}", kind.name()))?;
+            }
+            slices.sort_unstable_by_key(|slice| slice.at);
+            self.write_slices(&slices)?;
+            wrote = true;
+        }
+        Ok(())
+    }
+
+    fn dirty_slices(&self, kind: Kind) -> Vec<Arc<Slice>> {
+        let mut found = Vec::new();
+        for shard in &self.shards {
+            let shard = lock(shard);
+            found.extend(
+                shard.slices.values().filter(|s| s.kind == kind && s.dirty.load(Ordering::Acquire)).map(Arc::clone),
+            );
+        }
+        found
+    }
+
+    /// Writes neighbours in one go.
+    fn write_slices(&self, slices: &[Arc<Slice>]) -> Result<()> {
+        const BATCH: usize = 1 << 20;
+        let mut batch: Vec<u8> = Vec::new();
+        let mut first = 0;
+        for (n, slice) in slices.iter().enumerate() {
+            let bytes = slice.bytes.read().unwrap_or_else(|e| e.into_inner());
+            batch.extend_from_slice(bytes.as_deref().unwrap_or(&[]));
+            drop(bytes);
+            let joins = slices.get(n + 1).is_some_and(|next| next.at == slice.at + slice.len);
+            if joins && batch.len() < BATCH {
+                continue;
+            }
+            let part = &slices[first..=n];
+            let at = part.first().map_or(0, |slice| slice.at);
+            self.storage
+                .write_at(at, &batch)
+                .with_context(|| format!("error while writing {} at byte {at}", slice.kind.name()))?;
+            for slice in part {
+                if slice.dirty.swap(false, Ordering::AcqRel) {
+                    self.dirty.fetch_sub(slice.len + OVERHEAD, Ordering::AcqRel);
+                }
+            }
+            batch.clear();
+            first = n + 1;
+        }
+        Ok(())
+    }
+
+    fn soil(&self, slice: &Slice) {
+        if !slice.dirty.swap(true, Ordering::AcqRel) {
+            self.dirty.fetch_add(slice.len + OVERHEAD, Ordering::AcqRel);
+        }
+    }
+
+    fn load<'a>(&self, slice: &Slice, bytes: &'a mut Option<Box<[u8]>>) -> Result<&'a mut [u8]> {
+        if bytes.is_none() {
+            let mut read = vec![0; index(slice.len)?].into_boxed_slice();
+            self.storage
+                .read_at(slice.at, &mut read)
+                .with_context(|| format!("error while reading {} at byte {}", slice.kind.name(), slice.at))?;
+            *bytes = Some(read);
+        }
+        bytes.as_deref_mut().ok_or_else(|| Error::corrupt("a table slice vanished"))
+    }
+
+    /// The slice of `table` with the byte `from` in it, read or not.
+    fn slice(&self, table: Table, from: u64) -> Arc<Slice> {
+        let start = from - from % SLICE;
+        let at = table.at.saturating_add(start);
+        let len = SLICE.min(table.len - start);
+        let now = self.clock.fetch_add(1, Ordering::Relaxed);
+        // Tables lie at multiples of the cluster size: mix the bits.
+        let shard = ((at >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize % SHARDS;
+        let mut shard = lock(&self.shards[shard]);
+        let slice = match shard.slices.entry(at) {
+            // A corrupt image can give one place two lengths; the one that is used now counts.
+            Entry::Occupied(entry) if entry.get().len == len => {
+                entry.get().used.store(now, Ordering::Relaxed);
+                return Arc::clone(entry.get());
+            }
+            Entry::Occupied(mut entry) => {
+                let slice = Arc::new(Slice::new(table.kind, at, len, now));
+                let old = entry.insert(Arc::clone(&slice));
+                if old.dirty.swap(false, Ordering::AcqRel) {
+                    self.dirty.fetch_sub(old.len + OVERHEAD, Ordering::AcqRel);
+                }
+                shard.held = shard.held.saturating_sub(old.len + OVERHEAD);
+                slice
+            }
+            Entry::Vacant(entry) => Arc::clone(entry.insert(Arc::new(Slice::new(table.kind, at, len, now)))),
+        };
+        shard.held += len + OVERHEAD;
+        if shard.held > self.limit / SHARDS as u64 {
+            shard.evict(self.limit / SHARDS as u64);
+        }
+        slice
+    }
+}
+
+impl Slice {
+    fn new(kind: Kind, at: u64, len: u64, now: u64) -> Self {
+        Self { kind, at, len, dirty: AtomicBool::new(false), used: AtomicU64::new(now), bytes: RwLock::default() }
+    }
+}
+
+impl Shard {
+    /// Drops the clean slices that nobody holds and that were not used for longest, down to 7/8 of the limit.
+    fn evict(&mut self, limit: u64) {
+        let mut idle: Vec<(u64, u64)> = self
+            .slices
+            .values()
+            // Handles are given out under this shard's lock alone, so a count of one cannot grow meanwhile.
+            .filter(|slice| Arc::strong_count(slice) == 1 && !slice.dirty.load(Ordering::Acquire))
+            .map(|slice| (slice.used.load(Ordering::Relaxed), slice.at))
+            .collect();
+        idle.sort_unstable();
+        for (_, at) in idle {
+            if self.held <= limit / 8 * 7 {
+                break;
+            }
+            if let Some(slice) = self.slices.remove(&at) {
+                self.held = self.held.saturating_sub(slice.len + OVERHEAD);
+            }
+        }
+    }
+}
+
+fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
+    shard.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn index(value: u64) -> Result<usize> {
+    usize::try_from(value).map_err(|_| Error::corrupt("a table is too large"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::memory::Memory;
+
+    fn l2(at: u64, len: u64) -> Table {
+        Table { kind: Kind::L2, at, len }
+    }
+
+    #[test]
+    fn changes_reach_the_file_at_write_back_alone() {
+        let file = Arc::new(Memory::new(vec![0; 1 << 17]));
+        let tables = Tables::new(file.clone(), 0);
+        let table = l2(65536, 65536);
+        tables.set(table, 8191, 7).unwrap();
+        assert_eq!(tables.get(table, 8191).unwrap(), 7);
+        assert!(file.to_vec().iter().all(|byte| *byte == 0));
+        tables.write_back().unwrap();
+        assert!(!tables.is_dirty());
+        assert_eq!(file.to_vec()[(1 << 17) - 1], 7);
+        assert!(tables.get(table, 8192).is_err());
+        assert!(tables.set(table, 8192, 1).is_err());
+    }
+
+    #[test]
+    fn memory_is_bounded_and_evicted_slices_come_back() {
+        let mut content = vec![0; 8 << 20];
+        for (n, entry) in content.chunks_exact_mut(8).enumerate() {
+            BigEndian::write_u64(entry, n as u64);
+        }
+        let tables = Tables::new(Arc::new(Memory::new(content)), 1 << 20);
+        for round in 0..2 {
+            for at in (0..8 << 20).step_by(512) {
+                let table = l2(at, 512);
+                assert_eq!(tables.get(table, 3).unwrap(), at / 8 + 3, "round {round}");
+            }
+        }
+        let held: u64 = tables.shards.iter().map(|shard| lock(shard).held).sum();
+        assert!(held <= 1 << 20, "{held}");
+    }
+
+    #[test]
+    fn forgotten_tables_are_not_written() {
+        let file = Arc::new(Memory::new(vec![1; 4096]));
+        let tables = Tables::new(file.clone(), 0);
+        tables.fresh(l2(512, 512)).unwrap();
+        tables.fresh(l2(1024, 512)).unwrap();
+        tables.forget(512, 512);
+        tables.write_back().unwrap();
+        let bytes = file.to_vec();
+        assert!(bytes[512..1024].iter().all(|byte| *byte == 1));
+        assert!(bytes[1024..1536].iter().all(|byte| *byte == 0));
+    }
+}
