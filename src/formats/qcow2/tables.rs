@@ -367,6 +367,7 @@ fn index(value: u64) -> Result<usize> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::storage::memory::Memory;
