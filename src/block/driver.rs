@@ -38,6 +38,12 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Refuses a backing layer that is not the one this layer was made on, where the format can tell.
+    fn accept_backing(&self, below: &dyn BlockDriver) -> Result<()> {
+        let _ = below;
+        Ok(())
+    }
+
     /// What `info` shows beyond name, format and size.
     fn info(&self) -> Result<ImageInfo>;
 

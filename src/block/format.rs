@@ -78,6 +78,8 @@ pub struct CreateRequest<'a> {
     pub files: &'a dyn CreateFiles,
     /// Makes identifiers and times.
     pub ids: &'a dyn Ids,
+    /// The way to the backing file's bytes, for a format that writes down what its backing file is.
+    pub related: &'a dyn Related,
 }
 
 /// Able to be created.
