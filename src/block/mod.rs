@@ -11,6 +11,8 @@ pub mod error;
 pub mod extent;
 pub mod format;
 pub mod info;
+mod jsonish;
+pub mod keys;
 pub mod name;
 pub mod node;
 pub mod opener;

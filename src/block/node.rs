@@ -3,19 +3,53 @@
 //! The walk down the chain, short backing files (past their end reads zero) and the fill of a partly written
 //! unit are each written once, here. No lock is held: drivers are asked, then data moves.
 
+use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::sync::Arc;
+
+use serde_json::{Map, Value};
 
 use super::driver::{Action, Placed, Store, Write};
 use super::error::Context;
-use super::{BlockDriver, Child, CompressedUnit, Error, ExtentKind, GuestOffset, HostPlace, Result};
-use crate::storage::{Storage, Zeroing};
+use super::{BlockDriver, Child, CompressedUnit, Error, ExtentKind, GuestOffset, HostPlace, Result, name};
+use crate::storage::{Identity, Storage, Zeroing};
+
+/// Where a node came from.
+#[derive(Debug, Clone, Default)]
+pub struct Origin {
+    /// The plain name that would open it again, if there is one: names found in the image are relative to it.
+    pub path: Option<OsString>,
+    /// The whole tree that would open it again.
+    pub tree: Map<String, Value>,
+    /// A bare file, without a format.
+    pub protocol: bool,
+    /// Images that it lies in, by role (a format in a format).
+    pub inner: Vec<(String, Arc<Node>)>,
+}
 
 /// A layer and its backing chain.
-#[derive(Debug)]
 pub struct Node {
     driver: Box<dyn BlockDriver>,
     backing: Option<Arc<Node>>,
     name: String,
+    origin: Origin,
+}
+
+impl fmt::Debug for Node {
+    /// Not the whole chain: it may be longer than the stack is deep.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node").field("name", &self.name).field("format", &self.driver.format().name()).finish()
+    }
+}
+
+impl Drop for Node {
+    /// Link by link: a chain may be longer than the stack is deep.
+    fn drop(&mut self) {
+        let mut next = self.backing.take();
+        while let Some(mut node) = next.and_then(Arc::into_inner) {
+            next = node.backing.take();
+        }
+    }
 }
 
 /// Where a run of guest bytes is found in a chain.
@@ -58,7 +92,33 @@ pub struct Scratch {
 impl Node {
     /// A layer on top of `backing`.
     pub fn new(driver: Box<dyn BlockDriver>, backing: Option<Arc<Node>>, name: String) -> Self {
-        Self { driver, backing, name }
+        Self { driver, backing, name, origin: Origin::default() }
+    }
+
+    /// The same, with the knowledge of where it came from.
+    pub fn with_origin(mut self, origin: Origin) -> Self {
+        self.origin = origin;
+        self
+    }
+
+    /// Where it came from.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// Which file its header is in, and its format: the same for two openings of one image.
+    pub fn identity(&self) -> Option<(Identity, &'static str)> {
+        let identity = match self.origin.inner.first() {
+            Some((_, node)) => node.identity()?.0,
+            None => self.driver.files().first()?.storage.identity()?,
+        };
+        Some((identity, self.driver.format().name()))
+    }
+
+    /// The name that would open its backing file; nothing if it names none, or if where it is cannot be told.
+    pub fn backing_path(&self) -> Option<OsString> {
+        let name = OsStr::new(&self.driver.backing()?.name);
+        name::beside(self.origin.path.as_deref(), name)
     }
 
     /// The layer itself.

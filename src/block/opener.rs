@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::error::Context;
 use super::format::{self, Child, Format, OpenRequest, Related};
+use super::node::Origin;
 use super::{Error, ImageRef, Node, OptionTree, Result};
 use crate::storage::file::{HostFile, OpenHow as FileHow};
 use crate::storage::lock::Access;
@@ -123,7 +124,8 @@ impl<'a> Opener<'a> {
             }
             _ => None,
         };
-        Ok(Arc::new(Node::new(driver, backing, shown)))
+        let origin = Origin { path: Some(name.clone()), ..Origin::default() };
+        Ok(Arc::new(Node::new(driver, backing, shown).with_origin(origin)))
     }
 
     fn open_file(&self, path: &Path, how: &OpenHow, access: Access) -> crate::storage::Result<Arc<dyn Storage>> {

@@ -8,8 +8,12 @@ pub mod create;
 pub mod exit;
 mod getopt;
 mod help;
+pub mod human;
+pub mod info;
+pub mod json;
 pub mod program;
 pub mod report;
+pub mod source;
 mod trace;
 
 use std::ffi::OsString;
@@ -51,7 +55,7 @@ pub struct Row {
 }
 
 /// Every subcommand, in alphabetical order.
-pub const SUBCOMMANDS: &[Row] = &[row::<create::Args>()];
+pub const SUBCOMMANDS: &[Row] = &[row::<create::Args>(), row::<info::Args>()];
 
 const fn row<S: Subcommand>() -> Row {
     Row {

@@ -1,1 +1,3 @@
 //! What is done to images. No printing, no exit.
+
+pub mod info;

@@ -1,0 +1,155 @@
+//! `info`: shows what is known of an image, or of a whole backing chain.
+
+use std::ffi::OsString;
+
+use serde_json::Value;
+
+use super::exit::Exit;
+use super::source::Source;
+use super::{Complaint, Program, Subcommand, human, json};
+use crate::ops::info::{self, Info};
+
+/// The options.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// format of the image, found out if not given
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// form of the output: human or json
+    #[arg(long, value_name = "human|json")]
+    output: Option<String>,
+    /// show the backing files too
+    #[arg(long)]
+    backing_chain: bool,
+    /// the file name is a list of options key=value,...
+    #[arg(long)]
+    image_opts: bool,
+    /// bear others that write to the image meanwhile
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// image to show
+    #[arg(value_name = "FILENAME")]
+    operands: Vec<OsString>,
+}
+
+impl Subcommand for Args {
+    const NAME: &'static str = "info";
+    const ABOUT: &'static str = "Display information about an image";
+    const USAGE: &'static [&'static str] =
+        &["[-f FMT | --image-opts] [--backing-chain] [-U]", "[--output human|json] FILENAME"];
+
+    fn run(self, program: &Program) -> anyhow::Result<Exit> {
+        let as_json = match self.output.as_deref() {
+            None | Some("human") => false,
+            Some("json") => true,
+            Some(other) => {
+                return Err(Complaint::usage(format!("--output expects 'human' or 'json', not '{other}'")).into());
+            }
+        };
+        let [name] = &self.operands[..] else {
+            return Err(Complaint::usage("Expecting one image file name").into());
+        };
+        let source =
+            Source { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
+        source.check()?;
+        let (image, how) = source.image(program, name)?;
+        let opener = program.opener();
+        let infos = info::chain(&opener, &image, &how, self.backing_chain);
+        program.notices(&opener);
+        let infos = infos?;
+        match (as_json, self.backing_chain) {
+            (true, true) => program.println(&json::pretty(&infos.iter().map(info::to_json).collect())),
+            (true, false) => infos.iter().for_each(|info| program.println(&json::pretty(&info::to_json(info)))),
+            (false, _) => {
+                let shown: Vec<String> = infos.iter().map(|info| text(info, 0, "/")).collect();
+                program.print(&shown.join("\n"));
+            }
+        }
+        Ok(Exit::Success)
+    }
+}
+
+/// A node and what it is made of.
+fn text(info: &Info, level: usize, path: &str) -> String {
+    let mut out = String::new();
+    let mut line = |text: &str| {
+        out.extend(std::iter::repeat_n("    ", level));
+        out.push_str(text);
+        out.push('\n');
+    };
+    let on_host = info.actual_size.map_or_else(|| "unavailable".to_owned(), human::size);
+    if level > 0 && info.children.is_empty() {
+        line(&format!("filename: {}", info.filename));
+        line(&format!("protocol type: {}", info.format));
+        line(&format!("file length: {}", human::size_and_bytes(info.virtual_size)));
+        line(&format!("disk size: {on_host}"));
+    } else {
+        line(&format!("image: {}", info.filename));
+        line(&format!("file format: {}", info.format));
+        line(&format!("virtual size: {}", human::size_and_bytes(info.virtual_size)));
+        line(&format!("disk size: {on_host}"));
+    }
+    if info.encrypted {
+        line("encrypted: yes");
+    }
+    if let Some(size) = info.cluster_size {
+        line(&format!("cluster_size: {size}"));
+    }
+    if info.dirty == Some(true) {
+        line("cleanly shut down: no");
+    }
+    if let Some(backing) = &info.backing {
+        let place = match &backing.path {
+            None => " (cannot determine actual path)".to_owned(),
+            Some(_) if info::same_name(backing) => String::new(),
+            Some(path) => format!(" (actual path: {})", path.to_string_lossy()),
+        };
+        line(&format!("backing file: {}{place}", backing.name));
+        if let Some(format) = &backing.format {
+            line(&format!("backing file format: {format}"));
+        }
+    }
+    if !info.snapshots.is_empty() {
+        line("Snapshot list:");
+        line(&human::snapshot_head());
+        info.snapshots.iter().for_each(|snapshot| line(&human::snapshot_row(snapshot)));
+    }
+    if let Some((_, members)) = &info.specific
+        && !members.is_empty()
+    {
+        line("Format specific information:");
+        out.push_str(&facts(&Value::Object(members.clone()), level + 1));
+    }
+    for (role, child) in &info.children {
+        let path = format!("{path}{role}");
+        out.extend(std::iter::repeat_n("    ", level));
+        out.push_str(&format!("Child node '{path}':\n"));
+        out.push_str(&text(child, level + 1, &format!("{path}/")));
+    }
+    out
+}
+
+/// Members of an object, or elements of a list, a line each; what has members itself goes a level deeper.
+fn facts(value: &Value, level: usize) -> String {
+    let members: Vec<(String, &Value)> = match value {
+        Value::Object(object) => crate::block::name::in_order(object)
+            .into_iter()
+            .map(|(key, value)| (key.replace('-', " "), value))
+            .collect(),
+        Value::Array(list) => list.iter().enumerate().map(|(n, value)| (format!("[{n}]"), value)).collect(),
+        _ => Vec::new(),
+    };
+    let mut out = String::new();
+    for (key, value) in members {
+        out.extend(std::iter::repeat_n("    ", level));
+        match value {
+            Value::Object(_) | Value::Array(_) => {
+                out.push_str(&format!("{key}:\n"));
+                out.push_str(&facts(value, level + 1));
+            }
+            Value::String(text) => out.push_str(&format!("{key}: {text}\n")),
+            other => out.push_str(&format!("{key}: {other}\n")),
+        }
+    }
+    out
+}

@@ -1,0 +1,218 @@
+//! `info`: what is known of an image without reading its data.
+//!
+//! Each layer of a chain is opened by itself, so a chain of any length is shown, and a broken one up to where it
+//! breaks.
+
+use std::collections::HashSet;
+use std::ffi::OsString;
+
+use serde_json::{Map, Value};
+
+use crate::block::info::SnapshotInfo;
+use crate::block::{Error, ImageRef, Node, OpenHow, Opener, Result};
+use crate::storage::Storage;
+
+/// The backing file that an image names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backing {
+    /// As written in the image.
+    pub name: String,
+    /// Where it is; nothing if that cannot be told, because the image itself has no plain name.
+    pub path: Option<OsString>,
+    /// Its format, if that is written in the image.
+    pub format: Option<String>,
+}
+
+/// One node: a layer, or a file of one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Info {
+    /// Its name.
+    pub filename: String,
+    /// Its format, or protocol.
+    pub format: String,
+    /// Its size, as the guest sees it; of a file: its length rounded up to 512.
+    pub virtual_size: u64,
+    /// The space that it takes on the host.
+    pub actual_size: Option<u64>,
+    /// Its unit of allocation.
+    pub cluster_size: Option<u64>,
+    /// Whether it is encrypted.
+    pub encrypted: bool,
+    /// Whether it was not closed cleanly.
+    pub dirty: Option<bool>,
+    /// The backing file it names.
+    pub backing: Option<Backing>,
+    /// Its snapshots.
+    pub snapshots: Vec<SnapshotInfo>,
+    /// What only its format has: kind and members.
+    pub specific: Option<(String, Map<String, Value>)>,
+    /// What it is made of, last attached first: role and node.
+    pub children: Vec<(String, Info)>,
+}
+
+/// What is known of one opened image.
+pub fn of(node: &Node) -> Result<Info> {
+    let driver = node.driver();
+    let format = driver.format();
+    let mut image = driver.info()?;
+    let inner = |role: &str| node.origin().inner.iter().find(|(known, _)| known == role).map(|(_, node)| node);
+    if let (Some(below), true) = (inner("file"), driver.backing().is_none() && image.specific.is_none()) {
+        // A window on another image has that image's units.
+        let below = below.driver().info()?;
+        image.cluster_size = image.cluster_size.or(below.cluster_size);
+        image.dirty = below.dirty;
+    }
+    let mut actual_size = Some(0);
+    let mut children = Vec::new();
+    for child in driver.files() {
+        let file = match inner(&child.role) {
+            Some(node) => of(node)?,
+            None => of_file(&child.name, &*child.storage)?,
+        };
+        actual_size = actual_size.zip(file.actual_size).and_then(|(a, b): (u64, u64)| a.checked_add(b));
+        children.push((child.role.clone(), file));
+    }
+    if node.origin().protocol {
+        let mut file = children.pop().map(|(_, file)| file).ok_or_else(|| Error::invalid("no file"))?;
+        file.filename = node.name().to_owned();
+        return Ok(file);
+    }
+    if let Some(below) = node.backing() {
+        children.push(("backing".to_owned(), of(below)?));
+    }
+    children.reverse();
+    let backing = driver.backing().map(|backing| Backing {
+        name: backing.name.clone(),
+        path: node.backing_path(),
+        format: backing.format.clone(),
+    });
+    Ok(Info {
+        filename: node.name().to_owned(),
+        format: format.name().to_owned(),
+        virtual_size: driver.virtual_size(),
+        actual_size,
+        cluster_size: image.cluster_size,
+        encrypted: image.encrypted,
+        dirty: image.dirty,
+        backing,
+        snapshots: image.snapshots,
+        specific: image.specific.map(|(kind, members)| (kind.to_owned(), members)),
+        children,
+    })
+}
+
+/// A host file, as the protocol that it was opened by shows it.
+fn of_file(name: &str, storage: &dyn Storage) -> Result<Info> {
+    use crate::block::error::Context;
+    let length = storage.len().with_context(|| format!("Could not get size of '{name}'"))?;
+    let mut specific = Map::new();
+    if let Some(hint) = storage.extent_size_hint() {
+        specific.insert("extent-size-hint".to_owned(), hint.into());
+    }
+    let protocol = storage.kind().protocol();
+    Ok(Info {
+        filename: name.to_owned(),
+        format: protocol.to_owned(),
+        virtual_size: length.checked_next_multiple_of(512).unwrap_or(length),
+        actual_size: storage.allocated().ok().flatten(),
+        cluster_size: None,
+        encrypted: false,
+        dirty: Some(false),
+        backing: None,
+        snapshots: Vec::new(),
+        specific: Some((protocol.to_owned(), specific)),
+        children: Vec::new(),
+    })
+}
+
+/// The image and, if asked for, everything below it, each opened by itself.
+pub fn chain(opener: &Opener<'_>, image: &ImageRef, how: &OpenHow, whole: bool) -> Result<Vec<Info>> {
+    let mut infos = Vec::new();
+    let mut seen = HashSet::new();
+    let mut next = Some((image.clone(), OpenHow { no_backing: true, look_only: true, ..how.clone() }));
+    while let Some((image, how)) = next.take() {
+        let node = opener.open(&image, &how)?;
+        if !seen.insert(node.identity()) && node.driver().backing().is_some() {
+            return Err(Error::invalid(format!("Backing file '{}' creates an infinite loop.", image.shown())));
+        }
+        let info = of(&node)?;
+        if let (true, Some(backing)) = (whole, &info.backing) {
+            let path = backing
+                .path
+                .clone()
+                .ok_or_else(|| Error::invalid(format!("Cannot tell where the backing file '{}' is", backing.name)))?;
+            let below = OpenHow { format: backing.format.clone(), ..how.clone() };
+            next = Some((ImageRef::Name(path), below));
+        }
+        infos.push(info);
+    }
+    Ok(infos)
+}
+
+/// Whether two names of a backing file are the same text.
+pub fn same_name(backing: &Backing) -> bool {
+    backing.path.as_deref() == Some(backing.name.as_ref())
+}
+
+/// The tree that `--output=json` shows.
+pub fn to_json(info: &Info) -> Value {
+    let mut object = Map::new();
+    let mut put = |key: &str, value: Value| object.insert(key.to_owned(), value);
+    put("virtual-size", info.virtual_size.into());
+    put("filename", info.filename.clone().into());
+    put("format", info.format.clone().into());
+    if let Some(size) = info.cluster_size {
+        put("cluster-size", size.into());
+    }
+    if let Some(size) = info.actual_size {
+        put("actual-size", size.into());
+    }
+    if info.encrypted {
+        put("encrypted", true.into());
+    }
+    if let Some(dirty) = info.dirty {
+        put("dirty-flag", dirty.into());
+    }
+    if let Some(backing) = &info.backing {
+        put("backing-filename", backing.name.clone().into());
+        if let Some(path) = &backing.path {
+            put("full-backing-filename", path.to_string_lossy().into());
+        }
+        if let Some(format) = &backing.format {
+            put("backing-filename-format", format.clone().into());
+        }
+    }
+    if !info.snapshots.is_empty() {
+        put("snapshots", info.snapshots.iter().map(snapshot).collect());
+    }
+    if let Some((kind, members)) = &info.specific {
+        let mut specific = Map::new();
+        specific.insert("type".to_owned(), kind.clone().into());
+        specific.insert("data".to_owned(), Value::Object(members.clone()));
+        put("format-specific", Value::Object(specific));
+    }
+    let children = info.children.iter().map(|(role, info)| {
+        let mut child = Map::new();
+        child.insert("name".to_owned(), role.clone().into());
+        child.insert("info".to_owned(), to_json(info));
+        Value::Object(child)
+    });
+    put("children", children.collect());
+    Value::Object(object)
+}
+
+fn snapshot(snapshot: &SnapshotInfo) -> Value {
+    let mut object = Map::new();
+    let mut put = |key: &str, value: Value| object.insert(key.to_owned(), value);
+    if let Some(count) = snapshot.icount {
+        put("icount", count.into());
+    }
+    put("id", snapshot.id.clone().into());
+    put("name", snapshot.name.clone().into());
+    put("vm-state-size", snapshot.vm_state_size.into());
+    put("date-sec", snapshot.date_sec.into());
+    put("date-nsec", snapshot.date_nsec.into());
+    put("vm-clock-sec", (snapshot.vm_clock_nsec / 1_000_000_000).into());
+    put("vm-clock-nsec", (snapshot.vm_clock_nsec % 1_000_000_000).into());
+    Value::Object(object)
+}
