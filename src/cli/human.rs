@@ -104,6 +104,6 @@ mod tests {
         };
         let line = snapshot_row(&snapshot);
         assert!(line.starts_with("1       s                   1 MiB "), "{line}");
-        assert!(line.ends_with("   0001:02:03.004         --"), "{line}");
+        assert!(line.ends_with(" 0001:02:03.004         --"), "{line}");
     }
 }
