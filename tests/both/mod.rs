@@ -1,0 +1,269 @@
+//! One body run on vimg and on qemu-img: stdout, stderr, exit code and the files left behind are equal.
+//!
+//! The cases are text (`*.case`), because they are command lines:
+//!
+//! ```text
+//! ## title
+//! : shell line           makes the files; run with the judge's programs
+//! | more                 goes on with the line above
+//! hold ARGS              `qemu-io ARGS` keeps an image open while the rest runs
+//! $ shell line           run with vimg, and with qemu-img, each called `qemu-img`; everything must be equal
+//! ~ FILE FMT             compare that file by `qemu-img compare` and `check`, not byte by byte
+//! - FILE                 do not compare that file
+//! ```
+//!
+//! A case runs twice, in a folder of the same name, once with each program. Where vimg differs on purpose the
+//! case stands in `deviations.case`, with what vimg does instead:
+//!
+//! ```text
+//! why: the reason, one line
+//! code: 1                exit code of the last `$` line
+//! out: line              its standard output, line by line
+//! err: line              its standard error, line by line
+//! has: FILE              that file exists afterwards, as qemu-img reads it: `has: FILE FMT` checks it too
+//! not: FILE              that file does not
+//! ```
+
+mod cases;
+mod dialect;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use cases::{Case, Deviation, Step};
+
+use crate::common::run::{self, Holder, sh_with};
+use crate::common::{Output, Scratch, first_difference, judge, need, sh};
+
+#[test]
+fn create_is_qemu_imgs() {
+    run_all("create", include_str!("create.case"), 100);
+}
+
+#[test]
+fn info_is_qemu_imgs() {
+    run_all("info", include_str!("info.case"), 60);
+}
+
+#[test]
+fn convert_is_qemu_imgs() {
+    run_all("convert", include_str!("convert.case"), 100);
+}
+
+#[test]
+fn resize_is_qemu_imgs() {
+    run_all("resize", include_str!("resize.case"), 50);
+}
+
+#[test]
+fn command_line_is_qemu_imgs() {
+    run_all("general", include_str!("general.case"), 30);
+}
+
+#[test]
+fn deviations_are_as_the_readme_says() {
+    let table = include_str!("deviations.case");
+    run_all("deviations", table, 0);
+    let readme = include_str!("../../README.md");
+    for case in cases::parse("deviations", table) {
+        assert!(readme.contains(&format!("`{}`", case.title)), "README.md has no row for `{}`", case.title);
+    }
+}
+
+/// Runs every case of a table, a few at a time, and reports all failures together. `VIMG_CASE` selects by title.
+fn run_all(table: &str, text: &str, floor: usize) {
+    need("qemu-img");
+    need("qemu-io");
+    let wanted = std::env::var("VIMG_CASE").unwrap_or_default();
+    let cases: Vec<Case> = cases::parse(table, text);
+    assert!(cases.len() >= floor, "{table}: {} cases, fewer than {floor}", cases.len());
+    let next = AtomicUsize::new(0);
+    let failures = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if !case.title.contains(&wanted) {
+                        continue;
+                    }
+                    if let Err(what) = check(case) {
+                        failures.lock().expect("failures").push(format!("## {table}: {}\n{what}", case.title));
+                    }
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().expect("failures");
+    assert!(failures.is_empty(), "{} of {} cases:\n\n{}", failures.len(), cases.len(), failures.join("\n"));
+}
+
+/// What one program did in a case.
+struct Outcome {
+    outputs: Vec<Output>,
+    dir: PathBuf,
+}
+
+fn check(case: &Case) -> Result<(), String> {
+    let scratch = Scratch::new();
+    let real = Path::new(&run::which("qemu-img")).parent().expect("a folder").to_path_buf();
+    let theirs = play(case, &scratch, &real, "theirs")?;
+    let ours = play(case, &scratch, run::links(), "ours")?;
+    match &case.deviation {
+        Some(deviation) => check_deviation(case, deviation, &theirs, &ours),
+        None => check_equal(case, &theirs, &ours),
+    }
+}
+
+/// Runs a case in a folder that has the same name whoever runs in it, then moves the folder away.
+fn play(case: &Case, scratch: &Scratch, links: &Path, name: &str) -> Result<Outcome, String> {
+    let work = scratch.file("work");
+    std::fs::create_dir(&work).map_err(|e| e.to_string())?;
+    let mut outputs = Vec::new();
+    let mut holders = Vec::new();
+    for step in &case.steps {
+        match step {
+            Step::Setup(line) => {
+                let out = sh(line).dir(&work).run();
+                if out.code != Some(0) {
+                    return Err(format!("setup failed: {out:#?}"));
+                }
+            }
+            Step::Hold(args) => holders.push(Holder::new(&work, &args.split(' ').collect::<Vec<_>>())),
+            Step::Compare(line) => {
+                let out = sh_with(links, line).dir(&work).within(Duration::from_secs(60)).run();
+                if out.timed_out {
+                    return Err(format!("{name}: no end: {line}"));
+                }
+                outputs.push(out);
+            }
+        }
+    }
+    drop(holders);
+    let dir = scratch.file(name);
+    std::fs::rename(&work, &dir).map_err(|e| e.to_string())?;
+    Ok(Outcome { outputs, dir })
+}
+
+fn check_equal(case: &Case, theirs: &Outcome, ours: &Outcome) -> Result<(), String> {
+    let mut wrong = String::new();
+    for (theirs, ours) in theirs.outputs.iter().zip(&ours.outputs) {
+        let (stdout, stderr) = (dialect::normalise(&theirs.stdout), dialect::normalise(&theirs.stderr));
+        let (our_stdout, our_stderr) = match std::env::var_os("VIMG") {
+            // Another program is put to the test, to try the table: it may speak the installed dialect.
+            Some(_) => (dialect::normalise(&ours.stdout), dialect::normalise(&ours.stderr)),
+            None => (ours.stdout.clone(), ours.stderr.clone()),
+        };
+        if theirs.code != ours.code || theirs.signal != ours.signal {
+            let show = |o: &Output| format!("{:?}/{:?}", o.code, o.signal);
+            wrong += &format!("exit code {} but qemu-img's {}\n", show(ours), show(theirs));
+        }
+        wrong += &text_difference("stdout", &stdout, &our_stdout);
+        wrong += &text_difference("stderr", &stderr, &our_stderr);
+        if !wrong.is_empty() {
+            return Err(format!("$ {}\n{wrong}", ours.command));
+        }
+    }
+    compare_folders(case, &theirs.dir, &ours.dir)
+}
+
+fn text_difference(what: &str, theirs: &str, ours: &str) -> String {
+    if theirs == ours { String::new() } else { format!("{what}: vimg\n{ours}{what}: qemu-img\n{theirs}") }
+}
+
+fn compare_folders(case: &Case, theirs: &Path, ours: &Path) -> Result<(), String> {
+    let (left, right) = (list(theirs), list(ours));
+    if left.keys().ne(right.keys()) {
+        return Err(format!("files: vimg {:?}, qemu-img {:?}\n", right.keys(), left.keys()));
+    }
+    for (name, theirs) in &left {
+        let ours = &right[name];
+        if case.ignored.contains(name) || !theirs.is_file() || theirs.is_symlink() {
+            continue;
+        }
+        let mode = |path: &Path| {
+            use std::os::unix::fs::PermissionsExt;
+            std::fs::metadata(path).map(|m| m.permissions().mode() & 0o7777).unwrap_or(0)
+        };
+        if mode(theirs) != mode(ours) {
+            return Err(format!("{name}: mode {:o}, qemu-img's {:o}\n", mode(ours), mode(theirs)));
+        }
+        match case.content.get(name) {
+            None => {
+                if let Some(at) = first_difference(theirs, ours) {
+                    let len = |path: &Path| std::fs::metadata(path).map_or(0, |m| m.len());
+                    let lens = format!("lengths {} and qemu-img's {}", len(ours), len(theirs));
+                    return Err(format!("{name}: differs from qemu-img's at byte {at} ({at:#x}); {lens}\n"));
+                }
+            }
+            Some(format) => same_content(format, theirs, ours)?,
+        }
+    }
+    Ok(())
+}
+
+fn same_content(format: &str, theirs: &Path, ours: &Path) -> Result<(), String> {
+    let (theirs, ours) = (theirs.to_string_lossy(), ours.to_string_lossy());
+    let out = judge(&["compare", "-f", format, "-F", format, &theirs, &ours]).run();
+    if out.code != Some(0) || out.stdout != "Images are identical.\n" {
+        return Err(format!("content: {out:#?}\n"));
+    }
+    let out = judge(&["check", "-f", format, &ours]).run();
+    if !matches!(out.code, Some(0 | 63)) {
+        return Err(format!("not clean: {out:#?}\n"));
+    }
+    Ok(())
+}
+
+/// Every file below a folder, by its name relative to it.
+fn list(dir: &Path) -> BTreeMap<String, PathBuf> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![dir.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).expect("read folder").flatten() {
+            let path = entry.path();
+            if path.is_dir() && !path.is_symlink() {
+                folders.push(path.clone());
+            }
+            found.insert(path.strip_prefix(dir).expect("below").to_string_lossy().into_owned(), path);
+        }
+    }
+    found
+}
+
+fn check_deviation(case: &Case, expected: &Deviation, theirs: &Outcome, ours: &Outcome) -> Result<(), String> {
+    let Some(out) = ours.outputs.last() else { return Err("no command".to_owned()) };
+    let mut wrong = String::new();
+    if out.code != Some(expected.code) {
+        wrong += &format!("exit code {:?}, not {}\n", out.code, expected.code);
+    }
+    wrong += &text_difference("stdout", &expected.stdout, &out.stdout);
+    wrong += &text_difference("stderr", &expected.stderr, &out.stderr);
+    for (file, format) in &expected.present {
+        let path = ours.dir.join(file);
+        if !path.exists() {
+            wrong += &format!("{file} is not there\n");
+        } else if let Some(format) = format {
+            let info = judge(&["info", "-f", format, &path.to_string_lossy()]).run();
+            if info.code != Some(0) {
+                wrong += &format!("{file}: {}", info.stderr);
+            }
+        }
+    }
+    for file in &expected.absent {
+        if ours.dir.join(file).exists() {
+            wrong += &format!("{file} is there\n");
+        }
+    }
+    if !wrong.is_empty() {
+        return Err(format!("$ {}\n{wrong}", out.command));
+    }
+    // A deviation that is none any more must not stay in the table.
+    match check_equal(case, theirs, ours) {
+        Ok(()) => Err("qemu-img does the same: this is no deviation".to_owned()),
+        Err(_) => Ok(()),
+    }
+}
