@@ -136,11 +136,23 @@ impl<T> Context<T> for storage::Result<T> {
     }
 }
 
+/// For a storage error that says it all by itself.
+impl From<storage::Error> for Error {
+    fn from(error: storage::Error) -> Self {
+        let text = error.to_string();
+        Self { source: None, ..from_storage(error, text) }
+    }
+}
+
 fn from_storage(error: storage::Error, context: String) -> Error {
     let kind = match &error {
-        storage::Error::Locked { .. } => Kind::Locked,
-        storage::Error::Io(e) if e.kind() == std::io::ErrorKind::NotFound => Kind::NotFound,
+        storage::Error::Locked { .. } | storage::Error::LockByte(_) => Kind::Locked,
+        _ if error.errno() == Some(nix::errno::Errno::ENOENT) => Kind::NotFound,
         _ => Kind::Io,
     };
-    Error { kind, context, hints: Vec::new(), source: Some(Box::new(error)) }
+    let hints = match &error {
+        storage::Error::Locked { name, .. } => vec![format!("Is another process using the image [{name}]?")],
+        _ => Vec::new(),
+    };
+    Error { kind, context, hints, source: Some(Box::new(error)) }
 }

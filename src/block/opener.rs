@@ -37,8 +37,23 @@ pub struct OpenHow {
     pub look_only: bool,
     /// Bear others that write meanwhile (`-U`).
     pub force_share: bool,
+    /// Nobody may write to any layer meanwhile, whatever its format (the sources of `convert`).
+    pub exclusive: bool,
     /// What the page cache does.
     pub cache: CacheMode,
+}
+
+impl OpenHow {
+    /// The permissions that a layer takes, but for what is particular to its format.
+    fn access(&self) -> Access {
+        match (self.force_share, self.write, self.look_only) {
+            (true, _, true) => Access::NONE,
+            (true, ..) => Access::SHARED,
+            (_, true, _) => Access::WRITE,
+            (_, _, true) => Access::LOOK,
+            _ => Access::READ,
+        }
+    }
 }
 
 /// Opens images.
@@ -83,13 +98,8 @@ impl<'a> Opener<'a> {
         };
         let shown = name.to_string_lossy().into_owned();
         let path = PathBuf::from(shown.strip_prefix("file:").unwrap_or(&shown));
-        let access = match (how.force_share, how.write, how.look_only) {
-            (true, ..) => Access::SHARED,
-            (_, true, _) => Access::WRITE,
-            (_, _, true) => Access::LOOK,
-            _ => Access::READ,
-        };
-        let storage = self.open_file(&path, how, access).with_context(|| format!("Could not open '{shown}'"))?;
+        // What is locked depends on the format, which is not known yet.
+        let storage = self.open_file(&path, how, Access::NONE).with_context(|| format!("Could not open '{shown}'"))?;
         if let Some(identity) = storage.identity()
             && !seen.insert(identity)
         {
@@ -99,6 +109,9 @@ impl<'a> Opener<'a> {
             Some(name) => format::find(self.formats, name)?,
             None => self.probe(&*storage, &shown)?,
         };
+        let access = how.access();
+        let access = if format.name() == "raw" && !how.exclusive { access.of_raw() } else { access };
+        storage.lock(access).with_context(|| format!("Could not open '{shown}'"))?;
         let mut options = OptionTree::new();
         let related = Beside { opener: self, image: &path, how };
         let driver = format
@@ -163,7 +176,10 @@ impl Related for Beside<'_> {
     fn open(&self, role: &str, name: &str) -> Result<Child> {
         let path = beside(self.image, name);
         let shown = path.to_string_lossy().into_owned();
-        let access = if self.how.write { Access::WRITE } else { Access::READ };
+        let access = match (self.how.exclusive, role) {
+            (false, "data-file") => self.how.access().of_data_file(),
+            _ => self.how.access(),
+        };
         let storage =
             self.opener.open_file(&path, self.how, access).with_context(|| format!("Could not open '{shown}'"))?;
         Ok(Child { role: role.to_owned(), name: shown, storage })

@@ -79,7 +79,7 @@ impl Create for Raw {
             .ok_or_else(|| Error::invalid("The image size is too large"))?;
         let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
         let file = request.files.main()?;
-        file.set_len(size, fill).context("Could not resize file")?;
+        file.set_len(size, fill)?;
         if fill == Preallocation::Off && !file.kind().is_device() && size > 0 {
             // The reference allocates the first block too, for the sake of probing alignment.
             let head = if size < 4096 { SECTOR } else { 4096 };
@@ -185,7 +185,7 @@ impl Resize for RawDriver {
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
         self.check(size, fill)?;
         let storage = &self.files[0].storage;
-        storage.set_len(size, fill).context("Failed to resize underlying file")?;
+        storage.set_len(size, fill)?;
         self.size.store(size, Ordering::Relaxed);
         Ok(())
     }

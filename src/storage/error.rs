@@ -22,6 +22,29 @@ pub enum Error {
         permission: &'static str,
         /// True if others use a permission that we cannot share, false if others do not share one we use.
         shared: bool,
+        /// The file, for the hint that another process may be using it.
+        name: String,
+    },
+    /// A lock byte itself could not be locked: somebody locks in another way.
+    #[error("Failed to lock byte {0}")]
+    LockByte(i64),
+    /// A file could not be opened or created.
+    #[error("Could not {doing} '{name}': {}", strerror(.cause))]
+    File {
+        /// `open` or `create`.
+        doing: &'static str,
+        /// Its name.
+        name: String,
+        /// The host's reason.
+        cause: io::Error,
+    },
+    /// A step failed whose name tells more than the file's.
+    #[error("{what}: {}", strerror(.cause))]
+    Step {
+        /// What could not be done.
+        what: &'static str,
+        /// The host's reason.
+        cause: io::Error,
     },
     /// A directory, socket or pipe where a file was wanted.
     #[error("'{driver}' driver requires '{name}' to be {wanted}")]
@@ -51,11 +74,21 @@ impl Error {
     /// The operating system's error number, where there is one.
     pub fn errno(&self) -> Option<Errno> {
         match self {
-            Error::Io(error) => error.raw_os_error().map(Errno::from_raw),
-            Error::Locked { .. } => Some(Errno::EAGAIN),
+            Error::Io(error) | Error::File { cause: error, .. } | Error::Step { cause: error, .. } => {
+                error.raw_os_error().map(Errno::from_raw)
+            }
+            Error::Locked { .. } | Error::LockByte(_) => Some(Errno::EAGAIN),
             Error::WrongKind { .. } | Error::GrowDevice => Some(Errno::EINVAL),
             Error::UnsupportedPreallocation(_) | Error::DevicePreallocation(_) => Some(Errno::ENOTSUP),
             Error::Other(_) => None,
+        }
+    }
+
+    /// The same failure of the host, said to be that of a step. Other errors have a text of their own.
+    pub fn step(self, what: &'static str) -> Self {
+        match self {
+            Error::Io(cause) | Error::Step { cause, .. } => Error::Step { what, cause },
+            other => other,
         }
     }
 

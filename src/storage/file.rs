@@ -1,20 +1,26 @@
 //! Regular files and devices of the host.
 //!
 //! Invariants: no cursor is used (`pread`/`pwrite` alone), so all methods may run at once on disjoint ranges; a
-//! file keeps the locks it was opened with until it is dropped.
+//! file keeps the locks it was opened with until it is dropped or [`Storage::lock`] changes them. Under `O_DIRECT`
+//! any offset, length and buffer will do: see [`super::direct`].
+//!
+//! Lock order: `locks`, `growth`; neither is held while the other is taken. `growth` is held shared by every write
+//! and alone by the step that makes a file longer, which must not cut off what a write has just appended.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::{Mutex, RwLock};
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{Whence, lseek};
 
+use super::direct::Direct;
 use super::lock::{self, Access};
-use super::{CacheMode, Error, HostExtent, Identity, Kind, Preallocation, Result, Storage, Zeroing, sparse};
+use super::{CacheMode, Error, HostExtent, Identity, Kind, Preallocation, Result, Storage, Zeroing, host, sparse};
 
 /// How a file is opened.
 #[derive(Debug, Clone, Copy, Default)]
@@ -27,35 +33,47 @@ pub struct OpenHow {
     pub access: Access,
 }
 
+/// The flags of `open(2)` that a cache mode asks for.
+pub(super) fn cache_flags(cache: CacheMode, write: bool) -> OFlag {
+    let mut flags = OFlag::O_CLOEXEC;
+    if cache.direct() {
+        flags |= OFlag::O_DIRECT;
+    }
+    if cache.write_through() && write {
+        flags |= OFlag::O_DSYNC;
+    }
+    flags
+}
+
 /// An open file or device.
 #[derive(Debug)]
 pub struct HostFile {
     file: File,
+    name: String,
     kind: Kind,
     identity: Identity,
     cache: CacheMode,
-    alignment: u32,
+    direct: Option<Direct>,
+    locks: Mutex<Access>,
+    growth: RwLock<()>,
 }
 
 impl HostFile {
     /// Opens what is there under that name, and locks it.
     pub fn open(path: &Path, how: &OpenHow) -> Result<Self> {
-        let mut flags = OFlag::O_CLOEXEC;
-        if how.cache.direct() {
-            flags |= OFlag::O_DIRECT;
+        let name = path.to_string_lossy();
+        if name.is_empty() {
+            return Err(Error::Other("The 'file' block driver requires a file name".to_owned()));
         }
-        if how.cache.write_through() && how.write {
-            flags |= OFlag::O_DSYNC;
+        let this = Self::from_file(open(path, "open", how.write, how.cache)?, how.cache, &name)?;
+        if how.write && this.kind == Kind::BlockDevice && host::is_read_only(&this.file) {
+            return Err(Error::Step { what: "The device is not writable", cause: Errno::EACCES.into() });
         }
-        // A pipe must not hang us before we know that it is one.
-        flags |= OFlag::O_NONBLOCK;
-        let file = OpenOptions::new().read(true).write(how.write).custom_flags(flags.bits()).open(path)?;
-        let this = Self::from_file(file, how.cache, &path.to_string_lossy())?;
-        lock::take(this.file.as_fd(), how.access)?;
+        this.lock(how.access)?;
         Ok(this)
     }
 
-    /// Takes a file that is open already; `name` is for messages. No lock is taken.
+    /// Takes a file that is open already, in that cache mode; `name` is for messages. No lock is taken.
     pub fn from_file(file: File, cache: CacheMode, name: &str) -> Result<Self> {
         let meta = file.metadata()?;
         let kind = meta.file_type();
@@ -68,13 +86,36 @@ impl HostFile {
         } else {
             return Err(Error::WrongKind { driver: "file", name: name.to_owned(), wanted: "a regular file" });
         };
-        let alignment = if cache.direct() { sparse::direct_alignment(&file, kind) } else { 1 };
-        Ok(Self { file, kind, identity: Identity { device: meta.dev(), inode: meta.ino() }, cache, alignment })
+        if kind.is_device() {
+            // It was set so that opening could not hang; reading and writing shall wait.
+            let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+            fcntl(&file, FcntlArg::F_SETFL(flags & !OFlag::O_NONBLOCK))?;
+        }
+        let direct = if cache.direct() { Some(Direct::new(&file, kind)?) } else { None };
+        Ok(Self {
+            file,
+            name: name.to_owned(),
+            kind,
+            identity: Identity { device: meta.dev(), inode: meta.ino() },
+            cache,
+            direct,
+            locks: Mutex::default(),
+            growth: RwLock::default(),
+        })
     }
 
     /// The open file itself.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Makes a regular file at least that long; the new part is a hole.
+    pub(super) fn grow(&self, len: u64) -> Result<()> {
+        let _alone = self.growth.write().unwrap_or_else(|e| e.into_inner());
+        if self.kind == Kind::Regular && self.file.metadata()?.len() < len {
+            self.file.set_len(len)?;
+        }
+        Ok(())
     }
 
     fn seek(&self, at: u64, whence: Whence) -> std::result::Result<u64, Errno> {
@@ -83,37 +124,85 @@ impl HostFile {
     }
 }
 
+/// Opens a file by name without hanging on a pipe.
+pub(super) fn open(path: &Path, doing: &'static str, write: bool, cache: CacheMode) -> Result<File> {
+    let with = |flags: OFlag| {
+        let flags = flags | OFlag::O_NONBLOCK;
+        OpenOptions::new().read(true).write(write).custom_flags(flags.bits()).open(path)
+    };
+    let flags = cache_flags(cache, write);
+    with(flags).map_err(|cause| {
+        let direct = cache.direct() && cause.raw_os_error() == Some(Errno::EINVAL as i32);
+        let cause = match direct && with(flags & !OFlag::O_DIRECT).is_ok() {
+            true => io::Error::other("filesystem does not support O_DIRECT"),
+            false => cause,
+        };
+        Error::File { doing, name: path.to_string_lossy().into_owned(), cause }
+    })
+}
+
+/// Fills `buf` from `at`; what lies past the end reads as zeros.
+pub(super) fn read_full(file: &File, at: u64, buf: &mut [u8]) -> Result<()> {
+    let mut left = buf;
+    let mut at = at;
+    while !left.is_empty() {
+        match file.read_at(left, at) {
+            Ok(0) => break,
+            Ok(n) => {
+                let n = n.min(left.len());
+                left = left.split_at_mut(n).1;
+                at = at.saturating_add(n as u64);
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    left.fill(0);
+    Ok(())
+}
+
+/// Whether a range lies where a file can have bytes at all.
+fn addressable(at: u64, len: usize) -> bool {
+    at.checked_add(len as u64).is_some_and(|end| i64::try_from(end).is_ok())
+}
+
 impl Storage for HostFile {
     fn len(&self) -> Result<u64> {
         match self.kind {
-            Kind::BlockDevice => sparse::device_size(&self.file),
+            Kind::BlockDevice => host::device_size(&self.file),
             _ => Ok(self.file.metadata()?.len()),
         }
     }
 
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        let mut done = 0;
-        while done < buf.len() {
-            match self.file.read_at(&mut buf[done..], at + done as u64) {
-                Ok(0) => {
-                    buf[done..].fill(0);
-                    break;
-                }
-                Ok(n) => done += n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e.into()),
-            }
+        if !addressable(at, buf.len()) {
+            buf.fill(0);
+            return Ok(());
         }
-        Ok(())
+        match &self.direct {
+            Some(direct) => direct.read_at(&self.file, at, buf),
+            None => read_full(&self.file, at, buf),
+        }
     }
 
     fn write_at(&self, at: u64, buf: &[u8]) -> Result<()> {
-        Ok(self.file.write_all_at(buf, at)?)
+        if !addressable(at, buf.len()) {
+            return Err(Errno::EFBIG.into());
+        }
+        let _shared = self.growth.read().unwrap_or_else(|e| e.into_inner());
+        match &self.direct {
+            Some(direct) => direct.write_at(&self.file, at, buf),
+            None => Ok(self.file.write_all_at(buf, at)?),
+        }
     }
 
     fn extent(&self, at: u64, max: u64) -> Result<HostExtent> {
         if self.kind != Kind::Regular {
-            return Ok(HostExtent { len: max, data: true });
+            let len = self.len()?;
+            return Ok(match len.checked_sub(at) {
+                Some(left) if left > 0 => HostExtent { len: max.min(left), data: true },
+                _ => HostExtent { len: max, data: false },
+            });
         }
         let data = match self.seek(at, Whence::SeekData) {
             Ok(data) => data,
@@ -130,15 +219,15 @@ impl Storage for HostFile {
     }
 
     fn zero(&self, at: u64, len: u64, how: Zeroing) -> Result<()> {
-        sparse::zero(self, &self.file, at, len, how)
+        sparse::zero(self, at, len, how)
     }
 
     fn discard(&self, at: u64, len: u64) -> Result<()> {
-        sparse::discard(&self.file, self.kind, at, len)
+        sparse::discard(self, at, len)
     }
 
     fn set_len(&self, len: u64, fill: Preallocation) -> Result<()> {
-        sparse::set_len(self, &self.file, len, fill)
+        sparse::set_len(self, len, fill)
     }
 
     fn flush(&self) -> Result<()> {
@@ -151,19 +240,127 @@ impl Storage for HostFile {
         }
     }
 
+    fn lock(&self, access: Access) -> Result<()> {
+        let mut held = self.locks.lock().unwrap_or_else(|e| e.into_inner());
+        lock::change(self.file.as_fd(), *held, access, &self.name)?;
+        *held = access;
+        Ok(())
+    }
+
     fn kind(&self) -> Kind {
         self.kind
     }
 
     fn alignment(&self) -> u32 {
-        self.alignment
+        self.direct.as_ref().map_or(1, Direct::alignment)
     }
 
     fn allocated(&self) -> Result<Option<u64>> {
-        Ok(Some(self.file.metadata()?.blocks() * 512))
+        Ok(Some(self.file.metadata()?.blocks().saturating_mul(512)))
     }
 
     fn identity(&self) -> Option<Identity> {
         Some(self.identity)
+    }
+
+    fn extent_size_hint(&self) -> Option<u64> {
+        host::extent_size_hint(&self.file)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::sync::Arc;
+
+    use super::*;
+
+    const RW: OpenHow = OpenHow { write: true, cache: CacheMode::Writeback, access: Access::NONE };
+
+    fn message(path: &Path, how: &OpenHow) -> String {
+        HostFile::open(path, how).map_or_else(|e| e.to_string(), |_| "ok".to_owned())
+    }
+
+    #[test]
+    fn what_cannot_be_opened_says_why() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = OpenHow::default();
+        let d = dir.path().to_string_lossy().into_owned();
+        assert_eq!(message(dir.path(), &read), format!("'file' driver requires '{d}' to be a regular file"));
+        assert_eq!(message(dir.path(), &RW), format!("Could not open '{d}': Is a directory"));
+        assert_eq!(message(Path::new(""), &read), "The 'file' block driver requires a file name");
+        assert_eq!(message(&dir.path().join("x"), &read), format!("Could not open '{d}/x': No such file or directory"));
+        nix::unistd::mkfifo(&dir.path().join("f"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for how in [&read, &RW] {
+            let expected = format!("'file' driver requires '{d}/f' to be a regular file");
+            assert_eq!(message(&dir.path().join("f"), how), expected);
+        }
+        std::os::unix::net::UnixListener::bind(dir.path().join("s")).unwrap();
+        assert_eq!(message(&dir.path().join("s"), &RW), format!("Could not open '{d}/s': No such device or address"));
+        symlink("l", dir.path().join("l")).unwrap();
+        let expected = format!("Could not open '{d}/l': Too many levels of symbolic links");
+        assert_eq!(message(&dir.path().join("l"), &read), expected);
+        let direct = OpenHow { cache: CacheMode::None, ..read };
+        let expected = "Could not open '/proc/cpuinfo': filesystem does not support O_DIRECT";
+        assert_eq!(message(Path::new("/proc/cpuinfo"), &direct), expected);
+        assert_eq!(HostFile::open(Path::new("/dev/null"), &RW).unwrap().kind(), Kind::CharDevice);
+    }
+
+    #[test]
+    fn reads_past_the_end_and_extents() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        std::fs::write(&path, b"abc").unwrap();
+        let file = HostFile::open(&path, &RW).unwrap();
+        let mut buf = [1; 5];
+        file.read_at(1, &mut buf).unwrap();
+        assert_eq!(&buf, b"bc\0\0\0");
+        file.read_at(u64::MAX - 2, &mut buf).unwrap();
+        assert_eq!(buf, [0; 5]);
+        assert!(file.write_at(u64::MAX - 2, b"abcd").is_err());
+        assert_eq!(file.extent(1 << 40, 7).unwrap(), HostExtent { len: 7, data: false });
+        file.write_at(1 << 20, b"x").unwrap();
+        assert!(file.extent(0, 1 << 20).unwrap().data);
+        assert!(!file.extent(65536, 1 << 16).unwrap().data);
+    }
+
+    /// Zeroing that makes the file longer races with writes that do too: nothing written may be lost.
+    #[test]
+    fn growing_by_zeroing_does_not_cut_off_writes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        std::fs::write(&path, b"").unwrap();
+        let file = Arc::new(HostFile::open(&path, &RW).unwrap());
+        std::thread::scope(|scope| {
+            for odd in [0, 1] {
+                let file = &file;
+                scope.spawn(move || {
+                    for i in 0..500u64 {
+                        let at = (i * 2 + odd) * 512;
+                        match odd {
+                            0 => file.zero(at, 512, Zeroing::Punch).unwrap(),
+                            _ => file.write_at(at, &[7; 512]).unwrap(),
+                        }
+                    }
+                });
+            }
+        });
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!(bytes.len(), 512_000);
+        for (i, block) in bytes.chunks(512).enumerate() {
+            assert!(block.iter().all(|b| *b == if i % 2 == 0 { 0 } else { 7 }), "block {i}");
+        }
+    }
+
+    #[test]
+    fn two_opens_in_one_process_conflict() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        std::fs::write(&path, b"").unwrap();
+        let first = HostFile::open(&path, &OpenHow { access: Access::WRITE, ..RW }).unwrap();
+        let reader = OpenHow { access: Access::READ, ..OpenHow::default() };
+        assert_eq!(message(&path, &reader), "Failed to get shared \"write\" lock");
+        first.lock(Access::READ).unwrap();
+        assert_eq!(message(&path, &reader), "ok");
     }
 }

@@ -7,8 +7,10 @@
 //! Invariants: reading past the end gives zeros; a method either does what its contract says or returns an
 //! error, and "the file system cannot do it this way" is never an error when another way exists.
 
+pub mod direct;
 pub mod error;
 pub mod file;
+pub mod host;
 pub mod lock;
 pub mod memory;
 pub mod sparse;
@@ -138,6 +140,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
 
     /// Returns once everything written is on stable storage.
     fn flush(&self) -> Result<()>;
+
+    /// Goes to other permissions than those it was opened with; on failure it keeps those it has.
+    fn lock(&self, access: lock::Access) -> Result<()> {
+        let _ = access;
+        Ok(())
+    }
 
     /// What kind of thing it is.
     fn kind(&self) -> Kind;

@@ -1,0 +1,188 @@
+//! What has to be asked of the kernel by hand: the `ioctl`s of devices and file systems.
+//!
+//! All of the crate's ioctls are here, each a function that is safe to call on any open file: the kernel answers
+//! `ENOTTY` for a file of another kind.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::libc::{self, c_int, c_long};
+use nix::{ioctl_read_bad, ioctl_write_ptr_bad, request_code_none, request_code_read, request_code_write};
+
+use super::{Kind, Result};
+
+/// `FS_IOC_FSGETXATTR`'s structure, `linux/fs.h`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct FsXattr {
+    xflags: u32,
+    extsize: u32,
+    nextents: u32,
+    projid: u32,
+    cowextsize: u32,
+    pad: [u8; 8],
+}
+
+const _: () = assert!(size_of::<FsXattr>() == 28);
+
+const XFLAG_EXTSIZE: u32 = 0x0800;
+const NOCOW: c_int = 0x0080_0000;
+
+use requests::*;
+
+/// The requests themselves, as the macros make them: unsafe, on bare pointers.
+#[allow(missing_docs)]
+mod requests {
+    use super::*;
+
+    ioctl_read_bad!(blk_ro_get, request_code_none!(0x12, 94), c_int);
+    ioctl_read_bad!(blk_ssz_get, request_code_none!(0x12, 104), c_int);
+    ioctl_read_bad!(blk_get_size64, request_code_read!(0x12, 114, size_of::<usize>()), u64);
+    ioctl_write_ptr_bad!(blk_discard, request_code_none!(0x12, 119), [u64; 2]);
+    ioctl_write_ptr_bad!(blk_zero_out, request_code_none!(0x12, 127), [u64; 2]);
+    ioctl_read_bad!(fs_get_xattr, request_code_read!(b'X', 31, size_of::<FsXattr>()), FsXattr);
+    ioctl_write_ptr_bad!(fs_set_xattr, request_code_write!(b'X', 32, size_of::<FsXattr>()), FsXattr);
+    ioctl_read_bad!(fs_get_flags, request_code_read!(b'f', 1, size_of::<c_long>()), c_int);
+    ioctl_write_ptr_bad!(fs_set_flags, request_code_write!(b'f', 2, size_of::<c_long>()), c_int);
+}
+
+/// The size of a block device, in bytes.
+pub fn device_size(file: &File) -> Result<u64> {
+    let mut size = 0u64;
+    // SAFETY: the descriptor is open, and BLKGETSIZE64 writes eight bytes to where `size` lies.
+    unsafe { blk_get_size64(file.as_raw_fd(), &mut size) }?;
+    Ok(size)
+}
+
+/// Whether a block device takes no writes.
+pub fn is_read_only(file: &File) -> bool {
+    let mut answer: c_int = 0;
+    // SAFETY: the descriptor is open, and BLKROGET writes one int to where `answer` lies.
+    unsafe { blk_ro_get(file.as_raw_fd(), &mut answer) }.is_ok() && answer != 0
+}
+
+/// The sector of a block device, in bytes.
+pub fn sector(file: &File) -> u64 {
+    let mut answer: c_int = 0;
+    // SAFETY: the descriptor is open, and BLKSSZGET writes one int to where `answer` lies.
+    let asked = unsafe { blk_ssz_get(file.as_raw_fd(), &mut answer) };
+    match (asked, u64::try_from(answer)) {
+        (Ok(_), Ok(size)) if size.is_power_of_two() => size,
+        _ => 512,
+    }
+}
+
+/// The device need not keep what is in the range (`at` and `len` in whole sectors).
+pub fn discard_device(file: &File, at: u64, len: u64) -> Result<()> {
+    // SAFETY: the descriptor is open, and BLKDISCARD reads two 64-bit numbers from where the array lies.
+    unsafe { blk_discard(file.as_raw_fd(), &[at, len]) }?;
+    Ok(())
+}
+
+/// The device makes the range read as zeros (`at` and `len` in whole sectors).
+pub fn zero_device(file: &File, at: u64, len: u64) -> Result<()> {
+    // SAFETY: the descriptor is open, and BLKZEROOUT reads two 64-bit numbers from where the array lies.
+    unsafe { blk_zero_out(file.as_raw_fd(), &[at, len]) }?;
+    Ok(())
+}
+
+fn attributes(file: &File) -> std::result::Result<FsXattr, Errno> {
+    let mut attributes = FsXattr::default();
+    // SAFETY: the descriptor is open, and FS_IOC_FSGETXATTR writes one such structure to where it lies.
+    unsafe { fs_get_xattr(file.as_raw_fd(), &mut attributes) }?;
+    Ok(attributes)
+}
+
+/// The extent size hint of a file that has one (XFS).
+pub fn extent_size_hint(file: &File) -> Option<u64> {
+    let attributes = attributes(file).ok()?;
+    (attributes.extsize != 0).then_some(u64::from(attributes.extsize))
+}
+
+/// Sets the extent size hint of an empty file. A file system without such hints is no error.
+pub fn set_extent_size_hint(file: &File, hint: u32) -> Result<()> {
+    let Ok(mut attributes) = attributes(file) else { return Ok(()) };
+    attributes.extsize = hint;
+    match hint {
+        0 => attributes.xflags &= !XFLAG_EXTSIZE,
+        _ => attributes.xflags |= XFLAG_EXTSIZE,
+    }
+    // SAFETY: the descriptor is open, and FS_IOC_FSSETXATTR reads one such structure from where it lies.
+    match unsafe { fs_set_xattr(file.as_raw_fd(), &attributes) } {
+        Ok(_) | Err(Errno::ENOTTY | Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Asks that an empty file's blocks be overwritten in place (btrfs). Where that cannot be asked, nothing is done.
+pub fn set_nocow(file: &File) {
+    let mut flags: c_int = 0;
+    // SAFETY: the descriptor is open; despite their encoded size both requests move one int.
+    unsafe {
+        if fs_get_flags(file.as_raw_fd(), &mut flags).is_ok() {
+            flags |= NOCOW;
+            let _ = fs_set_flags(file.as_raw_fd(), &flags);
+        }
+    }
+}
+
+/// What `O_DIRECT` asks offsets and lengths to be multiples of.
+pub fn direct_unit(file: &File, kind: Kind) -> usize {
+    match kind {
+        Kind::BlockDevice => usize::try_from(sector(file)).unwrap_or(4096),
+        _ => 4096,
+    }
+}
+
+/// The size of a page of the cache.
+pub fn page_size() -> usize {
+    // SAFETY: sysconf touches no memory of ours.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
+/// Whether every write to the file waits for stable storage.
+pub fn is_synchronous(file: &File) -> bool {
+    fcntl(file, FcntlArg::F_GETFL).is_ok_and(|flags| OFlag::from_bits_retain(flags).contains(OFlag::O_DSYNC))
+}
+
+/// Whether a file is where something is mounted, so that no other file can take its name.
+pub fn is_mount_point(file: &File) -> bool {
+    // SAFETY: all-zero bytes are a valid statx structure; the path is an empty C string, and with AT_EMPTY_PATH the
+    // kernel writes one statx structure about the open descriptor to where it lies.
+    unsafe {
+        let mut answer: libc::statx = std::mem::zeroed();
+        let asked = libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, 0, &mut answer);
+        let bit = libc::STATX_ATTR_MOUNT_ROOT as u64;
+        asked == 0 && answer.stx_attributes_mask & answer.stx_attributes & bit != 0
+    }
+}
+
+/// Copies the extended attributes (access lists and labels among them) that may be copied.
+pub fn copy_attributes(from: &File, to: &File) {
+    for name in attribute_names(from).unwrap_or_default().split_inclusive(|byte| *byte == 0) {
+        let mut value = vec![0u8; 65536];
+        if !name.ends_with(&[0]) {
+            continue;
+        }
+        // SAFETY: both descriptors are open, `name` ends in a zero byte, and the kernel writes at most as many
+        // bytes as it is told and reads as many as it wrote.
+        unsafe {
+            let name = name.as_ptr().cast();
+            let len = libc::fgetxattr(from.as_raw_fd(), name, value.as_mut_ptr().cast(), value.len());
+            if let Ok(len) = usize::try_from(len) {
+                libc::fsetxattr(to.as_raw_fd(), name, value.as_ptr().cast(), len.min(value.len()), 0);
+            }
+        }
+    }
+}
+
+fn attribute_names(file: &File) -> io::Result<Vec<u8>> {
+    let mut names = vec![0u8; 65536];
+    // SAFETY: the descriptor is open, and the kernel writes at most as many bytes as it is told.
+    let len = unsafe { libc::flistxattr(file.as_raw_fd(), names.as_mut_ptr().cast(), names.len()) };
+    names.truncate(usize::try_from(len).map_err(|_| io::Error::last_os_error())?);
+    Ok(names)
+}
