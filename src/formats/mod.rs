@@ -2,8 +2,9 @@
 
 pub mod qcow2;
 pub mod raw;
+pub mod vmdk;
 
 use crate::block::Format;
 
 /// Every format there is; raw last, because it takes anything.
-pub const FORMATS: &[&dyn Format] = &[&raw::Raw];
+pub const FORMATS: &[&dyn Format] = &[&vmdk::Vmdk, &raw::Raw];

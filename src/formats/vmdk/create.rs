@@ -1,0 +1,319 @@
+//! Making a new vmdk: the subformat decides which files there are and how each is laid out.
+//!
+//! Decided first (a [`Plan`]), written later. The bytes are the reference's, but for the content id and for
+//! stream-optimized images, which get the layout that VMware's importers insist on: header version 3 with the
+//! grain directory at the end, a footer and an end-of-stream marker.
+//!
+//! Source: *Virtual Disk Format 5.0*; behaviour of the reference for sizes, names and texts.
+
+use crate::block::error::Context;
+use crate::block::{Create, CreateOptions, CreateRequest, Error, OptionKind, OptionSpec, Result};
+use crate::storage::{Preallocation, Storage};
+
+use super::descriptor::{Descriptor, NO_PARENT, NewDescriptor};
+use super::layout::*;
+use super::sparse::entry_bytes;
+use super::stream::tail;
+use super::{Vmdk, read_text};
+
+const OPTIONS: &[OptionSpec] = &[
+    OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionSpec::new(
+        "adapter_type",
+        OptionKind::Text,
+        "Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX",
+    ),
+    OptionSpec::new("backing_file", OptionKind::Text, "File name of a base image"),
+    OptionSpec::new("backing_fmt", OptionKind::Text, "Must be 'vmdk' if present"),
+    OptionSpec::new("compat6", OptionKind::Switch, "VMDK version 6 image").or("off"),
+    OptionSpec::new("hwversion", OptionKind::Text, "VMDK hardware version").or("undefined"),
+    OptionSpec::new("toolsversion", OptionKind::Text, "VMware guest tools version"),
+    OptionSpec::new(
+        "subformat",
+        OptionKind::Text,
+        "VMDK flat extent format, can be one of {monolithicSparse (default) | monolithicFlat | twoGbMaxExtentSparse | twoGbMaxExtentFlat | streamOptimized} ",
+    ),
+    OptionSpec::new(
+        "zeroed_grain",
+        OptionKind::Switch,
+        "Enable efficient zero writes using the zeroed-grain GTE feature",
+    ),
+];
+
+/// Bytes of an extent of a split image.
+pub const SPLIT: u64 = 1 << 31;
+
+/// What a subformat is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Subformat {
+    /// Its `createType`.
+    pub name: &'static str,
+    /// Split into files of 2 GiB.
+    pub split: bool,
+    /// Plain files.
+    pub flat: bool,
+    /// Stream-optimized.
+    pub compressed: bool,
+}
+
+/// Every subformat that can be created; the first is the default.
+pub const SUBFORMATS: &[Subformat] = &[
+    Subformat { name: "monolithicSparse", split: false, flat: false, compressed: false },
+    Subformat { name: "monolithicFlat", split: false, flat: true, compressed: false },
+    Subformat { name: "twoGbMaxExtentSparse", split: true, flat: false, compressed: false },
+    Subformat { name: "twoGbMaxExtentFlat", split: true, flat: true, compressed: false },
+    Subformat { name: "streamOptimized", split: false, flat: false, compressed: true },
+];
+
+fn subformat(options: &CreateOptions) -> Result<Subformat> {
+    let name = options.text("subformat").unwrap_or(SUBFORMATS[0].name);
+    let known = SUBFORMATS.iter().find(|subformat| subformat.name.eq_ignore_ascii_case(name));
+    known.copied().ok_or_else(|| Error::invalid(format!("invalid parameter value: {name}")))
+}
+
+/// Everything decided.
+struct Plan<'a> {
+    subformat: Subformat,
+    size: u64,
+    zeroed: bool,
+    adapter: &'a str,
+    hardware: &'a str,
+    tools: &'a str,
+    parent: Option<(&'a str, u32)>,
+}
+
+impl<'a> Plan<'a> {
+    fn new(request: &CreateRequest<'a>) -> Result<Self> {
+        let options = request.options;
+        let adapter = options.text("adapter_type").unwrap_or("ide");
+        let compat6 = options.switch("compat6");
+        let hardware = match options.text("hwversion").unwrap_or("undefined") {
+            "undefined" if compat6 => "6",
+            "undefined" => "4",
+            _ if compat6 => return Err(Error::invalid("compat6 cannot be enabled with hwversion set")),
+            version => version,
+        };
+        let known = ["ide", "buslogic", "lsilogic", "legacyESX"];
+        if !known.iter().any(|name| name.eq_ignore_ascii_case(adapter)) {
+            return Err(Error::invalid(format!("Unknown adapter type: {adapter}")));
+        }
+        let subformat = subformat(options)?;
+        let zeroed = options.switch("zeroed_grain");
+        let backing = options.text("backing_file").filter(|name| !name.is_empty());
+        if subformat.flat && backing.is_some() {
+            return Err(Error::invalid("Flat image can't have backing file"));
+        }
+        if subformat.flat && zeroed {
+            return Err(Error::invalid("Flat image can't enable zeroed grain"));
+        }
+        if let Some(format) = options.text("backing_fmt")
+            && format != "vmdk"
+        {
+            return Err(Error::invalid(format!("Invalid backing file format: {format}. Must be vmdk")));
+        }
+        let size = request
+            .size
+            .checked_next_multiple_of(SECTOR)
+            .filter(|size| i64::try_from(*size).is_ok())
+            .ok_or_else(|| Error::invalid("The image size is too large"))?;
+        if !subformat.flat && !subformat.split && tables(size) > MAX_TABLES {
+            return Err(Error::invalid("The image size is too large for file format 'vmdk'"));
+        }
+        let parent = match backing {
+            Some(name) => Some((name, parent_cid(request, name)?)),
+            None => None,
+        };
+        let tools = options.text("toolsversion").unwrap_or("2147483647");
+        Ok(Self { subformat, size, zeroed, adapter, hardware, tools, parent })
+    }
+
+    /// The sizes of the extents.
+    fn extents(&self) -> Vec<u64> {
+        if !self.subformat.split {
+            return if self.size == 0 { Vec::new() } else { vec![self.size] };
+        }
+        let full = usize::try_from(self.size / SPLIT).unwrap_or(0);
+        let mut sizes = vec![SPLIT; full];
+        if !self.size.is_multiple_of(SPLIT) {
+            sizes.push(self.size % SPLIT);
+        }
+        sizes
+    }
+}
+
+/// The content id of the parent, read from its descriptor.
+fn parent_cid(request: &CreateRequest<'_>, name: &str) -> Result<u32> {
+    let not_vmdk = || Error::invalid("backing_file must be a vmdk image");
+    let child = request.related.open("backing", name)?;
+    let mut head = vec![0; 2048];
+    child.storage.read_at(0, &mut head).context("Could not read the backing file")?;
+    let (at, len) = match SparseHeader::parse(&head) {
+        Some(header) if head.starts_with(MAGIC) => {
+            (header.descriptor_at.saturating_mul(SECTOR), header.descriptor_sectors.saturating_mul(SECTOR))
+        }
+        _ if super::descriptor::looks_like(&head) => (0, MAX_DESCRIPTOR),
+        _ => return Err(not_vmdk()),
+    };
+    Ok(Descriptor::parse(&read_text(&*child.storage, at, len)?).map_err(|_| not_vmdk())?.cid)
+}
+
+fn tables(size: u64) -> u64 {
+    size.div_ceil(GRAIN_SECTORS * SECTOR * u64::from(HOSTED_GTES))
+}
+
+/// The name of extent `index` (from 0) beside the descriptor: `STEM-s001.EXT`.
+pub fn extent_name(main: &str, subformat: &Subformat, index: usize) -> String {
+    let base = main.rsplit('/').next().unwrap_or(main);
+    let (stem, extension) = match base.rfind('.') {
+        Some(dot) => base.split_at(dot),
+        None => (base, ""),
+    };
+    match (subformat.split, subformat.flat) {
+        (false, _) => format!("{stem}-flat{extension}"),
+        (true, true) => format!("{stem}-f{:03}{extension}", index + 1),
+        (true, false) => format!("{stem}-s{:03}{extension}", index + 1),
+    }
+}
+
+/// Where the tables of a sparse extent lie, in sectors.
+pub struct SparseLayout {
+    header: SparseHeader,
+    rgd: Vec<u32>,
+    gd: Vec<u32>,
+}
+
+impl SparseLayout {
+    /// The layout of the reference: descriptor, redundant directory, its tables, directory, its tables, grains.
+    pub fn new(size: u64, zeroed: bool) -> Result<Self> {
+        let tables = tables(size);
+        let too_large = || Error::invalid("The image size is too large for file format 'vmdk'");
+        let gd_sectors = (4 * tables).div_ceil(SECTOR);
+        let rgd_at = 1 + DESCRIPTOR_SECTORS;
+        let gd_at = rgd_at + gd_sectors + tables * GT_SECTORS;
+        let directory = |at: u64| -> Result<Vec<u32>> {
+            (0..tables)
+                .map(|table| u32::try_from(at + gd_sectors + table * GT_SECTORS).map_err(|_| too_large()))
+                .collect()
+        };
+        let overhead = (gd_at + gd_sectors + tables * GT_SECTORS).next_multiple_of(GRAIN_SECTORS);
+        let header = SparseHeader {
+            version: if zeroed { 2 } else { 1 },
+            flags: FLAG_NEWLINES | FLAG_REDUNDANT | if zeroed { FLAG_ZERO_GRAIN } else { 0 },
+            capacity: size / SECTOR,
+            grain_sectors: GRAIN_SECTORS,
+            descriptor_at: 1,
+            descriptor_sectors: DESCRIPTOR_SECTORS,
+            gtes: HOSTED_GTES,
+            rgd_at,
+            gd_at,
+            overhead,
+            unclean: false,
+            compression: 0,
+        };
+        Ok(Self { header, rgd: directory(rgd_at)?, gd: directory(gd_at)? })
+    }
+
+    /// Writes header and directories; the tables are holes.
+    pub fn write(&self, storage: &dyn Storage) -> Result<()> {
+        let header = &self.header;
+        storage.set_len(header.overhead * SECTOR, Preallocation::Off).context("Could not resize file")?;
+        let put = |at: u64, bytes: &[u8]| storage.write_at(at * SECTOR, bytes).context("Could not write the header");
+        put(0, &header.to_bytes())?;
+        let padded = |directory: &[u32]| {
+            let mut bytes = entry_bytes(directory);
+            bytes.resize(bytes.len().next_multiple_of(512), 0);
+            bytes
+        };
+        put(header.rgd_at, &padded(&self.rgd))?;
+        put(header.gd_at, &padded(&self.gd))
+    }
+}
+
+/// A stream-optimized extent without a grain: header, room for the descriptor, directory, footer, end.
+fn write_stream(storage: &dyn Storage, size: u64) -> Result<()> {
+    let header = SparseHeader {
+        version: 3,
+        flags: FLAG_NEWLINES | FLAG_COMPRESSED | FLAG_MARKERS,
+        capacity: size / SECTOR,
+        grain_sectors: GRAIN_SECTORS,
+        descriptor_at: 1,
+        descriptor_sectors: DESCRIPTOR_SECTORS,
+        gtes: HOSTED_GTES,
+        rgd_at: 0,
+        gd_at: GD_AT_END,
+        overhead: GRAIN_SECTORS,
+        unclean: false,
+        compression: COMPRESSION_DEFLATE,
+    };
+    storage.write_at(0, &header.to_bytes()).context("Could not write the header")?;
+    let directory = vec![0; usize::try_from(tables(size)).unwrap_or(0)];
+    let tail = tail(&header, header.overhead, &directory)?;
+    storage.write_at(header.overhead * SECTOR, &tail).context("Could not write the footer")
+}
+
+impl Create for Vmdk {
+    fn options(&self) -> &'static [OptionSpec] {
+        OPTIONS
+    }
+
+    fn compresses(&self) -> bool {
+        true
+    }
+
+    fn always_compresses(&self, options: &CreateOptions) -> bool {
+        subformat(options).is_ok_and(|subformat| subformat.compressed)
+    }
+
+    fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
+        let plan = Plan::new(request)?;
+        let subformat = plan.subformat;
+        let main = request.files.main()?;
+        let embedded = !subformat.split && !subformat.flat;
+        let mut lines = String::new();
+        for (index, size) in plan.extents().into_iter().enumerate() {
+            let (storage, name) = if embedded {
+                let name = request.files.name();
+                (main.clone(), name.rsplit('/').next().unwrap_or(name).to_owned())
+            } else {
+                let name = extent_name(request.files.name(), &subformat, index);
+                (request.files.beside(&name)?, name)
+            };
+            let sectors = size / SECTOR;
+            if subformat.flat {
+                storage.set_len(size, Preallocation::Off).with_context(|| format!("Could not create '{name}'"))?;
+                lines.push_str(&format!("RW {sectors} FLAT \"{name}\" 0\n"));
+                continue;
+            }
+            if subformat.compressed {
+                write_stream(&*storage, size)?;
+            } else {
+                SparseLayout::new(size, plan.zeroed)?.write(&*storage)?;
+            }
+            lines.push_str(&format!("RW {sectors} SPARSE \"{name}\"\n"));
+        }
+        if embedded && plan.size == 0 {
+            if subformat.compressed {
+                write_stream(&*main, 0)?;
+            } else {
+                SparseLayout::new(0, plan.zeroed)?.write(&*main)?;
+            }
+        }
+        let text = NewDescriptor {
+            cid: request.ids.word("cid"),
+            parent_cid: plan.parent.map_or(NO_PARENT, |(_, cid)| cid),
+            create_type: subformat.name,
+            parent: plan.parent.map(|(name, _)| name),
+            extents: &lines,
+            hardware: plan.hardware,
+            size: plan.size,
+            adapter: plan.adapter,
+            tools: plan.tools,
+        }
+        .text();
+        let at = if embedded { SECTOR } else { 0 };
+        if embedded && text.len() as u64 > DESCRIPTOR_SECTORS * SECTOR {
+            return Err(Error::invalid("The descriptor does not fit: the names in it are too long"));
+        }
+        main.write_at(at, text.as_bytes()).context("Could not write the descriptor")
+    }
+}

@@ -1,0 +1,317 @@
+//! Where new data goes in a vmdk, and how it becomes visible.
+//!
+//! Grains are appended in the order of the calls to `place`. Tables change in memory at `publish` and reach the
+//! file at `flush`, after the grains. The content id is changed once, with the first flush that follows a write,
+//! so that children made before no longer match.
+
+use std::cell::RefCell;
+
+use flate2::{Compress as Deflate, Compression, FlushCompress, Status};
+
+use crate::block::error::Context;
+use crate::block::{
+    Action, Compress, Encoded, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write,
+};
+use crate::storage::{Preallocation, Zeroing};
+
+use super::descriptor::{self, Access};
+use super::layout::*;
+use super::sparse::{Grain, Sparse, sector32};
+use super::{Body, Part, VmdkDriver};
+
+impl VmdkDriver {
+    fn sparse_at(&self, at: GuestOffset) -> Option<(&Part, &Sparse)> {
+        let part = &self.parts[self.part_at(at.get()).ok()?];
+        match &part.body {
+            Body::Sparse { sparse, .. } => Some((part, sparse)),
+            _ => None,
+        }
+    }
+
+    fn place_sparse(
+        &self,
+        file: usize,
+        part: &Part,
+        sparse: &Sparse,
+        at: u64,
+        len: u64,
+        store: Store,
+    ) -> Result<Placed> {
+        let shape = sparse.shape;
+        let start = GuestOffset(part.start + at);
+        let (first, skip) = (at / shape.grain, at % shape.grain);
+        let here = |sector: u64| HostPlace { file, at: HostOffset(sector * SECTOR) + skip };
+        let placed = |len, action, ticket| Placed { start, len, store, action, ticket };
+        let mut state = sparse.state();
+        if let Store::Compressed { bytes } = store {
+            let len = len.min(shape.grain);
+            let sector = if state.stream.is_some() {
+                state.place_encoded(sparse, first, bytes)?
+            } else {
+                state.ensure_table(sparse, first)?;
+                let sector = state.next;
+                state.next += bytes.div_ceil(SECTOR);
+                sector32(sector)?.into()
+            };
+            let action = Action::Write { place: here(sector), before: 0, after: 0 };
+            return Ok(placed(len, action, Ticket { a: sector, b: first, c: 1 }));
+        }
+        if shape.compressed && store == Store::Data {
+            return Err(Error::unsupported("a stream-optimized image takes whole compressed grains only"));
+        }
+        // How many grains from here on are alike, within the range.
+        let wanted = (skip + len).div_ceil(shape.grain);
+        let old = state.grain(sparse, first)?;
+        let mut grains = 1;
+        while grains < wanted {
+            let next = state.grain(sparse, first + grains)?;
+            let alike = match (old, next) {
+                (Grain::At(a), Grain::At(b)) => a + grains * shape.grain_sectors() == b,
+                (Grain::At(_), _) | (_, Grain::At(_)) => false,
+                (a, b) => a == b || store == Store::Data,
+            };
+            if !alike {
+                break;
+            }
+            grains += 1;
+        }
+        let mut len = len.min(grains * shape.grain - skip);
+        let grains_of = |len: u64| (skip + len).div_ceil(shape.grain);
+        match (store, old) {
+            (Store::Zero { .. }, Grain::Zeroed) => Ok(placed(len, Action::Nothing, Ticket::default())),
+            (Store::Zero { .. }, Grain::Unallocated) if self.backing.is_none() => {
+                Ok(placed(len, Action::Nothing, Ticket::default()))
+            }
+            (Store::Zero { .. }, _) if shape.zeroed => {
+                state.ensure_table(sparse, first)?;
+                let ticket = Ticket { a: GTE_ZEROED.into(), b: first, c: grains_of(len) };
+                Ok(placed(len, Action::Nothing, ticket))
+            }
+            (Store::Zero { .. }, Grain::At(_)) if shape.compressed => {
+                Err(Error::unsupported("a stream-optimized image cannot be written over"))
+            }
+            (Store::Zero { .. }, Grain::At(sector)) => {
+                Ok(placed(len, Action::Zero { place: here(sector) }, Ticket::default()))
+            }
+            (_, Grain::At(sector)) => {
+                let action = Action::Write { place: here(sector), before: 0, after: 0 };
+                Ok(placed(len, action, Ticket::default()))
+            }
+            (_, Grain::Unallocated | Grain::Zeroed) => {
+                if matches!(store, Store::Zero { .. }) {
+                    len = len.min(shape.grain - skip);
+                }
+                let grains = grains_of(len);
+                let mut table = first;
+                while table < first + grains {
+                    state.ensure_table(sparse, table)?;
+                    table = (table / shape.gtes + 1) * shape.gtes;
+                }
+                let sector = state.next;
+                sector32(sector + grains * shape.grain_sectors())?;
+                state.next += grains * shape.grain_sectors();
+                let after = grains * shape.grain - skip - len;
+                let action = Action::Write { place: here(sector), before: skip, after };
+                Ok(placed(len, action, Ticket { a: sector, b: first, c: grains }))
+            }
+        }
+    }
+
+    /// Tables, then the content id, then whatever the cache mode asks for.
+    pub(super) fn write_out(&self) -> Result<()> {
+        if !self.write {
+            return Ok(());
+        }
+        let flush_files = || -> Result<()> {
+            for file in &self.files {
+                file.storage.flush().with_context(|| format!("{}: could not flush", file.name))?;
+            }
+            Ok(())
+        };
+        flush_files()?;
+        for part in &self.parts {
+            if let Body::Sparse { sparse, .. } = &part.body {
+                sparse.flush()?;
+            }
+        }
+        flush_files()
+    }
+
+    /// Gives the image a new content id, once: its content is about to differ from what children were made of.
+    /// The new id follows from the old one, so that the same work gives the same bytes.
+    fn renew(&self) -> Result<()> {
+        let mut renewed = self.renewed.lock().unwrap_or_else(|e| e.into_inner());
+        let streaming = self.parts.iter().any(|part| match &part.body {
+            Body::Sparse { sparse, .. } => sparse.state().stream.is_some(),
+            _ => false,
+        });
+        if !*renewed && !streaming && self.text_at.is_some() {
+            let mixed = self.descriptor.cid.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let cid = if mixed >= u32::MAX - 1 { 1 } else { mixed };
+            self.rewrite_text(|text| descriptor::with_value(text, "CID", &format!("{cid:x}")))?;
+        }
+        *renewed = true;
+        Ok(())
+    }
+
+    /// Changes the descriptor's text in its place, filled with NULs as the reference does.
+    pub(super) fn rewrite_text(&self, change: impl FnOnce(&str) -> String) -> Result<()> {
+        let Some((at, room)) = self.text_at else { return Ok(()) };
+        let storage = &self.files[0].storage;
+        let len = match room {
+            Some(room) => room,
+            None => storage.len().context("Could not get the length of the descriptor")?,
+        };
+        let new = change(&super::read_text(&**storage, at, len)?);
+        let mut bytes = new.into_bytes();
+        match room {
+            Some(room) => {
+                let room = usize::try_from(room.min(MAX_DESCRIPTOR)).unwrap_or(0);
+                if bytes.len() > room {
+                    return Err(Error::unsupported("the descriptor does not fit in its place any more"));
+                }
+                bytes.resize(room, 0);
+            }
+            None => bytes.resize(bytes.len().next_multiple_of(512), 0),
+        }
+        let name = || format!("{}: could not write the descriptor", self.files[0].name);
+        storage.write_at(at, &bytes).with_context(name)?;
+        if room.is_none() && (bytes.len() as u64) < len {
+            storage.set_len(bytes.len() as u64, Preallocation::Off).with_context(name)?;
+        }
+        Ok(())
+    }
+}
+
+impl Write for VmdkDriver {
+    fn unit(&self) -> u64 {
+        self.parts
+            .iter()
+            .filter_map(|part| match &part.body {
+                Body::Sparse { sparse, .. } => Some(sparse.shape.grain),
+                _ => None,
+            })
+            .max()
+            .unwrap_or(1)
+    }
+
+    fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
+        let part = &self.parts[self.part_at(at.get())?];
+        let inside = at.get() - part.start;
+        let len = len.min(part.len - inside);
+        if part.access != Access::ReadWrite
+            && !matches!(&part.body, Body::Sparse { sparse, .. } if sparse.shape.compressed)
+        {
+            return Err(Error::unsupported(format!("offset {at} lies in an extent that may not be written")));
+        }
+        self.renew()?;
+        match &part.body {
+            Body::Forbidden => Err(Error::unsupported("the extent is marked NOACCESS")),
+            Body::SeSparse { .. } => Err(Error::unsupported("seSparse extents cannot be written")),
+            Body::Zero => match store {
+                Store::Zero { .. } => {
+                    Ok(Placed { start: at, len, store, action: Action::Nothing, ticket: Ticket::default() })
+                }
+                _ => Err(Error::unsupported("an extent of type ZERO cannot be written")),
+            },
+            Body::Flat { file, offset } => {
+                let place = HostPlace { file: *file, at: HostOffset(*offset) + inside };
+                let action = match store {
+                    Store::Zero { .. } => Action::Zero { place },
+                    Store::Data => Action::Write { place, before: 0, after: 0 },
+                    Store::Compressed { .. } => {
+                        return Err(Error::unsupported("Compression not supported for flat extents"));
+                    }
+                };
+                Ok(Placed { start: at, len, store, action, ticket: Ticket::default() })
+            }
+            Body::Sparse { file, sparse } => self.place_sparse(*file, part, sparse, inside, len, store),
+        }
+    }
+
+    fn publish(&self, placed: &Placed) -> Result<()> {
+        let Ticket { a, b, c } = placed.ticket;
+        if c == 0 {
+            return Ok(());
+        }
+        let Some((_, sparse)) = self.sparse_at(placed.start) else { return Ok(()) };
+        let mut state = sparse.state();
+        if state.stream.is_some() {
+            return Ok(());
+        }
+        for grain in 0..c {
+            let value = match placed.store {
+                Store::Zero { .. } if a == u64::from(GTE_ZEROED) => GTE_ZEROED,
+                _ => sector32(a + grain * sparse.shape.grain_sectors())?,
+            };
+            state.change(sparse, b + grain, value)?;
+        }
+        Ok(())
+    }
+
+    fn withdraw(&self, placed: &Placed) {
+        let Ticket { a, b, c } = placed.ticket;
+        let Some((_, sparse)) = self.sparse_at(placed.start) else { return };
+        if c == 0 || a == u64::from(GTE_ZEROED) {
+            return;
+        }
+        let mut state = sparse.state();
+        state.forget(sparse, b);
+        let sectors = match placed.store {
+            Store::Compressed { bytes } => bytes.div_ceil(SECTOR),
+            _ => c * sparse.shape.grain_sectors(),
+        };
+        if a + sectors == state.next {
+            state.next = a;
+        }
+    }
+
+    fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let part = &self.parts[self.part_at(at.get())?];
+        if let Body::Flat { file, offset } = &part.body {
+            let inside = at.get() - part.start;
+            let len = len.min(part.len - inside);
+            self.files[*file].storage.zero(offset + inside, len, Zeroing::Punch).context("discard")?;
+        }
+        Ok(())
+    }
+
+    fn compressing(&self) -> Option<&dyn Compress> {
+        let compressed = |part: &Part| matches!(&part.body, Body::Sparse { sparse, .. } if sparse.shape.compressed);
+        self.parts.iter().all(compressed).then_some(self)
+    }
+}
+
+thread_local! {
+    /// A compressor's window and tables are worth keeping: one a thread.
+    static DEFLATE: RefCell<Deflate> = RefCell::new(Deflate::new(Compression::new(6), true));
+}
+
+impl Compress for VmdkDriver {
+    fn encode(&self, at: GuestOffset, plain: &[u8], out: &mut Vec<u8>) -> Result<Encoded> {
+        out.clear();
+        // Room for what does not get smaller: deflate adds 5 bytes a 16 KiB block and a frame.
+        let room = plain.len() + plain.len() / 1024 + 64;
+        out.resize(GRAIN_MARKER + room, 0);
+        let bytes = DEFLATE.with_borrow_mut(|deflate| {
+            deflate.reset();
+            let status = deflate
+                .compress(plain, &mut out[GRAIN_MARKER..], FlushCompress::Finish)
+                .map_err(|e| Error::unsupported(format!("could not compress: {e}")))?;
+            match (status, u32::try_from(deflate.total_out())) {
+                (Status::StreamEnd, Ok(bytes)) => Ok(bytes),
+                _ => Err(Error::unsupported("could not compress: the output buffer is too small")),
+            }
+        })?;
+        let (part, _) = self.sparse_at(at).ok_or_else(|| Error::corrupt("no sparse extent here"))?;
+        out[..GRAIN_MARKER].copy_from_slice(&grain_marker((at.get() - part.start) / SECTOR, bytes));
+        let end = GRAIN_MARKER + bytes as usize;
+        out.resize(end.next_multiple_of(512), 0);
+        out[end..].fill(0);
+        Ok(Encoded::Smaller)
+    }
+
+    fn always(&self) -> bool {
+        true
+    }
+}
