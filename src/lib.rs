@@ -1,4 +1,60 @@
 //! vimg: virtual-machine disk images, created, inspected, converted and resized.
+//!
+//! # The house
+//!
+//! Strata; arrows only point down.
+//!
+//! ```text
+//! cli       what the user typed and what the user sees: clap, anyhow, text, JSON, exit codes, progress
+//! ops       what is done: create, info, convert, resize; no printing, no exit
+//! formats   raw, qcow2, vmdk, ...: each knows its own on-disk layout and nothing of the others
+//! block     one vocabulary for every image: BlockDriver, Format, Extent, Node, Opener, options, error
+//! codec     deflate, zstd: bytes in, bytes out; no files
+//! storage   bytes on the host by position: file, block device, memory; sparse files and preallocation
+//! ```
+//!
+//! [`block`] names no format: the list, [`formats::FORMATS`], is handed to the [`block::Opener`]. So to add a
+//! format is one folder and one line.
+//!
+//! # Map, then act
+//!
+//! A driver ([`block::BlockDriver`]) does not read or write guest data. It answers *where* data is
+//! ([`extent`](block::BlockDriver::extent)) and *where* new data may go ([`place`](block::Write::place), then
+//! [`publish`](block::Write::publish)). The walk down a backing chain, the decoding of compressed units and the fill
+//! of a partly written cluster are each written once, in [`block::Node`]. No lock is held while guest data moves, and
+//! the order of the calls to `place` alone decides where data lies: that is why a conversion gives the same bytes on
+//! any number of threads.
+//!
+//! # An example
+//!
+//! How much of an image is data, and what is in its first sector:
+//!
+//! ```
+//! use vimg::block::{GuestOffset, ImageRef, OpenHow, Opener, Policy, node::Scratch};
+//! use vimg::formats::FORMATS;
+//!
+//! # let folder = std::env::temp_dir().join(format!("vimg-doc-{}", std::process::id()));
+//! # std::fs::create_dir_all(&folder)?;
+//! # let path = folder.join("disk.img");
+//! # std::fs::write(&path, vec![7u8; 4096])?;
+//! let opener = Opener::new(FORMATS, Policy::Refuse);
+//! let node = opener.open(&ImageRef::name(&path), &OpenHow::default())?;
+//!
+//! let (mut at, mut data) = (0, 0);
+//! while at < node.virtual_size() {
+//!     let mapping = node.map(GuestOffset(at), u64::MAX, usize::MAX)?;
+//!     if !mapping.is_zero() {
+//!         data += mapping.len;
+//!     }
+//!     at += mapping.len;
+//! }
+//! let mut sector = [0; 512];
+//! node.read(GuestOffset(0), &mut sector, &mut Scratch::default())?;
+//! # assert_eq!((data, sector), (4096, [7; 512]));
+//! # std::fs::remove_dir_all(&folder)?;
+//! println!("{data} bytes of data in {}", node.name());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod block;
 pub mod cli;

@@ -308,10 +308,10 @@ impl BlockDriver for VmdkDriver {
                 if let Some(grain) = part.grain() {
                     extent.insert("cluster-size".into(), json!(grain));
                 }
-                if let Body::Sparse { sparse, .. } = &part.body {
-                    if sparse.shape.compressed {
-                        extent.insert("compressed".into(), json!(true));
-                    }
+                if let Body::Sparse { sparse, .. } = &part.body
+                    && sparse.shape.compressed
+                {
+                    extent.insert("compressed".into(), json!(true));
                 }
                 Value::Object(extent)
             })
