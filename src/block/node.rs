@@ -359,11 +359,35 @@ impl Placement<'_> {
         }
     }
 
-    /// Makes it visible.
-    pub fn publish(mut self) -> Result<()> {
+    /// Where the range's bytes go, if they can be written there as they are: nothing around them to fill.
+    pub fn spot(&self) -> Result<Option<Spot<'_>>> {
+        let Action::Write { place, before: 0, after: 0 } = self.placed.action else { return Ok(None) };
+        let child = self.node.child(place)?;
+        Ok(Some(Spot { storage: &*child.storage, name: &child.name, at: place.at.get() }))
+    }
+
+    /// Makes it visible before its bytes are there: only for images that nobody else can see yet. The tables are
+    /// then the same whatever the order in which the writes end.
+    pub fn publish_early(&mut self) -> Result<()> {
         self.open = false;
         self.node.writing()?.publish(&self.placed)
     }
+
+    /// Makes it visible, unless it is.
+    pub fn publish(mut self) -> Result<()> {
+        if self.open { self.publish_early() } else { Ok(()) }
+    }
+}
+
+/// A place in a file that can be written to directly.
+#[derive(Debug, Clone, Copy)]
+pub struct Spot<'a> {
+    /// The file's bytes.
+    pub storage: &'a dyn Storage,
+    /// Its name, for messages.
+    pub name: &'a str,
+    /// Where in it.
+    pub at: u64,
 }
 
 impl Drop for Placement<'_> {

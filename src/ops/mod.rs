@@ -1,3 +1,4 @@
 //! What is done to images. No printing, no exit.
 
+pub mod convert;
 pub mod info;

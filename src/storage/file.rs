@@ -263,6 +263,10 @@ impl Storage for HostFile {
         Some(self.identity)
     }
 
+    fn host_file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+
     fn extent_size_hint(&self) -> Option<u64> {
         host::extent_size_hint(&self.file)
     }

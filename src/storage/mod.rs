@@ -13,10 +13,12 @@ pub mod file;
 pub mod host;
 pub mod lock;
 pub mod memory;
+pub mod offload;
 pub mod sparse;
 pub mod staging;
 
 use std::fmt;
+use std::fs::File;
 
 pub use error::{Error, Result};
 
@@ -160,6 +162,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
 
     /// Which file it is; `None` for memory.
     fn identity(&self) -> Option<Identity> {
+        None
+    }
+
+    /// The open file itself, where it is one of the host's and its offsets are these.
+    fn host_file(&self) -> Option<&File> {
         None
     }
 

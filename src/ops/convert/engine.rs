@@ -1,0 +1,463 @@
+//! The workers: read → detect zeros → compress → wait for the turn → place → pass the turn on → write → publish.
+//!
+//! Invariants: the order of placements is the order of the plan, whatever the number of threads, so the target's
+//! bytes are the same; memory is one set of buffers a worker; the first failure stops everybody.
+//!
+//! Lock order: `turn` before whatever the target's driver locks; `plan`, `failure` and `rate` are leaves and
+//! never held together.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::plan::{Chunk, Plan, Shape, Zeros};
+use super::source::{self, Content, Joined, Segment};
+use super::target::{self, Kind, Piece, Step};
+use super::zero::{self, SECTOR, Sparse};
+use super::{How, Observer};
+use crate::block::error::Context;
+use crate::block::node::Scratch;
+use crate::block::{Compress, Encoded, Error, GuestOffset, Node, Result, Store};
+
+/// What buffers are aligned to: the page, which is also what `O_DIRECT` wants.
+const PAGE: usize = 4096;
+
+/// A buffer that starts at a page and is used again and again.
+#[derive(Debug, Default)]
+struct Buffer {
+    bytes: Vec<u8>,
+    skip: usize,
+}
+
+impl Buffer {
+    fn get(&mut self, len: usize) -> &mut [u8] {
+        if self.bytes.len() < len + self.skip {
+            self.bytes = Vec::new();
+            self.bytes = vec![0; len + PAGE];
+            self.skip = self.bytes.as_ptr().align_offset(PAGE).min(PAGE);
+        }
+        &mut self.bytes[self.skip..self.skip + len]
+    }
+}
+
+/// Whose turn it is to place.
+#[derive(Debug, Default)]
+struct Turn {
+    next: Mutex<u64>,
+    changed: Condvar,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Not more than so many bytes a second.
+#[derive(Debug)]
+struct Rate {
+    bytes_per_second: u64,
+    free: Mutex<Instant>,
+}
+
+impl Rate {
+    /// Waits until `bytes` more may go; gives up when `stop` is set.
+    fn wait(&self, bytes: u64, stop: &AtomicBool) {
+        let cost = Duration::from_secs_f64(bytes as f64 / self.bytes_per_second.max(1) as f64);
+        let at = {
+            let mut free = lock(&self.free);
+            let at = (*free).max(Instant::now());
+            *free = at.checked_add(cost).unwrap_or(at);
+            at
+        };
+        while !stop.load(Ordering::Relaxed) {
+            let left = at.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::sleep(left.min(Duration::from_millis(100)));
+        }
+    }
+}
+
+/// One conversion, as all workers see it.
+pub struct Engine<'a> {
+    target: &'a Node,
+    how: &'a How,
+    observer: &'a dyn Observer,
+    plan: Mutex<Plan<'a>>,
+    turn: Turn,
+    stop: AtomicBool,
+    failure: Mutex<Option<(u64, Error)>>,
+    rate: Option<Rate>,
+    done: AtomicU64,
+    total: u64,
+    offload: AtomicBool,
+    unit: u64,
+    granule: u64,
+    zeros: Zeros,
+    sparse: Sparse,
+    compress: Option<&'a dyn Compress>,
+}
+
+/// What one worker has.
+#[derive(Default)]
+struct Worker<'a> {
+    chunk: Chunk<'a>,
+    plain: Buffer,
+    encoded: Vec<u8>,
+    unit: Vec<u8>,
+    units: Vec<Unit>,
+    scratch: Scratch,
+    pieces: Vec<Piece>,
+    flags: Vec<u8>,
+    steps: Vec<Step<'a>>,
+}
+
+/// A unit that is to be stored compressed.
+struct Unit {
+    at: u64,
+    len: u64,
+    from: usize,
+    bytes: usize,
+    encoded: bool,
+}
+
+impl<'a> Engine<'a> {
+    /// Ready to run.
+    pub fn new(source: &'a Joined, target: &'a Node, how: &'a How, observer: &'a dyn Observer) -> Result<Self> {
+        let writing = target.writing()?;
+        let compress = if how.compress {
+            let none = || Error::unsupported("Compression not supported for this file format");
+            Some(writing.compressing().ok_or_else(none)?)
+        } else {
+            None
+        };
+        let unit = writing.unit().max(1);
+        let zeros = match (how.sparse, how.reads_zero) {
+            (0, _) => Zeros::Write,
+            (_, true) => Zeros::Skip,
+            (_, false) => Zeros::Make,
+        };
+        let total = if observer.wants_progress() { source.stored()? } else { 0 };
+        let rate = how.rate.map(|bytes_per_second| Rate { bytes_per_second, free: Mutex::new(Instant::now()) });
+        Ok(Self {
+            target,
+            how,
+            observer,
+            plan: Mutex::new(Plan::new(source, Shape { unit, zeros })),
+            turn: Turn::default(),
+            stop: AtomicBool::new(false),
+            failure: Mutex::new(None),
+            rate,
+            done: AtomicU64::new(0),
+            total,
+            offload: AtomicBool::new(how.offload),
+            unit,
+            granule: writing.fill_unit().max(1),
+            zeros,
+            sparse: Sparse::new(how.sparse),
+            compress,
+        })
+    }
+
+    /// Does all of it.
+    pub fn run(&self, threads: usize) -> Result<()> {
+        self.observer.progress(0, self.total);
+        if threads <= 1 {
+            self.work();
+        } else {
+            std::thread::scope(|scope| {
+                for _ in 1..threads {
+                    scope.spawn(|| self.work());
+                }
+                self.work();
+            });
+        }
+        match lock(&self.failure).take() {
+            Some((_, error)) => Err(error),
+            None => {
+                self.observer.progress(self.total, self.total);
+                Ok(())
+            }
+        }
+    }
+
+    fn work(&self) {
+        let mut worker = Worker::default();
+        while !self.stop.load(Ordering::Relaxed) {
+            let more = lock(&self.plan).next(&mut worker.chunk);
+            let result = match more {
+                Ok(false) => return,
+                Ok(true) => self.process(&mut worker),
+                Err(error) => {
+                    // What comes after all chunks that are known is the last to be blamed.
+                    worker.chunk.number = u64::MAX;
+                    Err(error)
+                }
+            };
+            worker.steps.clear();
+            if let Err(error) = result {
+                self.fail(worker.chunk.number, error);
+                return;
+            }
+        }
+    }
+
+    fn fail(&self, number: u64, error: Error) {
+        let mut failure = lock(&self.failure);
+        if failure.as_ref().is_none_or(|(earlier, _)| number < *earlier) {
+            *failure = Some((number, error));
+        }
+        drop(failure);
+        self.stop.store(true, Ordering::Relaxed);
+        let _turn = lock(&self.turn.next);
+        self.turn.changed.notify_all();
+    }
+
+    /// Whether the order of placements can be seen in the target.
+    fn ordered(&self) -> bool {
+        self.unit > 1
+    }
+
+    fn process(&self, worker: &mut Worker<'a>) -> Result<()> {
+        let chunk = &worker.chunk;
+        if chunk.zero {
+            let (at, len) = (chunk.at, chunk.len);
+            return self.in_turn(chunk.number, || self.make_zero(at, len));
+        }
+        self.count(chunk);
+        if self.offload.load(Ordering::Relaxed) && self.copy_offloaded(chunk)? {
+            return Ok(());
+        }
+        let short = |n: u64| usize::try_from(n).map_err(|_| Error::invalid("a chunk is too long"));
+        let len = short(chunk.len)?;
+        let padded = match self.compress {
+            Some(_) => short(chunk.len.next_multiple_of(self.unit))?,
+            None => len,
+        };
+        let whole = worker.plain.get(padded);
+        whole[len..].fill(0);
+        for segment in &chunk.segments {
+            let from = short(segment.at - chunk.at)?;
+            let buf = &mut whole[from..from + short(segment.len)?];
+            self.read(segment, buf, &mut worker.scratch)?;
+        }
+        target::decide(chunk, &whole[..len], self.sparse, self.zeros, &mut worker.pieces);
+        if self.granule > 1 {
+            target::coarsen(chunk.at, chunk.len, self.granule, &mut worker.flags, &mut worker.pieces);
+            target::fill_kept(chunk, self.target, &worker.pieces, &mut whole[..len], &mut worker.scratch)?;
+        }
+        if self.zeros == Zeros::Skip {
+            worker.pieces.retain(|piece| piece.kind == Kind::Data);
+        }
+        worker.pieces.retain(|piece| piece.kind != Kind::Keep);
+        if self.compress.is_some() {
+            self.encode(worker, padded)?;
+        }
+        self.store(worker, len)
+    }
+
+    fn count(&self, chunk: &Chunk<'_>) {
+        if self.total > 0 {
+            let stored = |segment: &&Segment<'_>| matches!(segment.content, Content::Stored(_));
+            let bytes: u64 = chunk.segments.iter().filter(stored).map(|segment| segment.len).sum();
+            let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            self.observer.progress(done, self.total);
+        }
+    }
+
+    fn read(&self, segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
+        let read = source::read(segment, buf, scratch);
+        let Err(error) = read else { return Ok(()) };
+        if !self.how.salvage {
+            return Err(reading(error, segment.at));
+        }
+        // Sector by sector: whatever cannot be read is zeros.
+        let mut rest = *segment;
+        for sector in buf.chunks_mut(SECTOR as usize) {
+            if let Err(error) = source::read(&Segment { len: sector.len() as u64, ..rest }, sector, scratch) {
+                sector.fill(0);
+                let why = error.storage().map_or_else(|| error.message(), ToString::to_string);
+                self.observer.warn(&format!("error while reading offset {}: {why}", rest.at));
+            }
+            if rest.len > sector.len() as u64 {
+                rest = rest.split(sector.len() as u64).1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Encodes the units of the data pieces, and makes `units` of them.
+    fn encode(&self, worker: &mut Worker<'a>, padded: usize) -> Result<()> {
+        let Some(compress) = self.compress else { return Ok(()) };
+        let Worker { chunk, plain, encoded, unit, units, pieces, .. } = worker;
+        encoded.clear();
+        units.clear();
+        let whole = plain.get(padded);
+        let size = usize::try_from(self.unit).map_err(|_| Error::invalid("a unit is too long"))?;
+        let end = chunk.at + chunk.len;
+        for piece in pieces.iter().filter(|piece| piece.kind == Kind::Data) {
+            let mut at = piece.at;
+            while at < piece.at + piece.len {
+                let from = usize::try_from(at - chunk.at).map_err(|_| Error::invalid("a chunk is too long"))?;
+                let bytes = &whole[from..(from + size).min(padded)];
+                let len = self.unit.min(end - at);
+                if self.zeros == Zeros::Skip && zero::is_zero(bytes) {
+                    at += self.unit;
+                    continue;
+                }
+                let next = match compress.encode(GuestOffset(at), bytes, unit)? {
+                    Encoded::Incompressible if !compress.always() => {
+                        Unit { at, len, from, bytes: short_len(len), encoded: false }
+                    }
+                    _ => {
+                        let from = encoded.len();
+                        encoded.extend_from_slice(unit);
+                        Unit { at, len, from, bytes: unit.len(), encoded: true }
+                    }
+                };
+                units.push(next);
+                at += self.unit;
+            }
+        }
+        pieces.retain(|piece| piece.kind != Kind::Data);
+        Ok(())
+    }
+
+    /// Places, writes and publishes what a chunk has come to.
+    fn store(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
+        let Worker { chunk, plain, encoded, units, scratch, pieces, steps, .. } = worker;
+        let plain = &*plain.get(len);
+        let early = self.how.unnamed;
+        // Pieces that share a unit of a file that others can see are finished one by one.
+        let one_by_one = !early && self.granule < self.unit && self.granule > 1;
+        let deferred_zeros = !self.ordered();
+        self.in_turn(chunk.number, || {
+            for piece in pieces.iter() {
+                let from = short_len(piece.at - chunk.at);
+                match piece.kind {
+                    Kind::Data if one_by_one => {
+                        target::place(self.target, piece, from, false, steps)?;
+                        target::write(steps, plain, encoded, scratch)?;
+                        steps.drain(..).try_for_each(|step| step.placement.publish())?;
+                    }
+                    Kind::Data => target::place(self.target, piece, from, early, steps)?,
+                    Kind::Zero if !deferred_zeros => self.make_zero(piece.at, piece.len)?,
+                    _ => {}
+                }
+            }
+            for unit in units.iter() {
+                if unit.encoded {
+                    let store = Store::Compressed { bytes: unit.bytes as u64 };
+                    let mut placement = self.target.place(GuestOffset(unit.at), unit.len, store)?;
+                    if early {
+                        placement.publish_early()?;
+                    }
+                    let step = Step { placement, at: unit.at, from: unit.from, len: unit.bytes, encoded: true };
+                    steps.push(step);
+                } else {
+                    let piece = Piece { at: unit.at, len: unit.len, kind: Kind::Data };
+                    target::place(self.target, &piece, unit.from, early, steps)?;
+                }
+            }
+            Ok(())
+        })
+        .map_err(|error| self.wrote(error, chunk.at))?;
+        units.clear();
+        if let Some(rate) = &self.rate {
+            rate.wait(steps.iter().map(|step| step.len as u64).sum(), &self.stop);
+        }
+        target::write(steps, plain, encoded, scratch)?;
+        if deferred_zeros {
+            for piece in pieces.iter().filter(|piece| piece.kind == Kind::Zero) {
+                self.make_zero(piece.at, piece.len)?;
+            }
+        }
+        steps.drain(..).try_for_each(|step| step.placement.publish()).map_err(|error| self.wrote(error, chunk.at))
+    }
+
+    /// Which file, and where: unless that is said already.
+    fn wrote(&self, error: Error, at: u64) -> Error {
+        if error.message().contains("error while writing at byte") {
+            return error;
+        }
+        error.context(target::writing(self.target.name(), at))
+    }
+
+    fn make_zero(&self, at: u64, len: u64) -> Result<()> {
+        let done = self.target.write_zeroes(GuestOffset(at), len, true, &mut Scratch::default());
+        done.map_err(|error| self.wrote(error, at))
+    }
+
+    /// Runs `place` when all chunks before this one have been placed.
+    fn in_turn(&self, number: u64, place: impl FnOnce() -> Result<()>) -> Result<()> {
+        if !self.ordered() {
+            return place();
+        }
+        let mut next = lock(&self.turn.next);
+        while !self.how.reorder && *next != number {
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            next = self.turn.changed.wait(next).unwrap_or_else(PoisonError::into_inner);
+        }
+        let result = place();
+        if result.is_ok() {
+            *next = next.saturating_add(1);
+        }
+        drop(next);
+        self.turn.changed.notify_all();
+        result
+    }
+
+    /// Lets the host copy; false if it cannot, and then never asks again.
+    fn copy_offloaded(&self, chunk: &Chunk<'_>) -> Result<bool> {
+        for segment in &chunk.segments {
+            let Content::Stored(mapping) = &segment.content else { return Ok(false) };
+            let Some((from, from_at)) = mapping.data() else { return Ok(false) };
+            let mut done = 0;
+            while done < segment.len {
+                let at = segment.at + done;
+                let placement = self.target.place(GuestOffset(at), segment.len - done, Store::Data)?;
+                let Some(spot) = placement.spot()? else { return Ok(false) };
+                let len = placement.len() as u64;
+                if let Some(rate) = &self.rate {
+                    rate.wait(len, &self.stop);
+                }
+                let copied = crate::storage::offload::copy(from, from_at + done, spot.storage, spot.at, len)
+                    .with_context(|| target::writing(spot.name, at))?;
+                if !copied {
+                    self.offload.store(false, Ordering::Relaxed);
+                    return Ok(false);
+                }
+                placement.publish()?;
+                done += len;
+            }
+        }
+        Ok(true)
+    }
+}
+
+fn short_len(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+/// In the reference's words: the guest's offset, and the host's reason.
+fn reading(error: Error, at: u64) -> Error {
+    let what = format!("error while reading at byte {at}");
+    match error.storage() {
+        Some(_) => {
+            let mut inner = error;
+            // The driver's own place of failure is of no use to the guest's owner: the cause alone is kept.
+            while let Some(source) = inner.source.take() {
+                match source.downcast::<Error>() {
+                    Ok(error) => inner = *error,
+                    Err(source) => {
+                        return Error { kind: inner.kind, context: what, hints: inner.hints, source: Some(source) };
+                    }
+                }
+            }
+            inner.context(what)
+        }
+        None => error.context(what),
+    }
+}

@@ -1,0 +1,97 @@
+//! Converting: what the sources hold is written to a target, by as many threads as there are cores.
+//!
+//! The plan ([`plan`]) walks the sources' maps and cuts chunks; the workers ([`engine`]) move them. The target is
+//! open already: who made it, and whether it has its name yet, is not decided here.
+
+pub mod engine;
+pub mod plan;
+pub mod source;
+pub mod target;
+pub mod zero;
+
+use std::num::NonZero;
+
+pub use source::{Above, Joined};
+
+use crate::block::{Error, Node, Result};
+
+/// How it is done.
+#[derive(Debug, Clone)]
+pub struct How {
+    /// The shortest run of zeros that is left out, in bytes; 0: every byte is written.
+    pub sparse: u64,
+    /// How many threads; `None`: one per core.
+    pub threads: Option<usize>,
+    /// Store compressed units.
+    pub compress: bool,
+    /// Placements need not be in the guest's order.
+    pub reorder: bool,
+    /// The target has no name yet, so that nobody can see it half done.
+    pub unnamed: bool,
+    /// The target reads as zeros now, through all its layers.
+    pub reads_zero: bool,
+    /// Not more than so many bytes a second.
+    pub rate: Option<u64>,
+    /// Let the host copy where it can.
+    pub offload: bool,
+    /// What cannot be read is zeros.
+    pub salvage: bool,
+}
+
+impl Default for How {
+    fn default() -> Self {
+        Self {
+            sparse: 4096,
+            threads: None,
+            compress: false,
+            reorder: false,
+            unnamed: false,
+            reads_zero: false,
+            rate: None,
+            offload: false,
+            salvage: false,
+        }
+    }
+}
+
+/// Hears how it goes. Called from all threads.
+pub trait Observer: Sync {
+    /// Whether progress is worth the work of finding out the total.
+    fn wants_progress(&self) -> bool {
+        false
+    }
+
+    /// So many of the stored bytes have been started on.
+    fn progress(&self, done: u64, total: u64) {
+        let _ = (done, total);
+    }
+
+    /// Something went wrong that was asked to be borne.
+    fn warn(&self, text: &str) {
+        let _ = text;
+    }
+}
+
+/// Hears nothing.
+#[derive(Debug)]
+pub struct Silent;
+
+impl Observer for Silent {}
+
+/// The most threads that can be asked for.
+pub const MOST_THREADS: usize = 16;
+
+/// Writes everything that the sources hold to the target. Neither flushes nor closes it.
+pub fn convert(source: &Joined, target: &Node, how: &How, observer: &dyn Observer) -> Result<()> {
+    if target.virtual_size() < source.total() {
+        return Err(Error::invalid("output file is smaller than input file"));
+    }
+    let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = how.threads.unwrap_or_else(cores).clamp(1, MOST_THREADS);
+    // Not worth a thread.
+    let chunks = usize::try_from(source.total().div_ceil(plan::CHUNK)).unwrap_or(usize::MAX);
+    engine::Engine::new(source, target, how, observer)?.run(threads.min(chunks.max(1)))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,201 @@
+//! The plan: the walk over the sources' maps in guest order, cut into chunks for the workers.
+//!
+//! Invariants: a chunk starts and ends at a unit of the target (or at the end of the disk), so that no two
+//! workers ever share one; a compressed unit of a source lies in one chunk, so that it is decoded once; what
+//! needs no writing is in no chunk. The cuts depend on the maps alone, never on timing.
+
+use super::source::{Content, Joined, Segment};
+use crate::block::{ExtentKind, Result};
+
+/// Guest data in one chunk, before rounding to units.
+pub const CHUNK: u64 = 2 << 20;
+
+/// The longest run of zeros that is one piece of work.
+const ZERO_CHUNK: u64 = 1 << 30;
+
+/// What the cuts depend on.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    /// What is allocated as a whole in the target; 1 where nothing is.
+    pub unit: u64,
+    /// What zeros need.
+    pub zeros: Zeros,
+}
+
+/// What zeros in the sources need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Zeros {
+    /// Nothing: the target reads as zeros already.
+    Skip,
+    /// To be made, in the cheapest way.
+    Make,
+    /// To be written like data.
+    Write,
+}
+
+impl Shape {
+    /// The most bytes that a chunk spans.
+    pub fn longest(&self) -> u64 {
+        // Rounded out to units, and then to the end of a compressed unit of a source.
+        CHUNK + 2 * self.unit.max(1 << 20)
+    }
+
+    fn up(&self, at: u64) -> u64 {
+        at.checked_next_multiple_of(self.unit).unwrap_or(u64::MAX)
+    }
+}
+
+/// A piece of work.
+#[derive(Debug, Default)]
+pub struct Chunk<'a> {
+    /// Its place in the order, from 0.
+    pub number: u64,
+    /// Where it starts on the target.
+    pub at: u64,
+    /// Its length.
+    pub len: u64,
+    /// Nothing but zeros are to be made: there are no segments.
+    pub zero: bool,
+    /// What it is to hold, in order, without a gap.
+    pub segments: Vec<Segment<'a>>,
+}
+
+/// The walk.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    source: &'a Joined,
+    shape: Shape,
+    at: u64,
+    number: u64,
+    pending: Option<Segment<'a>>,
+    /// Where the run of stored data that we are in is to be cut next.
+    cut: Option<u64>,
+}
+
+impl<'a> Plan<'a> {
+    /// A walk over all of it.
+    pub fn new(source: &'a Joined, shape: Shape) -> Self {
+        Self { source, shape, at: 0, number: 0, pending: None, cut: None }
+    }
+
+    fn segment(&mut self) -> Result<Option<Segment<'a>>> {
+        if let Some(segment) = self.pending.take() {
+            return Ok(Some(segment));
+        }
+        let left = self.source.total() - self.at;
+        if left == 0 { Ok(None) } else { self.source.map(self.at, left).map(Some) }
+    }
+
+    /// How much of the start of a run that is not stored is whole units (the walk stands at a unit).
+    fn whole(&self, segment: &Segment<'_>) -> u64 {
+        if self.is_data(segment) {
+            0
+        } else if segment.end() >= self.source.total() {
+            segment.len
+        } else {
+            segment.len / self.shape.unit * self.shape.unit
+        }
+    }
+
+    fn put_back(&mut self, segment: Segment<'a>) {
+        self.at = segment.at;
+        self.pending = Some(segment);
+    }
+
+    /// The next piece of work, into `chunk`; false when there is none left.
+    pub fn next(&mut self, chunk: &mut Chunk<'a>) -> Result<bool> {
+        chunk.segments.clear();
+        chunk.zero = false;
+        chunk.len = 0;
+        // Whole units that hold nothing.
+        let first = loop {
+            let Some(segment) = self.segment()? else { return Ok(false) };
+            let whole = self.whole(&segment);
+            if whole == 0 {
+                break segment;
+            }
+            self.cut = None;
+            let make = matches!(segment.content, Content::Zero) && self.shape.zeros == Zeros::Make;
+            let limit = ZERO_CHUNK.max(self.shape.unit) / self.shape.unit * self.shape.unit;
+            let whole = if make { whole.min(limit) } else { whole };
+            self.at = segment.at + whole;
+            if whole < segment.len {
+                self.pending = Some(segment.split(whole).1);
+            }
+            if make {
+                self.number(chunk, segment.at, whole);
+                chunk.zero = true;
+                return Ok(true);
+            }
+        };
+        let start = first.at;
+        let end = self.source.total();
+        // Several runs that are close together share a chunk until it is full.
+        let full = self.shape.up(start.saturating_add(CHUNK)).saturating_add(self.shape.unit).min(end);
+        let mut next = Some(first);
+        while let Some(segment) = next {
+            let aligned = segment.at == self.shape.up(segment.at);
+            if segment.at > start && aligned && (segment.at >= full || self.whole(&segment) > 0) {
+                self.put_back(segment);
+                break;
+            }
+            let stop = if self.is_data(&segment) {
+                self.data_stop(&segment, start, full)
+            } else {
+                self.cut = None;
+                self.shape.up(segment.at + 1)
+            };
+            let stop = stop.min(end);
+            let (taken, rest) = match stop.checked_sub(segment.at) {
+                Some(len) if len > 0 && len < segment.len => {
+                    let (head, tail) = segment.split(len);
+                    (head, Some(tail))
+                }
+                _ => (segment, None),
+            };
+            self.at = taken.end();
+            self.pending = rest;
+            if chunk.segments.last_mut().is_none_or(|last| !last.join(&taken)) {
+                chunk.segments.push(taken);
+            }
+            if self.is_data(&taken) && taken.end() >= stop {
+                break;
+            }
+            next = self.segment()?;
+        }
+        self.number(chunk, start, self.at - start);
+        Ok(true)
+    }
+
+    fn is_data(&self, segment: &Segment<'_>) -> bool {
+        match segment.content {
+            Content::Stored(_) => true,
+            Content::Zero => self.shape.zeros == Zeros::Write,
+            Content::Keep => false,
+        }
+    }
+
+    /// Where the chunk that started at `start` ends, seen from the data that comes next: always past its start.
+    fn data_stop(&mut self, segment: &Segment<'_>, start: u64, full: u64) -> u64 {
+        let mut cut = self.cut.unwrap_or(segment.at.saturating_add(CHUNK));
+        if segment.at == start && cut <= start {
+            cut = cut.saturating_add(CHUNK).max(start.saturating_add(1));
+        }
+        self.cut = Some(cut);
+        let stop = self.shape.up(cut).min(full).max(self.shape.up(segment.at + 1));
+        let Content::Stored(mapping) = segment.content else { return stop };
+        let ExtentKind::Compressed(unit) = mapping.kind else { return stop };
+        // Rather a longer chunk than a unit decoded twice.
+        let left = unit.start.get().saturating_add(unit.len).saturating_sub(mapping.start.get());
+        let unit_end = segment.at.saturating_add(left.min(segment.len));
+        let longest = start.saturating_add(self.shape.longest());
+        if stop < unit_end && unit_end <= longest { self.shape.up(unit_end) } else { stop }
+    }
+
+    fn number(&mut self, chunk: &mut Chunk<'a>, at: u64, len: u64) {
+        chunk.at = at;
+        chunk.len = len;
+        chunk.number = self.number;
+        self.number += 1;
+    }
+}

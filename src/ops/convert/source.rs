@@ -1,0 +1,155 @@
+//! Where guest data comes from: one image, or several joined.
+//!
+//! Invariants: offsets are the target's; holes are found by asking the maps, never by reading.
+
+use std::sync::Arc;
+
+use crate::block::node::{Mapping, Scratch};
+use crate::block::{ExtentKind, GuestOffset, Node, Result};
+
+/// What a run of the target is to hold.
+#[derive(Debug, Clone, Copy)]
+pub enum Content<'a> {
+    /// Stored in a source.
+    Stored(Mapping<'a>),
+    /// Zeros.
+    Zero,
+    /// What the target's backing file has there already.
+    Keep,
+}
+
+/// A run of the target and what it is to hold.
+#[derive(Debug, Clone, Copy)]
+pub struct Segment<'a> {
+    /// Where it starts on the target.
+    pub at: u64,
+    /// Its length, at least 1.
+    pub len: u64,
+    /// What it is to hold.
+    pub content: Content<'a>,
+}
+
+impl<'a> Segment<'a> {
+    /// Where it ends.
+    pub fn end(&self) -> u64 {
+        self.at + self.len
+    }
+
+    /// The first `len` bytes, and the rest (`0 < len < self.len`).
+    pub fn split(self, len: u64) -> (Self, Self) {
+        let mut rest = Self { at: self.at + len, len: self.len - len, content: self.content };
+        if let Content::Stored(mapping) = &mut rest.content {
+            mapping.start = mapping.start + len;
+            mapping.len -= len;
+            if let ExtentKind::Data(place) = &mut mapping.kind {
+                place.at = place.at + len;
+            }
+        }
+        (Self { len, ..self }, rest)
+    }
+
+    /// Makes it longer by what follows, if that is stored right behind it (one read then gets both).
+    pub fn join(&mut self, next: &Segment<'a>) -> bool {
+        let (Content::Stored(mine), Content::Stored(theirs)) = (&mut self.content, &next.content) else { return false };
+        let (ExtentKind::Data(a), ExtentKind::Data(b)) = (mine.kind, theirs.kind) else { return false };
+        let adjacent = std::ptr::eq(mine.node, theirs.node)
+            && a.file == b.file
+            && a.at.get().checked_add(self.len) == Some(b.at.get())
+            && self.at.checked_add(self.len) == Some(next.at);
+        if adjacent {
+            self.len += next.len;
+            mine.len += next.len;
+        }
+        adjacent
+    }
+}
+
+/// The sources, one after the other.
+#[derive(Debug)]
+pub struct Joined {
+    parts: Vec<Part>,
+    len: u64,
+    above: Option<Above>,
+}
+
+#[derive(Debug)]
+struct Part {
+    node: Arc<Node>,
+    start: u64,
+    len: u64,
+}
+
+/// Only what lies above the target's backing file is copied.
+#[derive(Debug, Clone, Copy)]
+pub struct Above {
+    /// How many layers, from the top.
+    pub layers: usize,
+    /// How long that backing file is: past its end the target has nothing to keep.
+    pub backing_len: u64,
+}
+
+impl Joined {
+    /// Joins them in that order.
+    pub fn new(nodes: &[Arc<Node>], above: Option<Above>) -> Self {
+        let mut start = 0u64;
+        let mut parts = Vec::new();
+        for node in nodes {
+            let len = node.virtual_size();
+            parts.push(Part { node: node.clone(), start, len });
+            start = start.saturating_add(len);
+        }
+        Self { parts, len: start, above }
+    }
+
+    /// The length of all together.
+    pub fn total(&self) -> u64 {
+        self.len
+    }
+
+    /// The run at `at` (below the length).
+    pub fn map(&self, at: u64, max: u64) -> Result<Segment<'_>> {
+        let index = self.parts.partition_point(|part| part.start + part.len <= at);
+        let Some(part) = self.parts.get(index) else {
+            return Ok(Segment { at, len: max, content: Content::Zero });
+        };
+        let inside = at - part.start;
+        let max = max.min(part.len - inside);
+        if let Some(above) = self.above.filter(|above| at < above.backing_len) {
+            let max = max.min(above.backing_len - at);
+            let mapping = part.node.map(GuestOffset(inside), max, above.layers)?;
+            let content = match mapping.kind {
+                ExtentKind::Unallocated(_) => Content::Keep,
+                ExtentKind::Zero(_) => Content::Zero,
+                _ => Content::Stored(mapping),
+            };
+            return Ok(Segment { at, len: mapping.len, content });
+        }
+        let mapping = part.node.map(GuestOffset(inside), max, usize::MAX)?;
+        let content = if mapping.is_zero() { Content::Zero } else { Content::Stored(mapping) };
+        Ok(Segment { at, len: mapping.len, content })
+    }
+
+    /// How many bytes are stored: what there is to do.
+    pub fn stored(&self) -> Result<u64> {
+        let (mut at, mut sum) = (0, 0);
+        while at < self.len {
+            let segment = self.map(at, self.len - at)?;
+            if matches!(segment.content, Content::Stored(_)) {
+                sum += segment.len;
+            }
+            at = segment.end();
+        }
+        Ok(sum)
+    }
+}
+
+/// Fills `buf` with a segment's bytes; what is not stored is left as zeros.
+pub fn read(segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
+    match &segment.content {
+        Content::Stored(mapping) => mapping.read(buf, scratch),
+        Content::Zero | Content::Keep => {
+            buf.fill(0);
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Where guest data goes: what of a chunk is written, in which pieces, and the writing itself.
+//!
+//! Invariants: pieces are in guest order and do not overlap; a piece starts and ends at a multiple of the
+//! granule (or the end of the disk), so that no other piece shares one with it.
+
+use super::plan::{Chunk, Zeros};
+use super::source::Content;
+use super::zero::Sparse;
+use crate::block::error::Context;
+use crate::block::node::{Placement, Scratch};
+use crate::block::{GuestOffset, Node, Result, Store};
+use crate::storage::Storage;
+
+/// What is done with a piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// It is written.
+    Data,
+    /// It is made to read as zeros.
+    Zero,
+    /// It is left as it is.
+    Keep,
+}
+
+/// A run of a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Where it starts on the target.
+    pub at: u64,
+    /// Its length.
+    pub len: u64,
+    /// What is done with it.
+    pub kind: Kind,
+}
+
+/// Decides what is done with each part of a chunk whose bytes are in `buf`.
+pub fn decide(chunk: &Chunk<'_>, buf: &[u8], sparse: Sparse, zeros: Zeros, pieces: &mut Vec<Piece>) {
+    pieces.clear();
+    let offset = |at: u64| usize::try_from(at - chunk.at).unwrap_or(usize::MAX).min(buf.len());
+    let mut rest = chunk.segments.as_slice();
+    while let Some((first, others)) = rest.split_first() {
+        rest = others;
+        let kind = match first.content {
+            Content::Keep => Kind::Keep,
+            Content::Zero if zeros == Zeros::Write => Kind::Data,
+            Content::Zero => Kind::Zero,
+            Content::Stored(_) => {
+                // Runs do not end where it only lies in another place.
+                let mut end = first.end();
+                while let Some((next, others)) = rest.split_first()
+                    && matches!(next.content, Content::Stored(_))
+                {
+                    end = next.end();
+                    rest = others;
+                }
+                sparse.runs(first.at, &buf[offset(first.at)..offset(end)], |start, len, data| {
+                    let kind = if data { Kind::Data } else { Kind::Zero };
+                    pieces.push(Piece { at: first.at + start as u64, len: len as u64, kind });
+                });
+                continue;
+            }
+        };
+        pieces.push(Piece { at: first.at, len: first.len, kind });
+    }
+}
+
+const DATA: u8 = 1;
+const ZERO: u8 = 2;
+const KEEP: u8 = 4;
+/// A run of data starts here: what is placed in one call, and so where tables come to lie, follows the runs.
+const START: u8 = 8;
+
+/// Rounds the pieces of the chunk to granules. One that holds any data is data; so is one that is in part to be
+/// zeroed and in part to be kept.
+pub fn coarsen(at: u64, len: u64, granule: u64, flags: &mut Vec<u8>, pieces: &mut Vec<Piece>) {
+    let index = |pos: u64| usize::try_from((pos - at) / granule).unwrap_or(usize::MAX);
+    flags.clear();
+    flags.resize(index(at + len.next_multiple_of(granule)), 0);
+    for piece in pieces.drain(..) {
+        let range = index(piece.at)..index(piece.at + piece.len.max(1) - 1) + 1;
+        let Some(part) = flags.get_mut(range) else { continue };
+        let bit = match piece.kind {
+            Kind::Data => DATA,
+            Kind::Zero => ZERO,
+            Kind::Keep => KEEP,
+        };
+        if bit == DATA
+            && let Some(first) = part.iter_mut().find(|flag| **flag & DATA == 0)
+        {
+            *first |= START;
+        }
+        part.iter_mut().for_each(|flag| *flag |= bit);
+    }
+    let kind_of = |flag: u8| match flag & (DATA | ZERO | KEEP) {
+        ZERO => Kind::Zero,
+        KEEP => Kind::Keep,
+        _ => Kind::Data,
+    };
+    for (i, flag) in flags.iter().enumerate() {
+        let start = i as u64 * granule;
+        let size = granule.min(len - start);
+        let kind = kind_of(*flag);
+        match pieces.last_mut() {
+            Some(last) if last.kind == kind && *flag & START == 0 => last.len += size,
+            _ => pieces.push(Piece { at: at + start, len: size, kind }),
+        }
+    }
+}
+
+/// Fills those parts of `buf` that are written although they are to be kept (they share a granule with data)
+/// with what the target reads as now.
+pub fn fill_kept(
+    chunk: &Chunk<'_>,
+    target: &Node,
+    pieces: &[Piece],
+    buf: &mut [u8],
+    scratch: &mut Scratch,
+) -> Result<()> {
+    for kept in chunk.segments.iter().filter(|segment| matches!(segment.content, Content::Keep)) {
+        let first = pieces.partition_point(|piece| piece.at + piece.len <= kept.at);
+        for piece in pieces.iter().skip(first).take_while(|piece| piece.at < kept.end()) {
+            if piece.kind != Kind::Data {
+                continue;
+            }
+            let from = piece.at.max(kept.at);
+            let to = (piece.at + piece.len).min(kept.end());
+            let range = usize::try_from(from - chunk.at).unwrap_or(usize::MAX)
+                ..usize::try_from(to - chunk.at).unwrap_or(usize::MAX);
+            if let Some(part) = buf.get_mut(range) {
+                target.read(GuestOffset(from), part, scratch)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A placement, and where its bytes are in the buffer.
+#[derive(Debug)]
+pub struct Step<'a> {
+    /// Where it goes.
+    pub placement: Placement<'a>,
+    /// Where it starts on the target.
+    pub at: u64,
+    /// Where its bytes start in the buffer.
+    pub from: usize,
+    /// How many there are.
+    pub len: usize,
+    /// Whether they are in the buffer of encoded bytes.
+    pub encoded: bool,
+}
+
+/// Finds room for a piece of data, call by call as the target gives it.
+pub fn place<'a>(target: &'a Node, piece: &Piece, from: usize, early: bool, steps: &mut Vec<Step<'a>>) -> Result<()> {
+    let mut done = 0;
+    while done < piece.len {
+        let at = piece.at + done;
+        let mut placement = target.place(GuestOffset(at), piece.len - done, Store::Data)?;
+        if early {
+            placement.publish_early()?;
+        }
+        let len = placement.len();
+        let from = from + usize::try_from(done).unwrap_or(usize::MAX);
+        done += len as u64;
+        steps.push(Step { placement, at, from, len, encoded: false });
+    }
+    Ok(())
+}
+
+/// A write that may still grow.
+struct Run<'a> {
+    storage: &'a dyn Storage,
+    name: &'a str,
+    host: u64,
+    guest: u64,
+    from: usize,
+    len: usize,
+    encoded: bool,
+}
+
+impl Run<'_> {
+    fn write(&self, plain: &[u8], encoded: &[u8]) -> Result<()> {
+        let bytes = if self.encoded { encoded } else { plain };
+        let bytes = bytes.get(self.from..self.from + self.len).unwrap_or_default();
+        self.storage.write_at(self.host, bytes).with_context(|| writing(self.name, self.guest))
+    }
+}
+
+/// What failed, with the name: a full disk has to say which file it was.
+pub fn writing(name: &str, at: u64) -> String {
+    format!("{name}: error while writing at byte {at}")
+}
+
+/// Writes all steps; what is adjacent in the file and in the buffer goes out in one write.
+pub fn write(steps: &[Step<'_>], plain: &[u8], encoded: &[u8], scratch: &mut Scratch) -> Result<()> {
+    let mut run: Option<Run<'_>> = None;
+    for step in steps {
+        let Some(spot) = step.placement.spot()? else {
+            // It shares a new unit with what lies beside it.
+            if let Some(run) = run.take() {
+                run.write(plain, encoded)?;
+            }
+            let bytes = plain.get(step.from..step.from + step.len).unwrap_or_default();
+            step.placement.write(bytes, scratch)?;
+            continue;
+        };
+        if let Some(run) = &mut run
+            && run.encoded == step.encoded
+            && std::ptr::addr_eq(run.storage, spot.storage)
+            && run.host + run.len as u64 == spot.at
+            && run.from + run.len == step.from
+        {
+            run.len += step.len;
+            continue;
+        }
+        let next = Run {
+            storage: spot.storage,
+            name: spot.name,
+            host: spot.at,
+            guest: step.at,
+            from: step.from,
+            len: step.len,
+            encoded: step.encoded,
+        };
+        if let Some(run) = run.replace(next) {
+            run.write(plain, encoded)?;
+        }
+    }
+    run.map_or(Ok(()), |run| run.write(plain, encoded))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn granules_take_the_strongest_kind_and_keep_runs_apart() {
+        let piece = |at, len, kind| Piece { at, len, kind };
+        let mut pieces = vec![
+            piece(0, 4096, Kind::Zero),
+            piece(4096, 4096, Kind::Data),
+            piece(8192, 8192, Kind::Zero),
+            piece(16384, 8192, Kind::Data),
+            piece(24576, 4096, Kind::Zero),
+            piece(28672, 12288, Kind::Data),
+            piece(40960, 8192, Kind::Zero),
+            piece(49152, 8192, Kind::Keep),
+            piece(57344, 100, Kind::Keep),
+        ];
+        coarsen(0, 57444, 16384, &mut Vec::new(), &mut pieces);
+        assert_eq!(
+            pieces,
+            [
+                piece(0, 16384, Kind::Data),
+                piece(16384, 16384, Kind::Data),
+                // The second run of that granule is no new run there, but it is in the next.
+                piece(32768, 16384, Kind::Data),
+                piece(49152, 8292, Kind::Keep),
+            ]
+        );
+    }
+}

@@ -1,0 +1,204 @@
+//! The engine between buffers in memory: contents, holes, thread counts, failures.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use super::*;
+use crate::block::format::Related;
+use crate::block::{Child, Format, OpenRequest, OptionTree};
+use crate::formats::raw::Raw;
+use crate::storage::memory::Memory;
+use crate::storage::{Error as StorageError, HostExtent, Kind, Preallocation, Storage, Zeroing};
+
+/// A buffer with holes where nothing was written, with sectors that cannot be read or written.
+#[derive(Debug, Default)]
+struct Patchy {
+    inner: Memory,
+    holes: bool,
+    bad_read: Option<u64>,
+    bad_write: Option<u64>,
+    written: Mutex<BTreeMap<u64, u64>>,
+}
+
+impl Storage for Patchy {
+    fn len(&self) -> crate::storage::Result<u64> {
+        self.inner.len()
+    }
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> crate::storage::Result<()> {
+        match self.bad_read {
+            Some(bad) if bad >= at && bad < at + buf.len() as u64 => {
+                Err(StorageError::Io(std::io::Error::from_raw_os_error(5)))
+            }
+            _ => self.inner.read_at(at, buf),
+        }
+    }
+    fn write_at(&self, at: u64, buf: &[u8]) -> crate::storage::Result<()> {
+        if self.bad_write.is_some_and(|bad| bad >= at && bad < at + buf.len() as u64) {
+            return Err(StorageError::Io(std::io::Error::from_raw_os_error(28)));
+        }
+        self.written.lock().unwrap().insert(at, buf.len() as u64);
+        self.inner.write_at(at, buf)
+    }
+    fn extent(&self, at: u64, max: u64) -> crate::storage::Result<HostExtent> {
+        let extent = self.inner.extent(at, max)?;
+        if !self.holes || !extent.data {
+            return Ok(extent);
+        }
+        // A hole is a page of zeros.
+        let page = |at: u64| {
+            let mut buf = [0; 4096];
+            self.inner.read_at(at / 4096 * 4096, &mut buf).map(|()| zero::is_zero(&buf))
+        };
+        let hole = page(at)?;
+        let mut end = (at / 4096 + 1) * 4096;
+        while end < at + extent.len && page(end)? == hole {
+            end += 4096;
+        }
+        Ok(HostExtent { len: extent.len.min(end - at), data: !hole })
+    }
+    fn zero(&self, at: u64, len: u64, how: Zeroing) -> crate::storage::Result<()> {
+        self.inner.zero(at, len, how)
+    }
+    fn discard(&self, at: u64, len: u64) -> crate::storage::Result<()> {
+        self.inner.discard(at, len)
+    }
+    fn set_len(&self, len: u64, fill: Preallocation) -> crate::storage::Result<()> {
+        self.inner.set_len(len, fill)
+    }
+    fn flush(&self) -> crate::storage::Result<()> {
+        Ok(())
+    }
+    fn kind(&self) -> Kind {
+        Kind::Memory
+    }
+    fn allocated(&self) -> crate::storage::Result<Option<u64>> {
+        Ok(None)
+    }
+}
+
+struct Nothing;
+
+impl Related for Nothing {
+    fn open(&self, _role: &str, _name: &str) -> Result<Child> {
+        Err(Error::unsupported("no other files"))
+    }
+}
+
+fn node(storage: Arc<dyn Storage>, name: &str) -> Arc<Node> {
+    let driver = Raw
+        .open(OpenRequest {
+            file: Child { role: "file".to_owned(), name: name.to_owned(), storage },
+            options: &mut OptionTree::new(),
+            write: true,
+            look_only: false,
+            related: &Nothing,
+        })
+        .unwrap();
+    Arc::new(Node::new(driver, None, name.to_owned()))
+}
+
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut bytes = vec![0; len];
+    while rng.u8(..) > 8 {
+        let at = rng.usize(0..len);
+        let end = (at + rng.usize(1..len / 3)).min(len);
+        rng.fill(&mut bytes[at..end]);
+    }
+    bytes
+}
+
+#[derive(Default)]
+struct Ears {
+    warnings: Mutex<Vec<String>>,
+    last: Mutex<(u64, u64)>,
+}
+
+impl Observer for Ears {
+    fn wants_progress(&self) -> bool {
+        true
+    }
+    fn progress(&self, done: u64, total: u64) {
+        let mut last = self.last.lock().unwrap();
+        *last = (last.0.max(done), total);
+    }
+    fn warn(&self, text: &str) {
+        self.warnings.lock().unwrap().push(text.to_owned());
+    }
+}
+
+#[test]
+fn raw_to_raw_is_equal_with_any_number_of_threads() {
+    let first = noise(9 << 20, 1);
+    let second = noise((5 << 20) + 512, 2);
+    let nodes: Vec<_> = [&first, &second]
+        .iter()
+        .map(|bytes| {
+            let storage = Patchy { inner: Memory::new(bytes.to_vec()), holes: true, ..Patchy::default() };
+            node(Arc::new(storage), "source")
+        })
+        .collect();
+    let source = Joined::new(&nodes, None);
+    let both = [first, second].concat();
+    for (threads, sparse) in [(1, 4096), (2, 4096), (16, 512), (3, 0)] {
+        for reads_zero in [true, false] {
+            let old = if reads_zero { vec![0; both.len()] } else { vec![0xaa; both.len()] };
+            let target = Arc::new(Patchy { inner: Memory::new(old), ..Patchy::default() });
+            let how = How { threads: Some(threads), sparse, reads_zero, ..How::default() };
+            convert(&source, &node(target.clone(), "target"), &how, &Silent).unwrap();
+            assert!(target.inner.to_vec() == both, "{threads} threads, -S {sparse}, zero {reads_zero}");
+        }
+    }
+}
+
+#[test]
+fn zeros_are_not_written_where_there_are_some() {
+    let mut bytes = vec![0; 8 << 20];
+    bytes[5 << 20] = 1;
+    let source = Joined::new(&[node(Arc::new(Memory::new(bytes.clone())), "source")], None);
+    let target = Arc::new(Patchy { inner: Memory::new(vec![0; bytes.len()]), ..Patchy::default() });
+    let how = How { reads_zero: true, ..How::default() };
+    let ears = Ears::default();
+    convert(&source, &node(target.clone(), "target"), &how, &ears).unwrap();
+    assert_eq!(target.written.lock().unwrap().clone().into_iter().collect::<Vec<_>>(), [(5 << 20, 4096)]);
+    assert!(target.inner.to_vec() == bytes);
+    assert_eq!(*ears.last.lock().unwrap(), (8 << 20, 8 << 20));
+}
+
+#[test]
+fn failures_say_where_and_stop_everybody() {
+    let bytes = noise(32 << 20, 3);
+    let bad = Patchy { inner: Memory::new(bytes.clone()), bad_read: Some((5 << 20) + 700), ..Patchy::default() };
+    let source = Joined::new(&[node(Arc::new(bad), "source")], None);
+    let target = Arc::new(Patchy { inner: Memory::new(vec![0; bytes.len()]), ..Patchy::default() });
+    let how = How { threads: Some(4), ..How::default() };
+    let error = convert(&source, &node(target.clone(), "target"), &how, &Silent).unwrap_err();
+    assert_eq!(error.message(), "error while reading at byte 4194304: Input/output error");
+
+    let ears = Ears::default();
+    convert(&source, &node(target.clone(), "target"), &How { salvage: true, ..how.clone() }, &ears).unwrap();
+    let mut salvaged = bytes.clone();
+    salvaged[(5 << 20) + 512..(5 << 20) + 1024].fill(0);
+    assert!(target.inner.to_vec() == salvaged);
+    assert_eq!(*ears.warnings.lock().unwrap(), ["error while reading offset 5243392: Input/output error"]);
+
+    let full = Patchy { bad_write: Some(20 << 20), inner: Memory::new(vec![0; bytes.len()]), ..Patchy::default() };
+    let whole = Joined::new(&[node(Arc::new(Memory::new(vec![7; 32 << 20])), "source")], None);
+    let error = convert(&whole, &node(Arc::new(full), "target"), &how, &Silent).unwrap_err();
+    assert_eq!(error.message(), "target: error while writing at byte 20971520: No space left on device");
+    let small = node(Arc::new(Memory::new(vec![0; 1 << 20])), "small");
+    let error = convert(&whole, &small, &how, &Silent).unwrap_err();
+    assert_eq!(error.message(), "output file is smaller than input file");
+}
+
+#[test]
+fn a_rate_is_kept() {
+    let source = Joined::new(&[node(Arc::new(Memory::new(vec![1; 8 << 20])), "source")], None);
+    let target = node(Arc::new(Memory::new(vec![0; 8 << 20])), "target");
+    let started = std::time::Instant::now();
+    convert(&source, &target, &How { rate: Some(32 << 20), ..How::default() }, &Silent).unwrap();
+    let took = started.elapsed().as_secs_f64();
+    assert!((0.15..2.0).contains(&took), "{took}");
+}
