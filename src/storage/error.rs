@@ -14,7 +14,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Error {
     /// The host refused; the text is `strerror`'s, without the number.
     #[error("{}", strerror(.0))]
-    Io(#[from] io::Error),
+    Io(io::Error),
     /// Somebody else holds what we need.
     #[error("Failed to get {}\"{permission}\" lock", if *.shared { "shared " } else { "" })]
     Locked {
@@ -95,6 +95,13 @@ impl Error {
     /// True where the file system has no way to do what was asked, so that another way must be taken.
     pub fn is_unsupported(&self) -> bool {
         matches!(self.errno(), Some(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOTTY | Errno::EINVAL | Errno::ENODEV))
+    }
+}
+
+// Not thiserror's `from`: that would make it the source too, and its text be shown twice.
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Self {
+        Error::Io(error)
     }
 }
 

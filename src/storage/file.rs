@@ -264,7 +264,7 @@ impl Storage for HostFile {
     }
 
     fn host_file(&self) -> Option<&File> {
-        Some(&self.file)
+        self.direct.is_none().then_some(&self.file)
     }
 
     fn extent_size_hint(&self) -> Option<u64> {

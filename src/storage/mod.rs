@@ -165,7 +165,7 @@ pub trait Storage: Send + Sync + fmt::Debug {
         None
     }
 
-    /// The open file itself, where it is one of the host's and its offsets are these.
+    /// The open file itself, where it is one of the host's, goes through the page cache, and has these offsets.
     fn host_file(&self) -> Option<&File> {
         None
     }
