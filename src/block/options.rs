@@ -73,7 +73,15 @@ pub enum OptionValue {
 #[derive(Debug, Clone, Default)]
 pub struct CreateOptions {
     specs: Vec<OptionSpec>,
-    given: Vec<(&'static str, OptionValue)>,
+    given: Vec<Given>,
+}
+
+#[derive(Debug, Clone)]
+struct Given {
+    name: &'static str,
+    value: OptionValue,
+    /// As the user wrote it, where that is shown.
+    typed: Option<String>,
 }
 
 impl CreateOptions {
@@ -101,17 +109,42 @@ impl CreateOptions {
 
     /// Gives an option its value; a later one replaces an earlier one.
     pub fn set(&mut self, name: &str, value: OptionValue) -> Result<()> {
+        self.put(name, value, None)
+    }
+
+    /// The same for a value that the user typed: a switch is shown as it was written.
+    pub fn set_typed(&mut self, name: &str, value: OptionValue, typed: &str) -> Result<()> {
+        self.put(name, value, Some(typed.to_owned()))
+    }
+
+    fn put(&mut self, name: &str, value: OptionValue, typed: Option<String>) -> Result<()> {
         let name = self.spec(name).ok_or_else(|| Error::invalid(format!("Invalid parameter '{name}'")))?.name;
-        match self.given.iter_mut().find(|(given, _)| *given == name) {
-            Some(slot) => slot.1 = value,
-            None => self.given.push((name, value)),
+        let given = Given { name, value, typed };
+        match self.given.iter_mut().find(|given| given.name == name) {
+            Some(slot) => *slot = given,
+            None => self.given.push(given),
         }
         Ok(())
     }
 
     /// What was given for that name (not the default).
     pub fn given(&self, name: &str) -> Option<&OptionValue> {
-        self.given.iter().find(|(given, _)| *given == name).map(|(_, value)| value)
+        self.given.iter().find(|given| given.name == name).map(|given| &given.value)
+    }
+
+    /// Every option that was given or has a default, in the order of the `Formatting` line, as that line shows it.
+    pub fn shown(&self) -> Vec<(&'static str, String)> {
+        let shown = |spec: &OptionSpec| match self.given.iter().find(|given| given.name == spec.name) {
+            None => spec.default.map(str::to_owned),
+            Some(Given { value: OptionValue::Switch(_), typed: Some(typed), .. }) => Some(typed.clone()),
+            Some(Given { value: OptionValue::Switch(on), .. }) => Some(if *on { "on" } else { "off" }.to_owned()),
+            Some(Given { value: OptionValue::Text(text), .. }) => Some(text.replace(',', ",,")),
+            // The reference shows them signed.
+            Some(Given { value: OptionValue::Size(n) | OptionValue::Number(n), .. }) => {
+                Some(n.cast_signed().to_string())
+            }
+        };
+        self.specs.iter().filter_map(|spec| Some((spec.name, shown(spec)?))).collect()
     }
 
     /// The text given, or the default.

@@ -2,8 +2,11 @@
 
 use std::ffi::OsString;
 
+use anyhow::Context;
+
 use super::exit::Exit;
-use super::{Complaint, Program, Subcommand};
+use super::{Complaint, Program, Subcommand, object, options, size};
+use crate::ops::create::{self, NewImage, Target, Wanted};
 
 /// The options.
 #[derive(Debug, clap::Args)]
@@ -14,20 +17,87 @@ pub struct Args {
     /// format of the new image, raw if not given
     #[arg(short, long, value_name = "FMT", default_value = "raw")]
     format: String,
-    /// image to create and, unless there is a backing image, its size
-    #[arg(value_name = "FILENAME [SIZE]")]
-    operands: Vec<OsString>,
+    /// options of the format, key=value,... ('-o help' lists them)
+    #[arg(short, long, value_name = "FMT_OPTS", value_parser = options::list)]
+    options: Vec<String>,
+    /// put the new image on top of that image: what it does not hold itself is read from there
+    #[arg(short, long, value_name = "BACKING_FILENAME")]
+    backing: Option<String>,
+    /// format of the backing image
+    #[arg(short = 'F', short_alias = 'B', long, value_name = "BACKING_FMT")]
+    backing_format: Option<String>,
+    /// do not look at the backing image
+    #[arg(short = 'u', long)]
+    backing_unsafe: bool,
+    /// a QEMU object, such as a secret with a passphrase
+    #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
+    object: Vec<object::Object>,
+    /// image to create; one that is there already is replaced
+    #[arg(value_name = "FILENAME")]
+    name: Option<OsString>,
+    /// size of the guest's disk in bytes, or with a suffix k, M, G, T, P, E (powers of 1024); not needed with a backing image, whose size it has then
+    #[arg(value_name = "SIZE[bkKMGTPE]")]
+    size: Option<OsString>,
+    #[arg(hide = true)]
+    extra: Vec<OsString>,
 }
 
 impl Subcommand for Args {
     const NAME: &'static str = "create";
     const ABOUT: &'static str = "Create and format a new image file";
-    const USAGE: &'static [&'static str] = &["[-f FMT] [-q] FILENAME [SIZE]"];
+    const USAGE: &'static [&'static str] = &[
+        "[-f FMT] [-o FMT_OPTS] [-b BACKING_FILENAME [-F BACKING_FMT]]",
+        "[--object OBJDEF] [-u] [-q] FILENAME [SIZE[bkKMGTPE]]",
+    ];
 
-    fn run(self, _program: &Program) -> anyhow::Result<Exit> {
-        let [_name, ..] = &self.operands[..] else {
-            return Err(Complaint::usage("Expecting image file name").into());
-        };
-        anyhow::bail!("not yet: {} {}", self.format, self.quiet)
+    fn run(self, program: &Program) -> anyhow::Result<Exit> {
+        if !object::define(program, &self.object)? {
+            return Ok(Exit::Success);
+        }
+        let opener = program.opener();
+        let given = options::joined(&self.options).unwrap_or_default();
+        if given.help {
+            let target = Target::find(opener.formats(), &self.format, self.name.as_deref())?;
+            let format = self.name.is_none().then_some(self.format.as_str());
+            options::help(program, target.options().specs(), format);
+            return Ok(Exit::Success);
+        }
+        let name = self.name.ok_or_else(|| Complaint::usage("Expecting image file name"))?;
+        let bytes = self.size.map(|text| size::size("image size", &text.to_string_lossy())).transpose()?;
+        if let Some(extra) = self.extra.first() {
+            return Err(Complaint::usage(format!("Unexpected argument: {}", extra.to_string_lossy())).into());
+        }
+        let shown = name.to_string_lossy().into_owned();
+        let new = || -> anyhow::Result<NewImage> {
+            let target = Target::find(opener.formats(), &self.format, Some(&name))?;
+            let mut options = target.options();
+            options::apply(&given, &mut options)?;
+            let wanted = Wanted {
+                name: &name,
+                target,
+                size: bytes,
+                options,
+                backing: self.backing,
+                backing_format: self.backing_format,
+                backing_unseen: self.backing_unsafe,
+            };
+            Ok(wanted.decide(&opener)?)
+        }();
+        program.notices(&opener);
+        let new = new.with_context(|| shown.clone())?;
+        if !self.quiet {
+            program.println(&formatting(&new));
+        }
+        create::create(&new, &opener).with_context(|| shown)?;
+        Ok(Exit::Success)
     }
+}
+
+/// The line that says what is about to be made.
+fn formatting(new: &NewImage) -> String {
+    let mut line = format!("Formatting '{}', fmt={}", new.name.to_string_lossy(), new.format.name());
+    for (key, value) in new.options.shown() {
+        line.push_str(&format!(" {key}={value}"));
+    }
+    line
 }

@@ -11,8 +11,11 @@ mod help;
 pub mod human;
 pub mod info;
 pub mod json;
+pub mod object;
+pub mod options;
 pub mod program;
 pub mod report;
+pub mod size;
 pub mod source;
 mod trace;
 

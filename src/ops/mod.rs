@@ -1,4 +1,6 @@
 //! What is done to images. No printing, no exit.
 
 pub mod convert;
+pub mod create;
+pub mod ids;
 pub mod info;

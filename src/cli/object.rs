@@ -1,0 +1,339 @@
+//! `--object`: `TYPE,id=NAME,property=value` or the same as JSON. Secrets are kept for the images that need them.
+//!
+//! Of the reference's other types those are taken that change nothing here; the rest are refused by name.
+
+use std::collections::HashSet;
+
+use serde_json::Value;
+
+use super::{Complaint, Program};
+use crate::storage::error::strerror;
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Text,
+    Integer,
+    Choice(&'static str, &'static [&'static str]),
+}
+
+struct Property {
+    name: &'static str,
+    kind: Kind,
+    required: bool,
+}
+
+const fn property(name: &'static str, kind: Kind) -> Property {
+    Property { name, kind, required: false }
+}
+
+/// Every type; `None` for those that are not supported here. Properties in the order in which they are checked.
+const TYPES: &[(&str, Option<&[Property]>)] = &[
+    ("authz-list", None),
+    ("authz-list-file", None),
+    ("authz-simple", Some(&[Property { name: "identity", kind: Kind::Text, required: true }])),
+    (
+        "main-loop",
+        Some(&[
+            property("aio-max-batch", Kind::Integer),
+            property("thread-pool-min", Kind::Integer),
+            property("thread-pool-max", Kind::Integer),
+        ]),
+    ),
+    ("pr-manager-helper", None),
+    (
+        "secret",
+        Some(&[
+            property("format", Kind::Choice("QCryptoSecretFormat", &["raw", "base64"])),
+            property("keyid", Kind::Text),
+            property("iv", Kind::Text),
+            property("data", Kind::Text),
+            property("file", Kind::Text),
+        ]),
+    ),
+    ("secret_keyring", None),
+    ("thread-context", None),
+    ("throttle-group", None),
+    ("tls-creds-anon", None),
+    ("tls-creds-psk", None),
+    ("tls-creds-x509", None),
+];
+
+const ID_RULE: &[&str] = &["Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."];
+
+/// An object as it was given, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Object {
+    /// The list of types, or of a type's properties, is wanted.
+    Help(Option<&'static str>),
+    /// A secret.
+    Secret(Secret),
+    /// Anything else: nothing here asks for it.
+    Other {
+        /// Its name.
+        id: String,
+    },
+}
+
+impl Object {
+    fn id(&self) -> Option<&str> {
+        match self {
+            Self::Help(_) => None,
+            Self::Secret(secret) => Some(&secret.id),
+            Self::Other { id } => Some(id),
+        }
+    }
+}
+
+/// A secret: a passphrase or key that images refer to by its name.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret {
+    /// Its name.
+    pub id: String,
+    /// What it holds, as given.
+    pub data: Vec<u8>,
+    /// The data is base64.
+    pub base64: bool,
+    /// The secret that it is encrypted with.
+    pub keyid: Option<String>,
+    /// The initialisation vector for that, in base64.
+    pub iv: Option<String>,
+}
+
+impl std::fmt::Debug for Secret {
+    /// Does not show what is secret.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Secret").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// Reads the value of `--object`.
+pub fn parse(text: &str) -> Result<Object, Complaint> {
+    let given = if text.starts_with('{') { json(text)? } else { list(text)? };
+    let kind = given.iter().find(|(key, _)| key == "qom-type").map(|(_, value)| value.text("qom-type")).transpose()?;
+    let row = kind.as_deref().and_then(|kind| TYPES.iter().find(|(name, _)| *name == kind));
+    if given.iter().any(|(_, value)| *value == Given::Help) {
+        return Ok(Object::Help(row.map(|(name, _)| *name)));
+    }
+    let kind = kind.ok_or_else(|| Complaint::value("Parameter 'qom-type' is missing"))?;
+    let (kind, properties) = row.ok_or_else(|| does_not_accept("qom-type", &kind))?;
+    let unsupported = || Complaint::value(format!("Objects of type '{kind}' are not supported"));
+    let properties = properties.ok_or_else(unsupported)?;
+    let find = |name: &str| given.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value);
+    let id = find("id").ok_or_else(|| Complaint::value("Parameter 'id' is missing"))?.text("id")?;
+    for Property { name, kind, required } in properties {
+        match (find(name), kind) {
+            (None, _) if *required => return Err(Complaint::value(format!("Parameter '{name}' is missing"))),
+            (None, _) => {}
+            (Some(value), Kind::Text) => drop(value.text(name)?),
+            (Some(value), Kind::Integer) => value.integer(name)?,
+            (Some(value), Kind::Choice(_, choices)) => {
+                let text = value.text(name)?;
+                if !choices.contains(&text.as_str()) {
+                    return Err(does_not_accept(name, &text));
+                }
+            }
+        }
+    }
+    let known = |key: &str| key == "qom-type" || key == "id" || properties.iter().any(|property| property.name == key);
+    if let Some((key, _)) = given.iter().find(|(key, _)| !known(key)) {
+        return Err(match key.split_once('.') {
+            Some((head, _)) => Complaint::value(format!("Parameters '{head}.*' are unexpected")),
+            None => Complaint::value(format!("Parameter '{key}' is unexpected")),
+        });
+    }
+    let text = |name: &str| find(name).map(|value| value.text(name)).transpose();
+    let object = if *kind == "secret" {
+        let data = match (text("data")?, text("file")?) {
+            (None, None) => return Err(Complaint::value("Either 'file' or 'data' must be provided")),
+            (Some(_), Some(_)) => return Err(Complaint::value("'file' and 'data' are mutually exclusive")),
+            (Some(data), None) => data.into_bytes(),
+            (None, Some(file)) => read(&file)?,
+        };
+        let base64 = text("format")?.is_some_and(|format| format == "base64");
+        Object::Secret(Secret { id: id.clone(), data, base64, keyid: text("keyid")?, iv: text("iv")? })
+    } else {
+        Object::Other { id: id.clone() }
+    };
+    let letters = id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
+    if !(letters && id.starts_with(|c: char| c.is_ascii_alphabetic())) {
+        return Err(Complaint::Value("Parameter 'id' expects an identifier".to_owned(), ID_RULE));
+    }
+    Ok(object)
+}
+
+fn does_not_accept(name: &str, value: &str) -> Complaint {
+    Complaint::value(format!("Parameter '{name}' does not accept value '{value}'"))
+}
+
+fn read(file: &str) -> Result<Vec<u8>, Complaint> {
+    std::fs::read(file).map_err(|error| {
+        let doing = match error.raw_os_error() {
+            Some(code) if code == nix::errno::Errno::EISDIR as i32 => "Error reading file",
+            _ => "Failed to open file",
+        };
+        Complaint::value(format!("Unable to read {file}: {doing} “{file}”: {}", strerror(&error)))
+    })
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Given {
+    Text(String),
+    Typed(Value),
+    Help,
+}
+
+impl Given {
+    fn text(&self, name: &str) -> Result<String, Complaint> {
+        match self {
+            Self::Text(text) | Self::Typed(Value::String(text)) => Ok(text.clone()),
+            _ => Err(Complaint::value(format!("Invalid parameter type for '{name}', expected: string"))),
+        }
+    }
+
+    fn integer(&self, name: &str) -> Result<(), Complaint> {
+        match self {
+            Self::Text(text) if text.parse::<i64>().is_ok() => Ok(()),
+            Self::Text(_) => Err(Complaint::value(format!("Parameter '{name}' expects integer"))),
+            Self::Typed(Value::Number(number)) if number.is_i64() => Ok(()),
+            _ => Err(Complaint::value(format!("Invalid parameter type for '{name}', expected: integer"))),
+        }
+    }
+}
+
+type Members = Vec<(String, Given)>;
+
+fn json(text: &str) -> Result<Members, Complaint> {
+    let value: Value =
+        serde_json::from_str(text).map_err(|error| Complaint::value(format!("JSON parse error, {error}")))?;
+    match value {
+        Value::Object(members) => Ok(members.into_iter().map(|(key, value)| (key, Given::Typed(value))).collect()),
+        _ => Err(Complaint::value("Invalid JSON object given")),
+    }
+}
+
+/// `key=value` pairs; the first may be the type alone. `,,` in a value is a comma.
+fn list(text: &str) -> Result<Members, Complaint> {
+    let mut members = Members::new();
+    let mut rest = text;
+    while !rest.is_empty() {
+        let end = rest.find(['=', ',']).unwrap_or(rest.len());
+        let (key, after) = rest.split_at(end);
+        if let Some(after) = after.strip_prefix('=') {
+            if key.is_empty() {
+                return Err(Complaint::value("Invalid parameter ''"));
+            }
+            let (value, next) = super::options::value(after);
+            members.push((key.to_owned(), Given::Text(value)));
+            rest = next;
+            continue;
+        }
+        let member = match key {
+            "" => return Err(Complaint::value("Invalid parameter ''")),
+            "help" | "?" => (key.to_owned(), Given::Help),
+            _ if members.is_empty() => ("qom-type".to_owned(), Given::Text(key.to_owned())),
+            _ => return Err(Complaint::value(format!("Expected '=' after parameter '{key}'"))),
+        };
+        members.push(member);
+        rest = after.strip_prefix(',').unwrap_or(after);
+    }
+    Ok(members)
+}
+
+/// Brings the objects of a command line into being. `false`: help was asked for and shown, and nothing else is
+/// to be done.
+pub fn define(program: &Program, objects: &[Object]) -> Result<bool, Complaint> {
+    let mut ids = HashSet::new();
+    for object in objects {
+        if let Object::Help(kind) = object {
+            help(program, *kind);
+            return Ok(false);
+        }
+        let id = object.id().unwrap_or_default();
+        if let Object::Secret(Secret { keyid: Some(key), .. }) = object
+            && !ids.contains(key.as_str())
+        {
+            return Err(Complaint::value(format!("No secret with id '{key}'")));
+        }
+        if !ids.insert(id) {
+            return Err(Complaint::value(format!(
+                "attempt to add duplicate property '{id}' to object (type 'container')"
+            )));
+        }
+    }
+    Ok(true)
+}
+
+fn help(program: &Program, kind: Option<&str>) {
+    let Some((name, properties)) = kind.and_then(|kind| TYPES.iter().find(|(name, _)| *name == kind)) else {
+        program.println("List of user creatable objects:");
+        TYPES.iter().for_each(|(name, _)| program.println(&format!("  {name}")));
+        return;
+    };
+    let Some(properties) = properties else {
+        program.println(&format!("{name} is not supported"));
+        return;
+    };
+    program.println(&format!("{name} options:"));
+    let mut lines: Vec<String> = properties
+        .iter()
+        .map(|property| match property.kind {
+            Kind::Text => format!("  {}=<string>", property.name),
+            Kind::Integer => format!("  {}=<int>", property.name),
+            Kind::Choice(type_name, _) => format!("  {}=<{type_name}>", property.name),
+        })
+        .collect();
+    lines.sort();
+    lines.iter().for_each(|line| program.println(line));
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn bad(text: &str) -> String {
+        parse(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn bad_objects_are_told_apart_as_the_reference_does() {
+        for (text, answer) in [
+            ("", "Parameter 'qom-type' is missing"),
+            ("id=x", "Parameter 'qom-type' is missing"),
+            ("foo", "Parameter 'qom-type' does not accept value 'foo'"),
+            ("secret", "Parameter 'id' is missing"),
+            ("secret,bogus=x", "Parameter 'id' is missing"),
+            ("secret,id=s", "Either 'file' or 'data' must be provided"),
+            ("secret,id=s,data=x,file=y", "'file' and 'data' are mutually exclusive"),
+            ("secret,id=s,bogus=x", "Parameter 'bogus' is unexpected"),
+            ("secret,id=s,data.x=1", "Parameters 'data.*' are unexpected"),
+            ("secret,id=s,data", "Expected '=' after parameter 'data'"),
+            ("help,x", "Expected '=' after parameter 'x'"),
+            ("secret,,id=s", "Invalid parameter ''"),
+            ("secret,id=s,=x", "Invalid parameter ''"),
+            ("secret,id=1,data=a", "Parameter 'id' expects an identifier"),
+            ("secret,id=s,data=x,format=foo", "Parameter 'format' does not accept value 'foo'"),
+            (
+                "secret,id=s,file=/no/file",
+                "Unable to read /no/file: Failed to open file “/no/file”: No such file or directory",
+            ),
+            ("authz-simple,id=a", "Parameter 'identity' is missing"),
+            ("main-loop,id=m,aio-max-batch=x", "Parameter 'aio-max-batch' expects integer"),
+            (r#"{"qom-type":"secret","id":"s","data":1}"#, "Invalid parameter type for 'data', expected: string"),
+            (r#"{"id":"x"}"#, "Parameter 'qom-type' is missing"),
+        ] {
+            assert_eq!(bad(text), answer, "{text}");
+        }
+    }
+
+    #[test]
+    fn good_objects() {
+        let Ok(Object::Secret(secret)) = parse("secret,id=s,data=a,,b,format=base64") else { panic!("a secret") };
+        assert_eq!((secret.id.as_str(), &secret.data[..], secret.base64), ("s", &b"a,b"[..], true));
+        assert!(parse(r#"{"qom-type":"secret","id":"s","data":"abc"}"#).is_ok());
+        assert!(parse("secret,data=x,data=y,id=s,").is_ok());
+        assert_eq!(parse("x,help"), Ok(Object::Help(None)));
+        assert_eq!(parse("secret,help"), Ok(Object::Help(Some("secret"))));
+        assert_eq!(parse("authz-simple,id=a,identity=b"), Ok(Object::Other { id: "a".into() }));
+    }
+}

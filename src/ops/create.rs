@@ -1,0 +1,296 @@
+//! Making new images: what is wanted is checked and completed first ([`Wanted::decide`]), then made, whole or not
+//! at all ([`create`]).
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::ids::Ids;
+use crate::block::error::Context;
+use crate::block::{
+    Child, Create, CreateFiles, CreateOptions, CreateRequest, Error, Format, ImageRef, OpenHow, Opener, OptionKind,
+    OptionSpec, OptionValue, Related, Result, format,
+};
+use crate::storage::staging::Staging;
+use crate::storage::{CacheMode, Preallocation, Storage};
+
+const SECTOR: u64 = 512;
+
+/// What a regular file takes beside the format's own options.
+const FILE_OPTIONS: &[OptionSpec] = &[
+    OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionSpec::new("nocow", OptionKind::Switch, "Turn off copy-on-write (valid only on btrfs)"),
+    OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off, falloc, full)"),
+    OptionSpec::new("extent_size_hint", OptionKind::Size, "Extent size hint for the image file, 0 to disable"),
+];
+
+/// What a device takes.
+const DEVICE_OPTIONS: &[OptionSpec] = &[
+    OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off)"),
+];
+
+/// Protocols that a name can start with.
+const PROTOCOLS: &[&str] = &["file", "host_device"];
+
+/// What a new image goes to: a format, and a protocol by the name.
+#[derive(Clone, Copy)]
+pub struct Target {
+    /// The format.
+    pub format: &'static dyn Format,
+    /// Its ability to be created.
+    pub create: &'static dyn Create,
+    /// The protocol's own options; none where no name was given.
+    pub protocol_options: &'static [OptionSpec],
+}
+
+impl Target {
+    /// The format with that name, and the protocol of that file name.
+    pub fn find(formats: &[&'static dyn Format], format: &str, name: Option<&OsStr>) -> Result<Self> {
+        let format = format::find(formats, format)?;
+        let protocol_options = name.map_or(Ok(&[][..]), protocol_options)?;
+        let create = format.creating().ok_or_else(|| {
+            Error::unsupported(format!("Format driver '{}' does not support image creation", format.name()))
+        })?;
+        Ok(Self { format, create, protocol_options })
+    }
+
+    /// All options that a new image takes here, none given yet.
+    pub fn options(&self) -> CreateOptions {
+        CreateOptions::new(&[self.create.options(), self.protocol_options])
+    }
+}
+
+/// The name without protocol; an unknown protocol is an error.
+fn local_path(name: &OsStr) -> Result<&Path> {
+    let bytes = name.as_bytes();
+    let colon = bytes.iter().position(|byte| matches!(byte, b':' | b'/'));
+    let Some((protocol, rest)) =
+        colon.filter(|at| bytes.get(*at) == Some(&b':')).and_then(|at| Some((bytes.get(..at)?, bytes.get(at + 1..)?)))
+    else {
+        return Ok(Path::new(name));
+    };
+    if PROTOCOLS.iter().any(|known| known.as_bytes() == protocol) {
+        return Ok(Path::new(OsStr::from_bytes(rest)));
+    }
+    Err(Error::invalid(format!("Unknown protocol '{}'", String::from_utf8_lossy(protocol))))
+}
+
+fn protocol_options(name: &OsStr) -> Result<&'static [OptionSpec]> {
+    let device = std::fs::metadata(local_path(name)?).is_ok_and(|meta| {
+        let kind = meta.file_type();
+        kind.is_block_device() || kind.is_char_device()
+    });
+    Ok(if device { DEVICE_OPTIONS } else { FILE_OPTIONS })
+}
+
+/// What is asked for.
+pub struct Wanted<'a> {
+    /// The image's name, as typed.
+    pub name: &'a OsStr,
+    /// Format and protocol.
+    pub target: Target,
+    /// The guest's disk size, where it was given beside the options.
+    pub size: Option<u64>,
+    /// Options, with what was given.
+    pub options: CreateOptions,
+    /// The backing file, where it was named beside the options.
+    pub backing: Option<String>,
+    /// Its format, likewise.
+    pub backing_format: Option<String>,
+    /// Take the backing file's word unseen.
+    pub backing_unseen: bool,
+}
+
+/// A new image, decided.
+pub struct NewImage {
+    /// Its name, as typed.
+    pub name: OsString,
+    /// Its format.
+    pub format: &'static dyn Format,
+    /// The guest's disk size, not rounded yet.
+    pub size: u64,
+    /// All options.
+    pub options: CreateOptions,
+}
+
+impl Wanted<'_> {
+    /// Checks what can be checked before anything is made. The size comes from the backing file if need be.
+    pub fn decide(mut self, opener: &Opener<'_>) -> Result<NewImage> {
+        let format = self.target.format.name();
+        if let Some(size) = self.size {
+            if self.options.given("size").is_some() {
+                return Err(Error::invalid("The image size must be specified only once"));
+            }
+            self.options.set("size", OptionValue::Size(size))?;
+        }
+        if let Some(backing) = self.backing.take() {
+            self.options
+                .set("backing_file", OptionValue::Text(backing))
+                .map_err(|_| Error::unsupported(format!("Backing file not supported for file format '{format}'")))?;
+        }
+        if let Some(backing_format) = self.backing_format.take() {
+            self.options.set("backing_fmt", OptionValue::Text(backing_format)).map_err(|_| {
+                Error::unsupported(format!("Backing file format not supported for file format '{format}'"))
+            })?;
+        }
+        if let Some(backing) = self.options.text("backing_file").map(str::to_owned) {
+            self.look_at_backing(&backing, opener)?;
+        }
+        // The reference takes 2^64 - 1 for "no size" too.
+        let size = self.options.number("size").filter(|size| *size != u64::MAX);
+        let size = size.ok_or_else(|| Error::invalid("Image creation needs a size parameter"))?;
+        Ok(NewImage { name: self.name.to_owned(), format: self.target.format, size, options: self.options })
+    }
+
+    fn look_at_backing(&mut self, backing: &str, opener: &Opener<'_>) -> Result<()> {
+        if backing.is_empty() {
+            return Err(Error::invalid("Expected backing file name, got empty string"));
+        }
+        if OsStr::new(backing) == self.name {
+            return Err(Error::invalid("Error: Trying to create an image with the same filename as the backing file"));
+        }
+        let no_format = || Error::invalid("Backing file specified without backing format");
+        let backing_format = self.options.text("backing_fmt").map(str::to_owned);
+        if self.backing_unseen {
+            return backing_format.map(|_| ()).ok_or_else(no_format);
+        }
+        let how = OpenHow { format: backing_format.clone(), look_only: true, force_share: true, ..OpenHow::default() };
+        let node = opener
+            .open(&ImageRef::name(beside(self.name, backing)), &how)
+            .map_err(|error| error.hint("Could not open backing image."))?;
+        if backing_format.is_none() {
+            return Err(no_format().hint(format!("Detected format of {}.", node.driver().format().name())));
+        }
+        if self.options.number("size").is_none() {
+            self.options.set("size", OptionValue::Size(node.virtual_size()))?;
+        }
+        Ok(())
+    }
+}
+
+/// A name found in an image is looked up from the image's own folder, textually; one with a protocol is not.
+fn beside(image: &OsStr, name: &str) -> OsString {
+    if name.starts_with('/') || name.find([':', '/']).is_some_and(|at| name.as_bytes().get(at) == Some(&b':')) {
+        return name.into();
+    }
+    let folder = image.as_bytes().iter().rposition(|byte| *byte == b'/').map_or(0, |slash| slash + 1);
+    let mut path = OsString::from(OsStr::from_bytes(image.as_bytes().get(..folder).unwrap_or_default()));
+    path.push(name);
+    path
+}
+
+/// Makes an image: whole, or nothing of it.
+pub fn create(new: &NewImage, opener: &Opener<'_>) -> Result<()> {
+    let staging = Staging::new(CacheMode::default());
+    make(new, &staging, opener)?;
+    staging.commit().with_context(|| format!("Could not create '{}'", new.name.to_string_lossy()))
+}
+
+/// Makes the files of an image in `staging`; they get their names when that is committed.
+pub fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<()> {
+    let format = new.format.name();
+    let create = new
+        .format
+        .creating()
+        .ok_or_else(|| Error::unsupported(format!("Format driver '{format}' does not support image creation")))?;
+    let shown = new.name.to_string_lossy();
+    let files = Files {
+        path: local_path(&new.name)?,
+        shown: &shown,
+        options: &new.options,
+        own_preallocation: create.options().iter().any(|spec| spec.name == "preallocation"),
+        staging,
+    };
+    let request = CreateRequest {
+        size: new.size,
+        options: &new.options,
+        files: &files,
+        ids: &Ids::of(&shown, new.size),
+        related: &Backing { image: &new.name, opener },
+    };
+    create.create(&request).map_err(|error| match error.storage().and_then(|cause| cause.errno()) {
+        Some(Errno::EFBIG) => too_large(format, new.options.number("cluster_size").is_some_and(|size| size > 0)),
+        _ => error,
+    })
+}
+
+fn too_large(format: &str, clusters: bool) -> Error {
+    let advice = if clusters { " (try using a larger cluster size)" } else { "" };
+    Error::invalid(format!("The image size is too large for file format '{format}'{advice}"))
+}
+
+/// Makes files for one image.
+struct Files<'a> {
+    path: &'a Path,
+    shown: &'a str,
+    options: &'a CreateOptions,
+    /// The format does its own preallocation, so the file's is none of it.
+    own_preallocation: bool,
+    staging: &'a Staging,
+}
+
+impl Files<'_> {
+    fn stage(&self, path: &Path) -> Result<Arc<dyn Storage>> {
+        let storage =
+            self.staging.create(path).with_context(|| format!("Could not create '{}'", path.to_string_lossy()))?;
+        if storage.kind().is_device() {
+            // Whatever was recognised at its start shall not be any more.
+            let room = storage.len().context("Could not get size")?.min(SECTOR);
+            let zeros = vec![0; usize::try_from(room).unwrap_or(0)];
+            storage.write_at(0, &zeros).context("Failed to clear the new image's first sector")?;
+        }
+        Ok(storage)
+    }
+
+    /// The preallocation that is the file's own business must be one that a file knows.
+    fn check_preallocation(&self) -> Result<()> {
+        match self.options.text("preallocation").filter(|_| !self.own_preallocation) {
+            None => Ok(()),
+            Some(word) => match Preallocation::parse(word) {
+                None => Err(Error::invalid(format!("invalid parameter value: {word}"))),
+                Some(Preallocation::Metadata) => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
+                Some(_) => Ok(()),
+            },
+        }
+    }
+}
+
+impl CreateFiles for Files<'_> {
+    fn name(&self) -> &str {
+        self.shown
+    }
+
+    fn main(&self) -> Result<Arc<dyn Storage>> {
+        self.check_preallocation()?;
+        self.stage(self.path)
+    }
+
+    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
+        let name = beside(self.path.as_os_str(), name);
+        self.stage(local_path(&name)?)
+    }
+}
+
+/// The bytes of the backing file, for a format that writes down what it is.
+struct Backing<'a> {
+    image: &'a OsStr,
+    opener: &'a Opener<'a>,
+}
+
+impl Related for Backing<'_> {
+    fn open(&self, role: &str, name: &str) -> Result<Child> {
+        let plain = self.opener.formats().last().map(|format| format.name().to_owned());
+        let how = OpenHow { format: plain, look_only: true, force_share: true, ..OpenHow::default() };
+        let name = beside(self.image, name);
+        let node = self.opener.open(&ImageRef::name(&name), &how)?;
+        let child = node.driver().files().first().cloned();
+        let child =
+            child.ok_or_else(|| Error::unsupported(format!("'{}' has no file", PathBuf::from(name).display())))?;
+        Ok(Child { role: role.to_owned(), ..child })
+    }
+}

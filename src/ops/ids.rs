@@ -1,0 +1,107 @@
+//! Where identifiers and times of new images come from.
+//!
+//! With `SOURCE_DATE_EPOCH` in the environment they are the same at every run: the time is that one, identifiers
+//! follow from it, from the image's name and size, and from what they are for. Without it they are now and random.
+
+use std::cell::RefCell;
+use std::sync::Mutex;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use fastrand::Rng;
+
+use crate::block;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Ids {
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    Random(Mutex<Rng>),
+    Fixed { seconds: u64, seed: u64 },
+}
+
+impl Ids {
+    /// Those of the image with that name and size.
+    pub fn of(name: &str, size: u64) -> Self {
+        let epoch = std::env::var("SOURCE_DATE_EPOCH").ok().and_then(|text| text.parse().ok());
+        Self::with(epoch, name, size)
+    }
+
+    fn with(epoch: Option<u64>, name: &str, size: u64) -> Self {
+        let source = match epoch {
+            Some(seconds) => {
+                let words = [&seconds.to_le_bytes()[..], &size.to_le_bytes(), name.as_bytes()];
+                Source::Fixed { seconds, seed: words.into_iter().fold(FNV_START, fnv) }
+            }
+            None => Source::Random(Mutex::new(Rng::new())),
+        };
+        Self { source }
+    }
+
+    fn draw<T>(&self, purpose: &str, of: impl FnOnce(&mut Rng) -> T) -> T {
+        match &self.source {
+            Source::Random(rng) => of(&mut rng.lock().unwrap_or_else(|poisoned| poisoned.into_inner())),
+            Source::Fixed { seed, .. } => {
+                let rng = RefCell::new(Rng::with_seed(fnv(*seed, purpose.as_bytes())));
+                of(&mut rng.borrow_mut())
+            }
+        }
+    }
+}
+
+const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// FNV-1a, 64 bits.
+fn fnv(start: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(start, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+impl block::Ids for Ids {
+    fn seconds(&self) -> u64 {
+        match self.source {
+            Source::Random(_) => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            Source::Fixed { seconds, .. } => seconds,
+        }
+    }
+
+    fn uuid(&self, purpose: &str) -> [u8; 16] {
+        let mut uuid = self.draw(purpose, |rng| rng.u128(..)).to_be_bytes();
+        // RFC 9562, section 5.4: version 4, variant 10.
+        uuid[6] = uuid[6] & 0x0f | 0x40;
+        uuid[8] = uuid[8] & 0x3f | 0x80;
+        uuid
+    }
+
+    fn word(&self, purpose: &str) -> u32 {
+        self.draw(purpose, |rng| rng.u32(..))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::Ids as _;
+
+    #[test]
+    fn fixed_ones_depend_on_everything_that_is_given_and_on_nothing_else() {
+        let uuid = |epoch, name, size, purpose| Ids::with(Some(epoch), name, size).uuid(purpose);
+        let one = uuid(1, "a", 2, "x");
+        assert_eq!(one, uuid(1, "a", 2, "x"));
+        for other in [uuid(2, "a", 2, "x"), uuid(1, "b", 2, "x"), uuid(1, "a", 3, "x"), uuid(1, "a", 2, "y")] {
+            assert_ne!(one, other);
+        }
+        assert_eq!((one[6] >> 4, one[8] >> 6), (4, 2));
+        assert_eq!(Ids::with(Some(7), "a", 0).seconds(), 7);
+    }
+
+    #[test]
+    fn random_ones_differ() {
+        let ids = Ids::with(None, "a", 0);
+        assert_ne!(ids.uuid("x"), ids.uuid("x"));
+        assert_ne!(Ids::with(None, "a", 0).uuid("x"), ids.uuid("x"));
+        assert!(ids.seconds() > 1_600_000_000);
+    }
+}
