@@ -9,6 +9,7 @@
 
 pub mod direct;
 pub mod error;
+pub mod fault;
 pub mod file;
 pub mod host;
 pub mod lock;
@@ -16,6 +17,7 @@ pub mod memory;
 pub mod offload;
 pub mod sparse;
 pub mod staging;
+pub mod temporary;
 
 use std::fmt;
 use std::fs::File;

@@ -1,0 +1,129 @@
+//! Hidden, clearly temporary names for files that are not complete, and their removal when the program is
+//! interrupted.
+//!
+//! Invariant: from before such a file exists until it is renamed or removed its name is in `SLOTS`, which the
+//! handler of SIGINT, SIGTERM and SIGHUP reads. The handler does nothing but what a handler may: it loads
+//! pointers, unlinks and lets the signal have its usual effect. A name's memory is never freed, so the handler
+//! can never meet a dangling pointer. Nothing is installed before the first such name is needed, and nothing over
+//! a handler of somebody else.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::sync::Once;
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+use nix::libc::{self, c_char, c_int};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+
+/// More files than this at once are not removed by a signal.
+static SLOTS: [AtomicPtr<c_char>; 64] = [const { AtomicPtr::new(ptr::null_mut()) }; 64];
+static INSTALL: Once = Once::new();
+
+/// A name that goes with this value, unless the file was renamed.
+#[derive(Debug)]
+pub struct TemporaryName {
+    path: Option<PathBuf>,
+    slot: Option<&'static AtomicPtr<c_char>>,
+}
+
+impl TemporaryName {
+    /// Makes a file, by `make`, under a new name in the folder of `target`.
+    pub fn beside<T>(target: &Path, mut make: impl FnMut(&Path) -> io::Result<T>) -> io::Result<(T, Self)> {
+        INSTALL.call_once(install);
+        for _ in 0..100 {
+            let path = target.with_file_name(format!(".vimg-{:016x}.tmp", fastrand::u64(..)));
+            let mut name = Self { slot: register(&path), path: None };
+            match make(&path) {
+                Ok(made) => {
+                    name.path = Some(path);
+                    return Ok((made, name));
+                }
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Err(io::ErrorKind::AlreadyExists.into())
+    }
+
+    /// Gives the file its final name, taking it away from another file.
+    pub fn rename(&mut self, target: &Path) -> io::Result<()> {
+        if let Some(path) = &self.path {
+            fs::rename(path, target)?;
+        }
+        self.path = None;
+        Ok(())
+    }
+}
+
+impl Drop for TemporaryName {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // What cannot be removed stays, hidden and recognisable.
+            let _ = fs::remove_file(path);
+        }
+        if let Some(slot) = self.slot {
+            slot.store(ptr::null_mut(), Ordering::SeqCst);
+        }
+    }
+}
+
+fn register(path: &Path) -> Option<&'static AtomicPtr<c_char>> {
+    let name = CString::new(path.as_os_str().as_bytes()).ok()?;
+    // Never freed: see the module.
+    let name = name.into_raw();
+    SLOTS.iter().find(|slot| slot.compare_exchange(ptr::null_mut(), name, Ordering::SeqCst, Ordering::SeqCst).is_ok())
+}
+
+fn install() {
+    let ours = SigAction::new(SigHandler::Handler(remove_all), SaFlags::SA_RESETHAND, SigSet::empty());
+    for signal in SIGNALS {
+        // SAFETY: the handler calls only functions that are safe in a handler and touches only atomics and memory
+        // that is never freed.
+        let before = unsafe { sigaction(signal, &ours) };
+        if let Ok(before) = before
+            && !matches!(before.handler(), SigHandler::SigDfl)
+        {
+            // SAFETY: puts back what was there.
+            let _ = unsafe { sigaction(signal, &before) };
+        }
+    }
+}
+
+extern "C" fn remove_all(signal: c_int) {
+    for slot in &SLOTS {
+        let name = slot.load(Ordering::SeqCst);
+        if !name.is_null() {
+            // SAFETY: a slot holds null or a C string that is never freed; unlink may be called in a handler.
+            unsafe { libc::unlink(name) };
+        }
+    }
+    // SAFETY: raise may be called in a handler. The default action is back already (SA_RESETHAND) and takes place
+    // when the handler returns.
+    unsafe { libc::raise(signal) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_goes_with_the_value_or_is_renamed() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("a");
+        let (_, name) = TemporaryName::beside(&target, |path| fs::write(path, b"x")).unwrap();
+        let entry = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().file_name();
+        assert!(entry.to_str().unwrap().starts_with(".vimg-"));
+        drop(name);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        let (_, mut name) = TemporaryName::beside(&target, |path| fs::write(path, b"y")).unwrap();
+        name.rename(&target).unwrap();
+        drop(name);
+        assert_eq!(fs::read(&target).unwrap(), b"y");
+    }
+}
