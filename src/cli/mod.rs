@@ -15,6 +15,7 @@ pub mod object;
 pub mod options;
 pub mod program;
 pub mod report;
+pub mod resize;
 pub mod size;
 pub mod source;
 mod trace;
@@ -58,7 +59,7 @@ pub struct Row {
 }
 
 /// Every subcommand, in alphabetical order.
-pub const SUBCOMMANDS: &[Row] = &[row::<create::Args>(), row::<info::Args>()];
+pub const SUBCOMMANDS: &[Row] = &[row::<create::Args>(), row::<info::Args>(), row::<resize::Args>()];
 
 const fn row<S: Subcommand>() -> Row {
     Row {

@@ -4,3 +4,4 @@ pub mod convert;
 pub mod create;
 pub mod ids;
 pub mod info;
+pub mod resize;

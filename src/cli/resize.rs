@@ -1,0 +1,100 @@
+//! `resize`: gives the guest's disk another size.
+
+use std::ffi::OsString;
+
+use super::exit::Exit;
+use super::source::Source;
+use super::{Complaint, Program, Subcommand, object, size};
+use crate::ops::resize::{self, Decision, NewSize};
+use crate::storage::Preallocation;
+
+/// The options.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+    /// format of the image, found out if not given
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// FILENAME is a list of options key=value,...
+    #[arg(long)]
+    image_opts: bool,
+    /// allow the new size to be smaller, which deletes what lies past it
+    #[arg(long)]
+    shrink: bool,
+    /// how the new space is allocated: off, metadata, falloc or full
+    #[arg(long, value_name = "PREALLOC", value_parser = preallocation)]
+    preallocation: Option<Preallocation>,
+    /// a QEMU object, such as a secret with a passphrase
+    #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
+    object: Vec<object::Object>,
+    /// image to resize
+    #[arg(value_name = "FILENAME")]
+    name: Option<OsString>,
+    /// size of the guest's disk, or behind a sign how much is added or taken away; with a suffix k, M, G, T, P, E (powers of 1024)
+    #[arg(value_name = "[+-]SIZE[bkKMGTPE]", allow_hyphen_values = true)]
+    size: Option<OsString>,
+    #[arg(hide = true, allow_hyphen_values = true)]
+    extra: Vec<OsString>,
+}
+
+const SHRINK_WARNING: &str = "Shrinking an image will delete all data beyond the shrunken image's end. \
+    Before performing such an operation, make sure there is no important data there.";
+
+impl Subcommand for Args {
+    const NAME: &'static str = "resize";
+    const ABOUT: &'static str = "Resize an image to the new size";
+    const USAGE: &'static [&'static str] = &[
+        "[-f FMT | --image-opts] [--preallocation PREALLOC] [--shrink]",
+        "[--object OBJDEF] [-q] FILENAME [+-]SIZE[bkKMGTPE]",
+    ];
+    const SIGNED_OPERANDS: bool = true;
+
+    fn run(self, program: &Program) -> anyhow::Result<Exit> {
+        if !object::define(program, &self.object)? {
+            return Ok(Exit::Success);
+        }
+        let source = Source { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
+        source.check()?;
+        let (Some(name), Some(new)) = (&self.name, &self.size) else {
+            return Err(Complaint::usage("Expecting image file name and size").into());
+        };
+        if !self.extra.is_empty() {
+            return Err(Complaint::usage("Extra argument(s) in command line").into());
+        }
+        let new = new_size(&new.to_string_lossy())?;
+        let fill = self.preallocation.unwrap_or_default();
+
+        let (image, how) = source.image(program, name)?;
+        let opener = program.opener();
+        let node = opener.open(&image, &crate::block::OpenHow { write: true, ..how });
+        program.notices(&opener);
+        let node = node?;
+        match resize::decide(&node, new, fill, self.shrink)? {
+            Decision::WouldShrink => {
+                program.error("Use the --shrink option to perform a shrink operation.");
+                program.warn(SHRINK_WARNING);
+                return Ok(Exit::Failure);
+            }
+            Decision::Resize(size) => resize::resize(&node, size, fill)?,
+        }
+        if !self.quiet {
+            program.println("Image resized.");
+        }
+        Ok(Exit::Success)
+    }
+}
+
+fn preallocation(word: &str) -> Result<Preallocation, Complaint> {
+    Preallocation::parse(word).ok_or_else(|| Complaint::value(format!("Invalid preallocation mode '{word}'")))
+}
+
+fn new_size(text: &str) -> Result<NewSize, Complaint> {
+    let (make, text): (fn(u64) -> NewSize, _) = match (text.strip_prefix('+'), text.strip_prefix('-')) {
+        (Some(rest), _) => (NewSize::More, rest),
+        (_, Some(rest)) => (NewSize::Less, rest),
+        _ => (NewSize::Absolute, text),
+    };
+    size::key_size("size", text).map(make)
+}

@@ -1,0 +1,90 @@
+//! Changing the size of the guest's disk: decided and checked first, so that what is refused changes nothing.
+
+use crate::block::error::Context;
+use crate::block::node::Scratch;
+use crate::block::{Error, GuestOffset, Node, Resize, Result};
+use crate::storage::Preallocation;
+
+/// The size that is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NewSize {
+    /// That many bytes.
+    Absolute(u64),
+    /// That many bytes more.
+    More(u64),
+    /// That many bytes less.
+    Less(u64),
+}
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// Give the disk that many bytes.
+    Resize(u64),
+    /// Nothing: data would be lost, and nobody said that it may be.
+    WouldShrink,
+}
+
+/// The size that an image of that size shall have. Sizes are positive and fit a file offset.
+fn target(current: u64, new: NewSize) -> Result<u64> {
+    let size = match new {
+        NewSize::Absolute(size) => Some(size),
+        NewSize::More(bytes) => current.checked_add(bytes),
+        NewSize::Less(bytes) => current.checked_sub(bytes),
+    };
+    size.filter(|size| *size > 0 && i64::try_from(*size).is_ok())
+        .ok_or_else(|| Error::invalid("New image size must be positive"))
+}
+
+/// Decides, and refuses what cannot be done. Changes nothing.
+pub fn decide(node: &Node, new: NewSize, fill: Preallocation, may_shrink: bool) -> Result<Decision> {
+    let current = node.virtual_size();
+    let size = target(current, new)?;
+    if size <= current && fill != Preallocation::Off {
+        return Err(Error::invalid("Preallocation can only be used for growing images"));
+    }
+    if size < current && !may_shrink {
+        return Ok(Decision::WouldShrink);
+    }
+    resizing(node)?.check(size, fill)?;
+    Ok(Decision::Resize(size))
+}
+
+fn resizing(node: &Node) -> Result<&dyn Resize> {
+    node.driver().resizing().ok_or_else(|| Error::unsupported("Image format driver does not support resize"))
+}
+
+/// Gives the disk that many bytes. New ones read as zeros, whatever a longer backing file holds there.
+pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
+    let old = node.virtual_size();
+    resizing(node)?.resize(size, fill)?;
+    let covered = node.backing().map_or(0, |below| below.virtual_size()).min(size);
+    if covered > old {
+        node.write_zeroes(GuestOffset(old), covered - old, false, &mut Scratch::default())
+            .context("Failed to zero out the new area")?;
+    }
+    node.driver().close()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_positive_and_fit() {
+        assert_eq!(target(10, NewSize::Absolute(1)).ok(), Some(1));
+        assert_eq!(target(10, NewSize::More(5)).ok(), Some(15));
+        assert_eq!(target(10, NewSize::Less(9)).ok(), Some(1));
+        for (current, new) in [
+            (10, NewSize::Absolute(0)),
+            (10, NewSize::Absolute(1 << 63)),
+            (10, NewSize::Less(10)),
+            (10, NewSize::Less(11)),
+            (10, NewSize::Less(u64::MAX)),
+            (10, NewSize::More(u64::MAX)),
+            (10, NewSize::More(i64::MAX as u64 - 9)),
+        ] {
+            assert!(target(current, new).is_err(), "{current} {new:?}");
+        }
+    }
+}
