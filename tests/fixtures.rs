@@ -1,0 +1,78 @@
+//! Every fixture, read by vimg, is what the tool that made it says.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::common::{Scratch, sh, vimg};
+
+/// One line of `fixtures/CONTENTS`.
+pub struct Fixture {
+    pub name: String,
+    pub format: String,
+    pub size: u64,
+    pub sha256: String,
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
+}
+
+/// All of them.
+pub fn all() -> Vec<Fixture> {
+    let text = fs::read_to_string(folder().join("CONTENTS")).expect("fixtures/CONTENTS");
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    lines
+        .map(|line| {
+            let mut words = line.split(' ').map(str::to_owned);
+            let mut next = || words.next().expect("four words a line");
+            Fixture { name: next(), format: next(), size: next().parse().expect("size"), sha256: next() }
+        })
+        .collect()
+}
+
+/// Unpacks every file into a folder.
+pub fn unpack(to: &Path) {
+    let mut count = 0;
+    for entry in fs::read_dir(folder()).expect("fixtures").flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|ext| ext == "xz") {
+            let packed = fs::File::open(&path).expect("fixture");
+            let mut plain = fs::File::create(to.join(path.file_stem().expect("stem"))).expect("unpacked fixture");
+            std::io::copy(&mut xz2::read::XzDecoder::new(packed), &mut plain).expect("xz");
+            count += 1;
+        }
+    }
+    assert!(count >= 20, "only {count} fixtures");
+}
+
+#[test]
+fn fixtures_read_as_their_makers_say() {
+    let scratch = Scratch::new();
+    unpack(scratch.path());
+    let mut wrong = Vec::new();
+    for fixture in all() {
+        let out = vimg(&["convert", "-f", &fixture.format, "-O", "raw", &fixture.name, "out"]).dir(scratch.path()).run();
+        if out.code != Some(0) {
+            wrong.push(format!("{}: {}", fixture.name, out.stderr));
+            continue;
+        }
+        let size = fs::metadata(scratch.file("out")).expect("out").len();
+        let sum = sh("sha256sum < out").dir(scratch.path()).ok().stdout;
+        if size != fixture.size || !sum.starts_with(&fixture.sha256) {
+            wrong.push(format!("{}: {size} bytes, {sum}", fixture.name));
+        }
+        fs::remove_file(scratch.file("out")).expect("remove");
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn info_knows_the_format_of_fixtures() {
+    let scratch = Scratch::new();
+    unpack(scratch.path());
+    for fixture in all() {
+        let json = vimg(&["info", "--output=json", &fixture.name]).dir(scratch.path()).ok().json();
+        assert_eq!(json["format"], fixture.format.as_str(), "{}", fixture.name);
+        assert_eq!(json["virtual-size"].as_u64(), Some(fixture.size), "{}", fixture.name);
+    }
+}
