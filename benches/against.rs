@@ -1,2 +1,221 @@
-//! Times vimg and qemu-img in turn on the same work.
-fn main() {}
+//! Times vimg and qemu-img in turn on the same work, with a warm cache, and prints ratios.
+//!
+//! `cargo bench --bench against [-- FILTER]`. The disk is a real one: an ext4 file system of this machine's own
+//! `/usr/bin` and `/usr/share` in a sparse 8 GiB raw file, made once in the scratch folder.
+//!
+//! | variable | meaning | default |
+//! |---|---|---|
+//! | `VIMG_BENCH_DIR` | where the disk and the outputs lie | the temporary folder |
+//! | `VIMG_BENCH_GIB` | the disk's size | 8 |
+//! | `VIMG_BENCH_ROUNDS` | how often each job is run by each program | 5 |
+//!
+//! Ratio = qemu-img's time / vimg's time: above 1 vimg is faster. Time and CPU are medians, memory is the largest.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use nix::sys::resource::{UsageWho, getrusage};
+
+/// One piece of work. `{disk}` is the real disk; other words are files in the scratch folder.
+struct Job {
+    name: &'static str,
+    /// Made once before, by qemu-img, if it is not there: the file and the arguments.
+    needs: &'static [(&'static str, &'static str)],
+    /// What is timed.
+    run: &'static str,
+}
+
+const QCOW2: (&str, &str) = ("disk.qcow2", "convert -f raw -O qcow2 {disk} disk.qcow2");
+const ZLIB: (&str, &str) = ("zlib.qcow2", "convert -f raw -O qcow2 -c {disk} zlib.qcow2");
+const ZSTD: (&str, &str) = ("zstd.qcow2", "convert -f raw -O qcow2 -c -o compression_type=zstd {disk} zstd.qcow2");
+const VMDK: (&str, &str) = ("disk.vmdk", "convert -f raw -O vmdk {disk} disk.vmdk");
+const STREAM: (&str, &str) = ("s.vmdk", "convert -f raw -O vmdk -o subformat=streamOptimized {disk} s.vmdk");
+const VDI: (&str, &str) = ("disk.vdi", "convert -f raw -O vdi {disk} disk.vdi");
+const VPC: (&str, &str) = ("disk.vpc", "convert -f raw -O vpc {disk} disk.vpc");
+const QCOW: (&str, &str) = ("disk.qcow", "convert -f raw -O qcow {disk} disk.qcow");
+const EMPTY: (&str, &str) = ("empty.qcow2", "create -q -f qcow2 empty.qcow2 8G");
+const HUGE: (&str, &str) = ("huge.qcow2", "create -q -f qcow2 huge.qcow2 16T");
+
+const JOBS: &[Job] = &[
+    Job { name: "raw→raw", needs: &[], run: "convert -f raw -O raw {disk} out" },
+    Job { name: "raw→qcow2", needs: &[], run: "convert -f raw -O qcow2 {disk} out" },
+    Job { name: "qcow2→raw", needs: &[QCOW2], run: "convert -f qcow2 -O raw disk.qcow2 out" },
+    Job { name: "qcow2→qcow2", needs: &[QCOW2], run: "convert -f qcow2 -O qcow2 disk.qcow2 out" },
+    Job { name: "raw→qcow2 -c zlib", needs: &[], run: "convert -f raw -O qcow2 -c {disk} out" },
+    Job {
+        name: "raw→qcow2 -c zstd",
+        needs: &[],
+        run: "convert -f raw -O qcow2 -c -o compression_type=zstd {disk} out",
+    },
+    Job { name: "qcow2 zlib→raw", needs: &[ZLIB], run: "convert -f qcow2 -O raw zlib.qcow2 out" },
+    Job { name: "qcow2 zstd→raw", needs: &[ZSTD], run: "convert -f qcow2 -O raw zstd.qcow2 out" },
+    Job { name: "raw→vmdk", needs: &[], run: "convert -f raw -O vmdk {disk} out" },
+    Job { name: "vmdk→raw", needs: &[VMDK], run: "convert -f vmdk -O raw disk.vmdk out" },
+    Job {
+        name: "raw→vmdk stream", needs: &[], run: "convert -f raw -O vmdk -o subformat=streamOptimized {disk} out"
+    },
+    Job { name: "vmdk stream→raw", needs: &[STREAM], run: "convert -f vmdk -O raw s.vmdk out" },
+    Job { name: "raw→vdi", needs: &[], run: "convert -f raw -O vdi {disk} out" },
+    Job { name: "vdi→raw", needs: &[VDI], run: "convert -f vdi -O raw disk.vdi out" },
+    Job { name: "raw→vpc", needs: &[], run: "convert -f raw -O vpc {disk} out" },
+    Job { name: "vpc→raw", needs: &[VPC], run: "convert -f vpc -O raw disk.vpc out" },
+    Job { name: "raw→qcow", needs: &[], run: "convert -f raw -O qcow {disk} out" },
+    Job { name: "qcow→raw", needs: &[QCOW], run: "convert -f qcow -O raw disk.qcow out" },
+    Job { name: "info", needs: &[EMPTY], run: "info empty.qcow2" },
+    Job { name: "info of the disk", needs: &[QCOW2], run: "info disk.qcow2" },
+    Job { name: "create qcow2 8G", needs: &[], run: "create -f qcow2 out 8G" },
+    Job { name: "create raw 8G", needs: &[], run: "create -f raw out 8G" },
+    Job { name: "create 1T metadata", needs: &[], run: "create -f qcow2 -o preallocation=metadata out 1T" },
+    Job { name: "create qcow2 16T", needs: &[], run: "create -f qcow2 out 16T" },
+    Job { name: "16T sparse qcow2→qcow2", needs: &[HUGE], run: "convert -f qcow2 -O qcow2 huge.qcow2 out" },
+    Job { name: "info 16T", needs: &[HUGE], run: "info huge.qcow2" },
+    Job { name: "resize 8G to 16T", needs: &[], run: "resize -f qcow2 grow.qcow2 16T" },
+];
+
+/// What one run took.
+#[derive(Clone, Copy)]
+struct Cost {
+    seconds: f64,
+    cpu: f64,
+    peak_kib: i64,
+}
+
+/// Run as `against --cost PROGRAM ARGS...`: does that work and prints what it cost. A process of its own, because
+/// the kernel tells peak memory only of all children together.
+fn cost_of(command: &[String]) -> ! {
+    let start = Instant::now();
+    let status = Command::new(&command[0]).args(&command[1..]).stdout(Stdio::null()).status();
+    let seconds = start.elapsed().as_secs_f64();
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).expect("getrusage");
+    let time = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
+    println!("{seconds} {} {}", time(usage.user_time()) + time(usage.system_time()), usage.max_rss());
+    std::process::exit(status.ok().and_then(|s| s.code()).unwrap_or(101));
+}
+
+fn measure(program: &Path, args: &[String], dir: &Path) -> Result<Cost, String> {
+    let out = Command::new(std::env::current_exe().expect("myself"))
+        .arg("--cost")
+        .arg(program)
+        .args(args)
+        .current_dir(dir)
+        .output()
+        .expect("run myself");
+    if !out.status.success() {
+        return Err(String::from_utf8_lossy(&out.stderr).trim().to_owned());
+    }
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let mut words = text.split_whitespace();
+    let mut next = || words.next().and_then(|w| w.parse::<f64>().ok()).expect("three numbers");
+    Ok(Cost { seconds: next(), cpu: next(), peak_kib: next() as i64 })
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn shell(dir: &Path, line: &str) {
+    let status = Command::new("sh").arg("-c").arg(line).current_dir(dir).env("PATH", search_path()).status();
+    assert!(status.is_ok_and(|s| s.success()), "failed: {line} (apt-get install e2fsprogs qemu-utils)");
+}
+
+fn search_path() -> String {
+    format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+fn real_disk(dir: &Path, gib: u64) -> PathBuf {
+    let disk = dir.join(format!("disk-{gib}.raw"));
+    if !disk.exists() {
+        println!("making a {gib} GiB disk of /usr/bin and /usr/share ...");
+        let name = disk.display();
+        shell(
+            dir,
+            &format!(
+                "rm -rf tree && mkdir tree && cp -a /usr/bin /usr/share tree/ && \
+                 mke2fs -q -t ext4 -E root_owner=0:0 -d tree '{name}.new' {gib}G && rm -rf tree && mv '{name}.new' '{name}'"
+            ),
+        );
+    }
+    disk
+}
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if args.first().is_some_and(|arg| arg == "--cost") {
+        cost_of(&args[1..]);
+    }
+    let filter = args.iter().find(|arg| !arg.starts_with('-')).cloned().unwrap_or_default();
+    let base =
+        std::env::var_os("VIMG_BENCH_DIR").map_or_else(|| std::env::temp_dir().join("vimg-bench"), PathBuf::from);
+    std::fs::create_dir_all(&base).expect("scratch folder");
+    let disk = real_disk(&base, number("VIMG_BENCH_GIB", 8));
+    let rounds = number("VIMG_BENCH_ROUNDS", 5);
+    let vimg = PathBuf::from(env!("CARGO_BIN_EXE_vimg"));
+    let theirs = PathBuf::from("qemu-img");
+    println!("ratio = qemu-img's time / vimg's: above 1.00 vimg is faster; {rounds} rounds, medians, warm cache");
+    println!(
+        "{:<24}{:>7} {:>9} {:>9} {:>7} {:>9} {:>9} {:>10} {:>10}",
+        "job", "ratio", "vimg s", "qemu s", "cpu", "vimg MiB", "qemu MiB", "vimg out", "qemu out"
+    );
+    for job in JOBS.iter().filter(|job| job.name.contains(&filter)) {
+        match run_job(job, &base, &disk, rounds, &vimg, &theirs) {
+            Ok(line) => println!("{line}"),
+            Err(why) => println!("{:<24} not measured: {}", job.name, why.lines().next().unwrap_or_default()),
+        }
+    }
+    let _ = std::fs::remove_file(base.join("out"));
+}
+
+fn words(line: &str, disk: &Path) -> Vec<String> {
+    line.split(' ').map(|word| if word == "{disk}" { disk.display().to_string() } else { word.to_owned() }).collect()
+}
+
+fn run_job(job: &Job, dir: &Path, disk: &Path, rounds: u64, vimg: &Path, theirs: &Path) -> Result<String, String> {
+    for (file, make) in job.needs {
+        if !dir.join(file).exists() {
+            let status = Command::new(theirs).args(words(make, disk)).current_dir(dir).status();
+            assert!(status.is_ok_and(|s| s.success()), "failed: qemu-img {make}");
+        }
+    }
+    let args = words(job.run, disk);
+    let mut costs: [Vec<Cost>; 2] = [Vec::new(), Vec::new()];
+    let mut sizes = [0, 0];
+    // One run of each to warm up, then in turn.
+    for round in 0..=rounds {
+        for (which, program) in [vimg, theirs].into_iter().enumerate() {
+            let _ = std::fs::remove_file(dir.join("out"));
+            if job.run.contains("grow.qcow2") {
+                shell(dir, "rm -f grow.qcow2; qemu-img create -q -f qcow2 grow.qcow2 8G");
+            }
+            let cost = measure(program, &args, dir)?;
+            if round > 0 {
+                costs[which].push(cost);
+            }
+            sizes[which] = std::fs::metadata(dir.join("out")).map_or(0, |m| m.blocks() * 512);
+        }
+    }
+    let of = |which: usize, what: fn(&Cost) -> f64| median(costs[which].iter().map(what).collect());
+    let peak = |which: usize| costs[which].iter().map(|cost| cost.peak_kib).max().unwrap_or(0) as f64 / 1024.0;
+    let seconds = [of(0, |c| c.seconds), of(1, |c| c.seconds)];
+    let cpu = [of(0, |c| c.cpu), of(1, |c| c.cpu)];
+    let mib = |bytes: u64| format!("{:.1}M", bytes as f64 / 1048576.0);
+    Ok(format!(
+        "{:<24}{:>7.2} {:>9.4} {:>9.4} {:>7.2} {:>9.1} {:>9.1} {:>10} {:>10}",
+        job.name,
+        seconds[1] / seconds[0],
+        seconds[0],
+        seconds[1],
+        cpu[1] / cpu[0],
+        peak(0),
+        peak(1),
+        mib(sizes[0]),
+        mib(sizes[1])
+    ))
+}

@@ -51,7 +51,8 @@ fn fixtures_read_as_their_makers_say() {
     unpack(scratch.path());
     let mut wrong = Vec::new();
     for fixture in all() {
-        let out = vimg(&["convert", "-f", &fixture.format, "-O", "raw", &fixture.name, "out"]).dir(scratch.path()).run();
+        let out =
+            vimg(&["convert", "-f", &fixture.format, "-O", "raw", &fixture.name, "out"]).dir(scratch.path()).run();
         if out.code != Some(0) {
             wrong.push(format!("{}: {}", fixture.name, out.stderr));
             continue;
