@@ -115,6 +115,11 @@ pub trait Format: Sync + fmt::Debug {
     /// How sure we are, from the first bytes (up to 2048) and the file's name, that it is this format: 0 to 100.
     fn probe(&self, head: &[u8], name: &str) -> u32;
 
+    /// Options that change what the guest sees: where they are given, a plain name does not name the image.
+    fn strong_options(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Opens a layer.
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>>;
 

@@ -10,13 +10,17 @@ pub mod driver;
 pub mod error;
 pub mod extent;
 pub mod format;
+mod generic;
 pub mod info;
 mod jsonish;
 pub mod keys;
+mod layer;
 pub mod name;
 pub mod node;
 pub mod opener;
 pub mod options;
+mod over;
+mod protocol;
 
 pub use driver::{Action, BlockDriver, Compress, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write};
 pub use error::{Error, Kind, Result};
@@ -24,5 +28,5 @@ pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, Ho
 pub use format::{BackingRef, Child, Create, CreateFiles, CreateRequest, Format, Ids, OpenRequest, Related};
 pub use name::{ImageRef, OptionTree};
 pub use node::{Mapping, Node};
-pub use opener::{OpenHow, Opener, Policy};
+pub use opener::{Notice, OpenHow, Opener, Policy};
 pub use options::{CreateOptions, OptionKind, OptionSpec, OptionValue};

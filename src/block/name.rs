@@ -38,7 +38,6 @@ impl ImageRef {
         for (key, value) in list.pairs {
             if key == "id" {
                 check_id(&value)?;
-                continue;
             }
             tree.shift_remove(&key);
             tree.insert(key, Value::String(value));
@@ -217,6 +216,14 @@ pub fn json_text(name: &OsStr) -> Option<String> {
 /// name is relative, and to what cannot be told.
 pub fn beside(image: Option<&OsStr>, name: &OsStr) -> Option<OsString> {
     if name.as_bytes().starts_with(b"/") || protocol(name).is_some() {
+        return Some(name.to_owned());
+    }
+    literally_beside(image, name)
+}
+
+/// The same for a name that is never taken for a protocol.
+pub fn literally_beside(image: Option<&OsStr>, name: &OsStr) -> Option<OsString> {
+    if name.as_bytes().starts_with(b"/") {
         return Some(name.to_owned());
     }
     let image = image?.as_bytes();

@@ -1,18 +1,19 @@
-//! The one way to an open image: names, relative paths, probing, locks, backing chains, and the policy that says
-//! what an image may make us open.
+//! The one way to an open image: backing chains, and the policy that says what an image may make us open. One
+//! layer of a chain is opened by [`layer`](super::layer).
+//!
+//! Invariants: a chain is opened and closed link by link, never by recursion; recursion into images inside images
+//! is capped; a file is locked before its header is believed.
 
-use std::collections::HashSet;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use super::error::Context;
-use super::format::{self, Child, Format, OpenRequest, Related};
-use super::node::Origin;
-use super::{Error, ImageRef, Node, OptionTree, Result};
-use crate::storage::file::{HostFile, OpenHow as FileHow};
+use super::generic::{Names, Settings};
+use super::keys::as_text;
+use super::layer::{Ask, Below, Layer};
+use super::name::{self, OptionTree};
+use super::{Error, Format, ImageRef, Kind, Node, Result};
 use crate::storage::lock::Access;
 use crate::storage::staging::Staging;
-use crate::storage::{CacheMode, Identity, Storage};
+use crate::storage::{CacheMode, Identity};
 
 /// What an image may make us open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -44,9 +45,9 @@ pub struct OpenHow {
 }
 
 impl OpenHow {
-    /// The permissions that a layer takes, but for what is particular to its format.
-    fn access(&self) -> Access {
-        match (self.force_share, self.write, self.look_only) {
+    /// The permissions that a node with these settings takes, but for what is particular to its format.
+    pub(super) fn access(&self, settings: &Settings) -> Access {
+        match (settings.force_share, settings.write, self.look_only) {
             (true, _, true) => Access::NONE,
             (true, ..) => Access::SHARED,
             (_, true, _) => Access::WRITE,
@@ -56,13 +57,33 @@ impl OpenHow {
     }
 }
 
+/// Something to tell the user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// A line as it is.
+    Line(String),
+    /// A warning, to be marked as one.
+    Warning(String),
+}
+
 /// Opens images.
 #[derive(Debug)]
 pub struct Opener<'a> {
-    formats: &'a [&'static dyn Format],
-    policy: Policy,
-    staging: Option<&'a Staging>,
-    notices: Mutex<Vec<String>>,
+    pub(super) formats: &'a [&'static dyn Format],
+    pub(super) policy: Policy,
+    pub(super) staging: Option<&'a Staging>,
+    notices: Mutex<Vec<Notice>>,
+}
+
+/// What is known while one image is opened.
+#[derive(Debug, Default)]
+pub(super) struct Trail {
+    /// Names given to nodes.
+    pub names: Names,
+    /// Layers with a backing file that were met.
+    seen: Vec<(Identity, &'static str)>,
+    /// How many images we are inside of.
+    pub depth: usize,
 }
 
 impl<'a> Opener<'a> {
@@ -82,106 +103,128 @@ impl<'a> Opener<'a> {
         self.formats
     }
 
-    /// Lines for the user that came up while opening, since the last call.
-    pub fn take_notices(&self) -> Vec<String> {
+    /// What came up while opening, since the last call.
+    pub fn take_notices(&self) -> Vec<Notice> {
         std::mem::take(&mut self.notices.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+
+    pub(super) fn notice(&self, notice: Notice) {
+        self.notices.lock().unwrap_or_else(|e| e.into_inner()).push(notice);
     }
 
     /// Opens an image with its backing chain.
     pub fn open(&self, image: &ImageRef, how: &OpenHow) -> Result<Arc<Node>> {
-        self.open_in(image, how, &mut HashSet::new())
+        let opened = self.ask(image, how).and_then(|ask| self.chain(ask, how, &mut Trail::default()));
+        opened.map_err(|error| error.context(format!("Could not open '{}'", image.shown())))
     }
 
-    fn open_in(&self, image: &ImageRef, how: &OpenHow, seen: &mut HashSet<Identity>) -> Result<Arc<Node>> {
-        let ImageRef::Name(name) = image else {
-            return Err(Error::unsupported("option trees"));
+    /// What the name of an image asks for.
+    fn ask(&self, image: &ImageRef, how: &OpenHow) -> Result<Ask> {
+        let (path, mut options) = match image {
+            ImageRef::Tree(tree, _) => (None, tree.clone()),
+            ImageRef::Name(name) => match name::json_text(name) {
+                Some(text) => (None, name::parse_json(&text)?),
+                None => (Some(name.clone()), OptionTree::new()),
+            },
         };
-        let shown = name.to_string_lossy().into_owned();
-        let path = PathBuf::from(shown.strip_prefix("file:").unwrap_or(&shown));
-        // What is locked depends on the format, which is not known yet.
-        let storage = self.open_file(&path, how, Access::NONE).with_context(|| format!("Could not open '{shown}'"))?;
-        if let Some(identity) = storage.identity()
-            && !seen.insert(identity)
-        {
-            return Err(Error::invalid(format!("Backing file '{shown}' creates an infinite loop.")));
+        if let Some(format) = &how.format {
+            options.insert("driver".to_owned(), format.clone().into());
         }
-        let format = match &how.format {
-            Some(name) => format::find(self.formats, name)?,
-            None => self.probe(&*storage, &shown)?,
-        };
-        let access = how.access();
-        let access = if format.name() == "raw" && !how.exclusive { access.of_raw() } else { access };
-        storage.lock(access).with_context(|| format!("Could not open '{shown}'"))?;
-        let mut options = OptionTree::new();
-        let related = Beside { opener: self, image: &path, how };
-        let driver = format
-            .open(OpenRequest {
-                file: Child { role: "file".to_owned(), name: shown.clone(), storage },
-                options: &mut options,
-                write: how.write,
-                look_only: how.look_only,
-                related: &related,
-            })
-            .with_context(|| format!("Could not open '{shown}'"))?;
-        let backing = match driver.backing() {
-            Some(backing) if !how.no_backing => {
-                if self.policy == Policy::Refuse {
-                    return Err(Error::new(
-                        super::Kind::Forbidden,
-                        format!("'{shown}' names a backing file, which the policy forbids to open"),
-                    ));
-                }
-                let below = OpenHow { format: backing.format.clone(), write: false, ..how.clone() };
-                let name = beside(&path, &backing.name);
-                Some(self.open_in(&ImageRef::name(name), &below, seen).context("Could not open backing file")?)
+        Ok(Ask { path, options, settings: Settings::new(how.write, how.force_share, how.cache) })
+    }
+
+    /// Opens a layer and everything below it.
+    pub(super) fn chain(&self, ask: Ask, how: &OpenHow, trail: &mut Trail) -> Result<Arc<Node>> {
+        let mut layers: Vec<Layer> = Vec::new();
+        let mut next = Some(ask);
+        while let Some(ask) = next.take() {
+            let (layer, below) = match self.layer(ask, how, trail).and_then(|layer| {
+                let below = self.below(&layer, trail)?;
+                Ok((layer, below))
+            }) {
+                Ok(opened) => opened,
+                Err(error) => return Err(in_chain(error, layers.len())),
+            };
+            layers.push(layer);
+            next = below;
+        }
+        let mut node: Option<Arc<Node>> = None;
+        while let Some(layer) = layers.pop() {
+            let depth = layers.len();
+            if let Some(below) = &node {
+                layer.driver.accept_backing(below.driver()).map_err(|error| in_chain(error, depth))?;
             }
-            _ => None,
-        };
-        let origin = Origin { path: Some(name.clone()), ..Origin::default() };
-        Ok(Arc::new(Node::new(driver, backing, shown).with_origin(origin)))
-    }
-
-    fn open_file(&self, path: &Path, how: &OpenHow, access: Access) -> crate::storage::Result<Arc<dyn Storage>> {
-        if let Some(storage) = self.staging.and_then(|staging| staging.find(path)) {
-            return Ok(storage);
+            node = Some(Arc::new(layer.on(node)));
         }
-        Ok(Arc::new(HostFile::open(path, &FileHow { write: how.write, cache: how.cache, access })?))
+        node.ok_or_else(|| Error::invalid("Must specify either driver or file"))
     }
 
-    fn probe(&self, storage: &dyn Storage, name: &str) -> Result<&'static dyn Format> {
-        let mut head = vec![0; 2048];
-        storage
-            .read_at(0, &mut head)
-            .with_context(|| format!("Could not read image for determining its format '{name}'"))?;
-        let best = self.formats.iter().copied().max_by_key(|format| format.probe(&head, name));
-        best.ok_or_else(|| Error::invalid("no formats"))
-    }
-}
-
-/// A name found in an image is relative to the image's own folder.
-fn beside(image: &Path, name: &str) -> PathBuf {
-    match image.parent() {
-        Some(folder) => folder.join(name),
-        None => PathBuf::from(name),
-    }
-}
-
-struct Beside<'a> {
-    opener: &'a Opener<'a>,
-    image: &'a Path,
-    how: &'a OpenHow,
-}
-
-impl Related for Beside<'_> {
-    fn open(&self, role: &str, name: &str) -> Result<Child> {
-        let path = beside(self.image, name);
-        let shown = path.to_string_lossy().into_owned();
-        let access = match (self.how.exclusive, role) {
-            (false, "data-file") => self.how.access().of_data_file(),
-            _ => self.how.access(),
+    /// What lies below a layer, if that is to be opened.
+    fn below(&self, layer: &Layer, trail: &mut Trail) -> Result<Option<Ask>> {
+        let named = layer.driver.backing();
+        let options = match &layer.below {
+            Below::Nothing => return Ok(None),
+            Below::Given(options) => options.clone(),
         };
-        let storage =
-            self.opener.open_file(&path, self.how, access).with_context(|| format!("Could not open '{shown}'"))?;
-        Ok(Child { role: role.to_owned(), name: shown, storage })
+        if named.is_none() && options.is_empty() {
+            return Ok(None);
+        }
+        if let (Some(named), Policy::Refuse) = (named, self.policy) {
+            return Err(Error::new(
+                Kind::Forbidden,
+                format!("'{}' names the backing file '{}', and untrusted images may not", layer.name(), named.name),
+            ));
+        }
+        if let Some(identity) = layer.identity() {
+            if trail.seen.contains(&identity) {
+                let text = format!("Backing file '{}' creates an infinite loop.", layer.name());
+                return Err(Error::invalid(text));
+            }
+            trail.seen.push(identity);
+        }
+        self.ask_below(layer, options).map(Some).map_err(|error| in_chain(error, 1))
+    }
+
+    fn ask_below(&self, layer: &Layer, mut options: OptionTree) -> Result<Ask> {
+        let settings = layer.settings.for_reading();
+        let reference = options.shift_remove("").as_ref().and_then(as_text);
+        if let Some(reference) = reference {
+            return Err(super::layer::no_such_node(&reference, options.is_empty()));
+        }
+        let mut path = None;
+        if let Some(named) = layer.driver.backing()
+            && !options.contains_key("file.filename")
+        {
+            let full = name::beside(layer.origin.path.as_deref(), named.name.as_ref()).ok_or_else(|| {
+                let shown = layer.name();
+                Error::invalid(format!("Cannot tell where the backing file '{}' of '{shown}' is", named.name))
+            })?;
+            if let Some(format) = &named.format
+                && !options.contains_key("driver")
+            {
+                options.insert("driver".to_owned(), format.clone().into());
+            }
+            match name::json_text(&full) {
+                Some(text) => {
+                    for (key, value) in name::parse_json(&text)? {
+                        options.entry(key).or_insert(value);
+                    }
+                }
+                None => path = Some(full),
+            }
+        } else if let Some(format) = layer.driver.backing().and_then(|named| named.format.as_ref())
+            && !options.contains_key("driver")
+        {
+            options.insert("driver".to_owned(), format.clone().into());
+        }
+        Ok(Ask { path, options, settings })
+    }
+}
+
+/// An error that came up so many layers down.
+fn in_chain(error: Error, depth: usize) -> Error {
+    match depth {
+        0 => error,
+        _ => error.context(vec!["Could not open backing file"; depth].join(": ")),
     }
 }

@@ -9,7 +9,7 @@ use std::io::{self, BufWriter, IsTerminal, LineWriter, Stderr, Stdout, Write};
 use std::path::Path;
 
 use super::exit::Exit;
-use crate::block::{Opener, Policy};
+use crate::block::{Notice, Opener, Policy};
 use crate::formats::FORMATS;
 
 enum Out {
@@ -111,7 +111,12 @@ impl Program {
 
     /// Shows what came up while opening.
     pub fn notices(&self, opener: &Opener<'_>) {
-        opener.take_notices().iter().for_each(|notice| self.line(notice));
+        for notice in opener.take_notices() {
+            match notice {
+                Notice::Line(line) => self.line(&line),
+                Notice::Warning(text) => self.warn(&text),
+            }
+        }
     }
 
     /// Writes out what was printed. Lost output is a failure, unless the reader went away: that is its own choice.

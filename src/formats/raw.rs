@@ -4,10 +4,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use serde_json::Value;
-
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
+use crate::block::keys::take_size;
 use crate::block::{
     Action, BlockDriver, Child, Create, CreateRequest, Error, Extent, ExtentKind, Format, GuestOffset, HostOffset,
     HostPlace, OpenRequest, OptionKind, OptionSpec, Placed, Resize, Result, Store, Ticket, Write,
@@ -31,39 +30,36 @@ impl Format for Raw {
         1
     }
 
+    fn strong_options(&self) -> &'static [&'static str] {
+        &["offset", "size"]
+    }
+
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
         let OpenRequest { file, options, write, .. } = request;
         let length = file.storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
-        let offset = number(options, "offset")?.unwrap_or(0);
-        let size = number(options, "size")?;
-        let room = length
-            .checked_sub(offset)
-            .ok_or_else(|| Error::invalid("Offset cannot be greater than size of the containing file"))?;
-        if let Some(size) = size
-            && size > room
-        {
-            return Err(Error::invalid(
-                "The sum of offset and size has to be smaller or equal to the actual size of the containing file",
-            ));
+        let offset = take_size(options, "offset")?.unwrap_or(0);
+        let size = take_size(options, "size")?;
+        let room = length.checked_sub(offset).ok_or_else(|| {
+            Error::invalid(format!("Offset ({offset}) cannot be greater than size of the containing file ({length})"))
+        })?;
+        if let Some(size) = size {
+            if size > room {
+                return Err(Error::invalid(format!(
+                    "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size \
+                     of the containing file ({length})"
+                )));
+            }
+            if !size.is_multiple_of(SECTOR) {
+                return Err(Error::invalid("Specified size is not multiple of 512"));
+            }
         }
-        let fixed = size.is_some() || offset != 0;
+        let fixed = size.is_some();
         let size = AtomicU64::new(size.unwrap_or(room));
         Ok(Box::new(RawDriver { files: [file], offset, fixed, size, write }))
     }
 
     fn creating(&self) -> Option<&dyn Create> {
         Some(self)
-    }
-}
-
-/// A number of the user's options: typed as one, or as text.
-fn number(options: &mut crate::block::OptionTree, key: &str) -> Result<Option<u64>> {
-    let bad = || Error::invalid(format!("Parameter '{key}' expects a non-negative number below 2^64"));
-    match options.remove(key) {
-        None => Ok(None),
-        Some(Value::Number(n)) => n.as_u64().map(Some).ok_or_else(bad),
-        Some(Value::String(text)) => text.parse().map(Some).map_err(|_| bad()),
-        Some(_) => Err(bad()),
     }
 }
 
@@ -94,7 +90,7 @@ struct RawDriver {
     files: [Child; 1],
     /// Where the disk starts in the file.
     offset: u64,
-    /// Whether it is a window of the file, whose end is not the file's.
+    /// Whether its size was given, and so does not follow the file's.
     fixed: bool,
     size: AtomicU64,
     write: bool,
@@ -185,7 +181,8 @@ impl Resize for RawDriver {
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
         self.check(size, fill)?;
         let storage = &self.files[0].storage;
-        storage.set_len(size, fill)?;
+        let end = self.offset.checked_add(size).ok_or_else(|| Error::invalid("Disk size is too large"))?;
+        storage.set_len(end, fill)?;
         self.size.store(size, Ordering::Relaxed);
         Ok(())
     }

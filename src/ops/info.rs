@@ -120,7 +120,7 @@ fn of_file(name: &str, storage: &dyn Storage) -> Result<Info> {
         dirty: Some(false),
         backing: None,
         snapshots: Vec::new(),
-        specific: Some((protocol.to_owned(), specific)),
+        specific: Some(("file".to_owned(), specific)),
         children: Vec::new(),
     })
 }

@@ -1,0 +1,453 @@
+//! Opening one layer: from a flat tree of options, or a name and such a tree, to a driver.
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use serde_json::{Map, Value};
+
+use super::error::Context;
+use super::format::{Child, OpenRequest, Related};
+use super::generic::Settings;
+use super::keys::{as_text, take_text};
+use super::name::{self, OptionTree, first_key, take_below};
+use super::node::Origin;
+use super::opener::{Notice, Opener, Policy, Trail};
+use super::over::{HEAD, NodeStorage, ProbedRaw};
+use super::protocol::{FileOptions, Protocol, check_kind, refuse_rest, wrong_kind};
+use super::{BlockDriver, Error, Format, Kind, Node, OpenHow, Result};
+use crate::storage::file::{HostFile, OpenHow as FileHow};
+use crate::storage::lock::Access;
+use crate::storage::{self, Identity, Storage};
+
+/// Images in images in images: nobody needs as many.
+const DEEPEST: usize = 32;
+
+/// What is to be opened.
+#[derive(Debug)]
+pub(super) struct Ask {
+    /// By that name, perhaps with a protocol.
+    pub path: Option<OsString>,
+    /// With these options.
+    pub options: OptionTree,
+    /// And what the parent, or the command, has settled.
+    pub settings: Settings,
+}
+
+/// What the user says of the layer below.
+#[derive(Debug)]
+pub(super) enum Below {
+    /// There shall be none.
+    Nothing,
+    /// What the header names, or with these options. A reference to a node is under the key "".
+    Given(OptionTree),
+}
+
+/// An opened layer.
+pub(super) struct Layer {
+    pub driver: Box<dyn BlockDriver>,
+    pub origin: Origin,
+    pub settings: Settings,
+    pub below: Below,
+    /// The backing file is not the one that the header names.
+    overridden: bool,
+}
+
+impl Layer {
+    /// Its name, as far as it can be told without what is below.
+    pub fn name(&self) -> String {
+        shown(&self.origin)
+    }
+
+    /// Which file it is in, and its format.
+    pub fn identity(&self) -> Option<(Identity, &'static str)> {
+        let identity = match self.origin.inner.first() {
+            Some((_, node)) => node.identity()?.0,
+            None => self.driver.files().first()?.storage.identity()?,
+        };
+        Some((identity, self.driver.format().name()))
+    }
+
+    /// On top of that.
+    pub fn on(mut self, backing: Option<Arc<Node>>) -> Node {
+        if self.overridden {
+            let tree = backing.as_ref().map_or(Value::Null, |node| Value::Object(node.origin().tree.clone()));
+            self.origin.tree.insert("backing".to_owned(), tree);
+            self.origin.path = None;
+        }
+        let name = shown(&self.origin);
+        Node::new(self.driver, backing, name).with_origin(self.origin)
+    }
+}
+
+/// A plain name if there is one, else the tree.
+fn shown(origin: &Origin) -> String {
+    match &origin.path {
+        Some(path) => path.to_string_lossy().into_owned(),
+        None => format!("json:{}", name::to_json(&Value::Object(origin.tree.clone()))),
+    }
+}
+
+/// The error for a reference to a node; `alone` if nothing else was said of it.
+pub(super) fn no_such_node(name: &str, alone: bool) -> Error {
+    match alone {
+        true => Error::new(Kind::NotFound, format!("Cannot find device='{name}' nor node-name='{name}'")),
+        false => Error::invalid("Cannot reference an existing block device with additional options or a new filename"),
+    }
+}
+
+/// The file of a layer, and where it came from.
+struct Opened {
+    child: Child,
+    tree: Map<String, Value>,
+    path: Option<OsString>,
+    inner: Option<Arc<Node>>,
+    locking: bool,
+}
+
+impl Opener<'_> {
+    /// Opens one layer.
+    pub(super) fn layer(&self, ask: Ask, how: &OpenHow, trail: &mut Trail) -> Result<Layer> {
+        let Ask { path, mut options, settings } = ask;
+        let driver = match options.shift_remove("driver") {
+            Some(Value::String(name)) => Some(name),
+            _ => None,
+        };
+        let settings = settings.take(&mut options, &mut trail.names)?;
+        if let Some(protocol) = driver.as_deref().and_then(Protocol::find) {
+            return self.bare(protocol, path, options, settings, how);
+        }
+        let unknown = |name: &str| Error::invalid(format!("Unknown driver '{name}'"));
+        let format = match &driver {
+            Some(name) => Some(self.format(name).ok_or_else(|| unknown(name))?),
+            None => None,
+        };
+        let below = self.below_options(&mut options, how)?;
+        let file = self.file_of(path, &mut options, driver.is_some(), &settings, how, trail)?;
+        let probed = format.is_none();
+        let format = match format {
+            Some(format) => format,
+            None => self.probe(&*file.child.storage, &file.child.name)?,
+        };
+        let raw = format.name() == "raw";
+        if file.locking {
+            let access = how.access(&settings);
+            file.child.storage.lock(if raw && !how.exclusive { access.of_raw() } else { access })?;
+        }
+        let mut child = file.child;
+        if raw && probed && settings.write {
+            self.warn_of_probed_raw(&mut child);
+        }
+        let mut tree = Map::new();
+        tree.insert("driver".to_owned(), format.name().into());
+        for key in format.strong_options() {
+            if let Some(value) = options.get(*key) {
+                tree.insert((*key).to_owned(), value.clone());
+            }
+        }
+        let plain = tree.len() == 1 && file.inner.is_none();
+        tree.insert("file".to_owned(), Value::Object(file.tree));
+        let origin = Origin {
+            path: file.path.filter(|_| plain),
+            tree,
+            protocol: false,
+            inner: file.inner.into_iter().map(|node| ("file".to_owned(), node)).collect(),
+        };
+        let given = match &below {
+            Below::Given(options) if !format.layered() && !options.is_empty() => {
+                return Err(Error::unsupported("Driver doesn't support backing files"));
+            }
+            Below::Given(options) => options.contains_key("file.filename"),
+            Below::Nothing => false,
+        };
+        let beside = Beside {
+            opener: self,
+            image: origin.path.as_deref(),
+            how,
+            settings,
+            locking: file.locking,
+            given: Mutex::new(take_below(&mut options, DATA_FILE)),
+        };
+        if let Some(reference) = take_text(&mut options, DATA_FILE) {
+            return Err(no_such_node(&reference, true));
+        }
+        let request = OpenRequest {
+            file: child,
+            options: &mut options,
+            write: settings.write,
+            look_only: how.look_only,
+            related: &beside,
+        };
+        let driver = format.open(request)?;
+        let left = beside.given.into_inner().unwrap_or_else(|e| e.into_inner());
+        if !left.is_empty() && !how.look_only {
+            return Err(Error::invalid("'data-file' can only be set for images with an external data file"));
+        }
+        if let Some(key) = first_key(&options) {
+            let text = format!("Block format '{}' does not support the option '{key}'", format.name());
+            return Err(Error::invalid(text));
+        }
+        let named = driver.backing().is_some();
+        let overridden = !how.no_backing && (given || (named && matches!(below, Below::Nothing)));
+        let below = if how.no_backing { Below::Nothing } else { below };
+        Ok(Layer { driver, origin, settings, below, overridden })
+    }
+
+    fn format(&self, name: &str) -> Option<&'static dyn Format> {
+        self.formats.iter().copied().find(|format| format.name() == name)
+    }
+
+    /// Takes what is said of the layer below.
+    fn below_options(&self, options: &mut OptionTree, how: &OpenHow) -> Result<Below> {
+        match options.get("backing") {
+            Some(Value::Null) => {
+                options.shift_remove("backing");
+                return Ok(Below::Nothing);
+            }
+            Some(Value::String(text)) if text.is_empty() => {
+                options.shift_remove("backing");
+                self.notice(Notice::Warning(
+                    r#"Use of "backing": "" is deprecated; use "backing": null instead"#.to_owned(),
+                ));
+                return Ok(Below::Nothing);
+            }
+            _ => {}
+        }
+        if how.no_backing {
+            return Ok(Below::Given(OptionTree::new()));
+        }
+        let mut below = take_below(options, "backing");
+        if let Some(reference) = options.shift_remove("backing") {
+            below.insert(String::new(), reference);
+        }
+        Ok(Below::Given(below))
+    }
+
+    /// A bare file as an image.
+    fn bare(
+        &self,
+        protocol: Protocol,
+        path: Option<OsString>,
+        mut options: OptionTree,
+        settings: Settings,
+        how: &OpenHow,
+    ) -> Result<Layer> {
+        if path.is_some() && options.contains_key("filename") {
+            return Err(Error::invalid("Can't specify 'file' and 'filename' options at the same time"));
+        }
+        let opened = self.host_file(protocol, path, &mut options, &settings, "file")?;
+        if settings.write {
+            return Err(Error::unsupported(format!(
+                "'{}' is opened as a bare file: to write to it, say that its format is raw",
+                opened.child.name
+            )));
+        }
+        if opened.locking {
+            opened.child.storage.lock(how.access(&settings).of_raw())?;
+        }
+        let mut none = OptionTree::new();
+        let beside =
+            Beside { opener: self, image: None, how, settings, locking: opened.locking, given: Mutex::default() };
+        let driver = protocol.open(OpenRequest {
+            file: opened.child,
+            options: &mut none,
+            write: false,
+            look_only: how.look_only,
+            related: &beside,
+        })?;
+        let origin = Origin { path: opened.path, tree: opened.tree, protocol: true, inner: Vec::new() };
+        Ok(Layer { driver, origin, settings, below: Below::Nothing, overridden: false })
+    }
+
+    /// The file that a format lies in: a file of the host, or another image.
+    fn file_of(
+        &self,
+        path: Option<OsString>,
+        options: &mut OptionTree,
+        known: bool,
+        parent: &Settings,
+        how: &OpenHow,
+        trail: &mut Trail,
+    ) -> Result<Opened> {
+        let mut below = take_below(options, "file");
+        if let Some(Value::String(reference)) = options.shift_remove("file") {
+            return Err(no_such_node(&reference, below.is_empty() && path.is_none()));
+        }
+        let empty = below.is_empty() && path.is_none();
+        if empty && known {
+            return Err(Error::invalid("A block device must be specified for \"file\""));
+        }
+        let must = || Error::invalid("Must specify either driver or file");
+        if empty {
+            return Err(must());
+        }
+        let driver = match below.shift_remove("driver") {
+            Some(Value::String(name)) => Some(name),
+            _ => None,
+        };
+        let (protocol, path) = match (path, driver) {
+            (Some(name), None) => {
+                let (protocol, path) = Protocol::of_name(&name)?;
+                (protocol, Some(path))
+            }
+            (path, Some(driver)) => match Protocol::find(&driver) {
+                Some(protocol) => {
+                    let path = path.map(|name| Protocol::of_name(&name)).transpose()?.map(|(_, path)| path);
+                    (protocol, path)
+                }
+                None => return self.nested(driver, path, below, parent, how, trail),
+            },
+            (None, None) => {
+                let name = below.get("filename").and_then(|value| value.as_str()).ok_or_else(must)?;
+                (Protocol::of_path(OsStr::new(name)), None)
+            }
+        };
+        let settings = parent.take(&mut below, &mut trail.names)?;
+        self.host_file(protocol, path, &mut below, &settings, "file")
+    }
+
+    fn nested(
+        &self,
+        driver: String,
+        path: Option<OsString>,
+        mut options: OptionTree,
+        settings: &Settings,
+        how: &OpenHow,
+        trail: &mut Trail,
+    ) -> Result<Opened> {
+        if trail.depth >= DEEPEST {
+            return Err(Error::invalid("Images are nested too deeply"));
+        }
+        options.insert("driver".to_owned(), driver.into());
+        trail.depth += 1;
+        let ask = Ask { path, options, settings: *settings };
+        let how = OpenHow { no_backing: false, look_only: false, ..how.clone() };
+        let node = self.chain(ask, &how, trail);
+        trail.depth -= 1;
+        let node = node?;
+        let origin = node.origin();
+        let child = Child {
+            role: "file".to_owned(),
+            name: node.name().to_owned(),
+            storage: Arc::new(NodeStorage(node.clone())),
+        };
+        Ok(Opened { child, tree: origin.tree.clone(), path: None, inner: Some(node), locking: false })
+    }
+
+    fn host_file(
+        &self,
+        protocol: Protocol,
+        path: Option<OsString>,
+        options: &mut OptionTree,
+        settings: &Settings,
+        role: &str,
+    ) -> Result<Opened> {
+        let FileOptions { path, locking } = FileOptions::take(path, settings, options)?;
+        refuse_rest(protocol, options)?;
+        let storage = match self.storage(&path, settings) {
+            Err(storage::Error::WrongKind { .. }) => Err(wrong_kind(protocol, &path)),
+            other => Ok(other?),
+        }?;
+        check_kind(protocol, &path, &*storage)?;
+        let name = path.to_string_lossy().into_owned();
+        let mut tree = Map::new();
+        tree.insert("driver".to_owned(), protocol.name().into());
+        tree.insert("filename".to_owned(), name.clone().into());
+        let child = Child { role: role.to_owned(), name, storage };
+        Ok(Opened { child, tree, path: Some(path), inner: None, locking })
+    }
+
+    fn storage(&self, path: &OsStr, settings: &Settings) -> storage::Result<Arc<dyn Storage>> {
+        let path = Path::new(path);
+        if let Some(storage) = self.staging.and_then(|staging| staging.find(path)) {
+            return Ok(storage);
+        }
+        let how = FileHow { write: settings.write, cache: settings.cache(), access: Access::NONE };
+        Ok(Arc::new(HostFile::open(path, &how)?))
+    }
+
+    /// Finds out the format by the first bytes.
+    fn probe(&self, storage: &dyn Storage, name: &str) -> Result<&'static dyn Format> {
+        let raw = self.formats.last().copied().ok_or_else(|| Error::invalid("no formats"))?;
+        let text = || format!("Could not determine image format of '{name}'");
+        if storage.len().with_context(text)? == 0 {
+            return Ok(raw);
+        }
+        let mut head = [0; HEAD];
+        storage.read_at(0, &mut head).context("Could not read image for determining its format")?;
+        let mut best = (raw, raw.probe(&head, name));
+        for format in self.formats.iter().copied() {
+            let score = format.probe(&head, name);
+            if score > best.1 {
+                best = (format, score);
+            }
+        }
+        Ok(best.0)
+    }
+
+    fn warn_of_probed_raw(&self, child: &mut Child) {
+        for line in [
+            format!("WARNING: Image format was not specified for '{}' and probing guessed raw.", child.name),
+            "         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.".to_owned(),
+            "         Specify the 'raw' format explicitly to remove the restrictions.".to_owned(),
+        ] {
+            self.notice(Notice::Line(line));
+        }
+        let formats = self.formats.iter().copied().filter(|format| format.name() != "raw").collect();
+        let storage = child.storage.clone();
+        child.storage = Arc::new(ProbedRaw { storage, formats, name: child.name.clone() });
+    }
+}
+
+const DATA_FILE: &str = "data-file";
+
+/// The way of a driver to the other files of its layer.
+struct Beside<'a> {
+    opener: &'a Opener<'a>,
+    image: Option<&'a OsStr>,
+    how: &'a OpenHow,
+    settings: Settings,
+    locking: bool,
+    /// What the user says of the external data file.
+    given: Mutex<OptionTree>,
+}
+
+impl Related for Beside<'_> {
+    fn open(&self, role: &str, name: &str) -> Result<Child> {
+        if self.opener.policy == Policy::Refuse {
+            let text = format!("The image names the file '{name}', and untrusted images may not");
+            return Err(Error::new(Kind::Forbidden, text));
+        }
+        let mut given = match role {
+            DATA_FILE => std::mem::take(&mut *self.given.lock().unwrap_or_else(|e| e.into_inner())),
+            _ => OptionTree::new(),
+        };
+        let path = match given.get("filename").and_then(as_text) {
+            Some(_) => None,
+            None => Some(name::literally_beside(self.image, name.as_ref()).ok_or_else(|| {
+                Error::invalid(format!("Cannot tell where the file '{name}' is, because the image has no plain name"))
+            })?),
+        };
+        let named = path.clone().or_else(|| given.get("filename").and_then(as_text).map(OsString::from));
+        let driver = match given.shift_remove("driver") {
+            Some(Value::String(driver)) => Some(driver),
+            _ => None,
+        };
+        let protocol = match driver {
+            None => Protocol::of_path(named.as_deref().unwrap_or_default()),
+            Some(driver) => Protocol::find(&driver)
+                .ok_or_else(|| Error::unsupported(format!("The file '{name}' must be a plain file, not '{driver}'")))?,
+        };
+        let settings = self.settings.take(&mut given, &mut Default::default())?;
+        let opened = self.opener.host_file(protocol, path, &mut given, &settings, role)?;
+        if self.locking && opened.locking {
+            let access = self.how.access(&settings);
+            let access = match (self.how.exclusive, role) {
+                (false, DATA_FILE) => access.of_data_file(),
+                _ => access,
+            };
+            opened.child.storage.lock(access)?;
+        }
+        Ok(opened.child)
+    }
+}

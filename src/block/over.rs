@@ -1,0 +1,174 @@
+//! Storages that are not files of the host: an image inside an image, and the guard before a raw image that
+//! nobody called raw.
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::node::Scratch;
+use super::{Format, GuestOffset, Node};
+use crate::storage::{Error, HostExtent, Kind, Preallocation, Result, Storage, Zeroing};
+
+/// The guest's disk of one image as the file of another.
+#[derive(Debug)]
+pub struct NodeStorage(pub Arc<Node>);
+
+fn lower(error: super::Error) -> Error {
+    Error::Other(error.message())
+}
+
+impl Storage for NodeStorage {
+    fn len(&self) -> Result<u64> {
+        Ok(self.0.virtual_size())
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        self.0.read(GuestOffset(at), buf, &mut Scratch::default()).map_err(lower)
+    }
+
+    fn write_at(&self, at: u64, buf: &[u8]) -> Result<()> {
+        self.grow(at, buf.len() as u64)?;
+        self.0.write(GuestOffset(at), buf, &mut Scratch::default()).map_err(lower)
+    }
+
+    fn extent(&self, at: u64, max: u64) -> Result<HostExtent> {
+        let mapping = self.0.map(GuestOffset(at), max, usize::MAX).map_err(lower)?;
+        Ok(HostExtent { len: mapping.len, data: !mapping.is_zero() })
+    }
+
+    fn zero(&self, at: u64, len: u64, how: Zeroing) -> Result<()> {
+        self.grow(at, len)?;
+        let unmap = how == Zeroing::Punch;
+        self.0.write_zeroes(GuestOffset(at), len, unmap, &mut Scratch::default()).map_err(lower)
+    }
+
+    fn discard(&self, at: u64, len: u64) -> Result<()> {
+        self.0.writing().and_then(|writing| writing.discard(GuestOffset(at), len)).map_err(lower)
+    }
+
+    fn set_len(&self, len: u64, fill: Preallocation) -> Result<()> {
+        if len == self.0.virtual_size() {
+            return Ok(());
+        }
+        let resizing = self.0.driver().resizing().ok_or(Errno::ENOTSUP)?;
+        resizing.resize(len.checked_next_multiple_of(512).ok_or(Errno::EFBIG)?, fill).map_err(lower)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.0.driver().flush().map_err(lower)
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Regular
+    }
+
+    fn allocated(&self) -> Result<Option<u64>> {
+        let mut sum = Some(0);
+        for child in self.0.driver().files() {
+            let bytes = child.storage.allocated()?;
+            sum = sum.zip(bytes).and_then(|(a, b): (u64, u64)| a.checked_add(b));
+        }
+        Ok(sum)
+    }
+}
+
+impl NodeStorage {
+    fn grow(&self, at: u64, len: u64) -> Result<()> {
+        let end = at.checked_add(len).ok_or(Errno::EFBIG)?;
+        if end > self.0.virtual_size() { self.set_len(end, Preallocation::Off) } else { Ok(()) }
+    }
+}
+
+impl Drop for NodeStorage {
+    /// The last user of an image that was written to takes back its marks.
+    fn drop(&mut self) {
+        if self.0.driver().writing().is_some() {
+            // Whoever needs to know has flushed before.
+            let _ = self.0.driver().close();
+        }
+    }
+}
+
+/// How many bytes are looked at to find out a format.
+pub const HEAD: usize = 512;
+
+/// A file that was taken for raw because nothing else fits. Its first block must not become the header of
+/// another format, or whoever opens it next would follow what its guest wrote there.
+#[derive(Debug)]
+pub struct ProbedRaw {
+    /// The file.
+    pub storage: Arc<dyn Storage>,
+    /// The formats that would be recognised.
+    pub formats: Vec<&'static dyn Format>,
+    /// Its name.
+    pub name: String,
+}
+
+impl Storage for ProbedRaw {
+    fn len(&self) -> Result<u64> {
+        self.storage.len()
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        self.storage.read_at(at, buf)
+    }
+
+    fn write_at(&self, at: u64, buf: &[u8]) -> Result<()> {
+        if at < HEAD as u64 {
+            let mut head = vec![0; HEAD];
+            self.storage.read_at(0, &mut head)?;
+            let skip = usize::try_from(at).unwrap_or(HEAD);
+            for (old, new) in head.iter_mut().skip(skip).zip(buf) {
+                *old = *new;
+            }
+            if self.formats.iter().any(|format| format.probe(&head, &self.name) > 1) {
+                return Err(Errno::EPERM.into());
+            }
+        }
+        self.storage.write_at(at, buf)
+    }
+
+    fn extent(&self, at: u64, max: u64) -> Result<HostExtent> {
+        self.storage.extent(at, max)
+    }
+
+    fn zero(&self, at: u64, len: u64, how: Zeroing) -> Result<()> {
+        self.storage.zero(at, len, how)
+    }
+
+    fn discard(&self, at: u64, len: u64) -> Result<()> {
+        self.storage.discard(at, len)
+    }
+
+    fn set_len(&self, len: u64, fill: Preallocation) -> Result<()> {
+        self.storage.set_len(len, fill)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.storage.flush()
+    }
+
+    fn lock(&self, access: crate::storage::lock::Access) -> Result<()> {
+        self.storage.lock(access)
+    }
+
+    fn kind(&self) -> Kind {
+        self.storage.kind()
+    }
+
+    fn alignment(&self) -> u32 {
+        self.storage.alignment()
+    }
+
+    fn allocated(&self) -> Result<Option<u64>> {
+        self.storage.allocated()
+    }
+
+    fn identity(&self) -> Option<crate::storage::Identity> {
+        self.storage.identity()
+    }
+
+    fn extent_size_hint(&self) -> Option<u64> {
+        self.storage.extent_size_hint()
+    }
+}
