@@ -42,12 +42,14 @@ pub struct Error {
     /// The cause.
     #[source]
     pub source: Option<Box<dyn StdError + Send + Sync>>,
+    /// The storage error whose own text the context is.
+    pub host: Option<Box<storage::Error>>,
 }
 
 impl Error {
     /// An error with no further cause.
     pub fn new(kind: Kind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), hints: Vec::new(), source: None }
+        Self { kind, context: context.into(), hints: Vec::new(), source: None, host: None }
     }
 
     /// The image's own bytes are wrong.
@@ -73,7 +75,7 @@ impl Error {
 
     /// Puts what was being done before this error.
     pub fn context(self, context: impl Into<String>) -> Self {
-        Self { kind: self.kind, context: context.into(), hints: Vec::new(), source: Some(Box::new(self)) }
+        Self { kind: self.kind, context: context.into(), hints: Vec::new(), source: Some(Box::new(self)), host: None }
     }
 
     /// The whole message on one line: every text of the chain, joined with `": "`.
@@ -100,6 +102,9 @@ impl Error {
 
     /// The storage error at the bottom, if that is what it was.
     pub fn storage(&self) -> Option<&storage::Error> {
+        if let Some(host) = &self.host {
+            return Some(host);
+        }
         let source = self.source.as_ref()?;
         match source.downcast_ref::<Error>() {
             Some(inner) => inner.storage(),
@@ -139,20 +144,25 @@ impl<T> Context<T> for storage::Result<T> {
 /// For a storage error that says it all by itself.
 impl From<storage::Error> for Error {
     fn from(error: storage::Error) -> Self {
-        let text = error.to_string();
-        Self { source: None, ..from_storage(error, text) }
+        let (kind, hints) = kind_of(&error);
+        Self { kind, context: error.to_string(), hints, source: None, host: Some(Box::new(error)) }
     }
 }
 
 fn from_storage(error: storage::Error, context: String) -> Error {
-    let kind = match &error {
+    let (kind, hints) = kind_of(&error);
+    Error { kind, context, hints, source: Some(Box::new(error)), host: None }
+}
+
+fn kind_of(error: &storage::Error) -> (Kind, Vec<String>) {
+    let kind = match error {
         storage::Error::Locked { .. } | storage::Error::LockByte(_) => Kind::Locked,
         _ if error.errno() == Some(nix::errno::Errno::ENOENT) => Kind::NotFound,
         _ => Kind::Io,
     };
-    let hints = match &error {
+    let hints = match error {
         storage::Error::Locked { name, .. } => vec![format!("Is another process using the image [{name}]?")],
         _ => Vec::new(),
     };
-    Error { kind, context, hints, source: Some(Box::new(error)) }
+    (kind, hints)
 }

@@ -88,7 +88,8 @@ impl Subcommand for Args {
         if !self.quiet {
             program.println(&formatting(&new));
         }
-        create::create(&new, &opener).with_context(|| shown)?;
+        let warnings = create::create(&new, &opener).with_context(|| shown)?;
+        warnings.iter().for_each(|text| program.warn(text));
         Ok(Exit::Success)
     }
 }

@@ -15,7 +15,7 @@ use crate::block::{
     Child, Create, CreateFiles, CreateOptions, CreateRequest, Error, Format, ImageRef, OpenHow, Opener, OptionKind,
     OptionSpec, OptionValue, Related, Result, format,
 };
-use crate::storage::staging::Staging;
+use crate::storage::staging::{CreateHow, Staging};
 use crate::storage::{CacheMode, Preallocation, Storage};
 
 const SECTOR: u64 = 512;
@@ -184,11 +184,13 @@ fn beside(image: &OsStr, name: &str) -> OsString {
     path
 }
 
-/// Makes an image: whole, or nothing of it.
-pub fn create(new: &NewImage, opener: &Opener<'_>) -> Result<()> {
+/// Makes an image: whole, or nothing of it. Returns warnings.
+pub fn create(new: &NewImage, opener: &Opener<'_>) -> Result<Vec<String>> {
     let staging = Staging::new(CacheMode::default());
     make(new, &staging, opener)?;
-    staging.commit().with_context(|| format!("Could not create '{}'", new.name.to_string_lossy()))
+    let warnings = staging.take_notices();
+    staging.commit()?;
+    Ok(warnings)
 }
 
 /// Makes the files of an image in `staging`; they get their names when that is committed.
@@ -235,9 +237,13 @@ struct Files<'a> {
 }
 
 impl Files<'_> {
-    fn stage(&self, path: &Path) -> Result<Arc<dyn Storage>> {
-        let storage =
-            self.staging.create(path).with_context(|| format!("Could not create '{}'", path.to_string_lossy()))?;
+    fn stage(&self, path: &Path, secondary: bool) -> Result<Arc<dyn Storage>> {
+        let how = CreateHow {
+            nocow: self.options.switch("nocow"),
+            extent_size_hint: self.options.number("extent_size_hint"),
+            secondary,
+        };
+        let storage = self.staging.create_with(path, &how)?;
         if storage.kind().is_device() {
             // Whatever was recognised at its start shall not be any more.
             let room = storage.len().context("Could not get size")?.min(SECTOR);
@@ -267,12 +273,12 @@ impl CreateFiles for Files<'_> {
 
     fn main(&self) -> Result<Arc<dyn Storage>> {
         self.check_preallocation()?;
-        self.stage(self.path)
+        self.stage(self.path, false)
     }
 
     fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let name = beside(self.path.as_os_str(), name);
-        self.stage(local_path(&name)?)
+        self.stage(local_path(&name)?, true)
     }
 }
 

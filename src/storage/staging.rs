@@ -31,8 +31,6 @@ use super::{CacheMode, Error, Kind, Preallocation, Result, Storage, error, host}
 /// What a new file shall be like.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CreateHow {
-    /// What the page cache does.
-    pub cache: CacheMode,
     /// Blocks are overwritten in place (btrfs).
     pub nocow: bool,
     /// The extent size hint (XFS): `None` for the reference's default of 1 MiB, 0 for none. Means nothing, and does
@@ -94,7 +92,7 @@ impl Staging {
 
     /// A new, empty file that will be called `path`. A device is opened as it is.
     pub fn create(&self, path: &Path) -> Result<Arc<dyn Storage>> {
-        self.create_with(path, &CreateHow { cache: self.cache, ..CreateHow::default() })
+        self.create_with(path, &CreateHow::default())
     }
 
     /// The same, in detail. Errors carry the whole text (`Could not create 'a': ...`).
@@ -105,7 +103,7 @@ impl Staging {
         }
         let hint = how.extent_size_hint.unwrap_or(DEFAULT_HINT);
         let hint = u32::try_from(hint).map_err(|_| Error::Other("Extent size hint is too large".to_owned()))?;
-        let staged = Staged::new(path, how)?;
+        let staged = Staged::new(path, self.cache, how.secondary)?;
         if staged.storage.kind() == Kind::Regular {
             if how.nocow {
                 host::set_nocow(staged.storage.file());
@@ -153,13 +151,13 @@ impl Staging {
 }
 
 impl Staged {
-    fn new(path: &Path, how: &CreateHow) -> Result<Self> {
+    fn new(path: &Path, cache: CacheMode, secondary: bool) -> Result<Self> {
         let failed = |cause: io::Error| named("create", path, cause);
         let full = match path.as_os_str().is_empty() {
             true => return Err(failed(Errno::ENOENT.into())),
             false => absolute(path).map_err(failed)?,
         };
-        let old = match open_existing(path, how.cache) {
+        let old = match open_existing(path, cache) {
             Ok(old) => Some(old),
             Err(error) if error.errno() == Some(Errno::ENOENT) => None,
             Err(error) => return Err(error),
@@ -170,22 +168,22 @@ impl Staged {
             storage: Arc::new(storage),
             way,
             temporary,
-            secondary: how.secondary,
+            secondary,
             committed: false,
         };
         let target = follow(&full).map_err(failed)?;
         match (old, target) {
             (None, Some(target)) => {
-                let (file, temporary) = unnamed(&target, how.cache).map_err(failed)?;
-                let storage = HostFile::from_file(file, how.cache, &path.to_string_lossy())?;
+                let (file, temporary) = unnamed(&target, cache).map_err(failed)?;
+                let storage = HostFile::from_file(file, cache, &path.to_string_lossy())?;
                 Ok(staged(target, storage, Way::Link, temporary))
             }
             (None, None) => Err(failed(Errno::ENOENT.into())),
             (Some(old), target) => {
                 if let Some(target) = target
-                    && let Some((file, temporary)) = replacement(&old, &target, how.cache).map_err(failed)?
+                    && let Some((file, temporary)) = replacement(&old, &target, cache).map_err(failed)?
                 {
-                    let storage = HostFile::from_file(file, how.cache, &path.to_string_lossy())?;
+                    let storage = HostFile::from_file(file, cache, &path.to_string_lossy())?;
                     return Ok(staged(target, storage, Way::Replace { _old: old }, temporary));
                 }
                 if old.kind() == Kind::Regular {

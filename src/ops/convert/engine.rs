@@ -452,7 +452,7 @@ fn reading(error: Error, at: u64) -> Error {
                 match source.downcast::<Error>() {
                     Ok(error) => inner = *error,
                     Err(source) => {
-                        return Error { kind: inner.kind, context: what, hints: inner.hints, source: Some(source) };
+                        return Error { context: what, source: Some(source), ..inner };
                     }
                 }
             }
