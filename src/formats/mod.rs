@@ -2,9 +2,17 @@
 
 pub mod qcow2;
 pub mod raw;
+mod table;
+pub mod vdi;
 pub mod vmdk;
+pub mod vpc;
 
 use crate::block::Format;
 
 /// Every format there is; raw last, because it takes anything.
-pub const FORMATS: &[&dyn Format] = &[&vmdk::Vmdk, &raw::Raw];
+pub const FORMATS: &[&dyn Format] = &[
+    &vmdk::Vmdk, //
+    &vdi::Vdi,
+    &vpc::Vpc,
+    &raw::Raw,
+];

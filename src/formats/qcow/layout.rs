@@ -1,0 +1,214 @@
+//! QCOW version 1 on disk, big endian, as the published description of "The QCOW Image Format" has it.
+//!
+//! Header, backing file name, L1 table; L2 tables and clusters wherever they were added.
+
+use byteorder::{BigEndian as Be, ByteOrder};
+
+use crate::block::{Error, Result};
+
+/// Bytes of the header.
+pub const HEADER_BYTES: usize = 48;
+/// What the file starts with.
+pub const MAGIC: [u8; 4] = *b"QFI\xfb";
+/// The longest name of a backing file.
+pub const MAX_BACKING_NAME: u32 = 1023;
+/// The most entries of an L1 table.
+pub const MAX_L1: u64 = (1 << 28) - 1;
+/// L2 entry: the cluster is compressed.
+pub const COMPRESSED: u64 = 1 << 63;
+
+// Offset 0: magic, 4 bytes
+const VERSION: usize = 4; // 4 bytes: 1
+const BACKING_OFFSET: usize = 8; // 8 bytes: 0 for none
+const BACKING_LENGTH: usize = 16; // 4 bytes
+                                  // 20: time of the backing file's last change, 4 bytes: always 0
+const SIZE: usize = 24; // 8 bytes
+const CLUSTER_BITS: usize = 32; // 1 byte
+const L2_BITS: usize = 33; // 1 byte
+                           // 34: padding, 2 bytes
+const CRYPT: usize = 36; // 4 bytes: 0 none, 1 AES
+const L1_OFFSET: usize = 40; // 8 bytes
+
+/// The header.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Header {
+    raw: [u8; HEADER_BYTES],
+}
+
+impl Header {
+    /// That of a new image with a backing file's name of that length. With a backing file the clusters are one
+    /// sector each, so that a small write copies little.
+    pub fn new(size: u64, backing: Option<u32>) -> Self {
+        let mut raw = [0; HEADER_BYTES];
+        raw[..4].copy_from_slice(&MAGIC);
+        Be::write_u32(&mut raw[VERSION..], 1);
+        let mut end = HEADER_BYTES as u64;
+        (raw[CLUSTER_BITS], raw[L2_BITS]) = (12, 9);
+        if let Some(length) = backing {
+            Be::write_u64(&mut raw[BACKING_OFFSET..], end);
+            Be::write_u32(&mut raw[BACKING_LENGTH..], length);
+            end += u64::from(length);
+            (raw[CLUSTER_BITS], raw[L2_BITS]) = (9, 12);
+        }
+        let mut header = Self { raw };
+        header.set_size(size);
+        header.set_l1_offset(end.next_multiple_of(8));
+        header
+    }
+
+    /// Takes the bytes in after having checked them.
+    pub fn parse(raw: [u8; HEADER_BYTES]) -> Result<Self> {
+        let header = Self { raw };
+        if header.raw[..4] != MAGIC {
+            return Err(Error::corrupt("Image not in qcow format"));
+        }
+        let version = Be::read_u32(&header.raw[VERSION..]);
+        if version != 1 {
+            let error = Error::unsupported(format!("qcow (v1) does not support qcow version {version}"));
+            return Err(match version {
+                2 | 3 => error.hint("Try the 'qcow2' driver instead."),
+                _ => error,
+            });
+        }
+        if header.size() <= 1 {
+            return Err(Error::corrupt("Image size is too small (must be at least 2 bytes)"));
+        }
+        if !(9..=16).contains(&header.raw[CLUSTER_BITS]) {
+            return Err(Error::corrupt("Cluster size must be between 512 and 64k"));
+        }
+        if !(6..=13).contains(&header.raw[L2_BITS]) {
+            return Err(Error::corrupt("L2 table size must be between 512 and 64k"));
+        }
+        if header.crypt() > 1 {
+            return Err(Error::corrupt("invalid encryption method in qcow header"));
+        }
+        if header.l1_entries(header.size()).is_none_or(|entries| entries > MAX_L1) {
+            return Err(too_large());
+        }
+        if header.backing().is_some_and(|(_, length)| length > MAX_BACKING_NAME) {
+            return Err(Error::corrupt("Backing file name too long"));
+        }
+        Ok(header)
+    }
+
+    /// The bytes as they are written.
+    pub fn bytes(&self) -> &[u8; HEADER_BYTES] {
+        &self.raw
+    }
+
+    /// The virtual size as it stands there.
+    pub fn size(&self) -> u64 {
+        Be::read_u64(&self.raw[SIZE..])
+    }
+
+    /// Sets the virtual size.
+    pub fn set_size(&mut self, size: u64) {
+        Be::write_u64(&mut self.raw[SIZE..], size);
+    }
+
+    /// Where the backing file's name is, and how long it is.
+    pub fn backing(&self) -> Option<(u64, u32)> {
+        let at = Be::read_u64(&self.raw[BACKING_OFFSET..]);
+        (at != 0).then(|| (at, Be::read_u32(&self.raw[BACKING_LENGTH..])))
+    }
+
+    /// A cluster's size is two to this power.
+    pub fn cluster_bits(&self) -> u32 {
+        u32::from(self.raw[CLUSTER_BITS])
+    }
+
+    /// Entries of an L2 table: two to this power.
+    pub fn l2_bits(&self) -> u32 {
+        u32::from(self.raw[L2_BITS])
+    }
+
+    /// The encryption method.
+    pub fn crypt(&self) -> u32 {
+        Be::read_u32(&self.raw[CRYPT..])
+    }
+
+    /// Where the L1 table is.
+    pub fn l1_offset(&self) -> u64 {
+        Be::read_u64(&self.raw[L1_OFFSET..])
+    }
+
+    /// Sets where the L1 table is.
+    pub fn set_l1_offset(&mut self, at: u64) {
+        Be::write_u64(&mut self.raw[L1_OFFSET..], at);
+    }
+
+    /// How many L1 entries that size takes.
+    pub fn l1_entries(&self, size: u64) -> Option<u64> {
+        let bits = self.cluster_bits() + self.l2_bits();
+        Some(size.checked_add((1 << bits) - 1)? >> bits)
+    }
+}
+
+/// The error for a virtual size past what the L1 table can hold.
+pub fn too_large() -> Error {
+    Error::unsupported("Image too large")
+}
+
+/// An L2 entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// Not there.
+    Unallocated,
+    /// At that place in the file.
+    Plain(u64),
+    /// Encoded, at that place, so many bytes.
+    Compressed(u64, u64),
+}
+
+impl Entry {
+    /// From its bits: for a compressed cluster the length stands above the offset.
+    pub fn decode(bits: u64, cluster_bits: u32) -> Self {
+        if bits == 0 {
+            return Self::Unallocated;
+        }
+        if bits & COMPRESSED == 0 {
+            return Self::Plain(bits);
+        }
+        let shift = 63 - cluster_bits;
+        Self::Compressed(bits & ((1 << shift) - 1), bits >> shift & ((1 << cluster_bits) - 1))
+    }
+
+    /// To its bits, if it fits.
+    pub fn encode(self, cluster_bits: u32) -> Option<u64> {
+        let shift = 63 - cluster_bits;
+        match self {
+            Self::Unallocated => Some(0),
+            Self::Plain(at) => (at != 0 && at & COMPRESSED == 0).then_some(at),
+            Self::Compressed(at, bytes) => {
+                (at < 1 << shift && bytes < 1 << cluster_bits).then(|| COMPRESSED | bytes << shift | at)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read() {
+        let header = Header::new(1 << 30, Some(5));
+        let read = Header::parse(*header.bytes()).unwrap();
+        assert_eq!((read.size(), read.backing(), read.l1_offset()), (1 << 30, Some((48, 5)), 56));
+        assert_eq!((read.cluster_bits(), read.l2_bits(), read.l1_entries(1 << 30)), (9, 12, Some(512)));
+        assert_eq!(Header::new(512, None).l1_offset(), 48);
+        assert_eq!(L1_OFFSET + 8, HEADER_BYTES);
+    }
+
+    #[test]
+    fn entries_keep_place_and_length() {
+        // Seen in an image: 21 bytes at 0x18000, clusters of 4096 bytes.
+        assert_eq!(Entry::decode(0x80a8_0000_0001_8000, 12), Entry::Compressed(0x18000, 21));
+        for entry in [Entry::Unallocated, Entry::Plain(0x9000), Entry::Compressed(0x18200, 4095)] {
+            assert_eq!(Entry::decode(entry.encode(12).unwrap(), 12), entry);
+        }
+        assert_eq!(Entry::Compressed(0, 4096).encode(12), None);
+    }
+}

@@ -1,0 +1,214 @@
+//! A bounded cache over the tables of an image: block maps, BATs, L1 and L2 tables.
+//!
+//! Invariants: memory depends on what is touched, never on a number in a header. A page that was changed stays
+//! until it is written out; only the bytes that were changed (four at a time) are written, so a page may overlap
+//! what is not a table. No lock of its own: it lives inside the driver's.
+
+use std::collections::HashMap;
+
+use crate::storage::{Result, Storage};
+
+/// Bytes of one cached page.
+const PAGE: usize = 4096;
+/// Bytes of one unit of change.
+const GRAIN: usize = 4;
+
+/// Cached pages of one file's tables.
+#[derive(Debug)]
+pub struct TableCache {
+    pages: HashMap<u64, Page>,
+    limit: usize,
+    changed: usize,
+    clock: u64,
+}
+
+#[derive(Debug)]
+struct Page {
+    bytes: Box<[u8; PAGE]>,
+    /// One bit for each [`GRAIN`] bytes that differ from the file.
+    changed: [u64; PAGE / GRAIN / 64],
+    used: u64,
+}
+
+impl Page {
+    fn is_changed(&self) -> bool {
+        self.changed.iter().any(|word| *word != 0)
+    }
+
+    fn grain_changed(&self, grain: usize) -> bool {
+        self.changed.get(grain / 64).is_some_and(|word| word >> (grain % 64) & 1 == 1)
+    }
+}
+
+impl TableCache {
+    /// An empty cache of at most `bytes` (pages that wait to be written apart).
+    pub fn new(bytes: usize) -> Self {
+        Self { pages: HashMap::new(), limit: (bytes / PAGE).max(2), changed: 0, clock: 0 }
+    }
+
+    /// The bytes from `at` to the end of its page, at most `max`. At least one.
+    pub fn slice(&mut self, storage: &dyn Storage, at: u64, max: usize) -> Result<&[u8]> {
+        let start = (at % PAGE as u64) as usize;
+        let page = self.page(storage, at / PAGE as u64)?;
+        Ok(&page.bytes[start..PAGE.min(start.saturating_add(max.max(1)))])
+    }
+
+    /// Fills `buf` from `at`.
+    pub fn read(&mut self, storage: &dyn Storage, at: u64, buf: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let part = self.slice(storage, at.saturating_add(done as u64), buf.len() - done)?;
+            let n = part.len();
+            buf[done..done + n].copy_from_slice(part);
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Changes bytes; the file learns of it at [`TableCache::write_out`].
+    pub fn write(&mut self, storage: &dyn Storage, at: u64, bytes: &[u8]) -> Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let here = at.saturating_add(done as u64);
+            let start = (here % PAGE as u64) as usize;
+            let n = (PAGE - start).min(bytes.len() - done);
+            let page = self.page(storage, here / PAGE as u64)?;
+            let was = page.is_changed();
+            page.bytes[start..start + n].copy_from_slice(&bytes[done..done + n]);
+            for grain in start / GRAIN..=(start + n - 1) / GRAIN {
+                page.changed[grain / 64] |= 1 << (grain % 64);
+            }
+            self.changed += usize::from(!was);
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Whether anything waits to be written.
+    pub fn is_changed(&self) -> bool {
+        self.changed != 0
+    }
+
+    /// Whether so much waits that it should be written now.
+    pub fn is_full(&self) -> bool {
+        self.changed >= self.limit
+    }
+
+    /// Writes every change, in the order of the file.
+    pub fn write_out(&mut self, storage: &dyn Storage) -> Result<()> {
+        let mut numbers: Vec<u64> =
+            self.pages.iter().filter(|(_, page)| page.is_changed()).map(|(number, _)| *number).collect();
+        numbers.sort_unstable();
+        for number in numbers {
+            let Some(page) = self.pages.get_mut(&number) else { continue };
+            let mut grain = 0;
+            while grain < PAGE / GRAIN {
+                let first = grain;
+                while grain < PAGE / GRAIN && page.grain_changed(grain) {
+                    grain += 1;
+                }
+                if grain > first {
+                    let (from, to) = (first * GRAIN, grain * GRAIN);
+                    storage.write_at(number * PAGE as u64 + from as u64, &page.bytes[from..to])?;
+                } else {
+                    grain += 1;
+                }
+            }
+            page.changed = Default::default();
+            self.changed = self.changed.saturating_sub(1);
+        }
+        Ok(())
+    }
+
+    /// Forgets everything, changes too.
+    pub fn forget(&mut self) {
+        self.pages.clear();
+        self.changed = 0;
+    }
+
+    fn page(&mut self, storage: &dyn Storage, number: u64) -> Result<&mut Page> {
+        self.clock += 1;
+        if !self.pages.contains_key(&number) {
+            self.make_room();
+            let mut bytes = Box::new([0; PAGE]);
+            storage.read_at(number * PAGE as u64, &mut bytes[..])?;
+            self.pages.insert(number, Page { bytes, changed: Default::default(), used: 0 });
+        }
+        let clock = self.clock;
+        let page = self.pages.entry(number).or_insert_with(|| Page {
+            bytes: Box::new([0; PAGE]),
+            changed: Default::default(),
+            used: 0,
+        });
+        page.used = clock;
+        Ok(page)
+    }
+
+    /// Drops the older half of the unchanged pages when the cache is full.
+    fn make_room(&mut self) {
+        if self.pages.len() < self.limit + self.changed {
+            return;
+        }
+        let mut ages: Vec<u64> = self.pages.values().filter(|page| !page.is_changed()).map(|page| page.used).collect();
+        let middle = ages.len() / 2;
+        if let Some((_, age, _)) = (!ages.is_empty()).then(|| ages.select_nth_unstable(middle)) {
+            let age = *age;
+            self.pages.retain(|_, page| page.is_changed() || page.used > age);
+        }
+    }
+}
+
+/// Copies bytes within a file (the ranges do not overlap), with a small buffer.
+pub fn copy(storage: &dyn Storage, from: u64, to: u64, len: u64) -> Result<()> {
+    let mut buffer = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(1 << 20)];
+    let mut done = 0;
+    while done < len {
+        let n = usize::try_from(len - done).unwrap_or(usize::MAX).min(buffer.len());
+        storage.read_at(from.saturating_add(done), &mut buffer[..n])?;
+        storage.write_at(to.saturating_add(done), &buffer[..n])?;
+        done += n as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::storage::memory::Memory;
+
+    #[test]
+    fn only_what_changed_is_written() {
+        let file = Memory::new(vec![7; 3 * PAGE]);
+        let mut cache = TableCache::new(1 << 16);
+        let mut word = [0; 4];
+        cache.read(&file, PAGE as u64 - 2, &mut word).unwrap();
+        assert_eq!(word, [7; 4]);
+        cache.write(&file, 8, &[1, 2, 3, 4]).unwrap();
+        // Somebody else writes beside it.
+        file.write_at(12, &[9; 4]).unwrap();
+        file.write_at(4, &[9; 4]).unwrap();
+        assert!(cache.is_changed());
+        cache.write_out(&file).unwrap();
+        assert!(!cache.is_changed());
+        assert_eq!(file.to_vec()[..20], [7, 7, 7, 7, 9, 9, 9, 9, 1, 2, 3, 4, 9, 9, 9, 9, 7, 7, 7, 7]);
+    }
+
+    #[test]
+    fn it_stays_small() {
+        let file = Memory::new(vec![0; 100 * PAGE]);
+        let mut cache = TableCache::new(4 * PAGE);
+        for page in 0..100 {
+            cache.slice(&file, page * PAGE as u64, 8).unwrap();
+            assert!(cache.pages.len() <= 4);
+        }
+        cache.write(&file, 0, &[1; 8]).unwrap();
+        for page in 1..100 {
+            cache.slice(&file, page * PAGE as u64, 8).unwrap();
+        }
+        let mut word = [0; 8];
+        cache.read(&file, 0, &mut word).unwrap();
+        assert_eq!(word, [1; 8]);
+    }
+}

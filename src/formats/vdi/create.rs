@@ -1,0 +1,55 @@
+//! New VDI images.
+
+use super::Vdi;
+use super::layout::{BLOCK_SIZE, Header, MAP_OFFSET, MAX_SIZE, UNALLOCATED, too_large};
+use crate::block::error::Context;
+use crate::block::{Create, CreateRequest, OptionKind, OptionSpec, Result};
+use crate::storage::{Preallocation, Zeroing};
+
+const OPTIONS: &[OptionSpec] = &[
+    OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionSpec::new("static", OptionKind::Switch, "VDI static (pre-allocated) image").or("off"),
+];
+
+impl Create for Vdi {
+    fn options(&self) -> &'static [OptionSpec] {
+        OPTIONS
+    }
+
+    fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
+        let size = request.size.checked_next_multiple_of(512).unwrap_or(u64::MAX);
+        let blocks = u32::try_from(size.div_ceil(u64::from(BLOCK_SIZE)));
+        let blocks = blocks.ok().filter(|_| size <= MAX_SIZE).ok_or_else(|| too_large(size))?;
+        let fixed = request.options.switch("static");
+        let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
+        let (image, snapshot) = (request.ids.uuid("image"), request.ids.uuid("snapshot"));
+        let header = Header::new(size, fixed, blocks, image, snapshot);
+        let file = request.files.main()?;
+        file.write_at(0, header.bytes()).context("Could not write the VDI header")?;
+        write_map(&*file, blocks, fixed)?;
+        if fixed {
+            let start = u64::from(header.data_offset());
+            let end = start + u64::from(blocks) * u64::from(BLOCK_SIZE);
+            file.set_len(end, fill).context("Could not resize file")?;
+            if file.kind().is_device() && end > start {
+                file.zero(start, end - start, Zeroing::Punch).context("Could not clear the device")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write_map(file: &dyn crate::storage::Storage, blocks: u32, fixed: bool) -> Result<()> {
+    const AT_ONCE: u32 = 1 << 16;
+    let mut first = 0;
+    while first < blocks {
+        let last = blocks.min(first + AT_ONCE);
+        let mut bytes: Vec<u8> =
+            (first..last).flat_map(|n| if fixed { n } else { UNALLOCATED }.to_le_bytes()).collect();
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
+        let at = u64::from(MAP_OFFSET) + u64::from(first) * 4;
+        file.write_at(at, &bytes).context("Could not write the VDI block map")?;
+        first = last;
+    }
+    Ok(())
+}

@@ -1,0 +1,242 @@
+//! The block map in memory, and which blocks of the file are in use.
+
+use byteorder::{ByteOrder, LittleEndian as Le};
+
+use super::layout::{DISCARDED, Header, UNALLOCATED};
+use crate::block::error::Context;
+use crate::block::{Error, Result};
+use crate::formats::table::TableCache;
+use crate::storage::{Preallocation, Storage};
+
+/// Working set of the map: 32 MiB map 8 TiB of disk.
+const CACHE: usize = 32 << 20;
+/// The most entries that are looked at for one answer.
+const STEPS: u64 = 1 << 20;
+
+/// What changes while the image is open.
+#[derive(Debug)]
+pub struct State {
+    /// As it shall be in the file.
+    pub header: Header,
+    /// Whether the file has another header.
+    header_changed: bool,
+    map: TableCache,
+    space: Option<Space>,
+}
+
+/// Which blocks of the file are in use.
+#[derive(Debug)]
+pub struct Space {
+    used: Vec<u64>,
+    /// No block below this is free.
+    hint: u64,
+    /// One more than the highest block in use.
+    pub top: u64,
+    /// Bytes of the file from here on were never given out and read as zeros.
+    fresh: u64,
+}
+
+impl Space {
+    /// Whether a block is in use.
+    pub fn is_used(&self, index: u64) -> bool {
+        usize::try_from(index / 64)
+            .ok()
+            .and_then(|word| self.used.get(word))
+            .is_some_and(|w| w >> (index % 64) & 1 == 1)
+    }
+
+    /// Marks a block; false if it was marked before.
+    pub fn mark(&mut self, index: u64) -> bool {
+        let Ok(word) = usize::try_from(index / 64) else { return false };
+        if word >= self.used.len() {
+            self.used.resize(word + 1, 0);
+        }
+        let bit = 1 << (index % 64);
+        let new = self.used[word] & bit == 0;
+        self.used[word] |= bit;
+        self.top = self.top.max(index + 1);
+        new
+    }
+
+    fn clear(&mut self, index: u64) {
+        if let Some(word) = usize::try_from(index / 64).ok().and_then(|word| self.used.get_mut(word)) {
+            *word &= !(1 << (index % 64));
+        }
+        self.hint = self.hint.min(index);
+        while self.top > 0 && !self.is_used(self.top - 1) {
+            self.top -= 1;
+        }
+    }
+
+    /// The lowest free block, at `from` or above.
+    pub fn free_from(&self, from: u64) -> u64 {
+        let mut index = from;
+        while index < self.top && self.is_used(index) {
+            let word = usize::try_from(index / 64).ok().and_then(|word| self.used.get(word));
+            index = if word == Some(&u64::MAX) { (index / 64 + 1) * 64 } else { index + 1 };
+        }
+        index
+    }
+}
+
+impl State {
+    /// Nothing read yet.
+    pub fn new(header: Header) -> Self {
+        Self { header, header_changed: false, map: TableCache::new(CACHE), space: None }
+    }
+
+    fn block(&self) -> u64 {
+        u64::from(self.header.block_size())
+    }
+
+    /// Where a block of the file starts.
+    pub fn host(&self, index: u32) -> u64 {
+        u64::from(self.header.data_offset()) + u64::from(index) * self.block()
+    }
+
+    /// Where the entry of a guest block is.
+    fn entry_at(&self, block: u64) -> u64 {
+        u64::from(self.header.map_offset()) + block * 4
+    }
+
+    /// The entry of a guest block, and how many blocks (at most `max`) go on like it: one after the other in
+    /// the file, or none of them there.
+    pub fn run(&mut self, storage: &dyn Storage, block: u64, max: u64) -> Result<(u32, u64)> {
+        let max = max.min(u64::from(self.header.blocks()).saturating_sub(block)).min(STEPS);
+        if max == 0 {
+            return Err(Error::corrupt(format!("the block map has no entry {block}")));
+        }
+        let (mut first, mut count) = (UNALLOCATED, 0u64);
+        while count < max {
+            let at = self.entry_at(block + count);
+            let wanted = usize::try_from((max - count) * 4).unwrap_or(usize::MAX);
+            let part = self.map.slice(storage, at, wanted).context("Could not read the VDI block map")?;
+            for entry in part.chunks_exact(4).map(Le::read_u32) {
+                if count == 0 {
+                    first = entry;
+                } else if first >= DISCARDED {
+                    if entry < DISCARDED {
+                        return Ok((first, count));
+                    }
+                } else if entry >= DISCARDED || u64::from(entry) != u64::from(first) + count {
+                    return Ok((first, count));
+                }
+                count += 1;
+            }
+        }
+        Ok((first, count))
+    }
+
+    /// What is in use, found out at the first call. An image where that is not clear must not be written to.
+    pub fn space(&mut self, storage: &dyn Storage) -> Result<&mut Space> {
+        if self.space.is_none() {
+            self.space = Some(self.scan(storage, u64::from(self.header.blocks()))?);
+        }
+        self.space.as_mut().ok_or_else(|| Error::corrupt("no free space"))
+    }
+
+    /// What the first `blocks` guest blocks use.
+    pub fn scan(&mut self, storage: &dyn Storage, blocks: u64) -> Result<Space> {
+        let length = storage.len().context("Could not get the size of the file")?;
+        let fresh = if storage.kind().is_device() { u64::MAX } else { length };
+        let mut space = Space { used: Vec::new(), hint: 0, top: 0, fresh };
+        let mut block = 0;
+        while block < blocks {
+            let (entry, count) = self.run(storage, block, blocks - block)?;
+            if entry < DISCARDED {
+                let end = self.host(entry).saturating_add(count.saturating_mul(self.block()));
+                if end > length {
+                    return Err(Error::corrupt(format!("block {block} of the map lies past the end of the file")));
+                }
+                for n in 0..count {
+                    if !space.mark(u64::from(entry) + n) {
+                        let block = block + n;
+                        return Err(Error::corrupt(format!("block {block} of the map shares its place with another")));
+                    }
+                }
+            }
+            block += count;
+        }
+        Ok(space)
+    }
+
+    /// Free blocks one after the other, at most `max`: the lowest ones, so that the file stays dense. Also
+    /// whether they lie where the file reads as zeros.
+    pub fn take(&mut self, storage: &dyn Storage, max: u64) -> Result<(u32, u64, bool)> {
+        let (data, block) = (u64::from(self.header.data_offset()), self.block());
+        let space = self.space(storage)?;
+        let first = space.free_from(space.hint);
+        let mut count = 0;
+        while count < max && !space.is_used(first + count) {
+            count += 1;
+        }
+        let index = u32::try_from(first + count).ok().filter(|end| *end < DISCARDED);
+        let Some(index) = index.and_then(|end| end.checked_sub(u32::try_from(count).ok()?)) else {
+            return Err(Error::corrupt("the file has no room for another block"));
+        };
+        for n in 0..count {
+            space.mark(first + n);
+        }
+        space.hint = first + count;
+        let fresh = data + first * block >= space.fresh;
+        space.fresh = space.fresh.max(data + (first + count) * block);
+        Ok((index, count, fresh))
+    }
+
+    /// Takes back what [`State::take`] gave.
+    pub fn give_back(&mut self, first: u64, count: u64) {
+        if let Some(space) = &mut self.space {
+            for n in (0..count).rev() {
+                space.clear(first + n);
+            }
+        }
+    }
+
+    /// Makes a guest block lie in that block of the file.
+    pub fn set(&mut self, storage: &dyn Storage, block: u64, index: u64) -> Result<()> {
+        let entry = u32::try_from(index).map_err(|_| Error::corrupt("block index too large"))?;
+        let at = self.entry_at(block);
+        self.map.write(storage, at, &entry.to_le_bytes()).context("Could not read the VDI block map")
+    }
+
+    /// Whether so much waits that it should be written now.
+    pub fn is_full(&self) -> bool {
+        self.map.is_full()
+    }
+
+    /// Writes what waits: length of the file, header, map, in this order.
+    pub fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
+        if !self.map.is_changed() && !self.header_changed {
+            return Ok(());
+        }
+        if let Some(space) = &self.space {
+            let (top, end) = (space.top, u64::from(self.header.data_offset()) + space.top * self.block());
+            let top = u32::try_from(top).unwrap_or(u32::MAX);
+            if self.header.allocated() != top {
+                self.header.set_allocated(top);
+                self.header_changed = true;
+            }
+            if !storage.kind().is_device() && storage.len().context("Could not get the size of the file")? < end {
+                storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
+            }
+        }
+        storage.flush().context("Could not flush")?;
+        if self.header_changed {
+            storage.write_at(0, self.header.bytes()).context("Could not write the VDI header")?;
+            self.header_changed = false;
+        }
+        self.map.write_out(storage).context("Could not write the VDI block map")
+    }
+
+    /// Writes the header at once, between two flushes, and forgets what was derived from the old one.
+    pub fn replace_header(&mut self, storage: &dyn Storage, header: Header) -> Result<()> {
+        self.write_tables(storage)?;
+        storage.flush().context("Could not flush")?;
+        storage.write_at(0, header.bytes()).context("Could not write the VDI header")?;
+        storage.flush().context("Could not flush")?;
+        self.header = header;
+        self.map.forget();
+        self.space = None;
+        Ok(())
+    }
+}

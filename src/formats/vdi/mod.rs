@@ -1,0 +1,224 @@
+//! vdi: VirtualBox's disk image, dynamic and static.
+//!
+//! Invariants: no two map entries name the same block; the header's counter of blocks is above every index in
+//! use, because QEMU and VirtualBox take it for the index of the next new block. Hence the order on disk: data,
+//! then the header with the counter, then the map. A stop in between leaves a block that nothing names.
+//!
+//! One lock, [`VdiDriver::state`]; it is held for tables alone, never while guest data moves.
+
+mod create;
+mod layout;
+mod map;
+mod resize;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+use byteorder::{ByteOrder, LittleEndian as Le};
+
+use self::layout::{DISCARDED, HEADER_BYTES, Header, STATIC};
+use self::map::State;
+use crate::block::error::Context;
+use crate::block::info::ImageInfo;
+use crate::block::{
+    Action, BlockDriver, Child, Create, Error, Extent, ExtentKind, Format, GuestOffset, HostOffset, HostPlace,
+    OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
+};
+use crate::storage::{Storage, Zeroing};
+
+/// The format.
+#[derive(Debug)]
+pub struct Vdi;
+
+/// The most blocks that one placement covers.
+const RUN: u64 = 16;
+
+impl Format for Vdi {
+    fn name(&self) -> &'static str {
+        "vdi"
+    }
+
+    fn probe(&self, head: &[u8], _name: &str) -> u32 {
+        let signature = head.get(layout::SIGNATURE_AT..).filter(|rest| rest.len() >= 4).map(Le::read_u32);
+        if signature == Some(layout::SIGNATURE) { 100 } else { 0 }
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
+        let OpenRequest { file, write, .. } = request;
+        let mut head = [0; HEADER_BYTES];
+        file.storage.read_at(0, &mut head).context("Could not read the VDI header")?;
+        let header = Header::parse(head)?;
+        let length = file.storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
+        let map_end = u64::from(header.map_offset()) + 4 * u64::from(header.blocks());
+        if map_end > length {
+            return Err(Error::corrupt(format!("block map ends at {map_end}, past the end of the file at {length}")));
+        }
+        Ok(Box::new(VdiDriver {
+            size: AtomicU64::new(header.size().next_multiple_of(512)),
+            block: u64::from(header.block_size()),
+            fixed: header.kind() == STATIC,
+            files: [file],
+            state: Mutex::new(State::new(header)),
+            write,
+        }))
+    }
+
+    fn creating(&self) -> Option<&dyn Create> {
+        Some(self)
+    }
+}
+
+#[derive(Debug)]
+struct VdiDriver {
+    files: [Child; 1],
+    size: AtomicU64,
+    /// Bytes of a block.
+    block: u64,
+    fixed: bool,
+    state: Mutex<State>,
+    write: bool,
+}
+
+impl VdiDriver {
+    fn storage(&self) -> &dyn Storage {
+        &*self.files[0].storage
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn blocks(&self, bytes: u64) -> u64 {
+        bytes.div_ceil(self.block)
+    }
+}
+
+fn place_at(at: u64) -> HostPlace {
+    HostPlace { file: 0, at: HostOffset(at) }
+}
+
+impl BlockDriver for VdiDriver {
+    fn format(&self) -> &'static dyn Format {
+        &Vdi
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
+        let max = max.min(self.virtual_size().saturating_sub(at.get()));
+        let (block, within) = (at.get() / self.block, at.get() % self.block);
+        let (entry, run, host) = {
+            let mut state = self.state();
+            let (entry, run) = state.run(self.storage(), block, self.blocks(within.saturating_add(max)))?;
+            (entry, run, state.host(entry))
+        };
+        let len = max.min((run * self.block).saturating_sub(within));
+        if entry >= DISCARDED {
+            return Ok(Extent { start: at, len, kind: ExtentKind::Zero(None) });
+        }
+        let host = host.saturating_add(within);
+        if !self.fixed {
+            return Ok(Extent { start: at, len, kind: ExtentKind::Data(place_at(host)) });
+        }
+        // A static image is as sparse as the host made it.
+        let there = self.storage().extent(host, len).context("error while reading block status")?;
+        let kind = if there.data { ExtentKind::Data(place_at(host)) } else { ExtentKind::Zero(Some(place_at(host))) };
+        Ok(Extent { start: at, len: there.len, kind })
+    }
+
+    fn files(&self) -> &[Child] {
+        &self.files
+    }
+
+    fn info(&self) -> Result<ImageInfo> {
+        Ok(ImageInfo { cluster_size: Some(self.block), dirty: Some(false), ..ImageInfo::default() })
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.write {
+            self.state().write_tables(self.storage())?;
+        }
+        self.storage().flush().with_context(|| format!("{}: could not flush", self.files[0].name))
+    }
+
+    fn writing(&self) -> Option<&dyn Write> {
+        self.write.then_some(self)
+    }
+
+    fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+}
+
+impl Write for VdiDriver {
+    fn unit(&self) -> u64 {
+        self.block
+    }
+
+    fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
+        if matches!(store, Store::Compressed { .. }) {
+            return Err(Error::unsupported("Compression not supported for this file format"));
+        }
+        let (block, within) = (at.get() / self.block, at.get() % self.block);
+        let zero = matches!(store, Store::Zero { .. });
+        let wanted = self.blocks(within.saturating_add(len));
+        let mut state = self.state();
+        let (entry, run) = state.run(self.storage(), block, wanted)?;
+        let covered = |blocks: u64| len.min(blocks.saturating_mul(self.block).saturating_sub(within));
+        if entry < DISCARDED {
+            state.space(self.storage())?;
+            let place = place_at(state.host(entry).saturating_add(within));
+            let action = if zero { Action::Zero { place } } else { Action::Write { place, before: 0, after: 0 } };
+            return Ok(Placed { start: at, len: covered(run), store, action, ticket: Ticket::default() });
+        }
+        if zero {
+            return Ok(Placed {
+                start: at,
+                len: covered(run),
+                store,
+                action: Action::Nothing,
+                ticket: Ticket::default(),
+            });
+        }
+        let (first, count, fresh) = state.take(self.storage(), run.min(RUN))?;
+        let len = covered(count);
+        let place = place_at(state.host(first).saturating_add(within));
+        // Past the end of the file all is zero as it is.
+        let (before, after) = if fresh { (0, 0) } else { (within, count * self.block - within - len) };
+        let ticket = Ticket { a: u64::from(first), b: count, c: block };
+        Ok(Placed { start: at, len, store, action: Action::Write { place, before, after }, ticket })
+    }
+
+    fn publish(&self, placed: &Placed) -> Result<()> {
+        let Ticket { a: first, b: count, c: block } = placed.ticket;
+        if count == 0 {
+            return Ok(());
+        }
+        let mut state = self.state();
+        for n in 0..count {
+            state.set(self.storage(), block + n, first + n)?;
+        }
+        if state.is_full() { state.write_tables(self.storage()) } else { Ok(()) }
+    }
+
+    fn withdraw(&self, placed: &Placed) {
+        let Ticket { a: first, b: count, .. } = placed.ticket;
+        if count != 0 {
+            self.state().give_back(first, count);
+        }
+    }
+
+    fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let (mut at, end) = (at, at.get().saturating_add(len).min(self.virtual_size()));
+        while at.get() < end {
+            let extent = self.extent(at, end - at.get())?;
+            if let ExtentKind::Data(place) = extent.kind {
+                self.storage().zero(place.at.get(), extent.len, Zeroing::Punch).context("discard")?;
+            }
+            at = at + extent.len.max(1);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,252 @@
+//! The virtual size of a VDI image: grow and shrink.
+//!
+//! The switch from old to new is one write of the header's sector. What the new header names is complete and
+//! flushed before; what only the old one named is cleaned up after. A map that must grow over blocks is written
+//! anew where the first blocks were, once these have been copied to the end.
+
+use std::sync::atomic::Ordering;
+
+use super::VdiDriver;
+use super::layout::{DISCARDED, Header, MAX_BLOCKS, MAX_SIZE, UNALLOCATED, too_large};
+use super::map::State;
+use crate::block::error::Context;
+use crate::block::{Error, Resize, Result};
+use crate::formats::table;
+use crate::storage::{Preallocation, Storage, Zeroing};
+
+/// Entries of the map that are read or written at once.
+const AT_ONCE: u64 = 1 << 16;
+
+/// How the map gets longer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Plan {
+    /// There is room behind it, up to the (perhaps new) start of the data.
+    InPlace { data: u32 },
+    /// It moves to where the first blocks of the data were.
+    Over { first_blocks: u64, data: u32 },
+}
+
+impl Resize for VdiDriver {
+    fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
+        let blocks = self.blocks(size);
+        if size > MAX_SIZE || blocks > u64::from(MAX_BLOCKS) {
+            return Err(too_large(size));
+        }
+        if !self.fixed && fill != Preallocation::Off {
+            return Err(Error::unsupported(format!("Unsupported preallocation mode '{}'", fill.name())));
+        }
+        if blocks > u64::from(self.state().header.blocks()) {
+            let mut state = self.state();
+            plan(&mut state, self.storage(), blocks)?;
+        }
+        Ok(())
+    }
+
+    fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
+        self.check(size, fill)?;
+        let storage = self.storage();
+        let mut state = self.state();
+        state.write_tables(storage)?;
+        state.space(storage)?;
+        if size < state.header.size() {
+            shrink(&mut state, storage, size)?;
+        } else {
+            let fill = if fill == Preallocation::Metadata { Preallocation::Off } else { fill };
+            grow(&mut state, storage, size, self.fixed.then_some(fill))?;
+        }
+        self.size.store(size, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+fn plan(state: &mut State, storage: &dyn Storage, blocks: u64) -> Result<Plan> {
+    let (map, data) = (u64::from(state.header.map_offset()), u64::from(state.header.data_offset()));
+    if map >= data {
+        return Err(Error::unsupported("the block map does not lie before the data"));
+    }
+    let block = u64::from(state.header.block_size());
+    let top = state.space(storage)?.top;
+    let narrow = |at: u64| u32::try_from(at).map_err(|_| Error::unsupported("the block map would be too long"));
+    let end = (map + blocks * 4).next_multiple_of(512);
+    if end <= data {
+        return Ok(Plan::InPlace { data: narrow(data)? });
+    }
+    if top == 0 {
+        return Ok(Plan::InPlace { data: narrow(end)? });
+    }
+    let first_blocks = (blocks * 4).div_ceil(block);
+    Ok(Plan::Over { first_blocks, data: narrow(data + first_blocks * block)? })
+}
+
+/// Grows; `fixed` is how the new space is treated where all blocks are there.
+fn grow(state: &mut State, storage: &dyn Storage, size: u64, fixed: Option<Preallocation>) -> Result<()> {
+    clear_tail(state, storage, state.header.size())?;
+    let block = u64::from(state.header.block_size());
+    let old = u64::from(state.header.blocks());
+    let new = size.div_ceil(block).max(old);
+    let mut header = state.header.clone();
+    header.set_size(size);
+    if new > old {
+        let plan = plan(state, storage, new)?;
+        if let Plan::Over { first_blocks, .. } = plan {
+            make_way(state, storage, first_blocks)?;
+        }
+        let top = state.space(storage)?.top;
+        let (skip, data) = match plan {
+            Plan::InPlace { data } => (0, data),
+            Plan::Over { first_blocks, data } => (first_blocks, data),
+        };
+        let map = if skip > 0 { state.header.data_offset() } else { state.header.map_offset() };
+        // In place the entries that are there stay as they are.
+        let from = if skip > 0 { 0 } else { old };
+        let top = top.max(skip) - skip;
+        write_map(state, storage, u64::from(map), from..new, skip, fixed.map(|_| top))?;
+        let top = if fixed.is_some() { top + (new - old) } else { top };
+        let end = u64::from(data) + top * block;
+        let length = storage.len().context("Could not get the size of the file")?;
+        if fixed.is_some() && end > length {
+            storage.set_len(end, fixed.unwrap_or_default()).context("Failed to resize underlying file")?;
+        }
+        header.set_map_offset(map);
+        header.set_data_offset(data);
+        header.set_blocks(narrow(new)?);
+        header.set_allocated(narrow(top)?);
+    }
+    state.replace_header(storage, header)
+}
+
+fn narrow(value: u64) -> Result<u32> {
+    u32::try_from(value).map_err(|_| Error::corrupt("block index too large"))
+}
+
+/// Copies what lies in the first `count` blocks of the file to its end, and names the copies in the old map.
+fn make_way(state: &mut State, storage: &dyn Storage, count: u64) -> Result<()> {
+    let block = u64::from(state.header.block_size());
+    let mut moves = Vec::new();
+    let old = u64::from(state.header.blocks());
+    let mut at = 0;
+    while at < old {
+        let (entry, run) = state.run(storage, at, old - at)?;
+        if entry < DISCARDED {
+            let first = u64::from(entry);
+            moves.extend(
+                (first..first.saturating_add(run)).take_while(|index| *index < count).map(|i| (at + i - first, i)),
+            );
+        }
+        at += run;
+    }
+    let mut free = count;
+    for (guest, index) in moves {
+        let space = state.space(storage)?;
+        free = space.free_from(free);
+        space.mark(free);
+        let (from, to) = (state.host(narrow(index)?), state.host(narrow(free)?));
+        table::copy(storage, from, to, block).context("Could not move a block")?;
+        state.set(storage, guest, free)?;
+    }
+    state.write_tables(storage)?;
+    storage.flush().context("Could not flush")
+}
+
+/// Writes the entries `range` of a map at `at`: those of the old one, less `skip`, then new ones: from `first` on,
+/// or unallocated.
+fn write_map(
+    state: &mut State,
+    storage: &dyn Storage,
+    at: u64,
+    range: std::ops::Range<u64>,
+    skip: u64,
+    first: Option<u64>,
+) -> Result<()> {
+    let old = u64::from(state.header.blocks());
+    let mut next = range.start;
+    while next < range.end {
+        let last = range.end.min(next + AT_ONCE);
+        let mut bytes = Vec::new();
+        let start = next;
+        while next < last && next < old {
+            let (entry, run) = state.run(storage, next, last.min(old) - next)?;
+            for n in 0..run {
+                let entry = if entry < DISCARDED { narrow(u64::from(entry) + n - skip)? } else { entry };
+                bytes.extend(entry.to_le_bytes());
+            }
+            next += run;
+        }
+        while next < last {
+            let entry = first.map_or(Ok(UNALLOCATED), |first| narrow(first + next - old))?;
+            bytes.extend(entry.to_le_bytes());
+            next += 1;
+        }
+        if last == range.end {
+            // Only what lies before the data, or in blocks that were cleared away.
+            let end = at + range.end * 4;
+            bytes.resize(bytes.len() + usize::try_from(end.next_multiple_of(512) - end).unwrap_or(0), 0);
+        }
+        storage.write_at(at + start * 4, &bytes).context("Could not write the VDI block map")?;
+    }
+    Ok(())
+}
+
+/// Makes the rest of the last block read as zeros: it lies past `size`, and may come into view.
+fn clear_tail(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()> {
+    let block = u64::from(state.header.block_size());
+    let within = size % block;
+    if within == 0 {
+        return Ok(());
+    }
+    let (entry, _) = state.run(storage, size / block, 1)?;
+    if entry < DISCARDED {
+        let at = state.host(entry) + within;
+        storage.zero(at, block - within, Zeroing::Allocate).context("Could not clear the last block")?;
+    }
+    Ok(())
+}
+
+fn shrink(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()> {
+    let block = u64::from(state.header.block_size());
+    let blocks = size.div_ceil(block);
+    let mut header: Header = state.header.clone();
+    header.set_size(size);
+    header.set_blocks(narrow(blocks)?);
+    state.replace_header(storage, header)?;
+    clear_tail(state, storage, size)?;
+
+    // Close the gaps, so that the counter is both the number of blocks and above all of them.
+    let mut space = state.scan(storage, blocks)?;
+    let mut high = Vec::new();
+    let mut count = 0;
+    let mut at = 0;
+    while at < blocks {
+        let (entry, run) = state.run(storage, at, blocks - at)?;
+        if entry < DISCARDED {
+            count += run;
+        }
+        at += run;
+    }
+    at = 0;
+    while at < blocks {
+        let (entry, run) = state.run(storage, at, blocks - at)?;
+        if entry < DISCARDED {
+            let first = u64::from(entry);
+            high.extend((0..run).filter(|n| first + n >= count).map(|n| (at + n, first + n)));
+        }
+        at += run;
+    }
+    let mut free = 0;
+    for (guest, index) in high {
+        free = space.free_from(free);
+        space.mark(free);
+        let (from, to) = (state.host(narrow(index)?), state.host(narrow(free)?));
+        table::copy(storage, from, to, block).context("Could not move a block")?;
+        state.set(storage, guest, free)?;
+    }
+    let mut header = state.header.clone();
+    header.set_allocated(narrow(count)?);
+    state.replace_header(storage, header)?;
+    let end = u64::from(state.header.data_offset()) + count * block;
+    let shorter = storage.len().context("Could not get the size of the file")? > end;
+    if shorter && !storage.kind().is_device() {
+        storage.set_len(end, Preallocation::Off).context("Failed to resize underlying file")?;
+    }
+    Ok(())
+}

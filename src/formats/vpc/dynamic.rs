@@ -1,0 +1,181 @@
+//! The dynamic kind: blocks are added as they are written.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+use super::layout::{DynamicHeader, Footer, SECTOR};
+use super::table::State;
+use super::{Vpc, flush, place_at};
+use crate::block::error::Context;
+use crate::block::info::ImageInfo;
+use crate::block::{
+    Action, BlockDriver, Child, Error, Extent, ExtentKind, Format, GuestOffset, Placed, Resize, Result, Store, Ticket,
+    Write,
+};
+use crate::storage::{Storage, Zeroing};
+
+/// The largest block that is written: one has to fit in memory.
+const MAX_WRITTEN_BLOCK: u64 = 64 << 20;
+
+/// Ticket's second word: what publishing has to do.
+const OLD: u64 = 0;
+const NEW: u64 = 1;
+const SECTORS: u64 = 2;
+
+/// A dynamic disk.
+#[derive(Debug)]
+pub struct Dynamic {
+    pub(super) files: [Child; 1],
+    pub(super) size: AtomicU64,
+    block: u64,
+    bitmap: u64,
+    state: Mutex<State>,
+    write: bool,
+}
+
+impl Dynamic {
+    /// Checks the table and opens.
+    pub fn open(file: Child, footer: Footer, header: DynamicHeader, size: u64, write: bool) -> Result<Self> {
+        let state = State::open(&*file.storage, footer, header, size)?;
+        let (block, bitmap) = (state.block(), state.bitmap());
+        if write && block > MAX_WRITTEN_BLOCK {
+            return Err(Error::unsupported(format!("blocks of {block} bytes cannot be written")));
+        }
+        Ok(Self { files: [file], size: AtomicU64::new(size), block, bitmap, state: Mutex::new(state), write })
+    }
+
+    pub(super) fn storage(&self) -> &dyn Storage {
+        &*self.files[0].storage
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl BlockDriver for Dynamic {
+    fn format(&self) -> &'static dyn Format {
+        &Vpc
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
+        let max = max.min(self.virtual_size().saturating_sub(at.get()));
+        let (block, within) = (at.get() / self.block, at.get() % self.block);
+        let mut state = self.state();
+        let (place, run) = state.run(self.storage(), block, within.saturating_add(max).div_ceil(self.block))?;
+        let Some(place) = place else {
+            let len = max.min((run * self.block).saturating_sub(within));
+            return Ok(Extent { start: at, len, kind: ExtentKind::Zero(None) });
+        };
+        let (written, sectors) = state.sectors(self.storage(), block, place, within / SECTOR)?;
+        let len = max.min((sectors * SECTOR).saturating_sub(within % SECTOR));
+        let host = place_at(place.saturating_add(self.bitmap + within));
+        let kind = if written { ExtentKind::Data(host) } else { ExtentKind::Zero(Some(host)) };
+        Ok(Extent { start: at, len, kind })
+    }
+
+    fn files(&self) -> &[Child] {
+        &self.files
+    }
+
+    fn info(&self) -> Result<ImageInfo> {
+        Ok(ImageInfo { cluster_size: Some(self.block), dirty: Some(false), ..ImageInfo::default() })
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.write {
+            self.state().write_tables(self.storage())?;
+        }
+        flush(&self.files[0])
+    }
+
+    fn writing(&self) -> Option<&dyn Write> {
+        self.write.then_some(self)
+    }
+
+    fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+}
+
+impl Write for Dynamic {
+    fn unit(&self) -> u64 {
+        self.block
+    }
+
+    fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
+        if matches!(store, Store::Compressed { .. }) {
+            return Err(Error::unsupported("Compression not supported for this file format"));
+        }
+        let zero = matches!(store, Store::Zero { .. });
+        let (block, within) = (at.get() / self.block, at.get() % self.block);
+        let mut state = self.state();
+        let (place, run) = state.run(self.storage(), block, within.saturating_add(len).div_ceil(self.block))?;
+        let done = |len, action, ticket| Ok(Placed { start: at, len, store, action, ticket });
+        let Some(old) = place else {
+            if zero {
+                let len = len.min((run * self.block).saturating_sub(within));
+                return done(len, Action::Nothing, Ticket::default());
+            }
+            let len = len.min(self.block - within);
+            let (new, fresh) = state.take(self.storage())?;
+            let place = place_at(new + self.bitmap + within);
+            // Past the end of the file all is zero as it is.
+            let (before, after) = if fresh { (0, 0) } else { (within, self.block - within - len) };
+            return done(len, Action::Write { place, before, after }, Ticket { a: new, b: NEW, c: block });
+        };
+        state.prepare(self.storage())?;
+        let len = len.min(self.block - within);
+        let place = place_at(old + self.bitmap + within);
+        if zero {
+            // Sectors that are not marked as written read as zeros already.
+            return done(len, Action::Zero { place }, Ticket::default());
+        }
+        let (written, sectors) = state.sectors(self.storage(), block, old, within / SECTOR)?;
+        if written && sectors * SECTOR >= within % SECTOR + len {
+            return done(len, Action::Write { place, before: 0, after: 0 }, Ticket { a: old, b: OLD, c: block });
+        }
+        // The rest of a sector becomes visible with it.
+        let (before, after) = (within % SECTOR, (within + len).next_multiple_of(SECTOR) - within - len);
+        done(len, Action::Write { place, before, after }, Ticket { a: old, b: SECTORS, c: block })
+    }
+
+    fn publish(&self, placed: &Placed) -> Result<()> {
+        let Ticket { a: place, b: what, c: block } = placed.ticket;
+        if what == OLD {
+            return Ok(());
+        }
+        let storage = self.storage();
+        let mut state = self.state();
+        if what == SECTORS {
+            let within = placed.start.get() % self.block;
+            let (from, to) = (within / SECTOR, (within + placed.len).div_ceil(SECTOR));
+            return state.mark_sectors(storage, block, place, from, to);
+        }
+        state.write_bitmap(storage, block, place)?;
+        state.set(storage, block, Some(place))?;
+        if state.wants_writing() { state.write_tables(storage) } else { Ok(()) }
+    }
+
+    fn withdraw(&self, placed: &Placed) {
+        if placed.ticket.b == NEW {
+            self.state().give_back(placed.ticket.a);
+        }
+    }
+
+    fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let (mut at, end) = (at, at.get().saturating_add(len).min(self.virtual_size()));
+        while at.get() < end {
+            let extent = self.extent(at, end - at.get())?;
+            if let ExtentKind::Data(place) = extent.kind {
+                self.storage().zero(place.at.get(), extent.len, Zeroing::Punch).context("discard")?;
+            }
+            at = at + extent.len.max(1);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,120 @@
+//! The fixed kind: the guest's disk byte by byte, then the footer.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+use super::layout::Footer;
+use super::{Vpc, flush, place_at};
+use crate::block::error::Context;
+use crate::block::info::ImageInfo;
+use crate::block::{
+    Action, BlockDriver, Child, Error, Extent, ExtentKind, Format, GuestOffset, Placed, Resize, Result, Store, Ticket,
+    Write,
+};
+use crate::storage::Zeroing;
+
+/// A fixed disk.
+#[derive(Debug)]
+pub struct Fixed {
+    pub(super) files: [Child; 1],
+    pub(super) size: AtomicU64,
+    /// Where the data ends: the footer's place.
+    pub(super) end: AtomicU64,
+    footer: Mutex<Footer>,
+    write: bool,
+}
+
+impl Fixed {
+    /// A disk whose data ends at `end`.
+    pub fn new(file: Child, footer: Footer, size: u64, end: u64, write: bool) -> Self {
+        let (size, end) = (AtomicU64::new(size), AtomicU64::new(end));
+        Self { files: [file], size, end, footer: Mutex::new(footer), write }
+    }
+
+    pub(super) fn footer(&self) -> MutexGuard<'_, Footer> {
+        self.footer.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// How much data there is from `at` on, at most `max`. A footer may promise more than the file has.
+    fn there(&self, at: u64, max: u64) -> u64 {
+        max.min(self.end.load(Ordering::Relaxed).saturating_sub(at))
+    }
+}
+
+impl BlockDriver for Fixed {
+    fn format(&self) -> &'static dyn Format {
+        &Vpc
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
+        let max = max.min(self.virtual_size().saturating_sub(at.get()));
+        let there = self.there(at.get(), max);
+        if there == 0 {
+            return Ok(Extent { start: at, len: max, kind: ExtentKind::Zero(None) });
+        }
+        let place = place_at(at.get());
+        let host = self.files[0].storage.extent(at.get(), there).context("error while reading block status")?;
+        let kind = if host.data { ExtentKind::Data(place) } else { ExtentKind::Zero(Some(place)) };
+        Ok(Extent { start: at, len: host.len.min(there), kind })
+    }
+
+    fn files(&self) -> &[Child] {
+        &self.files
+    }
+
+    fn info(&self) -> Result<ImageInfo> {
+        Ok(ImageInfo { dirty: Some(false), ..ImageInfo::default() })
+    }
+
+    fn flush(&self) -> Result<()> {
+        flush(&self.files[0])
+    }
+
+    fn writing(&self) -> Option<&dyn Write> {
+        self.write.then_some(self)
+    }
+
+    fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+}
+
+impl Write for Fixed {
+    fn unit(&self) -> u64 {
+        1
+    }
+
+    fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
+        let len = self.there(at.get(), len);
+        if len == 0 {
+            return Err(Error::corrupt("the image is shorter than its footer says"));
+        }
+        let place = place_at(at.get());
+        let action = match store {
+            Store::Zero { .. } => Action::Zero { place },
+            Store::Data => Action::Write { place, before: 0, after: 0 },
+            Store::Compressed { .. } => {
+                return Err(Error::unsupported("Compression not supported for this file format"));
+            }
+        };
+        Ok(Placed { start: at, len, store, action, ticket: Ticket::default() })
+    }
+
+    fn publish(&self, _placed: &Placed) -> Result<()> {
+        Ok(())
+    }
+
+    fn withdraw(&self, _placed: &Placed) {}
+
+    fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let len = self.there(at.get(), len);
+        if len == 0 {
+            return Ok(());
+        }
+        self.files[0].storage.zero(at.get(), len, Zeroing::Punch).context("discard")
+    }
+}

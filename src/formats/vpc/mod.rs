@@ -1,0 +1,132 @@
+//! vpc: Microsoft's virtual hard disk (VHD), dynamic and fixed.
+//!
+//! Invariants: a bit of a block's bitmap that is not set means that the sector reads as zeros, whatever stands
+//! there; a sector's bit is set only after its data is written. The table names a block only after its bitmap
+//! and a footer behind it are written. The footer's copy at the start of a dynamic disk is always whole, so a
+//! stop while blocks are added over the last footer loses nothing.
+//!
+//! One lock, [`dynamic::Dynamic`]'s; it is held for tables, headers and bitmaps, never while guest data moves.
+
+mod create;
+mod dynamic;
+mod fixed;
+mod geometry;
+mod layout;
+mod resize;
+mod table;
+
+use serde_json::Value;
+
+use self::geometry::SizeRule;
+use self::layout::{DIFFERENCING, DynamicHeader, FIXED, FOOTER_BYTES, Footer, HEADER_BYTES, MAX_SIZE};
+use crate::block::error::Context;
+use crate::block::{BlockDriver, Child, Create, Error, Format, HostOffset, HostPlace, OpenRequest, OptionTree, Result};
+use crate::storage::Storage;
+
+/// The format.
+#[derive(Debug)]
+pub struct Vpc;
+
+impl Format for Vpc {
+    fn name(&self) -> &'static str {
+        "vpc"
+    }
+
+    fn probe(&self, head: &[u8], _name: &str) -> u32 {
+        if head.starts_with(b"conectix") { 100 } else { 0 }
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
+        let OpenRequest { file, options, write, .. } = request;
+        let rule = size_rule(options)?;
+        let storage = &*file.storage;
+        let length = storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
+        let (footer, fixed_end) = find_footer(storage, length)?;
+        if !footer.is_sound() {
+            return Err(Error::corrupt("Incorrect header checksum"));
+        }
+        if footer.kind() == DIFFERENCING {
+            return Err(Error::unsupported("differencing VHD images are not supported"));
+        }
+        let rule = rule.unwrap_or_else(|| SizeRule::of(footer.creator()));
+        let size = rule.size(&footer);
+        if size > MAX_SIZE {
+            return Err(Error::unsupported(format!("Could not open '{}': File too large", file.name)));
+        }
+        if let Some(end) = fixed_end {
+            return Ok(Box::new(fixed::Fixed::new(file, footer, size, end, write)));
+        }
+        let header = read_header(storage, &footer, length)?;
+        Ok(Box::new(dynamic::Dynamic::open(file, footer, header, size, write)?))
+    }
+
+    fn creating(&self) -> Option<&dyn Create> {
+        Some(self)
+    }
+}
+
+/// The user's word on what tells the size.
+fn size_rule(options: &mut OptionTree) -> Result<Option<SizeRule>> {
+    match options.remove("force_size_calc") {
+        None => Ok(None),
+        Some(Value::String(word)) if word == "current_size" => Ok(Some(SizeRule::CurrentSize)),
+        Some(Value::String(word)) if word == "chs" => Ok(Some(SizeRule::Geometry)),
+        Some(Value::String(word)) => Err(Error::invalid(format!("Invalid size calculation mode: '{word}'"))),
+        Some(other) => Err(Error::invalid(format!("Invalid size calculation mode: '{other}'"))),
+    }
+}
+
+fn read_footer(storage: &dyn Storage, at: u64) -> Result<Option<Footer>> {
+    let mut raw = [0; FOOTER_BYTES];
+    storage.read_at(at, &mut raw).context("Could not read the VHD footer")?;
+    Ok(Footer::parse(raw))
+}
+
+/// The footer that counts, and for a fixed disk where its data ends.
+///
+/// A dynamic disk has a copy at the start ("Dynamic Hard Disk Image"); the one at the end is asked only where
+/// that one is damaged.
+fn find_footer(storage: &dyn Storage, length: u64) -> Result<(Footer, Option<u64>)> {
+    let invalid = || Error::corrupt("invalid VPC image");
+    let front = read_footer(storage, 0)?;
+    if let Some(front) = &front
+        && front.is_sound()
+        && !(front.kind() == FIXED && front.data_offset() == u64::MAX)
+    {
+        return Ok((front.clone(), None));
+    }
+    let mut found = None;
+    if let Some(at) = length.checked_sub(FOOTER_BYTES as u64) {
+        found = read_footer(storage, at)?.map(|footer| (footer, at));
+    }
+    // Virtual PC before 2004 wrote one byte less.
+    if let (None, Some(at)) = (&found, length.checked_sub(FOOTER_BYTES as u64 - 1)) {
+        found = read_footer(storage, at)?.map(|footer| (footer, at));
+    }
+    match (found, front) {
+        (Some((footer, at)), None) if footer.kind() == FIXED => Ok((footer, Some(at))),
+        (Some((footer, at)), _) if footer.kind() == FIXED && footer.is_sound() => Ok((footer, Some(at))),
+        (Some((footer, _)), _) if footer.kind() != FIXED && footer.data_offset() != u64::MAX && footer.is_sound() => {
+            Ok((footer, None))
+        }
+        (_, Some(front)) => Ok((front, None)),
+        _ => Err(invalid()),
+    }
+}
+
+fn read_header(storage: &dyn Storage, footer: &Footer, length: u64) -> Result<DynamicHeader> {
+    let at = footer.data_offset();
+    let mut raw = Box::new([0; HEADER_BYTES]);
+    if at.checked_add(HEADER_BYTES as u64).is_some_and(|end| end <= length) {
+        storage.read_at(at, &mut raw[..]).context("Error reading dynamic VHD header")?;
+    }
+    DynamicHeader::parse(raw).ok_or_else(|| Error::corrupt("Invalid header magic"))
+}
+
+fn place_at(at: u64) -> HostPlace {
+    HostPlace { file: 0, at: HostOffset(at) }
+}
+
+fn flush(file: &Child) -> Result<()> {
+    file.storage.flush().with_context(|| format!("{}: could not flush", file.name))
+}

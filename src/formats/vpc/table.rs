@@ -1,0 +1,351 @@
+//! The block allocation table of a dynamic disk, its bitmaps, and where the next block goes.
+
+use byteorder::{BigEndian as Be, ByteOrder};
+
+use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, MAX_TABLE, SECTOR, UNALLOCATED};
+use crate::block::error::Context;
+use crate::block::{Error, Result};
+use crate::formats::table::TableCache;
+use crate::storage::{Preallocation, Storage};
+
+/// Working set of the table: more than the table of the largest disk with the usual block size.
+const CACHE: usize = 8 << 20;
+/// The most entries that are looked at for one answer.
+const STEPS: u64 = 1 << 20;
+/// The most bytes of a bitmap that are looked at for one answer.
+const BITMAP_PIECE: u64 = 4096;
+
+/// What changes while the image is open.
+#[derive(Debug)]
+pub struct State {
+    /// As it shall be at both ends of the file.
+    pub footer: Footer,
+    /// As it shall be in the file.
+    pub header: DynamicHeader,
+    table: TableCache,
+    /// Blocks whose sectors are known to be written, all of them.
+    full: Vec<u64>,
+    /// Where the next block goes, and the footer until then.
+    pub free: u64,
+    /// Bytes of the file from here on were never given out and read as zeros.
+    fresh: u64,
+    /// Whether a footer has to be written at [`State::free`].
+    footer_moved: bool,
+    /// Whether the table was found fit to be written to.
+    prepared: bool,
+}
+
+impl State {
+    /// Checks header and table of an image of that virtual size.
+    pub fn open(storage: &dyn Storage, footer: Footer, header: DynamicHeader, size: u64) -> Result<Self> {
+        let length = storage.len().context("Could not get the size of the file")?;
+        let block = header.block_size();
+        if !block.is_power_of_two() || u64::from(block) < SECTOR {
+            return Err(Error::corrupt(format!("Invalid block size {block}")));
+        }
+        let entries = header.entries();
+        if entries > u32::MAX / 8 {
+            return Err(Error::corrupt(format!("Max Table Entries too large ({})", entries.cast_signed())));
+        }
+        if u64::from(entries) < size.div_ceil(u64::from(block)) {
+            return Err(Error::corrupt("Page table too small"));
+        }
+        let bytes = u64::from(entries) * 4;
+        let end = header.table().checked_add(bytes).and_then(|end| end.checked_next_multiple_of(SECTOR));
+        let truncated = "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.";
+        let Some(end) = end.filter(|end| *end <= length.next_multiple_of(SECTOR)) else {
+            return Err(Error::corrupt(truncated));
+        };
+        if bytes > MAX_TABLE {
+            return Err(Error::unsupported(format!("block allocation table of {bytes} bytes is too long")));
+        }
+        let fresh = if storage.kind().is_device() { u64::MAX } else { length };
+        let mut state = Self {
+            footer,
+            header,
+            table: TableCache::new(CACHE),
+            full: Vec::new(),
+            free: end,
+            fresh,
+            footer_moved: false,
+            prepared: false,
+        };
+        let (stride, mut last) = (state.stride(), end);
+        state.each(storage, |_, at| last = last.max(at + stride))?;
+        state.free = last;
+        if state.free > length {
+            return Err(Error::corrupt(truncated));
+        }
+        Ok(state)
+    }
+
+    /// Bytes of a block's data.
+    pub fn block(&self) -> u64 {
+        u64::from(self.header.block_size())
+    }
+
+    /// Bytes of a block's bitmap: a bit for each sector, to whole sectors.
+    pub fn bitmap(&self) -> u64 {
+        (self.block() / SECTOR).div_ceil(8).next_multiple_of(SECTOR)
+    }
+
+    /// Bytes of a block with its bitmap.
+    pub fn stride(&self) -> u64 {
+        self.block() + self.bitmap()
+    }
+
+    /// Where the entry of a block is.
+    fn entry_at(&self, block: u64) -> u64 {
+        self.header.table().saturating_add(block * 4)
+    }
+
+    /// Every block that is there, with the place of its bitmap.
+    pub fn blocks(&mut self, storage: &dyn Storage) -> Result<Vec<(u64, u64)>> {
+        let mut found = Vec::new();
+        self.each(storage, |block, at| found.push((block, at)))?;
+        Ok(found)
+    }
+
+    fn each(&mut self, storage: &dyn Storage, mut see: impl FnMut(u64, u64)) -> Result<()> {
+        let (mut block, entries) = (0, u64::from(self.header.entries()));
+        while block < entries {
+            match self.run(storage, block, entries - block)? {
+                (None, run) => block += run,
+                (Some(at), _) => {
+                    see(block, at);
+                    block += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a block's bitmap is; or how many blocks (at most `max`) from it on are not there.
+    pub fn run(&mut self, storage: &dyn Storage, block: u64, max: u64) -> Result<(Option<u64>, u64)> {
+        let max = max.min(u64::from(self.header.entries()).saturating_sub(block)).min(STEPS);
+        if max == 0 {
+            return Err(Error::corrupt(format!("the block allocation table has no entry {block}")));
+        }
+        let reading = "Could not read the block allocation table";
+        if !self.header.table().is_multiple_of(4) {
+            let mut entry = [0; 4];
+            self.table.read(storage, self.entry_at(block), &mut entry).context(reading)?;
+            let entry = Be::read_u32(&entry);
+            return Ok(((entry != UNALLOCATED).then_some(u64::from(entry) * SECTOR), 1));
+        }
+        let mut count = 0;
+        while count < max {
+            let wanted = usize::try_from((max - count) * 4).unwrap_or(usize::MAX);
+            let at = self.entry_at(block + count);
+            for entry in self.table.slice(storage, at, wanted).context(reading)?.chunks_exact(4).map(Be::read_u32) {
+                if entry != UNALLOCATED {
+                    return Ok(if count == 0 { (Some(u64::from(entry) * SECTOR), 1) } else { (None, count) });
+                }
+                count += 1;
+            }
+        }
+        Ok((None, count))
+    }
+
+    /// Names the place of a block's bitmap, or takes the name away.
+    pub fn set(&mut self, storage: &dyn Storage, block: u64, at: Option<u64>) -> Result<()> {
+        let entry = match at {
+            Some(at) => u32::try_from(at / SECTOR).map_err(|_| Error::corrupt("block offset too large"))?,
+            None => UNALLOCATED,
+        };
+        let place = self.entry_at(block);
+        self.table.write(storage, place, &entry.to_be_bytes()).context("Could not read the block allocation table")
+    }
+
+    fn is_full(&self, block: u64) -> bool {
+        usize::try_from(block / 64).ok().and_then(|n| self.full.get(n)).is_some_and(|w| w >> (block % 64) & 1 == 1)
+    }
+
+    /// Notes that all sectors of a block are written.
+    fn mark_full(&mut self, block: u64) {
+        let Ok(word) = usize::try_from(block / 64) else { return };
+        if word >= self.full.len() {
+            self.full.resize(word + 1, 0);
+        }
+        self.full[word] |= 1 << (block % 64);
+    }
+
+    /// Forgets the table after it was written to by other ways.
+    pub fn forget_table(&mut self) {
+        self.table.forget();
+    }
+
+    /// Forgets what is known of the bitmaps, after blocks were renamed or moved.
+    pub fn forget_bitmaps(&mut self) {
+        self.full.clear();
+    }
+
+    /// Whether the sectors of a block from `sector` on are written, and how many (at least one) are alike.
+    pub fn sectors(&mut self, storage: &dyn Storage, block: u64, at: u64, sector: u64) -> Result<(bool, u64)> {
+        let all = self.block() / SECTOR;
+        if self.is_full(block) {
+            return Ok((true, all.saturating_sub(sector)));
+        }
+        let first = sector / 8;
+        let mut bytes = vec![0; usize::try_from(all.div_ceil(8).saturating_sub(first).min(BITMAP_PIECE)).unwrap_or(0)];
+        storage.read_at(at.saturating_add(first), &mut bytes).context("Could not read the bitmap of a block")?;
+        let (written, run) = run_of_bits(&bytes, sector % 8);
+        let run = run.min(all.saturating_sub(sector)).max(1);
+        if written && sector == 0 && run == all {
+            self.mark_full(block);
+        }
+        Ok((written, run))
+    }
+
+    /// Notes in the file that sectors of a block are written.
+    pub fn mark_sectors(&mut self, storage: &dyn Storage, block: u64, at: u64, from: u64, to: u64) -> Result<()> {
+        if self.is_full(block) || to <= from {
+            return Ok(());
+        }
+        let (first, last) = (from / 8, (to - 1) / 8);
+        let mut bytes = vec![0; usize::try_from(last - first + 1).unwrap_or(0)];
+        let place = at.saturating_add(first);
+        storage.read_at(place, &mut bytes).context("Could not read the bitmap of a block")?;
+        let mut changed = false;
+        for sector in from..to {
+            if let Some(byte) = usize::try_from(sector / 8 - first).ok().and_then(|n| bytes.get_mut(n)) {
+                let bit = 0x80 >> (sector % 8);
+                changed |= *byte & bit == 0;
+                *byte |= bit;
+            }
+        }
+        if changed {
+            storage.write_at(place, &bytes).context("Could not write the bitmap of a block")?;
+        }
+        Ok(())
+    }
+
+    /// Writes the bitmap of a new block, whose sectors are all written.
+    pub fn write_bitmap(&mut self, storage: &dyn Storage, block: u64, at: u64) -> Result<()> {
+        let bytes = vec![0xff; usize::try_from(self.bitmap()).unwrap_or(0)];
+        storage.write_at(at, &bytes).context("Could not write the bitmap of a block")?;
+        self.mark_full(block);
+        Ok(())
+    }
+
+    /// Makes sure, once, that the image can be written to without harm.
+    pub fn prepare(&mut self, storage: &dyn Storage) -> Result<()> {
+        if self.prepared {
+            return Ok(());
+        }
+        if !self.header.table().is_multiple_of(SECTOR) {
+            return Err(Error::unsupported("the block allocation table does not start at a sector"));
+        }
+        let end = self.header.table() + u64::from(self.header.entries()) * 4;
+        let head = self.footer.data_offset().saturating_add(self.header.bytes().len() as u64).max(end);
+        let mut places: Vec<u64> = self.blocks(storage)?.into_iter().map(|(_, at)| at).collect();
+        places.sort_unstable();
+        let apart = places.windows(2).all(|pair| matches!(pair, [a, b] if b - a >= self.stride()));
+        if !apart || places.first().is_some_and(|first| *first < head) {
+            return Err(Error::corrupt("blocks of the image overlap"));
+        }
+        // The last footer is about to be overwritten: the copy has to be whole.
+        let mut front = [0; FOOTER_BYTES];
+        storage.read_at(0, &mut front).context("Could not read the VHD footer")?;
+        if front != *self.footer.bytes() {
+            self.write_front(storage)?;
+        }
+        self.prepared = true;
+        Ok(())
+    }
+
+    /// Writes the footer's copy at the start, between two flushes.
+    pub fn write_front(&self, storage: &dyn Storage) -> Result<()> {
+        storage.flush().context("Could not flush")?;
+        storage.write_at(0, self.footer.bytes()).context("Could not write the VHD footer")?;
+        storage.flush().context("Could not flush")
+    }
+
+    /// Room for a block: the place of its bitmap, and whether its data reads as zeros now.
+    pub fn take(&mut self, storage: &dyn Storage) -> Result<(u64, bool)> {
+        self.prepare(storage)?;
+        let at = self.free;
+        if at / SECTOR >= u64::from(UNALLOCATED) {
+            return Err(Error::unsupported("the file has no room for another block"));
+        }
+        let fresh = at + self.bitmap() >= self.fresh;
+        self.free = at + self.stride();
+        self.fresh = self.fresh.max(self.free);
+        self.footer_moved = true;
+        Ok((at, fresh))
+    }
+
+    /// Takes back what [`State::take`] gave, if nothing was given since.
+    pub fn give_back(&mut self, at: u64) {
+        if at + self.stride() == self.free {
+            self.free = at;
+        }
+    }
+
+    /// Whether so much waits that it should be written now.
+    pub fn wants_writing(&self) -> bool {
+        self.table.is_full()
+    }
+
+    /// Has the footer written again at the end.
+    pub fn move_footer(&mut self, free: u64) {
+        self.free = free;
+        self.footer_moved = true;
+    }
+
+    /// Writes what waits: the last footer, then the table.
+    pub fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
+        if self.footer_moved {
+            storage.write_at(self.free, self.footer.bytes()).context("Could not write the VHD footer")?;
+            let end = self.free + FOOTER_BYTES as u64;
+            self.fresh = self.fresh.max(end);
+            let length = storage.len().context("Could not get the size of the file")?;
+            if length > end && !storage.kind().is_device() {
+                // Nothing that is named lies behind: the footer has to be the last thing in the file.
+                storage.set_len(end, Preallocation::Off).context("Could not shorten the file")?;
+            }
+            // What is given out next starts with a bitmap where this footer is; behind it there is nothing.
+            if !storage.kind().is_device() {
+                self.fresh = end;
+            }
+            self.footer_moved = false;
+        }
+        if self.table.is_changed() {
+            storage.flush().context("Could not flush")?;
+            self.table.write_out(storage).context("Could not write the block allocation table")?;
+        }
+        Ok(())
+    }
+}
+
+/// The first bit from `start` on, and how many are like it.
+fn run_of_bits(bytes: &[u8], start: u64) -> (bool, u64) {
+    let bit = |n: u64| usize::try_from(n / 8).ok().and_then(|i| bytes.get(i)).map(|byte| byte >> (7 - n % 8) & 1 == 1);
+    let Some(first) = bit(start) else { return (false, 0) };
+    let whole = if first { 0xff } else { 0 };
+    let mut n = start;
+    loop {
+        let is_whole = usize::try_from(n / 8).ok().and_then(|i| bytes.get(i)) == Some(&whole);
+        if n.is_multiple_of(8) && is_whole {
+            n += 8;
+        } else if bit(n) == Some(first) {
+            n += 1;
+        } else {
+            return (first, n - start);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_run_from_the_highest() {
+        assert_eq!(run_of_bits(&[0xff, 0xff, 0x80], 3), (true, 14));
+        assert_eq!(run_of_bits(&[0x0f, 0xff], 0), (false, 4));
+        assert_eq!(run_of_bits(&[0x0f, 0xff], 4), (true, 12));
+        assert_eq!(run_of_bits(&[0x00, 0x01], 2), (false, 13));
+        assert_eq!(run_of_bits(&[], 0), (false, 0));
+    }
+}
