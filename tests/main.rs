@@ -6,3 +6,4 @@
 mod both;
 mod common;
 mod fixtures;
+mod vmdk;

@@ -130,7 +130,7 @@ impl<'a> Plan<'a> {
     /// The sizes of the extents.
     fn extents(&self) -> Vec<u64> {
         if !self.subformat.split {
-            return if self.size == 0 { Vec::new() } else { vec![self.size] };
+            return if self.size == 0 && self.subformat.flat { Vec::new() } else { vec![self.size] };
         }
         let full = usize::try_from(self.size / SPLIT).unwrap_or(0);
         let mut sizes = vec![SPLIT; full];
@@ -290,13 +290,6 @@ impl Create for Vmdk {
                 SparseLayout::new(size, plan.zeroed)?.write(&*storage)?;
             }
             lines.push_str(&format!("RW {sectors} SPARSE \"{name}\"\n"));
-        }
-        if embedded && plan.size == 0 {
-            if subformat.compressed {
-                write_stream(&*main, 0)?;
-            } else {
-                SparseLayout::new(0, plan.zeroed)?.write(&*main)?;
-            }
         }
         let text = NewDescriptor {
             cid: request.ids.word("cid"),

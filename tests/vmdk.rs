@@ -1,0 +1,303 @@
+//! vmdk: what vimg writes is what qemu-img, 7z and the makers of the format read, and the reverse.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+
+use crate::common::{Scratch, judge, need, pattern, plain, vimg};
+
+const SUBFORMATS: [&str; 5] =
+    ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized"];
+
+/// A raw disk of an odd size with data at its start, across grains, and at its very end.
+fn disk(scratch: &Scratch, name: &str, size: u64) {
+    let file = fs::File::create(scratch.file(name)).unwrap();
+    file.set_len(size).unwrap();
+    file.write_all_at(&pattern(1, 200_000), 0).unwrap();
+    file.write_all_at(&pattern(2, 70_000), size / 2 + 12_345).unwrap();
+    file.write_all_at(&pattern(3, 700), size - 700).unwrap();
+}
+
+/// The bytes with the digits of the content id blanked out.
+fn without_cid(bytes: Vec<u8>) -> Vec<u8> {
+    let mut bytes = bytes;
+    let key = b"\nCID=";
+    if let Some(at) = bytes.windows(key.len()).position(|w| w == key) {
+        let end = bytes[at + 5..].iter().position(|b| *b == b'\n').unwrap() + at + 5;
+        // The id is printed without leading zeros: the text moves with its length.
+        let rest: Vec<u8> = bytes.drain(at + 5..end).collect();
+        if let Some(room) = bytes[at..].iter().position(|b| *b == 0) {
+            let room = room + at;
+            bytes.splice(room..room, vec![0; rest.len()]);
+        }
+    }
+    bytes
+}
+
+#[test]
+fn every_subformat_is_created_as_qemu_img_does() {
+    let ours = Scratch::new();
+    let theirs = Scratch::new();
+    let options: [&[&str]; 9] = [
+        &[],
+        &["-o", "adapter_type=lsilogic"],
+        &["-o", "compat6=on"],
+        &["-o", "hwversion=10,toolsversion=99"],
+        &["-o", "zeroed_grain=on"],
+        &["-o", "subformat=monolithicFlat,adapter_type=buslogic"],
+        &["-o", "subformat=twoGbMaxExtentSparse"],
+        &["-o", "subformat=twoGbMaxExtentFlat"],
+        &["-o", "adapter_type=foo"],
+    ];
+    for options in options {
+        for size in ["0", "1", "512", "10M", "2G", "5G", "100000000512"] {
+            let mut args = vec!["create", "-f", "vmdk"];
+            args.extend(options);
+            args.extend(["d.vmdk", size]);
+            let (a, b) = (vimg(&args).dir(ours.path()).run(), judge(&args).dir(theirs.path()).run());
+            assert_eq!((a.code, &a.stdout), (b.code, &b.stdout), "{args:?}\n{a:?}\n{b:?}");
+            assert_eq!(a.stderr, b.stderr, "{args:?}");
+            let mut names: Vec<_> =
+                fs::read_dir(theirs.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            for name in &names {
+                if b.code == Some(0) {
+                    let (a, b) = (fs::metadata(ours.file(name)).unwrap(), fs::metadata(theirs.file(name)).unwrap());
+                    assert!(a.len() == b.len() || b.len() < 1024, "length of {name} after {args:?}");
+                    if b.len() < 64 << 20 {
+                        let read = |s: &Scratch| without_cid(fs::read(s.file(name)).unwrap());
+                        assert!(read(&ours) == read(&theirs), "{name} after {args:?}");
+                    }
+                }
+                fs::remove_file(theirs.file(name)).unwrap();
+                let _ = fs::remove_file(ours.file(name));
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_written_is_read_by_qemu_img_and_back() {
+    for size in [3_100_160, 40 << 20, (2u64 << 30) + 77 * 512] {
+        for subformat in SUBFORMATS {
+            let s = Scratch::new();
+            disk(&s, "d.raw", size);
+            let option = format!("subformat={subformat}");
+            s.vimg(&["convert", "-f", "raw", "-O", "vmdk", "-o", &option, "d.raw", "ours.vmdk"]);
+            s.assert_same_content("raw", "d.raw", "vmdk", "ours.vmdk");
+            s.assert_clean("vmdk", "ours.vmdk");
+            s.judge(&["convert", "-f", "raw", "-O", "vmdk", "-o", &option, "d.raw", "theirs.vmdk"]);
+            s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "theirs.vmdk", "back.raw"]);
+            s.assert_same_content("raw", "d.raw", "raw", "back.raw");
+            s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "ours.vmdk", "back.raw"]);
+            s.assert_same_content("raw", "d.raw", "raw", "back.raw");
+            if subformat != "streamOptimized" {
+                for entry in fs::read_dir(s.path()).unwrap() {
+                    let name = entry.unwrap().file_name().into_string().unwrap();
+                    if let Some(rest) = name.strip_prefix("theirs") {
+                        let read = |who: &str| {
+                            let bytes = fs::read(s.file(&format!("{who}{rest}"))).unwrap();
+                            let text =
+                                String::from_utf8_lossy(&bytes[..bytes.len().min(1200)]).replace("theirs", "ours");
+                            (without_cid(text.into_bytes()).len(), bytes.len(), bytes.get(10752..).map(<[u8]>::to_vec))
+                        };
+                        let (ours, theirs) = (read("ours"), read("theirs"));
+                        assert_eq!(ours.1, theirs.1, "length of {name}");
+                        assert!(ours.2 == theirs.2 || subformat.ends_with("Flat"), "bytes of {name}, {size}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn stream_optimized_has_the_form_that_importers_insist_on() {
+    need("7z");
+    let s = Scratch::new();
+    disk(&s, "d.raw", 70 << 20);
+    s.vimg(&["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", "d.raw", "d.vmdk"]);
+    let bytes = fs::read(s.file("d.vmdk")).unwrap();
+    let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    assert_eq!(bytes[4..12], [3, 0, 0, 0, 1, 0, 3, 0], "version 3, flags 0x30001");
+    assert_eq!(word(56), u64::MAX, "the grain directory is at the end");
+    // Walk it front to back as an importer does.
+    let mut at = 128 * 512;
+    let (mut grains, mut tables, mut seen) = (0, 0, Vec::new());
+    loop {
+        let size = u32::from_le_bytes(bytes[at + 8..at + 12].try_into().unwrap()) as usize;
+        if size > 0 {
+            let mut plain = vec![0; 65536];
+            let status = flate2::Decompress::new(true)
+                .decompress(&bytes[at + 12..at + 12 + size], &mut plain, flate2::FlushDecompress::Finish)
+                .unwrap();
+            assert_eq!(status, flate2::Status::StreamEnd);
+            grains += 1;
+            at += (12 + size).next_multiple_of(512);
+            continue;
+        }
+        let kind = u32::from_le_bytes(bytes[at + 12..at + 16].try_into().unwrap());
+        seen.push(kind);
+        at += 512 * (1 + word(at) as usize);
+        match kind {
+            1 => tables += 1,
+            0 => break,
+            _ => {}
+        }
+    }
+    assert_eq!(at, bytes.len(), "nothing follows the end-of-stream marker");
+    assert_eq!((grains, tables), (4 + 2 + 1, 3));
+    assert_eq!(seen, [1, 1, 1, 2, 3, 0], "tables, directory, footer, end");
+    // A reader that is neither vimg nor QEMU.
+    s.sh("7z e -so d.vmdk > seven.raw 2>/dev/null");
+    assert!(fs::read(s.file("seven.raw")).unwrap() == fs::read(s.file("d.raw")).unwrap());
+}
+
+#[test]
+fn the_same_bytes_on_any_number_of_threads() {
+    let s = Scratch::new();
+    disk(&s, "d.raw", 300 << 20);
+    for subformat in ["streamOptimized", "monolithicSparse"] {
+        let option = format!("subformat={subformat}");
+        let mut seen: Option<Vec<u8>> = None;
+        for threads in ["1", "2", "16"] {
+            let args = ["convert", "-m", threads, "-f", "raw", "-O", "vmdk", "-o", &option, "d.raw", "d.vmdk"];
+            vimg(&args).dir(s.path()).env("SOURCE_DATE_EPOCH", "1").ok();
+            let bytes = fs::read(s.file("d.vmdk")).unwrap();
+            assert!(seen.is_none_or(|seen| seen == bytes), "{subformat} with {threads} threads");
+            seen = Some(bytes);
+        }
+    }
+}
+
+#[test]
+fn every_subformat_grows_and_shrinks() {
+    for subformat in SUBFORMATS {
+        let s = Scratch::new();
+        disk(&s, "d.raw", 40 << 20);
+        let option = format!("subformat={subformat}");
+        s.vimg(&["convert", "-f", "raw", "-O", "vmdk", "-o", &option, "d.raw", "d.vmdk"]);
+        for size in ["41M", "70M", "1900M"] {
+            s.vimg(&["resize", "-f", "vmdk", "d.vmdk", size]);
+            s.vimg(&["resize", "-f", "raw", "d.raw", size]);
+            s.assert_same_content("vmdk", "d.vmdk", "raw", "d.raw");
+            s.assert_clean("vmdk", "d.vmdk");
+        }
+        if subformat == "streamOptimized" {
+            continue;
+        }
+        // The new part can be written to.
+        s.qemu_io("vmdk", "d.vmdk", &["write -P 7 1800M 1M"]);
+        s.qemu_io("raw", "d.raw", &["write -P 7 1800M 1M"]);
+        s.assert_same_content("vmdk", "d.vmdk", "raw", "d.raw");
+        for size in ["1800M", "20M", "1G"] {
+            s.vimg(&["resize", "--shrink", "-f", "vmdk", "d.vmdk", size]);
+            s.vimg(&["resize", "--shrink", "-f", "raw", "d.raw", size]);
+            s.assert_same_content("vmdk", "d.vmdk", "raw", "d.raw");
+            s.assert_clean("vmdk", "d.vmdk");
+        }
+    }
+}
+
+#[test]
+fn a_large_directory_moves_when_it_must() {
+    let s = Scratch::new();
+    s.judge(&["create", "-f", "vmdk", "d.vmdk", "10G"]);
+    s.qemu_io("vmdk", "d.vmdk", &["write -P 5 9G 1M", "write -P 6 0 64k"]);
+    s.judge(&["convert", "-f", "vmdk", "-O", "raw", "d.vmdk", "d.raw"]);
+    s.vimg(&["resize", "-f", "vmdk", "d.vmdk", "900G"]);
+    s.vimg(&["resize", "-f", "raw", "d.raw", "900G"]);
+    s.assert_same_content("vmdk", "d.vmdk", "raw", "d.raw");
+    s.qemu_io("vmdk", "d.vmdk", &["write -P 9 899G 2M", "read -P 9 899G 2M", "read -P 5 9G 1M"]);
+    s.assert_clean("vmdk", "d.vmdk");
+}
+
+#[test]
+fn a_child_knows_its_parent() {
+    let s = Scratch::new();
+    disk(&s, "d.raw", 8 << 20);
+    s.judge(&["convert", "-f", "raw", "-O", "vmdk", "d.raw", "base.vmdk"]);
+    s.vimg(&["create", "-q", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", "over.vmdk"]);
+    s.qemu_io("vmdk", "over.vmdk", &["write -P 3 1M 100k"]);
+    s.judge(&["convert", "-f", "vmdk", "-O", "raw", "over.vmdk", "flat.raw"]);
+    s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "over.vmdk", "ours.raw"]);
+    s.assert_same_content("raw", "flat.raw", "raw", "ours.raw");
+    // The parent changes: the child must say so instead of giving a mixture.
+    s.qemu_io("vmdk", "base.vmdk", &["write -P 1 0 512"]);
+    let out = vimg(&["convert", "-f", "vmdk", "-O", "raw", "over.vmdk", "x.raw"]).dir(s.path()).fails(1);
+    assert!(out.stderr.contains("The parent has changed since this image was made"), "{out:?}");
+    assert!(!s.file("x.raw").exists());
+}
+
+#[test]
+fn odd_descriptors_are_read() {
+    let s = Scratch::new();
+    disk(&s, "flat.bin", 4 << 20);
+    let text = "# Disk DescriptorFile\r\nversion = 1\r\nencoding=\"windows-1252\"\r\nCID = 12345678\r\nparentCID=ffffffff\r\n\
+                createType = \"custom\"\r\n\r\n  RW  1024  FLAT  \"flat.bin\"  512\r\nRW 100 ZERO\r\nRDONLY 8 FLAT \"flat.bin\" 0\r\n";
+    fs::write(s.file("d.vmdk"), text).unwrap();
+    s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "d.vmdk", "d.raw"]);
+    let (disk, got) = (fs::read(s.file("flat.bin")).unwrap(), fs::read(s.file("d.raw")).unwrap());
+    assert_eq!(got.len(), 1132 * 512);
+    assert!(got[..1024 * 512] == disk[512 * 512..1536 * 512]);
+    assert!(got[1024 * 512..1124 * 512].iter().all(|b| *b == 0));
+    assert!(got[1124 * 512..] == disk[..8 * 512]);
+}
+
+#[test]
+fn space_efficient_extents_are_read_as_qemu_img_reads_them() {
+    let s = Scratch::new();
+    let mut file = vec![0u8; 8192 * 512 + 100 * 4096];
+    let put = |file: &mut Vec<u8>, at: usize, v: u64| file[at..at + 8].copy_from_slice(&v.to_le_bytes());
+    let capacity = 4096 * 8 * 2 + 80;
+    let header = [
+        0xcafe_babe,
+        0x2_0000_0001,
+        capacity,
+        8,
+        64,
+        0,
+        0,
+        0,
+        0,
+        0,
+        1,
+        1,
+        2,
+        1,
+        3,
+        16,
+        128,
+        1,
+        256,
+        192,
+        2048,
+        8,
+        2100,
+        8,
+        8192,
+        800,
+    ];
+    for (i, v) in header.into_iter().enumerate() {
+        put(&mut file, i * 8, v);
+    }
+    put(&mut file, 512, 0xcafe_cafe);
+    for table in 0..3 {
+        put(&mut file, 128 * 512 + table * 8, 0x1000_0000_0000_0000 | table as u64);
+    }
+    let data = pattern(9, 100 * 4096);
+    file[8192 * 512..].copy_from_slice(&data);
+    for (at, grain) in [(0, 5u64), (1, 6), (2, 7), (10, 0), (4096, 3), (4097, 99), (8192, 50)] {
+        put(&mut file, 256 * 512 + at * 8, 0x3000_0000_0000_0000 | ((grain & 0xfff) << 48) | (grain >> 12));
+    }
+    put(&mut file, 256 * 512 + 20 * 8, 0x2000_0000_0000_0000);
+    fs::write(s.file("d-sesparse.vmdk"), file).unwrap();
+    let text = format!(
+        "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"seSparse\"\nRW {capacity} SESPARSE \"d-sesparse.vmdk\"\n"
+    );
+    fs::write(s.file("d.vmdk"), text).unwrap();
+    s.judge(&["convert", "-f", "vmdk", "-O", "raw", "d.vmdk", "theirs.raw"]);
+    s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "d.vmdk", "ours.raw"]);
+    s.assert_same_content("raw", "theirs.raw", "raw", "ours.raw");
+    let (a, b) = (plain("qemu-img", &["info", "d.vmdk"]).dir(s.path()).ok(), s.vimg(&["info", "d.vmdk"]));
+    assert_eq!(a.stdout, b.stdout);
+}
