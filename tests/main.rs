@@ -6,4 +6,5 @@
 mod both;
 mod common;
 mod fixtures;
+mod qcow2_create;
 mod vmdk;

@@ -63,7 +63,8 @@ impl Header {
         if let Some((offset, length)) = self.crypto {
             put(layout::EXT_CRYPTO, &[offset.to_be_bytes(), length.to_be_bytes()].concat());
         }
-        if v3 {
+        // The reference leaves the names out where they would fill a small first cluster.
+        if v3 && fields.cluster_bits > 12 {
             let mut table = Vec::with_capacity(layout::FEATURE_NAMES.len() * layout::FEATURE_NAME);
             for (kind, bit, name) in layout::FEATURE_NAMES {
                 let start = table.len();

@@ -12,8 +12,13 @@
 #![allow(dead_code)] // until every part is here
 
 pub mod alloc;
+pub mod create;
 pub mod header;
 pub mod layout;
+pub mod plan;
+pub mod prealloc;
+pub mod refcount;
+pub mod space;
 pub mod tables;
 
 use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
@@ -25,6 +30,10 @@ use alloc::Allocator;
 use header::Header;
 use layout::{ENTRY, Geometry};
 use tables::{Kind, Table, Tables};
+
+/// The format.
+#[derive(Debug)]
+pub struct Qcow2;
 
 /// An opened qcow2 layer.
 #[derive(Debug)]

@@ -1,0 +1,328 @@
+//! New images: options, refusals in the reference's order, and the layout of the first clusters.
+//!
+//! Header, refcount table, refcount block, L1 table; then what `preallocation=` lays out. Everything is planned first
+//! and written in one pass.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::block::error::Context;
+use crate::block::{Create, CreateOptions, CreateRequest, Error, OptionKind, OptionSpec, Result};
+use crate::storage::{Preallocation, Storage};
+
+use super::Qcow2;
+use super::header::Header;
+use super::layout::{self, ENTRY, Geometry, HeaderFields, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_ORDER};
+use super::plan::{Plan, Planner};
+use super::prealloc::{self, Layout};
+
+/// In the order of the `Formatting` line.
+const OPTIONS: &[OptionSpec] = &[
+    OptionSpec::new(
+        "encryption",
+        OptionKind::Switch,
+        "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+    ),
+    OptionSpec::new("encrypt.format", OptionKind::Text, "Encrypt the image, format choices: 'aes', 'luks'"),
+    OptionSpec::new("encrypt.key-secret", OptionKind::Text, "ID of secret providing qcow AES key or LUKS passphrase"),
+    OptionSpec::new("encrypt.cipher-alg", OptionKind::Text, "Name of encryption cipher algorithm"),
+    OptionSpec::new("encrypt.cipher-mode", OptionKind::Text, "Name of encryption cipher mode"),
+    OptionSpec::new("encrypt.ivgen-alg", OptionKind::Text, "Name of IV generator algorithm"),
+    OptionSpec::new("encrypt.ivgen-hash-alg", OptionKind::Text, "Name of IV generator hash algorithm"),
+    OptionSpec::new("encrypt.hash-alg", OptionKind::Text, "Name of encryption hash algorithm"),
+    OptionSpec::new("encrypt.iter-time", OptionKind::Number, "Time to spend in PBKDF in milliseconds"),
+    OptionSpec::new("cluster_size", OptionKind::Size, "qcow2 cluster size").or("65536"),
+    OptionSpec::new("extended_l2", OptionKind::Switch, "Extended L2 tables").or("off"),
+    OptionSpec::new(
+        "preallocation",
+        OptionKind::Text,
+        "Preallocation mode (allowed values: off, metadata, falloc, full)",
+    ),
+    OptionSpec::new("compression_type", OptionKind::Text, "Compression method used for image cluster compression")
+        .or("zlib"),
+    OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionSpec::new("compat", OptionKind::Text, "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    OptionSpec::new("backing_file", OptionKind::Text, "File name of a base image"),
+    OptionSpec::new("backing_fmt", OptionKind::Text, "Image format of the base image"),
+    OptionSpec::new("data_file", OptionKind::Text, "File name of an external data file"),
+    OptionSpec::new("data_file_raw", OptionKind::Switch, "The external data file must stay valid as a raw image"),
+    OptionSpec::new("lazy_refcounts", OptionKind::Switch, "Postpone refcount updates").or("off"),
+    OptionSpec::new("refcount_bits", OptionKind::Number, "Width of a reference count entry in bits").or("16"),
+];
+
+/// Widths of the ciphers that the reference knows; others are refused while options are looked at.
+const CIPHERS: &[&str] = &[
+    "aes-128",
+    "aes-192",
+    "aes-256",
+    "des",
+    "3des",
+    "cast5-128",
+    "serpent-128",
+    "serpent-192",
+    "serpent-256",
+    "twofish-128",
+    "twofish-192",
+    "twofish-256",
+    "sm4",
+];
+
+/// What the options say, decided.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Decided {
+    geometry: Geometry,
+    size: u64,
+    fill: Preallocation,
+    zstd: bool,
+    lazy: bool,
+    data_file_raw: bool,
+    backing: Option<(String, Option<String>)>,
+    encrypted: Option<Encryption>,
+}
+
+/// Which encryption, and whether a key was named.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Encryption {
+    secret: bool,
+}
+
+impl Create for Qcow2 {
+    fn options(&self) -> &'static [OptionSpec] {
+        OPTIONS
+    }
+
+    fn compresses(&self) -> bool {
+        true
+    }
+
+    fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
+        let options = request.options;
+        if options.given("encryption").is_some() && options.given("encrypt.format").is_some() {
+            return Err(Error::invalid("'encrypt.format' and its alias 'encryption' can't be used at the same time"));
+        }
+        let file = request.files.main()?;
+        let data = match options.text("data_file") {
+            Some(name) => Some(request.files.beside(&as_typed(request.files.name(), name))?),
+            None => None,
+        };
+        let decided = decide(options, request.size)?;
+        write(&decided, options.text("data_file").map(str::to_owned), &file, data.as_ref())
+    }
+}
+
+/// The reference makes the data file where its name leads from the working directory, not from the image's folder.
+fn as_typed(image: &str, name: &str) -> String {
+    let beside = Path::new(image).parent().is_none_or(|folder| folder.as_os_str().is_empty());
+    if beside || Path::new(name).is_absolute() || name.is_empty() {
+        return name.to_owned();
+    }
+    std::path::absolute(name).map_or_else(|_| name.to_owned(), |path| path.to_string_lossy().into_owned())
+}
+
+/// An enumeration's value, or the reference's refusal (which names the key as its own interface does).
+fn choice<'a, T>(key: &str, value: &'a str, of: impl FnOnce(&'a str) -> Option<T>) -> Result<T> {
+    of(value).ok_or_else(|| Error::invalid(format!("Parameter '{key}' does not accept value '{value}'")))
+}
+
+/// Every check, in the reference's order.
+fn decide(options: &CreateOptions, size: u64) -> Result<Decided> {
+    let too_large =
+        || Error::invalid("The image size is too large for file format 'qcow2' (try using a larger cluster size)");
+    let newer = |what: &str| {
+        Err(Error::invalid(format!("{what} compatibility level 1.1 and above (use version=v3 or greater)")))
+    };
+    let size = size.checked_next_multiple_of(layout::SECTOR).ok_or_else(too_large)?;
+    let version = choice("version", options.text("compat").unwrap_or("v3"), |value| match value {
+        "0.10" | "v2" => Some(2),
+        "1.1" | "v3" => Some(3),
+        _ => None,
+    })?;
+    let encrypted = encryption(options)?;
+    let fill = choice("preallocation", options.text("preallocation").unwrap_or("off"), Preallocation::parse)?;
+    let zstd = choice("compression-type", options.text("compression_type").unwrap_or("zlib"), |value| {
+        ["zlib", "zstd"].contains(&value).then_some(value == "zstd")
+    })?;
+    let extended = options.switch("extended_l2");
+    if extended && version < 3 {
+        return newer("Extended L2 entries are only supported with");
+    }
+    let cluster = options.number("cluster_size").unwrap_or(0);
+    let cluster_bits = cluster.trailing_zeros();
+    if !cluster.is_power_of_two() || !(layout::MIN_CLUSTER_BITS..=layout::MAX_CLUSTER_BITS).contains(&cluster_bits) {
+        return Err(Error::invalid("Cluster size must be a power of two between 512 and 2048k"));
+    }
+    if extended && cluster < 16384 {
+        return Err(Error::invalid(
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+        ));
+    }
+    let backing_file = options.text("backing_file");
+    if backing_file.is_some() && fill != Preallocation::Off && !extended {
+        return Err(Error::invalid(
+            "Backing file and preallocation can only be used at the same time if extended_l2 is on",
+        ));
+    }
+    let backing_format = options.text("backing_fmt");
+    if backing_format.is_some() && backing_file.is_none() {
+        return Err(Error::invalid("Backing format cannot be used without backing file"));
+    }
+    let lazy = options.switch("lazy_refcounts");
+    if lazy && version < 3 {
+        return newer("Lazy refcounts only supported with");
+    }
+    let bits = options.number("refcount_bits").unwrap_or(0);
+    if !bits.is_power_of_two() || bits > 1 << MAX_REFCOUNT_ORDER {
+        return Err(Error::invalid("Refcount width must be a power of two and may not exceed 64 bits"));
+    }
+    if version < 3 && bits != 16 {
+        return Err(Error::invalid(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)",
+        ));
+    }
+    let (data_file, data_file_raw) = (options.text("data_file").is_some(), options.switch("data_file_raw"));
+    if data_file_raw && !data_file {
+        return Err(Error::invalid("data-file-raw requires data-file"));
+    }
+    if data_file_raw && backing_file.is_some() {
+        return Err(Error::invalid("Backing file and data-file-raw cannot be used at the same time"));
+    }
+    if data_file && version < 3 {
+        return newer("External data files are only supported with");
+    }
+    if zstd && version < 3 {
+        return newer("Non-zlib compression type is only supported with");
+    }
+    let geometry = Geometry { version, cluster_bits, refcount_order: bits.trailing_zeros(), extended };
+    if i64::try_from(size).is_err() || geometry.l1_entries_for(size) > MAX_L1_BYTES / ENTRY {
+        return Err(too_large());
+    }
+    if let Some(name) = backing_file
+        && name.len() as u64 > u64::from(MAX_BACKING_NAME)
+    {
+        return Err(unassignable(name, backing_format, "Invalid argument"));
+    }
+    match &encrypted {
+        Some(Encryption { secret: false }) => {
+            return Err(Error::invalid("Parameter 'encrypt.key-secret' is required for cipher"));
+        }
+        Some(_) => return Err(Error::unsupported("Encryption is not supported for new images")),
+        None => {}
+    }
+    // A raw data file can be told from the image alone only if every cluster has its place.
+    let fill = if data_file_raw && fill == Preallocation::Off { Preallocation::Metadata } else { fill };
+    let backing = backing_file.map(|name| (name.to_owned(), backing_format.map(str::to_owned)));
+    Ok(Decided { geometry, size, fill, zstd, lazy, data_file_raw, backing, encrypted })
+}
+
+fn encryption(options: &CreateOptions) -> Result<Option<Encryption>> {
+    let format = options.text("encrypt.format").or(options.switch("encryption").then_some("aes"));
+    let secret = options.text("encrypt.key-secret").is_some();
+    let Some(format) = format else {
+        let given = |spec: &&OptionSpec| spec.name.starts_with("encrypt.") && options.given(spec.name).is_some();
+        return match options.specs().iter().find(given) {
+            Some(_) => Err(Error::invalid("Parameter 'encrypt.format' is missing")),
+            None => Ok(None),
+        };
+    };
+    choice("format", format, |value| ["aes", "luks"].contains(&value).then_some(()))?;
+    if let Some(cipher) = options.text("encrypt.cipher-alg") {
+        choice("cipher-alg", cipher, |value| CIPHERS.contains(&value).then_some(()))?;
+    }
+    Ok(Some(Encryption { secret }))
+}
+
+fn unassignable(name: &str, format: Option<&str>, why: &str) -> Error {
+    let format = format.map_or_else(String::new, |format| format!(" with format '{format}'"));
+    Error::invalid(format!("Could not assign backing file '{name}'{format}: {why}"))
+}
+
+/// Plans the image and writes it.
+fn write(
+    decided: &Decided,
+    data_file: Option<String>,
+    file: &Arc<dyn Storage>,
+    data: Option<&Arc<dyn Storage>>,
+) -> Result<()> {
+    let Decided { geometry, size, fill, .. } = *decided;
+    let cluster = geometry.cluster_size();
+    let l1_entries = geometry.l1_entries_for(size);
+    let mut planner = Planner::new(Plan::new(geometry, Arc::clone(file), 3));
+    let l1 = if l1_entries > 0 { planner.allocate((l1_entries * ENTRY).div_ceil(cluster))? } else { 0 };
+    let l1 = l1 << geometry.cluster_bits;
+    if fill != Preallocation::Off {
+        let layout = Layout { geometry, size, data_file: data.is_some(), fill };
+        prealloc::preallocate(&mut planner, file, &layout)?;
+    }
+    if let Some(data) = data {
+        fill_data_file(&**data, size, cluster, fill)?;
+    }
+    planner.plan.write_refcounts()?;
+    let mut table: Vec<u8> = Vec::new();
+    for at in &planner.l1 {
+        table.extend_from_slice(&(layout::COPIED | (at << geometry.cluster_bits)).to_be_bytes());
+    }
+    table.resize(usize::try_from(l1_entries * ENTRY).map_err(|_| Error::invalid("L1 table is too large"))?, 0);
+    planner.plan.out().put(l1, &table)?;
+    let (refcount_table, refcount_table_clusters) = planner.plan.table();
+    let mut header = header(decided, data_file);
+    header.fields.l1_size = u32::try_from(l1_entries).map_err(|_| Error::invalid("L1 table is too large"))?;
+    header.fields.l1_table_offset = l1;
+    header.fields.refcount_table_offset = refcount_table << geometry.cluster_bits;
+    header.fields.refcount_table_clusters =
+        u32::try_from(refcount_table_clusters).map_err(|_| Error::invalid("Refcount table is too large"))?;
+    let mut bytes = header.to_bytes().map_err(|error| match &decided.backing {
+        Some((name, format)) => unassignable(name, format.as_deref(), "No space left on device"),
+        None => error,
+    })?;
+    bytes.resize(usize::try_from(cluster).unwrap_or(bytes.len()), 0);
+    planner.plan.out().put(0, &bytes)?;
+    planner.plan.out().finish()?;
+    file.flush().context("Could not write qcow2 header")
+}
+
+fn header(decided: &Decided, data_file: Option<String>) -> Header {
+    let flag = |on: bool, bit: u64| if on { bit } else { 0 };
+    let (backing_file, backing_format) = match &decided.backing {
+        Some((name, format)) => (Some(name.clone()), format.clone()),
+        None => (None, None),
+    };
+    Header {
+        fields: HeaderFields {
+            version: decided.geometry.version,
+            cluster_bits: decided.geometry.cluster_bits,
+            size: decided.size,
+            incompatible: flag(data_file.is_some(), layout::DATA_FILE)
+                | flag(decided.zstd, layout::COMPRESSION)
+                | flag(decided.geometry.extended, layout::EXTENDED_L2),
+            compatible: flag(decided.lazy, layout::LAZY_REFCOUNTS),
+            autoclear: flag(decided.data_file_raw, layout::DATA_FILE_RAW),
+            refcount_order: decided.geometry.refcount_order,
+            compression_type: if decided.zstd { layout::ZSTD } else { layout::ZLIB },
+            ..HeaderFields::default()
+        },
+        backing_file,
+        backing_format,
+        data_file,
+        ..Header::default()
+    }
+}
+
+/// Gives the external data file its length: the disk's, or up to the end of its last cluster if that has a place.
+fn fill_data_file(data: &dyn Storage, size: u64, cluster: u64, fill: Preallocation) -> Result<()> {
+    let how = if fill == Preallocation::Metadata { Preallocation::Off } else { fill };
+    data.set_len(size, how).context("Could not resize data file")?;
+    let end = if fill == Preallocation::Off { size } else { size.next_multiple_of(cluster) };
+    let (at, len) = match how {
+        _ if end > size => (size, end - size),
+        // The reference allocates the first block of a sparse file, for the sake of probing alignment.
+        Preallocation::Off if !data.kind().is_device() => {
+            (0, size.min(if size < 4096 { layout::SECTOR } else { 4096 }))
+        }
+        _ => (0, 0),
+    };
+    if len > 0 {
+        let zeros = vec![0; usize::try_from(len).unwrap_or(0)];
+        data.write_at(at, &zeros).context("Could not resize data file")?;
+    }
+    data.flush().context("Could not resize data file")
+}

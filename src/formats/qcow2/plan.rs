@@ -1,0 +1,253 @@
+//! An image that is being laid out in memory, to be written in one go: its free clusters and refcount structures.
+//!
+//! Memory is 8 bytes a refcount block and 16 a run of free clusters, whatever the disk's size. Every cluster in use
+//! has a refcount of one.
+
+use std::sync::Arc;
+
+use crate::block::error::Context;
+use crate::block::{Error, Result};
+use crate::storage::Storage;
+
+use super::layout::{ENTRY, Geometry, MAX_REFCOUNT_TABLE_BYTES};
+use super::refcount;
+use super::space::{Cursor, Freed, Growth, Space};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Plan {
+    geometry: Geometry,
+    out: Batch,
+    /// Free runs in ascending order, as first and end; the last has no end.
+    free: Vec<(u64, u64)>,
+    /// The cluster of each refcount block; 0 for none.
+    blocks: Vec<u64>,
+    table: u64,
+    table_clusters: u64,
+}
+
+impl Plan {
+    /// An image whose first `used` clusters are in use, with its refcount table in cluster 1 and the first refcount
+    /// block in cluster 2.
+    pub fn new(geometry: Geometry, file: Arc<dyn Storage>, used: u64) -> Self {
+        Self {
+            geometry,
+            out: Batch::new(file),
+            free: vec![(used, u64::MAX)],
+            blocks: vec![2],
+            table: 1,
+            table_clusters: 1,
+        }
+    }
+
+    /// Where bytes go.
+    pub fn out(&mut self) -> &mut Batch {
+        &mut self.out
+    }
+
+    /// First cluster and length in clusters of the refcount table.
+    pub fn table(&self) -> (u64, u64) {
+        (self.table, self.table_clusters)
+    }
+
+    /// The end of what is in use, in clusters.
+    pub fn end(&self) -> u64 {
+        self.free.last().map_or(0, |(first, _)| *first)
+    }
+
+    /// Writes the refcount table and all refcount blocks.
+    pub fn write_refcounts(&mut self) -> Result<()> {
+        let geometry = self.geometry;
+        let size = bytes(geometry.cluster_size())?;
+        let per_block = geometry.refcounts_per_block();
+        let ones = refcount::all_ones(geometry.refcount_order, size);
+        let mut run = 0;
+        for (index, cluster) in self.blocks.iter().enumerate() {
+            if *cluster == 0 {
+                continue;
+            }
+            let (first, end) = (index as u64 * per_block, (index as u64 + 1) * per_block);
+            let mut block = ones.clone();
+            while self.free.get(run).is_some_and(|(_, free_end)| *free_end <= first) {
+                run += 1;
+            }
+            for (free, free_end) in self.free.get(run..).unwrap_or(&[]) {
+                if *free >= end {
+                    break;
+                }
+                for cluster in (*free).max(first)..(*free_end).min(end) {
+                    refcount::set(geometry.refcount_order, &mut block, bytes(cluster - first)?, 0);
+                }
+            }
+            self.out.put(cluster << geometry.cluster_bits, &block)?;
+        }
+        self.write_table()
+    }
+
+    /// The table, filled up to its clusters' end.
+    fn write_table(&mut self) -> Result<()> {
+        let mut table = Vec::with_capacity(self.blocks.len() * 8);
+        for cluster in &self.blocks {
+            table.extend_from_slice(&(cluster << self.geometry.cluster_bits).to_be_bytes());
+        }
+        table.resize(bytes(self.table_clusters << self.geometry.cluster_bits)?, 0);
+        self.out.put(self.table << self.geometry.cluster_bits, &table)
+    }
+
+    fn set_free(&mut self, start: u64, n: u64) {
+        let at = self.free.partition_point(|(first, _)| *first < start);
+        self.free.insert(at, (start, start + n));
+        for at in [at, at.saturating_sub(1)] {
+            if let (Some((_, end)), Some((first, last))) = (self.free.get(at).copied(), self.free.get(at + 1).copied())
+                && end == first
+            {
+                self.free.remove(at + 1);
+                if let Some(run) = self.free.get_mut(at) {
+                    run.1 = last;
+                }
+            }
+        }
+    }
+}
+
+impl Space for Plan {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn find_free(&mut self, from: u64, n: u64) -> Result<u64> {
+        let at = self.free.partition_point(|(_, end)| *end <= from);
+        let runs = self.free.get(at..).unwrap_or(&[]).iter();
+        let mut starts = runs.map(|(first, end)| ((*first).max(from), *end));
+        let found = starts.find(|(start, end)| end - start >= n).map(|(start, _)| start);
+        found.ok_or_else(|| Error::invalid("No space left in the image"))
+    }
+
+    fn has_block(&mut self, index: u64) -> Result<bool> {
+        Ok(self.blocks.get(bytes(index)?).is_some_and(|cluster| *cluster != 0))
+    }
+
+    fn table_entries(&self) -> u64 {
+        (self.table_clusters << self.geometry.cluster_bits) / ENTRY
+    }
+
+    fn take(&mut self, start: u64, n: u64) -> Result<()> {
+        let at = self.free.partition_point(|(_, end)| *end <= start);
+        let Some((first, end)) = self.free.get(at).copied().filter(|run| run.0 <= start && start + n <= run.1) else {
+            return Err(Error::corrupt("clusters were given out twice"));
+        };
+        self.free.remove(at);
+        if start + n < end {
+            self.free.insert(at, (start + n, end));
+        }
+        if first < start {
+            self.free.insert(at, (first, start));
+        }
+        Ok(())
+    }
+
+    fn put_block(&mut self, index: u64, cluster: u64) -> Result<()> {
+        if index >= MAX_REFCOUNT_TABLE_BYTES / ENTRY {
+            return Err(Error::invalid("No space left: the refcount table would be too large"));
+        }
+        let index = bytes(index)?;
+        if self.blocks.len() <= index {
+            self.blocks.resize(index + 1, 0);
+        }
+        if let Some(slot) = self.blocks.get_mut(index) {
+            *slot = cluster;
+        }
+        Ok(())
+    }
+
+    fn replace_table(&mut self, growth: &Growth) -> Result<Freed> {
+        // The reference leaves the old table's bytes where they were.
+        self.write_table()?;
+        for (index, cluster) in &growth.blocks {
+            self.put_block(*index, *cluster)?;
+        }
+        for (start, n) in &growth.taken {
+            self.take(*start, *n)?;
+        }
+        let (old, clusters) = (self.table, self.table_clusters);
+        (self.table, self.table_clusters) = (growth.table, growth.clusters);
+        self.set_free(old, clusters);
+        Ok(Freed(old))
+    }
+}
+
+/// Gives out clusters of a plan.
+#[derive(Debug)]
+pub struct Planner {
+    /// What is laid out so far.
+    pub plan: Plan,
+    /// The clusters of the L2 tables, in order.
+    pub l1: Vec<u64>,
+    cursor: Cursor,
+}
+
+impl Planner {
+    /// Starts at the first cluster.
+    pub fn new(plan: Plan) -> Self {
+        Self { plan, l1: Vec::new(), cursor: Cursor::default() }
+    }
+
+    /// `n` contiguous clusters.
+    pub fn allocate(&mut self, n: u64) -> Result<u64> {
+        self.cursor.allocate(&mut self.plan, n)
+    }
+
+    /// Counts clusters as used that have refcount blocks already.
+    pub fn take(&mut self, start: u64, n: u64) -> Result<()> {
+        self.plan.take(start, n)
+    }
+
+    /// See [`Cursor::reserve_area`].
+    pub fn reserve_area(&mut self, start: u64, extra: u64) -> Result<u64> {
+        self.cursor.reserve_area(&mut self.plan, start, extra)
+    }
+}
+
+/// Writes that follow each other are put together.
+#[derive(Debug)]
+pub struct Batch {
+    file: Arc<dyn Storage>,
+    at: u64,
+    held: Vec<u8>,
+}
+
+impl Batch {
+    const MOST: usize = 1 << 20;
+
+    /// Nothing is held.
+    pub fn new(file: Arc<dyn Storage>) -> Self {
+        Self { file, at: 0, held: Vec::new() }
+    }
+
+    /// Bytes for a place in the file.
+    pub fn put(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        if at != self.at + self.held.len() as u64 || self.held.len() >= Self::MOST {
+            self.finish()?;
+            self.at = at;
+        }
+        if self.held.is_empty() && bytes.len() >= Self::MOST {
+            return self.file.write_at(at, bytes).with_context(|| format!("error while writing at byte {at}"));
+        }
+        self.held.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Writes what is held.
+    pub fn finish(&mut self) -> Result<()> {
+        if !self.held.is_empty() {
+            let at = self.at;
+            self.file.write_at(at, &self.held).with_context(|| format!("error while writing at byte {at}"))?;
+            self.held.clear();
+        }
+        Ok(())
+    }
+}
+
+fn bytes(n: u64) -> Result<usize> {
+    usize::try_from(n).map_err(|_| Error::invalid("a table is too large"))
+}

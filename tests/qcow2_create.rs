@@ -1,0 +1,273 @@
+//! New qcow2 images are, byte for byte and block for block, those of `qemu-img create`.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vimg::block::{
+    Child, Create, CreateFiles, CreateOptions, CreateRequest, Error, Ids, OptionKind, OptionSpec, OptionValue, Related,
+};
+use vimg::formats::qcow2::Qcow2;
+use vimg::storage::Storage;
+use vimg::storage::file::{HostFile, OpenHow};
+
+use crate::common::{Scratch, assert_same_bytes, judge};
+
+/// Makes plain files.
+pub struct Files {
+    dir: PathBuf,
+    name: String,
+}
+
+impl Files {
+    /// The image `name` in `dir`.
+    pub fn new(dir: &Path, name: &str) -> Self {
+        Self { dir: dir.to_owned(), name: name.to_owned() }
+    }
+
+    fn make(&self, name: &str) -> vimg::block::Result<Arc<dyn Storage>> {
+        let path = self.dir.join(name);
+        let missing = |_| Error::invalid(format!("Could not create '{name}': No such file or directory"));
+        std::fs::File::create(&path).map_err(missing)?;
+        let file = HostFile::open(&path, &OpenHow { write: true, ..OpenHow::default() });
+        Ok(Arc::new(file.map_err(|error| Error::invalid(error.to_string()))?))
+    }
+}
+
+impl CreateFiles for Files {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn main(&self) -> vimg::block::Result<Arc<dyn Storage>> {
+        self.make(&self.name)
+    }
+
+    fn beside(&self, name: &str) -> vimg::block::Result<Arc<dyn Storage>> {
+        self.make(name)
+    }
+}
+
+#[derive(Debug)]
+struct NoIds;
+
+impl Ids for NoIds {
+    fn seconds(&self) -> u64 {
+        0
+    }
+
+    fn uuid(&self, _purpose: &str) -> [u8; 16] {
+        [0; 16]
+    }
+
+    fn word(&self, _purpose: &str) -> u32 {
+        0
+    }
+}
+
+struct NoFiles;
+
+impl Related for NoFiles {
+    fn open(&self, _role: &str, name: &str) -> vimg::block::Result<Child> {
+        Err(Error::invalid(name))
+    }
+}
+
+/// `key=value,...` as options of a format.
+pub fn options(specs: &[OptionSpec], text: &str) -> CreateOptions {
+    let mut options = CreateOptions::new(&[specs]);
+    for pair in text.split(',').filter(|pair| !pair.is_empty()) {
+        let (key, value) = pair.split_once('=').unwrap();
+        let value = match options.spec(key).unwrap().kind {
+            OptionKind::Text => OptionValue::Text(value.to_owned()),
+            OptionKind::Size => OptionValue::Size(size(value)),
+            OptionKind::Number => OptionValue::Number(value.parse().unwrap()),
+            OptionKind::Switch => OptionValue::Switch(value == "on"),
+        };
+        options.set(key, value).unwrap();
+    }
+    options
+}
+
+/// A size with a suffix.
+pub fn size(text: &str) -> u64 {
+    let shift = match text.as_bytes().last() {
+        Some(b'k') => 10,
+        Some(b'M') => 20,
+        Some(b'G') => 30,
+        Some(b'T') => 40,
+        Some(b'P') => 50,
+        Some(b'E') => 60,
+        _ => 0,
+    };
+    text.trim_end_matches(char::is_alphabetic).parse::<u64>().unwrap() << shift
+}
+
+/// Makes a qcow2 image through the library.
+pub fn create(dir: &Path, name: &str, text: &str, bytes: u64) -> vimg::block::Result<()> {
+    let options = options(Qcow2.options(), text);
+    let files = Files::new(dir, name);
+    Qcow2.create(&CreateRequest { size: bytes, options: &options, files: &files, ids: &NoIds, related: &NoFiles })
+}
+
+fn disk_usage(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(path).unwrap().blocks()
+}
+
+/// Options and size.
+const IMAGES: &[(&str, &str)] = &[
+    ("", "0"),
+    ("", "1"),
+    ("", "1M"),
+    ("", "1G"),
+    ("", "64T"),
+    ("compat=0.10", "1G"),
+    ("compat=v2,cluster_size=512", "1G"),
+    ("cluster_size=512", "64k"),
+    ("cluster_size=512", "1G"),
+    ("cluster_size=1k", "1G"),
+    ("cluster_size=4k", "10G"),
+    ("cluster_size=8k", "10G"),
+    ("cluster_size=2M", "1T"),
+    ("cluster_size=512,refcount_bits=64", "16G"),
+    ("refcount_bits=1", "1G"),
+    ("refcount_bits=2", "1G"),
+    ("refcount_bits=4", "1G"),
+    ("refcount_bits=8", "1G"),
+    ("refcount_bits=32", "1G"),
+    ("refcount_bits=64", "1G"),
+    ("lazy_refcounts=on", "1G"),
+    ("compression_type=zstd", "1G"),
+    ("extended_l2=on", "1G"),
+    ("extended_l2=on,cluster_size=16k", "1G"),
+    ("extended_l2=on,cluster_size=2M", "1T"),
+    ("backing_file=base,backing_fmt=raw", "1M"),
+    ("backing_file=base,backing_fmt=raw,compat=v2", "1M"),
+    ("backing_file=base,backing_fmt=raw,cluster_size=512", "1M"),
+    ("backing_file=base,backing_fmt=raw,extended_l2=on,preallocation=metadata", "3M"),
+    ("backing_file=base,backing_fmt=raw,extended_l2=on,preallocation=full", "3M"),
+    ("data_file=DATA", "1G"),
+    ("data_file=DATA", "1"),
+    ("data_file=DATA", "0"),
+    ("data_file=DATA,data_file_raw=on", "1G"),
+    ("data_file=DATA,data_file_raw=on", "1048577"),
+    ("data_file=DATA,preallocation=metadata", "100M"),
+    ("data_file=DATA,preallocation=falloc,cluster_size=512", "5M"),
+    ("data_file=DATA,preallocation=full,cluster_size=4k", "5M"),
+    ("data_file=DATA,extended_l2=on,data_file_raw=on", "1G"),
+    ("preallocation=off", "1G"),
+    ("preallocation=metadata", "0"),
+    ("preallocation=metadata", "1"),
+    ("preallocation=metadata", "1G"),
+    ("preallocation=metadata", "5G"),
+    ("preallocation=metadata,compat=v2", "3G"),
+    ("preallocation=metadata,cluster_size=512", "2M"),
+    ("preallocation=metadata,cluster_size=512", "17M"),
+    ("preallocation=metadata,cluster_size=512,refcount_bits=64", "4M"),
+    ("preallocation=metadata,cluster_size=512,refcount_bits=1", "2M"),
+    ("preallocation=metadata,cluster_size=128k,refcount_bits=64", "10G"),
+    ("preallocation=metadata,cluster_size=2M,refcount_bits=64", "3T"),
+    ("preallocation=metadata,extended_l2=on", "3G"),
+    ("preallocation=metadata,extended_l2=on,cluster_size=16k", "2G"),
+    ("preallocation=falloc", "0"),
+    ("preallocation=falloc", "70M"),
+    ("preallocation=falloc,cluster_size=512", "3M"),
+    ("preallocation=falloc,cluster_size=512,refcount_bits=64", "2M"),
+    ("preallocation=falloc,cluster_size=4k", "50M"),
+    ("preallocation=full", "1048577"),
+    ("preallocation=full,cluster_size=512", "1M"),
+    ("preallocation=full,extended_l2=on", "9M"),
+];
+
+#[test]
+fn new_images_are_the_references_byte_for_byte() {
+    let scratch = Scratch::new();
+    let dir = scratch.path();
+    std::fs::write(scratch.file("base"), vec![0; 1 << 20]).unwrap();
+    for (text, bytes) in IMAGES {
+        let theirs = text.replace("DATA", "theirs.raw");
+        let mut args = vec!["create", "-q", "-u", "-f", "qcow2"];
+        if !theirs.is_empty() {
+            args.extend(["-o", &theirs]);
+        }
+        args.extend(["image", bytes]);
+        judge(&args).dir(dir).ok();
+        std::fs::rename(scratch.file("image"), scratch.file("theirs")).unwrap();
+        // Same length of name, so that the bytes can be compared after it was put in its place.
+        create(dir, "image", &text.replace("DATA", "theirs.raw.ours"), size(bytes)).unwrap();
+        let named = text.contains("DATA");
+        if named {
+            assert_same_bytes(&scratch.file("theirs.raw"), &scratch.file("theirs.raw.ours"));
+            let usage = (disk_usage(&scratch.file("theirs.raw")), disk_usage(&scratch.file("theirs.raw.ours")));
+            assert_eq!(usage.0, usage.1, "disk usage of the data file of '{text}' {bytes}");
+            create(dir, "image", &theirs, size(bytes)).unwrap();
+        }
+        assert_same_bytes(&scratch.file("theirs"), &scratch.file("image"));
+        let (reference, ours) = (disk_usage(&scratch.file("theirs")), disk_usage(&scratch.file("image")));
+        // The reference writes the zeros that round an odd size up to a cluster; we leave a hole there.
+        let odd = !size(bytes).is_multiple_of(1 << 20);
+        assert!(
+            ours <= reference && (odd || ours + 32 >= reference),
+            "disk usage of '{text}' {bytes}: {ours}, not {reference}"
+        );
+        for name in ["theirs", "image", "theirs.raw", "theirs.raw.ours"] {
+            let _ = std::fs::remove_file(scratch.file(name));
+        }
+    }
+}
+
+#[test]
+fn refusals_are_the_references() {
+    // Each alone, then in pairs, to see the order of the checks.
+    let faults: &[&[(&str, &str)]] = &[
+        &[("compat", "0.9")],
+        &[("compression_type", "lzma")],
+        &[("preallocation", "foo")],
+        &[("encrypt.format", "foo")],
+        &[("encryption", "on"), ("encrypt.format", "aes")],
+        &[("encrypt.format", "aes")],
+        &[("encrypt.iter-time", "7")],
+        &[("cluster_size", "513")],
+        &[("cluster_size", "4194304")],
+        &[("extended_l2", "on"), ("cluster_size", "8192")],
+        &[("extended_l2", "on"), ("compat", "v2")],
+        &[("backing_file", "base"), ("backing_fmt", "raw"), ("preallocation", "metadata")],
+        &[("backing_fmt", "raw")],
+        &[("refcount_bits", "3")],
+        &[("refcount_bits", "128")],
+        &[("refcount_bits", "8"), ("compat", "0.10")],
+        &[("lazy_refcounts", "on"), ("compat", "v2")],
+        &[("data_file", "nodir/data")],
+        &[("data_file", "data"), ("compat", "v2")],
+        &[("data_file_raw", "on")],
+        &[("data_file", "data"), ("data_file_raw", "on"), ("backing_file", "base"), ("backing_fmt", "raw")],
+        &[("compression_type", "zstd"), ("compat", "v2")],
+        &[("cluster_size", "512"), ("size", "129G")],
+    ];
+    let scratch = Scratch::new();
+    std::fs::write(scratch.file("base"), vec![0; 1 << 20]).unwrap();
+    let mut cases = 0;
+    for (n, a) in faults.iter().enumerate() {
+        for b in &faults[n..] {
+            let mut pairs = a.to_vec();
+            let clash = |(key, value): &(&str, &str)| a.iter().any(|(k, v)| k == key && v != value);
+            if b.iter().any(clash) {
+                continue;
+            }
+            // Every pair of a few, a part of the rest: each costs a process.
+            cases += 1;
+            if n > 0 && !std::ptr::eq(*a, *b) && cases % 3 != 0 {
+                continue;
+            }
+            pairs.extend(b.iter().filter(|pair| !a.contains(pair)));
+            let bytes = pairs.iter().find(|(key, _)| *key == "size").map_or("1M", |(_, value)| value);
+            let text: Vec<String> =
+                pairs.iter().filter(|(key, _)| *key != "size").map(|(key, value)| format!("{key}={value}")).collect();
+            let text = text.join(",");
+            let out =
+                judge(&["create", "-q", "-u", "-f", "qcow2", "-o", &text, "image", bytes]).dir(scratch.path()).run();
+            let error = create(scratch.path(), "image", &text, size(bytes)).expect_err(&text);
+            assert_eq!(format!("qemu-img: image: {}\n", error.message()), out.stderr, "{text} {bytes}");
+        }
+    }
+}
