@@ -103,6 +103,11 @@ impl<'a> Opener<'a> {
         self.formats
     }
 
+    /// What images may make it open.
+    pub fn policy(&self) -> Policy {
+        self.policy
+    }
+
     /// What came up while opening, since the last call.
     pub fn take_notices(&self) -> Vec<Notice> {
         std::mem::take(&mut self.notices.lock().unwrap_or_else(|e| e.into_inner()))

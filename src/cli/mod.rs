@@ -4,6 +4,7 @@
 //! [`Subcommand::run`] that reads like its manual page. Nothing below this stratum prints or exits.
 
 pub mod cache;
+pub mod convert;
 pub mod create;
 pub mod exit;
 mod getopt;
@@ -14,6 +15,7 @@ pub mod json;
 pub mod object;
 pub mod options;
 pub mod program;
+pub mod progress;
 pub mod report;
 pub mod resize;
 pub mod size;
@@ -59,7 +61,7 @@ pub struct Row {
 }
 
 /// Every subcommand, in alphabetical order.
-pub const SUBCOMMANDS: &[Row] = &[row::<create::Args>(), row::<info::Args>(), row::<resize::Args>()];
+pub const SUBCOMMANDS: &[Row] = &[row::<convert::Args>(), row::<create::Args>(), row::<info::Args>(), row::<resize::Args>()];
 
 const fn row<S: Subcommand>() -> Row {
     Row {

@@ -7,7 +7,7 @@
 //! never held together.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::plan::{Chunk, Plan, Shape, Zeros};
@@ -89,7 +89,9 @@ pub struct Engine<'a> {
     failure: Mutex<Option<(u64, Error)>>,
     rate: Option<Rate>,
     done: AtomicU64,
-    total: u64,
+    source: &'a Joined,
+    /// Found out when somebody wants to know.
+    total: OnceLock<u64>,
     offload: AtomicBool,
     unit: u64,
     granule: u64,
@@ -137,7 +139,6 @@ impl<'a> Engine<'a> {
             (_, true) => Zeros::Skip,
             (_, false) => Zeros::Make,
         };
-        let total = if observer.wants_progress() { source.stored()? } else { 0 };
         let rate = how.rate.map(|bytes_per_second| Rate { bytes_per_second, free: Mutex::new(Instant::now()) });
         Ok(Self {
             target,
@@ -149,8 +150,9 @@ impl<'a> Engine<'a> {
             failure: Mutex::new(None),
             rate,
             done: AtomicU64::new(0),
-            total,
-            offload: AtomicBool::new(how.offload),
+            source,
+            total: OnceLock::new(),
+            offload: AtomicBool::new(how.offload && unit == 1),
             unit,
             granule: writing.fill_unit().max(1),
             zeros,
@@ -161,7 +163,6 @@ impl<'a> Engine<'a> {
 
     /// Does all of it.
     pub fn run(&self, threads: usize) -> Result<()> {
-        self.observer.progress(0, self.total);
         if threads <= 1 {
             self.work();
         } else {
@@ -175,10 +176,18 @@ impl<'a> Engine<'a> {
         match lock(&self.failure).take() {
             Some((_, error)) => Err(error),
             None => {
-                self.observer.progress(self.total, self.total);
+                if self.observer.wants_progress() {
+                    let total = self.total();
+                    self.observer.progress(total, total);
+                }
                 Ok(())
             }
         }
+    }
+
+    fn total(&self) -> u64 {
+        // A map that cannot be read is the workers' to complain about.
+        *self.total.get_or_init(|| self.source.work(self.zeros == Zeros::Write).unwrap_or(0))
     }
 
     fn work(&self) {
@@ -257,11 +266,15 @@ impl<'a> Engine<'a> {
     }
 
     fn count(&self, chunk: &Chunk<'_>) {
-        if self.total > 0 {
-            let stored = |segment: &&Segment<'_>| matches!(segment.content, Content::Stored(_));
-            let bytes: u64 = chunk.segments.iter().filter(stored).map(|segment| segment.len).sum();
-            let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
-            self.observer.progress(done, self.total);
+        let work = |segment: &&Segment<'_>| match segment.content {
+            Content::Stored(_) => true,
+            Content::Zero => self.zeros == Zeros::Write,
+            Content::Keep => false,
+        };
+        let bytes: u64 = chunk.segments.iter().filter(work).map(|segment| segment.len).sum();
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if self.observer.wants_progress() {
+            self.observer.progress(done, self.total());
         }
     }
 

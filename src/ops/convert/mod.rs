@@ -4,6 +4,7 @@
 //! open already: who made it, and whether it has its name yet, is not decided here.
 
 pub mod engine;
+pub mod job;
 pub mod plan;
 pub mod source;
 pub mod target;
@@ -56,7 +57,7 @@ impl Default for How {
 
 /// Hears how it goes. Called from all threads.
 pub trait Observer: Sync {
-    /// Whether progress is worth the work of finding out the total.
+    /// Whether somebody wants to hear of the progress now.
     fn wants_progress(&self) -> bool {
         false
     }

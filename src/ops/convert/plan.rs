@@ -68,8 +68,8 @@ pub struct Plan<'a> {
     at: u64,
     number: u64,
     pending: Option<Segment<'a>>,
-    /// Where the run of stored data that we are in is to be cut next.
-    cut: Option<u64>,
+    /// Where the run of data that we are in is to be cut next, and whether it is a run of zeros.
+    cut: Option<(u64, bool)>,
 }
 
 impl<'a> Plan<'a> {
@@ -177,11 +177,15 @@ impl<'a> Plan<'a> {
 
     /// Where the chunk that started at `start` ends, seen from the data that comes next: always past its start.
     fn data_stop(&mut self, segment: &Segment<'_>, start: u64, full: u64) -> u64 {
-        let mut cut = self.cut.unwrap_or(segment.at.saturating_add(CHUNK));
+        let zero = matches!(segment.content, Content::Zero);
+        let mut cut = match self.cut {
+            Some((cut, of_zeros)) if of_zeros == zero => cut,
+            _ => segment.at.saturating_add(CHUNK),
+        };
         if segment.at == start && cut <= start {
             cut = cut.saturating_add(CHUNK).max(start.saturating_add(1));
         }
-        self.cut = Some(cut);
+        self.cut = Some((cut, zero));
         let stop = self.shape.up(cut).min(full).max(self.shape.up(segment.at + 1));
         let Content::Stored(mapping) = segment.content else { return stop };
         let ExtentKind::Compressed(unit) = mapping.kind else { return stop };

@@ -86,6 +86,8 @@ pub struct Above {
     pub layers: usize,
     /// How long that backing file is: past its end the target has nothing to keep.
     pub backing_len: u64,
+    /// Past that the target reads as zeros.
+    pub blank_past: bool,
 }
 
 impl Joined {
@@ -125,16 +127,20 @@ impl Joined {
             return Ok(Segment { at, len: mapping.len, content });
         }
         let mapping = part.node.map(GuestOffset(inside), max, usize::MAX)?;
-        let content = if mapping.is_zero() { Content::Zero } else { Content::Stored(mapping) };
+        let content = match mapping.is_zero() {
+            true if self.above.is_some_and(|above| above.blank_past) => Content::Keep,
+            true => Content::Zero,
+            false => Content::Stored(mapping),
+        };
         Ok(Segment { at, len: mapping.len, content })
     }
 
-    /// How many bytes are stored: what there is to do.
-    pub fn stored(&self) -> Result<u64> {
+    /// How many bytes are stored: what there is to do; with `zeros` those that are zero too.
+    pub fn work(&self, zeros: bool) -> Result<u64> {
         let (mut at, mut sum) = (0, 0);
         while at < self.len {
             let segment = self.map(at, self.len - at)?;
-            if matches!(segment.content, Content::Stored(_)) {
+            if matches!(segment.content, Content::Stored(_)) || zeros && matches!(segment.content, Content::Zero) {
                 sum += segment.len;
             }
             at = segment.end();

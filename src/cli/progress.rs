@@ -1,0 +1,115 @@
+//! How far it is: the reference's form off a terminal, a bar on a terminal, one line on SIGUSR1 without either.
+//!
+//! SIGUSR1 is blocked in every thread, and waited for in one of its own where it means anything: no handler runs.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nix::sys::signal::{SigSet, Signal};
+
+/// A report is made when it has moved by more than this, in percent.
+const STEP: f64 = 1.0;
+
+enum Form {
+    /// Nothing, but for a line when a signal asks for it.
+    Silent(Arc<AtomicBool>),
+    /// The reference's form.
+    Plain,
+    /// A bar on standard error.
+    Bar(ProgressBar),
+}
+
+/// See the module. Ends its line when dropped.
+pub struct Progress {
+    form: Form,
+    /// What was reported last, in percent.
+    last: Mutex<f64>,
+}
+
+impl Progress {
+    /// At nothing done; `wanted` is `-p` without `-q`.
+    pub fn start(wanted: bool) -> Self {
+        let mut signal = SigSet::empty();
+        signal.add(Signal::SIGUSR1);
+        // Blocked before any thread is made: all inherit it. Where that fails it stays as it was.
+        let blocked = signal.thread_block().is_ok();
+        let form = if !wanted {
+            let asked = Arc::new(AtomicBool::new(false));
+            if blocked {
+                let flag = asked.clone();
+                // Ends with the program.
+                std::thread::spawn(move || {
+                    while signal.wait().is_ok() {
+                        flag.store(true, Ordering::Relaxed);
+                    }
+                });
+            }
+            Form::Silent(asked)
+        } else if io::stdout().is_terminal() && io::stderr().is_terminal() {
+            let style = "{bar:40} {percent:>3}%  {decimal_bytes:>9} of {decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left";
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+            Form::Bar(
+                bar.with_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar())),
+            )
+        } else {
+            Form::Plain
+        };
+        let progress = Self { form, last: Mutex::new(0.0) };
+        progress.show(0.0);
+        progress
+    }
+
+    /// Whether a report would be shown now.
+    pub fn wanted(&self) -> bool {
+        match &self.form {
+            Form::Silent(asked) => asked.load(Ordering::Relaxed),
+            _ => true,
+        }
+    }
+
+    /// So much of that much is done.
+    pub fn report(&self, done: u64, total: u64) {
+        let percent = if total == 0 { 100.0 } else { done as f64 / total as f64 * 100.0 };
+        match &self.form {
+            Form::Bar(bar) => {
+                bar.set_length(total);
+                bar.set_position(done);
+            }
+            Form::Plain => {
+                let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+                if percent - *last > STEP || percent >= 100.0 {
+                    *last = percent;
+                    self.show(percent);
+                }
+            }
+            Form::Silent(asked) => {
+                if asked.swap(false, Ordering::Relaxed) {
+                    let _ = writeln!(io::stderr(), "    ({percent:3.2}/100%)");
+                }
+            }
+        }
+    }
+
+    fn show(&self, percent: f64) {
+        if let Form::Plain = self.form {
+            let mut out = io::stdout().lock();
+            // Who closes the pipe does not want to know.
+            let _ = write!(out, "    ({percent:3.2}/100%)\r").and_then(|()| out.flush());
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        match &self.form {
+            Form::Plain => {
+                let _ = writeln!(io::stdout());
+            }
+            Form::Bar(bar) => bar.abandon(),
+            Form::Silent(_) => {}
+        }
+    }
+}

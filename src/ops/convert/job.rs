@@ -1,0 +1,100 @@
+//! A whole conversion: from opened sources to an image that is there, or is not.
+//!
+//! Invariant: nothing is changed before everything that can be refused has been refused.
+
+use std::sync::Arc;
+
+use super::{Above, How, Joined, Observer, convert};
+use crate::block::driver::SnapshotKey;
+use crate::block::error::Context;
+use crate::block::{Error, ImageRef, Node, OpenHow, Opener, Result};
+use crate::ops::create::{self, NewImage};
+use crate::storage::staging::Staging;
+use crate::storage::{CacheMode, Identity, Kind};
+
+/// The same image as it was at an internal snapshot, with the backing chain that it has now.
+pub fn at_snapshot(node: &Arc<Node>, key: &SnapshotKey) -> Result<Arc<Node>> {
+    let snapshots = node.driver().snapshots().ok_or_else(|| {
+        let format = node.driver().format().name();
+        Error::unsupported(format!(
+            "Block format '{format}' used by device '' does not support temporarily loading internal snapshots"
+        ))
+    })?;
+    let driver = snapshots.open(key)?;
+    Ok(Arc::new(Node::new(driver, node.backing().cloned(), node.name().to_owned())))
+}
+
+fn identity(node: &Node) -> Option<Identity> {
+    node.driver().files().first().and_then(|child| child.storage.identity())
+}
+
+/// How many layers of the source lie above the target's backing file: those that have to be copied. One where it
+/// is not in the source's chain: then it must be a copy of what lies below the top layer.
+fn layers_above(source: &Node, backing: &Node) -> usize {
+    let wanted = identity(backing);
+    let mut node = source.backing();
+    let mut depth = 1;
+    while let Some(below) = node {
+        if wanted.is_some() && identity(below) == wanted {
+            return depth;
+        }
+        node = below.backing();
+        depth += 1;
+    }
+    1
+}
+
+/// What lies above the target's backing file, where it has one and was asked for it.
+fn above(sources: &[Arc<Node>], target: &Node, new: bool) -> Option<Above> {
+    let (Some(source), Some(backing)) = (sources.first(), target.backing()) else { return None };
+    let layers = layers_above(source, backing);
+    Some(Above { layers, backing_len: backing.virtual_size(), blank_past: new })
+}
+
+/// Opens the target, and converts.
+pub struct Job<'a> {
+    /// What is converted, one after the other.
+    pub sources: &'a [Arc<Node>],
+    /// How.
+    pub how: How,
+    /// How the target is cached.
+    pub cache: CacheMode,
+    /// Whether the target has a backing file whose content need not be copied.
+    pub backed: bool,
+    /// Hears how it goes.
+    pub observer: &'a dyn Observer,
+}
+
+impl Job<'_> {
+    /// To a new image. It appears when it is complete.
+    pub fn to_new(&self, new: &NewImage, opener: &Opener<'_>) -> Result<()> {
+        let staging = Staging::new(self.cache);
+        let (shown, format) = (new.name.to_string_lossy(), new.format.name());
+        create::make(new, &staging, opener).with_context(|| format!("{shown}: error while converting {format}"))?;
+        let opener = Opener::new(opener.formats(), opener.policy()).with_staging(&staging);
+        let how = OpenHow { format: Some(format.to_owned()), write: true, cache: self.cache, ..OpenHow::default() };
+        let target = opener.open(&ImageRef::name(&new.name), &how)?;
+        let writing = target.writing()?;
+        // A new file is a hole; a device holds whatever it held, where the format does not map it.
+        let kinds = target.driver().files().iter().map(|child| child.storage.kind());
+        let blank = writing.unit() > 1 || kinds.into_iter().all(|kind| kind == Kind::Regular);
+        let reads_zero = target.backing().is_none() && blank;
+        self.run(&target, How { unnamed: true, reads_zero, ..self.how.clone() })?;
+        drop(target);
+        staging.commit().with_context(|| format!("Could not create '{shown}'"))
+    }
+
+    /// To an image that is there.
+    pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<()> {
+        let how = OpenHow { write: true, cache: self.cache, ..how.clone() };
+        let target = opener.open(image, &how)?;
+        self.run(&target, self.how.clone())
+    }
+
+    fn run(&self, target: &Node, how: How) -> Result<()> {
+        let above = if self.backed { above(self.sources, target, how.unnamed) } else { None };
+        let source = Joined::new(self.sources, above);
+        convert(&source, target, &how, self.observer)?;
+        target.driver().close()
+    }
+}
