@@ -174,12 +174,16 @@ impl Subcommand for Args {
         let progress = Progress::start(self.progress && !self.quiet);
         let sources = self.sources(program, &opener, sources)?;
         program.notices(&opener);
-        let new = if self.no_create { None } else { Some(self.decide(&opener, target_format, name, &given)?) };
+        let mut new = if self.no_create { None } else { Some(self.decide(&opener, target_format, name, &given)?) };
         let backing = match &new {
             Some(new) => new.options.text("backing_file").map(str::to_owned),
             None => self.backing.clone(),
         };
         self.check_target(&sources, new.as_ref(), backing.is_some())?;
+        if let Some(new) = &mut new {
+            new.size = sources.iter().fold(0, |sum, node| sum.saturating_add(node.virtual_size()));
+            new.options.set("size", OptionValue::Size(new.size))?;
+        }
         let cache = self.target_cache.as_deref().map_or(Ok(CacheMode::Unsafe), cache::target)?;
         let voice = Voice { progress: &progress, name: (!self.quiet).then(|| program.name().to_owned()) };
         let job = Job { sources: &sources, how: self.how(), cache, backed: backing.is_some(), observer: &voice };
@@ -283,7 +287,7 @@ impl Args {
         Ok(NewImage { name: name.clone(), format: target.format, size: 0, options })
     }
 
-    /// What does not go together with what the sources and the target are. Sets the size.
+    /// What does not go together with what the sources and the target are.
     fn check_target(&self, sources: &[Arc<Node>], new: Option<&NewImage>, backed: bool) -> anyhow::Result<()> {
         let refuse = |text: &str| Err(Complaint::value(text).into());
         if self.target_is_zero && backed {

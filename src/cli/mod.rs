@@ -61,7 +61,8 @@ pub struct Row {
 }
 
 /// Every subcommand, in alphabetical order.
-pub const SUBCOMMANDS: &[Row] = &[row::<convert::Args>(), row::<create::Args>(), row::<info::Args>(), row::<resize::Args>()];
+pub const SUBCOMMANDS: &[Row] =
+    &[row::<convert::Args>(), row::<create::Args>(), row::<info::Args>(), row::<resize::Args>()];
 
 const fn row<S: Subcommand>() -> Row {
     Row {

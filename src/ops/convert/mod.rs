@@ -84,6 +84,7 @@ pub const MOST_THREADS: usize = 16;
 
 /// Writes everything that the sources hold to the target. Neither flushes nor closes it.
 pub fn convert(source: &Joined, target: &Node, how: &How, observer: &dyn Observer) -> Result<()> {
+    let engine = engine::Engine::new(source, target, how, observer)?;
     if target.virtual_size() < source.total() {
         return Err(Error::invalid("output file is smaller than input file"));
     }
@@ -91,7 +92,7 @@ pub fn convert(source: &Joined, target: &Node, how: &How, observer: &dyn Observe
     let threads = how.threads.unwrap_or_else(cores).clamp(1, MOST_THREADS);
     // Not worth a thread.
     let chunks = usize::try_from(source.total().div_ceil(plan::CHUNK)).unwrap_or(usize::MAX);
-    engine::Engine::new(source, target, how, observer)?.run(threads.min(chunks.max(1)))
+    engine.run(threads.min(chunks.max(1)))
 }
 
 #[cfg(test)]
