@@ -30,7 +30,11 @@ pub fn top_level() -> Command {
             .value_name("TRACE")
             .action(ArgAction::Append)
             .help("choose trace events: [[enable=]PATTERN][,events=FILE][,file=FILE]"),
-        Arg::new("rest").action(ArgAction::Append).num_args(0..).hide(true),
+        Arg::new("rest")
+            .value_parser(clap::value_parser!(std::ffi::OsString))
+            .action(ArgAction::Append)
+            .num_args(0..)
+            .hide(true),
     ])
 }
 
