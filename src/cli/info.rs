@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::exit::Exit;
 use super::source::Source;
-use super::{Complaint, Program, Subcommand, human, json};
+use super::{Complaint, Program, Subcommand, human, json, object};
 use crate::ops::info::{self, Info};
 
 /// The options.
@@ -27,6 +27,9 @@ pub struct Args {
     /// bear others that write to the image meanwhile
     #[arg(short = 'U', long)]
     force_share: bool,
+    /// a QEMU object, such as a secret with a passphrase
+    #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
+    object: Vec<object::Object>,
     /// image to show
     #[arg(value_name = "FILENAME")]
     operands: Vec<OsString>,
@@ -36,9 +39,12 @@ impl Subcommand for Args {
     const NAME: &'static str = "info";
     const ABOUT: &'static str = "Display information about an image";
     const USAGE: &'static [&'static str] =
-        &["[-f FMT | --image-opts] [--backing-chain] [-U]", "[--output human|json] FILENAME"];
+        &["[-f FMT | --image-opts] [--backing-chain] [-U]", "[--object OBJDEF] [--output human|json] FILENAME"];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
+        if !object::define(program, &self.object)? {
+            return Ok(Exit::Success);
+        }
         let as_json = match self.output.as_deref() {
             None | Some("human") => false,
             Some("json") => true,
