@@ -37,6 +37,8 @@ pub struct Error {
     pub kind: Kind,
     /// What was being done to which file, or what is wrong with it.
     pub context: String,
+    /// Lines to show before the message, as they are.
+    pub notes: Vec<String>,
     /// Lines to show after the message.
     pub hints: Vec<String>,
     /// The cause.
@@ -49,7 +51,7 @@ pub struct Error {
 impl Error {
     /// An error with no further cause.
     pub fn new(kind: Kind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), hints: Vec::new(), source: None, host: None }
+        Self { kind, context: context.into(), notes: Vec::new(), hints: Vec::new(), source: None, host: None }
     }
 
     /// The image's own bytes are wrong.
@@ -67,6 +69,12 @@ impl Error {
         Self::new(Kind::Invalid, context)
     }
 
+    /// Adds a line to be shown before the message.
+    pub fn note(mut self, line: impl Into<String>) -> Self {
+        self.notes.push(line.into());
+        self
+    }
+
     /// Adds a line to be shown after the message.
     pub fn hint(mut self, line: impl Into<String>) -> Self {
         self.hints.push(line.into());
@@ -75,7 +83,14 @@ impl Error {
 
     /// Puts what was being done before this error.
     pub fn context(self, context: impl Into<String>) -> Self {
-        Self { kind: self.kind, context: context.into(), hints: Vec::new(), source: Some(Box::new(self)), host: None }
+        Self {
+            kind: self.kind,
+            context: context.into(),
+            notes: Vec::new(),
+            hints: Vec::new(),
+            source: Some(Box::new(self)),
+            host: None,
+        }
     }
 
     /// The whole message on one line: every text of the chain, joined with `": "`.
@@ -88,6 +103,16 @@ impl Error {
             next = error.source();
         }
         text
+    }
+
+    /// The notes of the whole chain, innermost first.
+    pub fn all_notes(&self) -> Vec<String> {
+        let mut notes = match self.source.as_ref().and_then(|source| source.downcast_ref::<Error>()) {
+            Some(inner) => inner.all_notes(),
+            None => Vec::new(),
+        };
+        notes.extend(self.notes.iter().cloned());
+        notes
     }
 
     /// The hints of the whole chain, innermost first.
@@ -145,13 +170,13 @@ impl<T> Context<T> for storage::Result<T> {
 impl From<storage::Error> for Error {
     fn from(error: storage::Error) -> Self {
         let (kind, hints) = kind_of(&error);
-        Self { kind, context: error.to_string(), hints, source: None, host: Some(Box::new(error)) }
+        Self { kind, context: error.to_string(), notes: Vec::new(), hints, source: None, host: Some(Box::new(error)) }
     }
 }
 
 fn from_storage(error: storage::Error, context: String) -> Error {
     let (kind, hints) = kind_of(&error);
-    Error { kind, context, hints, source: Some(Box::new(error)), host: None }
+    Error { kind, context, notes: Vec::new(), hints, source: Some(Box::new(error)), host: None }
 }
 
 fn kind_of(error: &storage::Error) -> (Kind, Vec<String>) {

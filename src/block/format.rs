@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::opener::Notice;
 use super::options::{CreateOptions, OptionSpec};
 use super::{BlockDriver, Error, OptionTree, Result};
 use crate::storage::Storage;
@@ -31,6 +32,11 @@ pub struct BackingRef {
 pub trait Related {
     /// Opens `name` (as found in the image, relative to the image) for the part `role`, writable if the image is.
     fn open(&self, role: &str, name: &str) -> Result<Child>;
+
+    /// Something that the user should know, though the image can be opened.
+    fn notice(&self, notice: Notice) {
+        let _ = notice;
+    }
 }
 
 /// What a driver is given to open a layer.

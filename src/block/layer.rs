@@ -450,4 +450,8 @@ impl Related for Beside<'_> {
         }
         Ok(opened.child)
     }
+
+    fn notice(&self, notice: Notice) {
+        self.opener.notice(notice);
+    }
 }

@@ -41,6 +41,10 @@ impl std::error::Error for Complaint {}
 /// Shows an error on stderr.
 pub fn error(program: &Program, error: &anyhow::Error) {
     let text = error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    let ours = error.chain().find_map(|cause| cause.downcast_ref::<block::Error>());
+    if let Some(error) = ours {
+        error.all_notes().iter().for_each(|note| program.line(note));
+    }
     match error.chain().find_map(|cause| cause.downcast_ref::<Complaint>()) {
         Some(Complaint::Getopt(_)) => {
             program.line(&format!("{}: {text}", program.invocation()));
@@ -56,7 +60,7 @@ pub fn error(program: &Program, error: &anyhow::Error) {
         }
         None => program.error(&text),
     }
-    if let Some(error) = error.chain().find_map(|cause| cause.downcast_ref::<block::Error>()) {
+    if let Some(error) = ours {
         error.all_hints().iter().for_each(|hint| program.line(hint));
     }
 }

@@ -11,7 +11,8 @@ use crate::block::Format;
 
 /// Every format there is; raw last, because it takes anything.
 pub const FORMATS: &[&dyn Format] = &[
-    &vmdk::Vmdk, //
+    &qcow2::Qcow2, //
+    &vmdk::Vmdk,
     &vdi::Vdi,
     &vpc::Vpc,
     &raw::Raw,

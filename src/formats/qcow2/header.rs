@@ -1,10 +1,15 @@
 //! The header: from bytes to [`Header`] and back.
 //!
-//! Invariant: what is not understood is kept and written back (extra header bytes, unknown extensions).
+//! Invariant: what is not understood is kept and written back (extra header bytes, unknown extensions). Every length
+//! is checked against the first cluster before it is used.
 
+use byteorder::{BigEndian, ByteOrder};
+
+use crate::block::error::Context;
 use crate::block::{Error, Result};
+use crate::storage::Storage;
 
-use super::layout::{self, BitmapsExtension, Geometry, HEADER_FULL, HeaderFields};
+use super::layout::{self, BitmapsExtension, Geometry, HEADER_FULL, HEADER_V2, HEADER_V3, HeaderFields};
 
 /// The header with its extensions and the backing file's name.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -31,6 +36,222 @@ pub struct Header {
 }
 
 impl Header {
+    /// Reads and checks everything that lies in the first cluster. The texts of the refusals are the reference's.
+    pub fn read(storage: &dyn Storage) -> Result<Self> {
+        let length = storage.len().context("Could not read qcow2 header")?;
+        let mut start = [0; HEADER_FULL];
+        storage.read_at(0, &mut start).context("Could not read qcow2 header")?;
+        if BigEndian::read_u32(&start[..4]) != layout::MAGIC {
+            return Err(Error::invalid("Image is not in qcow2 format"));
+        }
+        let fields = HeaderFields::read(&start);
+        if length >= 8 && !(2..=3).contains(&fields.version) {
+            return Err(Error::unsupported(format!("Unsupported qcow2 version {}", fields.version)));
+        }
+        if length < HEADER_V2 as u64 {
+            return Err(Error::corrupt("qcow2 header too short"));
+        }
+        if !(layout::MIN_CLUSTER_BITS..=layout::MAX_CLUSTER_BITS).contains(&fields.cluster_bits) {
+            return Err(Error::unsupported(format!("Unsupported cluster size: 2^{}", fields.cluster_bits)));
+        }
+        let cluster = 1u64 << fields.cluster_bits;
+        if fields.version >= 3 {
+            if fields.header_length < HEADER_V3 as u32 || length < HEADER_V3 as u64 {
+                return Err(Error::corrupt("qcow2 header too short"));
+            }
+            if u64::from(fields.header_length) > cluster {
+                return Err(Error::corrupt("qcow2 header exceeds cluster size"));
+            }
+        }
+        if fields.backing_file_offset > cluster {
+            return Err(Error::corrupt("Invalid backing file offset"));
+        }
+        let head = usize::try_from(cluster).map_err(|_| Error::corrupt("qcow2 header exceeds cluster size"))?;
+        let mut head = vec![0; head];
+        storage.read_at(0, &mut head).context("Could not read qcow2 header")?;
+        Self::parse(fields, &head)
+    }
+
+    /// The same, from the whole first cluster.
+    fn parse(fields: HeaderFields, head: &[u8]) -> Result<Self> {
+        let after = fields.header_length as usize;
+        let extra = if fields.version >= 3 { head.get(HEADER_FULL..after).unwrap_or(&[]) } else { &[] };
+        let mut header = Self { fields, extra: extra.to_vec(), ..Self::default() };
+        let end = match fields.backing_file_offset {
+            0 => head.len(),
+            offset => usize::try_from(offset).unwrap_or(usize::MAX).min(head.len()),
+        };
+        let extensions = extensions(head.get(after..end).unwrap_or(&[]));
+        // Names first: a feature that we do not know may change what everything else means.
+        for (kind, data) in extensions.iter().flatten() {
+            if *kind == layout::EXT_FEATURE_NAMES {
+                header.feature_names = feature_names(data);
+            }
+        }
+        header.check_features()?;
+        header.check_fields()?;
+        for (kind, data) in extensions? {
+            header.take_extension(kind, data)?;
+        }
+        if fields.crypt_method == layout::CRYPT_LUKS && header.crypto.is_none() {
+            return Err(Error::corrupt("Missing CRYPTO header for crypt method 2"));
+        }
+        if fields.backing_file_offset != 0 {
+            let room = head.get(end..).unwrap_or(&[]);
+            let len = fields.backing_file_size;
+            if len > layout::MAX_BACKING_NAME || len as usize > room.len() {
+                return Err(Error::corrupt("Backing file name too long"));
+            }
+            let name = c_string(room.get(..len as usize).unwrap_or(&[]));
+            header.backing_file = (!name.is_empty()).then_some(name);
+        }
+        Ok(header)
+    }
+
+    fn check_features(&self) -> Result<()> {
+        let mut unknown = self.fields.incompatible & !layout::INCOMPATIBLE;
+        if unknown != 0 {
+            let mut names = Vec::new();
+            for (kind, bit, name) in &self.feature_names {
+                let mask = 1u64.checked_shl(u32::from(*bit)).unwrap_or(0);
+                if *kind == 0 && unknown & mask != 0 {
+                    names.push(name.clone());
+                    unknown &= !mask;
+                }
+            }
+            if unknown != 0 {
+                names.push(format!("Unknown incompatible feature: {unknown:x}"));
+            }
+            return Err(Error::unsupported(format!("Unsupported qcow2 feature(s): {}", names.join(", "))));
+        }
+        let (kind, marked) = (self.fields.compression_type, self.fields.incompatible & layout::COMPRESSION != 0);
+        let complaint = match (kind, marked) {
+            (layout::ZLIB, true) => "qcow2: Compression type incompatible feature bit must not be set".to_owned(),
+            (layout::ZLIB, false) | (layout::ZSTD, true) => return Ok(()),
+            (_, false) => "qcow2: Compression type incompatible feature bit must be set".to_owned(),
+            (_, true) => format!("qcow2: unknown compression type: {kind}"),
+        };
+        Err(Error::unsupported(complaint))
+    }
+
+    /// The fixed fields that place and size the tables.
+    fn check_fields(&self) -> Result<()> {
+        let (fields, geometry) = (&self.fields, self.geometry());
+        let corrupt = |text: &str| Err(Error::corrupt(text));
+        if geometry.extended && geometry.subcluster_size() < layout::SECTOR {
+            let size = geometry.subcluster_size();
+            return Err(Error::unsupported(format!("Unsupported subcluster size: {size}")));
+        }
+        if fields.refcount_order > layout::MAX_REFCOUNT_ORDER {
+            return Err(Error::unsupported("Reference count entry width too large; may not exceed 64 bits"));
+        }
+        if fields.crypt_method > layout::CRYPT_LUKS {
+            return Err(Error::unsupported(format!("Unsupported encryption method {}", fields.crypt_method)));
+        }
+        if fields.refcount_table_clusters == 0 {
+            return corrupt("Image does not contain a reference count table");
+        }
+        let refcounts = u64::from(fields.refcount_table_clusters) << geometry.cluster_bits;
+        if refcounts > layout::MAX_REFCOUNT_TABLE_BYTES {
+            return corrupt("Reference count table too large");
+        }
+        if !geometry.places(fields.refcount_table_offset, refcounts) {
+            return corrupt("Reference count table offset invalid");
+        }
+        if fields.nb_snapshots > layout::MAX_SNAPSHOTS {
+            return corrupt("Snapshot table too large");
+        }
+        let snapshots = u64::from(fields.nb_snapshots) * layout::SNAPSHOT_ENTRY as u64;
+        if !geometry.places(fields.snapshots_offset, snapshots) {
+            return corrupt("Snapshot table offset invalid");
+        }
+        let l1 = u64::from(fields.l1_size) * layout::ENTRY;
+        if l1 > layout::MAX_L1_BYTES {
+            return corrupt("Active L1 table too large");
+        }
+        if !geometry.places(fields.l1_table_offset, l1) {
+            return corrupt("Active L1 table offset invalid");
+        }
+        if i64::try_from(fields.size).is_err() {
+            return corrupt("Could not refresh total sector count: File too large");
+        }
+        let wanted = geometry.l1_entries_for(fields.size);
+        if wanted > i32::MAX as u64 {
+            return corrupt("Image is too big");
+        }
+        if u64::from(fields.l1_size) < wanted {
+            return corrupt("L1 table is too small");
+        }
+        Ok(())
+    }
+
+    fn take_extension(&mut self, kind: u32, data: &[u8]) -> Result<()> {
+        match kind {
+            layout::EXT_BACKING_FORMAT => {
+                if data.len() >= 16 {
+                    let text = format!("ERROR: ext_backing_format: len={} too large (>=16)", data.len());
+                    return Err(Error::corrupt(text));
+                }
+                self.backing_format = Some(c_string(data)).filter(|format| !format.is_empty());
+            }
+            layout::EXT_FEATURE_NAMES => {}
+            layout::EXT_DATA_FILE => self.data_file = Some(c_string(data)),
+            layout::EXT_CRYPTO => self.crypto = Some(self.crypto_extension(data)?),
+            layout::EXT_BITMAPS => self.bitmaps = Some(self.bitmaps_extension(data)?),
+            _ => self.unknown.push((kind, data.to_vec())),
+        }
+        Ok(())
+    }
+
+    fn crypto_extension(&self, data: &[u8]) -> Result<(u64, u64)> {
+        if self.fields.crypt_method != layout::CRYPT_LUKS {
+            return Err(Error::corrupt("CRYPTO header extension only expected with LUKS encryption method"));
+        }
+        if data.len() != layout::CRYPTO_EXT {
+            let (is, should) = (data.len(), layout::CRYPTO_EXT);
+            return Err(Error::corrupt(format!("CRYPTO header extension size {is}, but expected size {should}")));
+        }
+        let (offset, length) = (BigEndian::read_u64(&data[..8]), BigEndian::read_u64(&data[8..]));
+        let cluster = self.geometry().cluster_size();
+        if !offset.is_multiple_of(cluster) {
+            return Err(Error::corrupt(format!(
+                "Encryption header offset '{offset}' is not a multiple of cluster size '{cluster}'"
+            )));
+        }
+        Ok((offset, length))
+    }
+
+    fn bitmaps_extension(&self, data: &[u8]) -> Result<BitmapsExtension> {
+        let bitmaps =
+            BitmapsExtension::read(data).ok_or_else(|| Error::corrupt("bitmaps_ext: Invalid extension length"))?;
+        // Without the autoclear bit nothing in it means anything.
+        if self.fields.autoclear & layout::BITMAPS == 0 {
+            return Ok(bitmaps);
+        }
+        let complaint = if bitmaps.reserved != 0 {
+            "bitmaps_ext: Reserved field is not zero".to_owned()
+        } else if bitmaps.count > layout::MAX_BITMAPS {
+            format!(
+                "bitmaps_ext: Image has {} bitmaps, exceeding the QEMU supported maximum of {}",
+                bitmaps.count,
+                layout::MAX_BITMAPS
+            )
+        } else if bitmaps.count == 0 {
+            "found bitmaps extension with zero bitmaps".to_owned()
+        } else if !bitmaps.directory_offset.is_multiple_of(self.geometry().cluster_size()) {
+            "bitmaps_ext: invalid bitmap directory offset".to_owned()
+        } else if bitmaps.directory_size > layout::MAX_BITMAP_DIRECTORY_BYTES {
+            format!(
+                "bitmaps_ext: bitmap directory size ({}) exceeds the maximum supported size ({})",
+                bitmaps.directory_size,
+                layout::MAX_BITMAP_DIRECTORY_BYTES
+            )
+        } else {
+            return Ok(bitmaps);
+        };
+        Err(Error::corrupt(complaint))
+    }
+
     /// What never changes while the image is open.
     pub fn geometry(&self) -> Geometry {
         Geometry {
@@ -97,4 +318,30 @@ impl Header {
         }
         Ok(bytes)
     }
+}
+
+/// The extensions in order, without the end marker.
+fn extensions(area: &[u8]) -> Result<Vec<(u32, &[u8])>> {
+    let mut found = Vec::new();
+    let mut rest = area;
+    while let Some((head, after)) = rest.split_at_checked(layout::EXT_HEAD) {
+        let (kind, len) = (BigEndian::read_u32(&head[..4]), BigEndian::read_u32(&head[4..]) as usize);
+        if kind == layout::EXT_END {
+            break;
+        }
+        let data = after.get(..len).ok_or_else(|| Error::corrupt("Header extension too large"))?;
+        found.push((kind, data));
+        rest = after.get(len.next_multiple_of(8)..).unwrap_or(&[]);
+    }
+    Ok(found)
+}
+
+fn feature_names(data: &[u8]) -> Vec<(u8, u8, String)> {
+    data.chunks_exact(layout::FEATURE_NAME).map(|entry| (entry[0], entry[1], c_string(&entry[2..]))).collect()
+}
+
+/// The text up to the first NUL.
+pub(super) fn c_string(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(bytes.get(..end).unwrap_or(bytes)).into_owned()
 }

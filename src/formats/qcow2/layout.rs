@@ -29,8 +29,8 @@ pub const MAX_SNAPSHOT_TABLE_BYTES: u64 = 1024 * MAX_SNAPSHOTS as u64;
 pub const MAX_BACKING_NAME: u32 = 1023;
 /// Most bitmaps in an image.
 pub const MAX_BITMAPS: u32 = 65535;
-/// Largest bitmap directory, in bytes: all names as long as they may be.
-pub const MAX_BITMAP_DIRECTORY_BYTES: u64 = MAX_BITMAPS as u64 * (BITMAP_ENTRY as u64 + MAX_BITMAP_NAME as u64);
+/// Largest bitmap directory that the reference takes, in bytes.
+pub const MAX_BITMAP_DIRECTORY_BYTES: u64 = MAX_BITMAPS as u64 * 1024;
 /// Longest name of a bitmap, in bytes.
 pub const MAX_BITMAP_NAME: u16 = 1023;
 /// Smallest exponent of a bitmap's granularity.
@@ -463,6 +463,11 @@ impl Geometry {
     /// L2 index of a guest offset.
     pub fn l2_index(&self, guest: u64) -> u64 {
         (guest >> self.cluster_bits) % self.l2_entries()
+    }
+
+    /// Whether a table of that length may lie there: aligned, and representable as a file offset.
+    pub fn places(&self, at: u64, len: u64) -> bool {
+        self.in_cluster(at) == 0 && at.checked_add(len).is_some_and(|end| i64::try_from(end).is_ok())
     }
 
     /// Where in its cluster an offset is.

@@ -12,19 +12,34 @@
 #![allow(dead_code)] // until every part is here
 
 pub mod alloc;
+pub mod bitmap;
+pub mod codec;
 pub mod create;
 pub mod header;
+pub mod info;
 pub mod layout;
+pub mod map;
+pub mod open;
 pub mod plan;
 pub mod prealloc;
 pub mod refcount;
+pub mod repair;
+pub mod snapshot;
 pub mod space;
 pub mod tables;
+pub mod window;
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
+use byteorder::{BigEndian, ByteOrder};
+
 use crate::block::error::Context;
-use crate::block::{BackingRef, Child, Result};
+use crate::block::info::ImageInfo;
+use crate::block::{
+    BackingRef, BlockDriver, Child, CompressedUnit, Create, Extent, Format, GuestOffset, OpenRequest, Result, Snapshots,
+};
+use crate::codec::luks;
 
 use alloc::Allocator;
 use header::Header;
@@ -35,19 +50,88 @@ use tables::{Kind, Table, Tables};
 #[derive(Debug)]
 pub struct Qcow2;
 
+impl Format for Qcow2 {
+    fn name(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn probe(&self, head: &[u8], _name: &str) -> u32 {
+        let magic = head.get(..4).map(BigEndian::read_u32) == Some(layout::MAGIC);
+        let version = head.get(4..8).map_or(0, BigEndian::read_u32);
+        if magic && version >= 2 { 100 } else { 0 }
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
+        Ok(Box::new(open::open(request)?))
+    }
+
+    fn creating(&self) -> Option<&dyn Create> {
+        Some(self)
+    }
+}
+
 /// An opened qcow2 layer.
 #[derive(Debug)]
 pub struct Qcow2Driver {
     /// 0: the image; 1: the external data file, if there is one.
     files: Vec<Child>,
     geometry: Geometry,
+    /// Whether guest clusters lie in an external data file (which has no refcounts).
+    external: bool,
+    /// Whether guest clusters are encrypted.
+    encrypted: bool,
+    /// How compressed clusters are encoded: [`layout::ZLIB`] or [`layout::ZSTD`].
+    compression: u8,
+    /// Whether refcount updates may be postponed under the dirty bit.
+    lazy_refcounts: bool,
     /// The header as it is in the file (or, for an opened snapshot, with the snapshot's L1 table and size).
     header: RwLock<Header>,
     tables: Tables,
     alloc: Mutex<Allocator>,
+    /// As they were when the image was opened.
+    snapshots: Vec<snapshot::Snapshot>,
+    /// As they were when the image was opened.
+    bitmaps: Vec<bitmap::Bitmap>,
+    /// The LUKS header.
+    luks: Option<luks::Header>,
     backing: Option<BackingRef>,
     write: bool,
-    look_only: bool,
+    /// Whether wrong tables were reported already.
+    told_corrupt: AtomicBool,
+}
+
+impl BlockDriver for Qcow2Driver {
+    fn format(&self) -> &'static dyn Format {
+        &Qcow2
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.header().fields.size
+    }
+
+    fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
+        self.map(at, max)
+    }
+
+    fn decode(&self, unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {
+        self.decode_unit(unit, input, out)
+    }
+
+    fn files(&self) -> &[Child] {
+        &self.files
+    }
+
+    fn backing(&self) -> Option<&BackingRef> {
+        self.backing.as_ref()
+    }
+
+    fn info(&self) -> Result<ImageInfo> {
+        self.image_info()
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
 }
 
 impl Qcow2Driver {
@@ -58,12 +142,7 @@ impl Qcow2Driver {
 
     /// Index in `files` of the file that guest clusters lie in.
     fn data_file(&self) -> usize {
-        self.files.len() - 1
-    }
-
-    /// Whether guest clusters lie in an external data file (which has no refcounts).
-    fn has_data_file(&self) -> bool {
-        self.header().fields.incompatible & layout::DATA_FILE != 0
+        usize::from(self.external)
     }
 
     fn header(&self) -> RwLockReadGuard<'_, Header> {
@@ -75,12 +154,16 @@ impl Qcow2Driver {
         self.alloc.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Changes the header in memory and in the file, at once. Tables are not written back first.
+    /// Changes the header in memory and in the file, at once. Tables are not written back first. (A change of a
+    /// feature bit needs no allocator lock.)
     fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
         let mut header = self.header.write().unwrap_or_else(|e| e.into_inner());
         let mut changed = header.clone();
         change(&mut changed);
-        let bytes = changed.to_bytes()?;
+        let mut bytes = changed.to_bytes()?;
+        // Nothing of a longer one may stay behind it.
+        let old = header.to_bytes().map_or(0, |old| old.len());
+        bytes.resize(bytes.len().max(old), 0);
         self.file().storage.write_at(0, &bytes).context("Could not update qcow2 header")?;
         *header = changed;
         Ok(())

@@ -1,0 +1,108 @@
+//! What `info` shows of a qcow2 layer.
+
+use serde_json::{Map, Value, json};
+
+use crate::block::error::Context;
+use crate::block::info::ImageInfo;
+use crate::block::{Error, Result, Snapshots};
+use crate::codec::luks;
+use crate::storage::Storage;
+
+use super::Qcow2Driver;
+use super::layout;
+
+/// Reads the LUKS header that the header points to.
+pub fn read_luks(storage: &dyn Storage, (offset, length): (u64, u64)) -> Result<luks::Header> {
+    if length < luks::HEADER as u64 {
+        return Err(Error::corrupt("Request for data outside of extension header"));
+    }
+    let mut bytes = [0; luks::HEADER];
+    storage.read_at(offset, &mut bytes).context("Unable to read encryption header")?;
+    luks::Header::parse(&bytes).map_err(Error::corrupt)
+}
+
+impl Qcow2Driver {
+    pub(super) fn image_info(&self) -> Result<ImageInfo> {
+        let header = self.header().clone();
+        let fields = &header.fields;
+        let mut data = Map::new();
+        let mut put = |key: &str, value: Value| data.insert(key.to_owned(), value);
+        put("compat", json!(if fields.version < 3 { "0.10" } else { "1.1" }));
+        put("compression-type", json!(if fields.compression_type == layout::ZSTD { "zstd" } else { "zlib" }));
+        if fields.version >= 3 {
+            put("lazy-refcounts", json!(fields.compatible & layout::LAZY_REFCOUNTS != 0));
+            put("corrupt", json!(fields.incompatible & layout::CORRUPT != 0));
+            put("extended-l2", json!(self.geometry.extended));
+        }
+        if header.bitmaps.is_some() && fields.autoclear & layout::BITMAPS != 0 {
+            put("bitmaps", self.bitmaps_info());
+        }
+        put("refcount-bits", json!(self.geometry.refcount_bits()));
+        if self.external {
+            if let Some(name) = &header.data_file {
+                put("data-file", json!(name));
+            }
+            put("data-file-raw", json!(fields.autoclear & layout::DATA_FILE_RAW != 0));
+        }
+        if let Some(encryption) = self.encryption_info() {
+            put("encrypt", encryption);
+        }
+        Ok(ImageInfo {
+            cluster_size: Some(self.geometry.cluster_size()),
+            encrypted: self.encrypted,
+            dirty: Some(fields.incompatible & layout::DIRTY != 0),
+            snapshots: Snapshots::list(self)?,
+            specific: Some(("qcow2", data)),
+        })
+    }
+
+    fn bitmaps_info(&self) -> Value {
+        let bitmaps = self.bitmaps.iter().map(|bitmap| {
+            let mut flags = Vec::new();
+            if bitmap.fields.flags & layout::BITMAP_IN_USE != 0 {
+                flags.push("in-use");
+            }
+            if bitmap.fields.flags & layout::BITMAP_AUTO != 0 {
+                flags.push("auto");
+            }
+            let granularity = 1u64.checked_shl(u32::from(bitmap.fields.granularity_bits)).unwrap_or(0);
+            json!({ "flags": flags, "name": bitmap.name, "granularity": granularity })
+        });
+        Value::Array(bitmaps.collect())
+    }
+
+    fn encryption_info(&self) -> Option<Value> {
+        if !self.encrypted {
+            return None;
+        }
+        let Some(header) = &self.luks else { return Some(json!({ "format": "aes" })) };
+        let slots: Vec<Value> = header
+            .slots
+            .iter()
+            .map(|slot| {
+                let at = u64::from(slot.material) * layout::SECTOR;
+                if slot.active {
+                    json!({ "active": true, "iters": slot.iterations, "key-offset": at, "stripes": slot.stripes })
+                } else {
+                    json!({ "active": false, "key-offset": at })
+                }
+            })
+            .collect();
+        let mut data = json!({
+            "format": "luks",
+            "ivgen-alg": header.iv_generator,
+            "detached-header": false,
+            "hash-alg": header.hash,
+            "cipher-alg": header.cipher,
+            "cipher-mode": header.mode,
+            "uuid": header.uuid,
+            "slots": slots,
+            "payload-offset": u64::from(header.payload) * layout::SECTOR,
+            "master-key-iters": header.iterations,
+        });
+        if let (Some(hash), Some(data)) = (&header.iv_hash, data.as_object_mut()) {
+            data.insert("ivgen-hash-alg".to_owned(), json!(hash));
+        }
+        Some(data)
+    }
+}

@@ -1,0 +1,198 @@
+//! Opening: the header, the user's options, the data file, and what a writer has to put right first.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, RwLock};
+
+use serde_json::Value;
+
+use crate::block::keys::{take_size, take_switch, take_text};
+use crate::block::opener::Notice;
+use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Result};
+
+use super::alloc::Allocator;
+use super::header::Header;
+use super::layout;
+use super::tables::{DEFAULT_BYTES, Tables};
+use super::{Qcow2Driver, bitmap, info, snapshot};
+
+/// What the user may set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Settings {
+    cache_bytes: u64,
+    lazy_refcounts: bool,
+}
+
+/// Opens a layer.
+pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
+    let OpenRequest { file, options, write, look_only, related } = request;
+    let mut header = Header::read(&*file.storage)?;
+    let geometry = header.geometry();
+    if write && header.fields.incompatible & layout::CORRUPT != 0 {
+        return Err(Error::corrupt("qcow2: Image is corrupt; cannot be opened read/write"));
+    }
+    let settings = settings(options, &header)?;
+    let luks = match header.crypto {
+        Some(place) => Some(info::read_luks(&*file.storage, place)?),
+        None => None,
+    };
+    unlock(options, &header, look_only)?;
+    let external = header.fields.incompatible & layout::DATA_FILE != 0;
+    let mut files = vec![file];
+    if !look_only {
+        match (&header.data_file, external) {
+            (Some(name), true) => files.push(related.open("data-file", name)?),
+            (None, true) => return Err(Error::invalid("'data-file' is required for this image")),
+            (_, false) if header.fields.autoclear & layout::DATA_FILE_RAW != 0 => {
+                return Err(Error::corrupt("data-file-raw requires a data file"));
+            }
+            (_, false) => {}
+        }
+    }
+    let storage = &files[0].storage;
+    let snapshots = snapshot::read_table(&**storage, &header)?;
+    if header.bitmaps.is_some() && header.fields.autoclear & layout::BITMAPS == 0 {
+        let text =
+            "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent";
+        related.notice(Notice::Warning(text.to_owned()));
+        let text = "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.";
+        related.notice(Notice::Line(text.to_owned()));
+    }
+    let bitmaps = bitmap::read_directory(&**storage, &header)?;
+    // The guest's disk has whole sectors; what a header says beyond them is not there.
+    header.fields.size -= header.fields.size % layout::SECTOR;
+    let backing = header
+        .backing_file
+        .as_ref()
+        .map(|name| BackingRef { name: name.clone(), format: header.backing_format.clone() });
+    let driver = Qcow2Driver {
+        tables: Tables::new(storage.clone(), settings.cache_bytes),
+        files,
+        geometry,
+        external,
+        encrypted: header.fields.crypt_method != layout::CRYPT_NONE,
+        compression: header.fields.compression_type,
+        lazy_refcounts: settings.lazy_refcounts,
+        header: RwLock::new(header),
+        alloc: Mutex::new(Allocator::default()),
+        snapshots,
+        bitmaps,
+        luks,
+        backing,
+        write,
+        told_corrupt: AtomicBool::new(false),
+    };
+    if write {
+        driver.make_ready()?;
+    }
+    Ok(driver)
+}
+
+impl Qcow2Driver {
+    /// What must be put right before anything is written.
+    fn make_ready(&self) -> Result<()> {
+        let (incompatible, autoclear) = {
+            let header = self.header();
+            (header.fields.incompatible, header.fields.autoclear)
+        };
+        if incompatible & layout::DIRTY != 0 {
+            super::repair::rebuild(self)?;
+            self.update_header(|header| header.fields.incompatible &= !layout::DIRTY)?;
+        }
+        if autoclear & !layout::AUTOCLEAR != 0 {
+            self.update_header(|header| header.fields.autoclear &= layout::AUTOCLEAR)?;
+        }
+        Ok(())
+    }
+
+    /// Another layer of the same files, read-only.
+    pub(super) fn view(&self, header: Header) -> Self {
+        Self {
+            tables: Tables::new(self.file().storage.clone(), DEFAULT_BYTES),
+            files: self.files.clone(),
+            geometry: self.geometry,
+            external: self.external,
+            encrypted: self.encrypted,
+            compression: self.compression,
+            lazy_refcounts: false,
+            header: RwLock::new(header),
+            alloc: Mutex::new(Allocator::default()),
+            snapshots: Vec::new(),
+            bitmaps: Vec::new(),
+            luks: self.luks.clone(),
+            backing: self.backing.clone(),
+            write: false,
+            told_corrupt: AtomicBool::new(false),
+        }
+    }
+}
+
+/// Encrypted data can be neither read nor written yet; looking at the header is fine.
+fn unlock(options: &mut OptionTree, header: &Header, look_only: bool) -> Result<()> {
+    let format = match header.fields.crypt_method {
+        layout::CRYPT_AES => Some("aes"),
+        layout::CRYPT_LUKS => Some("luks"),
+        _ => None,
+    };
+    let wanted = take_inner(options, "encrypt", "format");
+    let secret = take_inner(options, "encrypt", "key-secret").is_some();
+    match (format, wanted) {
+        (None, Some(wanted)) => {
+            return Err(Error::invalid(format!(
+                "No encryption in image header, but options specified format '{wanted}'"
+            )));
+        }
+        (Some(is), Some(wanted)) if wanted != is => {
+            return Err(Error::invalid(format!(
+                "Header reported '{is}' encryption format but options specify '{wanted}'"
+            )));
+        }
+        _ => {}
+    }
+    match format {
+        Some(_) if look_only => Ok(()),
+        Some(_) if !secret => Err(Error::invalid("Parameter 'encrypt.key-secret' is required for cipher")),
+        Some(format) => Err(Error::unsupported(format!("'{format}' encryption is not supported"))),
+        None => Ok(()),
+    }
+}
+
+fn settings(options: &mut OptionTree, header: &Header) -> Result<Settings> {
+    let total = take_size(options, "cache-size")?;
+    let l2 = take_size(options, "l2-cache-size")?;
+    let refcounts = take_size(options, "refcount-cache-size")?;
+    match (total, l2, refcounts) {
+        (Some(_), Some(_), Some(_)) => {
+            let text = "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time";
+            return Err(Error::invalid(text));
+        }
+        (Some(total), Some(l2), _) if l2 > total => {
+            return Err(Error::invalid("l2-cache-size may not exceed cache-size"));
+        }
+        (Some(total), _, Some(refcounts)) if refcounts > total => {
+            return Err(Error::invalid("refcount-cache-size may not exceed cache-size"));
+        }
+        _ => {}
+    }
+    let asked = total.or_else(|| Some(l2?.saturating_add(refcounts.unwrap_or(0))));
+    // A bound, not a wish: more than the tables of the largest image is never needed.
+    let cache_bytes = asked.unwrap_or(DEFAULT_BYTES).min(1 << 30);
+    let lazy_refcounts = take_switch(options, "lazy-refcounts")?;
+    let lazy_refcounts = lazy_refcounts.unwrap_or(header.fields.compatible & layout::LAZY_REFCOUNTS != 0);
+    if lazy_refcounts && header.fields.version < 3 {
+        return Err(Error::invalid("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"));
+    }
+    Ok(Settings { cache_bytes, lazy_refcounts })
+}
+
+/// Takes an option of a group, be its key dotted or nested.
+fn take_inner(options: &mut OptionTree, group: &str, key: &str) -> Option<String> {
+    if let Some(text) = take_text(options, &format!("{group}.{key}")) {
+        return Some(text);
+    }
+    let Some(Value::Object(inner)) = options.get_mut(group) else { return None };
+    let text = take_text(inner, key);
+    if inner.is_empty() {
+        options.shift_remove(group);
+    }
+    text
+}
