@@ -5,6 +5,8 @@
 
 mod both;
 mod common;
+mod contract;
+mod fault;
 mod fixtures;
 mod qcow2_create;
 mod vmdk;

@@ -5,6 +5,7 @@
 #![allow(dead_code, unused_imports)]
 
 pub mod files;
+pub mod inside;
 pub mod run;
 
 use std::path::{Path, PathBuf};

@@ -1,0 +1,157 @@
+//! Images made and opened through the library, in memory: for tests that need thousands of them, or storage that
+//! misbehaves.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use vimg::block::{
+    Child, CreateFiles, CreateOptions, CreateRequest, Error, Format, Ids, Node, OpenRequest, OptionKind, OptionSpec,
+    OptionTree, OptionValue, Related, Result,
+};
+use vimg::storage::Storage;
+use vimg::storage::memory::Memory;
+
+/// The files of one image (and of its backing files), by name.
+#[derive(Debug, Default, Clone)]
+pub struct Files(Arc<Mutex<BTreeMap<String, Arc<dyn Storage>>>>);
+
+impl Files {
+    /// The file with that name.
+    pub fn get(&self, name: &str) -> Option<Arc<dyn Storage>> {
+        self.0.lock().expect("files").get(name).cloned()
+    }
+
+    /// Puts a file there.
+    pub fn put(&self, name: &str, storage: Arc<dyn Storage>) {
+        self.0.lock().expect("files").insert(name.to_owned(), storage);
+    }
+
+    /// Writes all of them to a folder, for the judge.
+    pub fn save(&self, folder: &Path) {
+        for (name, storage) in self.0.lock().expect("files").iter() {
+            std::fs::write(folder.join(name), bytes_of(&**storage)).expect("save");
+        }
+    }
+
+    /// A copy, in memory.
+    pub fn copy(&self) -> Self {
+        let copied = Self::default();
+        for (name, storage) in self.0.lock().expect("files").iter() {
+            copied.put(name, Arc::new(Memory::new(bytes_of(&**storage))));
+        }
+        copied
+    }
+}
+
+/// All bytes of a storage.
+pub fn bytes_of(storage: &dyn Storage) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(storage.len().expect("len")).expect("small")];
+    storage.read_at(0, &mut bytes).expect("read");
+    bytes
+}
+
+impl Related for Files {
+    fn open(&self, role: &str, name: &str) -> Result<Child> {
+        let storage = self.get(name).ok_or_else(|| Error::new(vimg::block::Kind::NotFound, format!("no '{name}'")))?;
+        Ok(Child { role: role.to_owned(), name: name.to_owned(), storage })
+    }
+}
+
+struct Making<'a> {
+    name: &'a str,
+    files: &'a Files,
+    wrap: &'a dyn Fn(Arc<dyn Storage>) -> Arc<dyn Storage>,
+}
+
+impl CreateFiles for Making<'_> {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn main(&self) -> Result<Arc<dyn Storage>> {
+        self.beside(self.name)
+    }
+
+    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
+        let storage = (self.wrap)(Arc::new(Memory::default()));
+        self.files.put(name, storage.clone());
+        Ok(storage)
+    }
+}
+
+/// Identifiers that are always the same.
+#[derive(Debug)]
+pub struct SameIds;
+
+impl Ids for SameIds {
+    fn seconds(&self) -> u64 {
+        1_700_000_000
+    }
+
+    fn uuid(&self, _purpose: &str) -> [u8; 16] {
+        [0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x47, 0x88, 0x99, 0xaa, 0xbb, 0xcc, 0xdd, 0xee, 0xff, 0x01]
+    }
+
+    fn word(&self, _purpose: &str) -> u32 {
+        0x1234_5678
+    }
+}
+
+/// What the protocol adds to a format's options.
+const FILE_OPTIONS: &[OptionSpec] =
+    &[OptionSpec::new("size", OptionKind::Size, ""), OptionSpec::new("preallocation", OptionKind::Text, "")];
+
+/// `key=value,key=value` as creation options of a format.
+pub fn options(format: &dyn Format, text: &str) -> CreateOptions {
+    let create = format.creating().expect("a format that can be created");
+    let mut options = CreateOptions::new(&[create.options(), FILE_OPTIONS]);
+    for (key, value) in text.split(',').filter_map(|pair| pair.split_once('=')) {
+        let kind = options.spec(key).unwrap_or_else(|| panic!("no option {key}")).kind;
+        let number = || value.parse().expect("a number");
+        let value = match kind {
+            OptionKind::Text => OptionValue::Text(value.to_owned()),
+            OptionKind::Size => OptionValue::Size(number()),
+            OptionKind::Number => OptionValue::Number(number()),
+            OptionKind::Switch => OptionValue::Switch(value == "on"),
+        };
+        options.set(key, value).expect("option");
+    }
+    options
+}
+
+/// Makes an image in `files`; every new file goes through `wrap`.
+pub fn create_wrapped(
+    files: &Files,
+    format: &dyn Format,
+    name: &str,
+    size: u64,
+    text: &str,
+    wrap: &dyn Fn(Arc<dyn Storage>) -> Arc<dyn Storage>,
+) -> Result<()> {
+    let mut options = options(format, text);
+    options.set("size", OptionValue::Size(size))?;
+    let making = Making { name, files, wrap };
+    let request = CreateRequest { size, options: &options, files: &making, ids: &SameIds, related: files };
+    format.creating().expect("a format that can be created").create(&request)
+}
+
+/// Makes an image in memory.
+pub fn create(format: &dyn Format, name: &str, size: u64, text: &str) -> Files {
+    let files = Files::default();
+    create_wrapped(&files, format, name, size, text, &|storage| storage)
+        .unwrap_or_else(|e| panic!("create {} {text}: {}", format.name(), e.message()));
+    files
+}
+
+/// Opens one layer of `files`, with that backing layer.
+pub fn open(files: &Files, format: &dyn Format, name: &str, write: bool, backing: Option<Arc<Node>>) -> Result<Node> {
+    let driver = format.open(OpenRequest {
+        file: files.open("file", name)?,
+        options: &mut OptionTree::new(),
+        write,
+        look_only: false,
+        related: files,
+    })?;
+    Ok(Node::new(driver, backing, name.to_owned()))
+}

@@ -1,0 +1,342 @@
+//! One suite over every format that can be created and written to: seeded random operations against a `Vec<u8>`,
+//! and then the judge's word on what is left.
+//!
+//! A new entry of `FORMATS` is tested without being named here; [`VARIANTS`] adds the kinds that a format has.
+
+use std::sync::Arc;
+use std::thread;
+
+use vimg::block::node::Scratch as Buffers;
+use vimg::block::{Format, GuestOffset, Node};
+use vimg::formats::FORMATS;
+use vimg::storage::Preallocation;
+
+use crate::common::inside::{self, Files};
+use crate::common::{Scratch, judge, pattern};
+
+/// Kinds of a format worth a run of their own, as creation options.
+const VARIANTS: &[(&str, &[&str])] = &[
+    (
+        "qcow2",
+        &[
+            "",
+            "cluster_size=512",
+            "cluster_size=4096",
+            "cluster_size=2097152",
+            "compat=0.10",
+            "compat=0.10,cluster_size=1024",
+            "refcount_bits=1,cluster_size=4096",
+            "refcount_bits=64,cluster_size=512",
+            "lazy_refcounts=on",
+            "extended_l2=on",
+            "extended_l2=on,cluster_size=16384",
+            "preallocation=metadata",
+            "preallocation=metadata,extended_l2=on",
+            "preallocation=falloc,cluster_size=8192",
+            "data_file=data",
+            "data_file=data,data_file_raw=on",
+            "compression_type=zstd",
+        ],
+    ),
+    ("vmdk", &["", "subformat=monolithicFlat", "subformat=twoGbMaxExtentSparse", "subformat=twoGbMaxExtentFlat"]),
+    ("vdi", &["", "static=on"]),
+    ("vpc", &["", "subformat=fixed", "force_size=on"]),
+    ("vhdx", &["", "subformat=fixed", "block_size=1048576"]),
+    ("qed", &["", "cluster_size=4096"]),
+    ("parallels", &["", "cluster_size=65536"]),
+];
+
+fn variants(format: &dyn Format) -> &'static [&'static str] {
+    VARIANTS.iter().find(|(name, _)| *name == format.name()).map_or(&[""][..], |(_, variants)| variants)
+}
+
+/// An image, what it must read as, and what its backing file reads as.
+struct Case {
+    format: &'static dyn Format,
+    label: String,
+    files: Files,
+    node: Option<Node>,
+    backing: Option<Arc<Node>>,
+    below: Vec<u8>,
+    model: Vec<u8>,
+    rng: fastrand::Rng,
+    buffers: Buffers,
+}
+
+const NAME: &str = "image";
+
+impl Case {
+    fn new(format: &'static dyn Format, options: &str, seed: u64) -> Self {
+        let files = inside::create(format, NAME, 3 << 20, options);
+        Self::start(format, options, seed, files, None, Vec::new())
+    }
+
+    /// On top of a raw file that is a little shorter than the overlay.
+    fn overlay(format: &'static dyn Format, options: &str, seed: u64) -> Option<Self> {
+        if !format.layered() || format.name() == "vmdk" {
+            // vmdk takes vmdk alone as its backing file: tested with its own format.
+            return None;
+        }
+        let raw = vimg::block::format::find(FORMATS, "raw").expect("raw");
+        let below = pattern(seed ^ 0xb, 2_500_096);
+        let files = Files::default();
+        files.put("below", Arc::new(vimg::storage::memory::Memory::new(below.clone())));
+        let comma = if options.is_empty() { "" } else { "," };
+        let text = format!("{options}{comma}backing_file=below,backing_fmt=raw");
+        inside::create_wrapped(&files, format, NAME, 3 << 20, &text, &|storage| storage).expect("create overlay");
+        let backing = inside::open(&files, raw, "below", false, None).expect("open raw");
+        Some(Self::start(format, &text, seed, files, Some(Arc::new(backing)), below))
+    }
+
+    fn start(
+        format: &'static dyn Format,
+        options: &str,
+        seed: u64,
+        files: Files,
+        backing: Option<Arc<Node>>,
+        mut below: Vec<u8>,
+    ) -> Self {
+        let label = format!("{} {options} (seed {seed})", format.name());
+        let node = inside::open(&files, format, NAME, true, backing.clone())
+            .unwrap_or_else(|e| panic!("{label}: {}", e.message()));
+        below.resize(usize::try_from(node.virtual_size()).expect("small"), 0);
+        let model = below.clone();
+        let rng = fastrand::Rng::with_seed(seed);
+        Self { format, label, files, node: Some(node), backing, below, model, rng, buffers: Buffers::default() }
+    }
+
+    fn node(&self) -> &Node {
+        self.node.as_ref().expect("open")
+    }
+
+    fn ok<T>(&self, what: &str, result: vimg::block::Result<T>) -> T {
+        result.unwrap_or_else(|e| panic!("{}: {what}: {}", self.label, e.message()))
+    }
+
+    /// A range of the disk: mostly whole sectors, sometimes any bytes, sometimes long.
+    fn range(&mut self) -> (usize, usize) {
+        let size = self.model.len();
+        let grain = if self.rng.u8(..4) == 0 { 1 } else { 512 };
+        let longest = [2048, 70_000, 300_000, 1_200_000][self.rng.usize(..4)];
+        let at = self.rng.usize(..size) / grain * grain;
+        let len = (1 + self.rng.usize(..longest)).next_multiple_of(grain).min(size - at);
+        (at, len)
+    }
+
+    fn step(&mut self) {
+        let (at, len) = if self.model.is_empty() { (0, 0) } else { self.range() };
+        let start = GuestOffset(at as u64);
+        let mut buffers = std::mem::take(&mut self.buffers);
+        match self.rng.u8(..100) {
+            0..45 if len > 0 => {
+                let data = pattern(self.rng.u64(..), len);
+                self.ok("write", self.node().write(start, &data, &mut buffers));
+                self.model[at..at + len].copy_from_slice(&data);
+            }
+            45..65 if len > 0 => {
+                let unmap = self.rng.bool();
+                self.ok("write zeroes", self.node().write_zeroes(start, len as u64, unmap, &mut buffers));
+                self.model[at..at + len].fill(0);
+            }
+            65..75 if len > 0 => self.discard(at, len, &mut buffers),
+            75..90 if len > 0 => {
+                let mut got = vec![0xee; len];
+                self.ok("read", self.node().read(start, &mut got, &mut buffers));
+                assert!(got == self.model[at..at + len], "{}: read at {at}, {len} bytes", self.label);
+            }
+            90..94 => self.check_map(),
+            94..97 => self.reopen(),
+            97..100 => self.resize(),
+            _ => {}
+        }
+        self.buffers = buffers;
+    }
+
+    /// Whole units in the range read as zero, as the backing file, or as before; the rest as before.
+    fn discard(&mut self, at: usize, len: usize, buffers: &mut Buffers) {
+        let start = GuestOffset(at as u64);
+        self.ok("discard", self.node().writing().and_then(|w| w.discard(start, len as u64)));
+        let mut got = vec![0xee; len];
+        self.ok("read", self.node().read(start, &mut got, buffers));
+        for (i, byte) in got.iter().enumerate() {
+            let (old, below) = (self.model[at + i], self.below[at + i]);
+            let fine = *byte == old || *byte == 0 || *byte == below;
+            assert!(fine, "{}: after discard {at}+{len}, byte {} is {byte:#x}", self.label, at + i);
+        }
+        self.model[at..at + len].copy_from_slice(&got);
+    }
+
+    /// The map covers the disk, step by step, and what it calls zero is zero.
+    fn check_map(&mut self) {
+        let size = self.node().virtual_size();
+        let mut at = 0;
+        while at < size {
+            let mapping = self.ok("map", self.node().map(GuestOffset(at), size - at, usize::MAX));
+            assert!(mapping.len >= 1 && mapping.len <= size - at, "{}: map at {at}: {mapping:?}", self.label);
+            let range = usize::try_from(at).unwrap()..usize::try_from(at + mapping.len).unwrap();
+            if mapping.is_zero() {
+                assert!(self.model[range].iter().all(|byte| *byte == 0), "{}: {at} is not zero", self.label);
+            }
+            at += mapping.len;
+        }
+    }
+
+    fn reopen(&mut self) {
+        self.ok("close", self.node().driver().close());
+        self.node = None;
+        let node = inside::open(&self.files, self.format, NAME, true, self.backing.clone());
+        self.node = Some(self.ok("open again", node));
+        assert_eq!(self.node().virtual_size(), self.model.len() as u64, "{}", self.label);
+    }
+
+    /// Grows or shrinks, where the format can, at the driver: without what `resize` does above it for a tail that
+    /// a longer backing file would show through.
+    fn resize(&mut self) {
+        if self.backing.is_some() {
+            return;
+        }
+        let to = self.rng.u64(1..10_000) * 512;
+        let Some(resizing) = self.node().driver().resizing() else { return };
+        if resizing.check(to, Preallocation::Off).is_err() {
+            return;
+        }
+        let result = resizing.resize(to, Preallocation::Off);
+        self.ok("resize", result);
+        let size = usize::try_from(self.node().virtual_size()).expect("small");
+        assert!(size as u64 >= to, "{}: {size} after resize to {to}", self.label);
+        self.model.resize(size, 0);
+        self.below.resize(size, 0);
+    }
+
+    /// The judge reads the same, and finds nothing wrong.
+    fn judged(mut self) {
+        self.ok("close", self.node().driver().close());
+        self.node = None;
+        let scratch = Scratch::new();
+        self.files.save(scratch.path());
+        let name = self.format.name();
+        let out = judge(&["check", "-f", name, NAME]).dir(scratch.path()).run();
+        // 63: the format has no check.
+        assert!(matches!(out.code, Some(0 | 63)), "{}: {out:#?}", self.label);
+        let out = judge(&["convert", "-f", name, "-O", "raw", NAME, "judged.raw"]).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(0), "{}: {out:#?}", self.label);
+        let judged = std::fs::read(scratch.file("judged.raw")).expect("judged.raw");
+        assert_eq!(judged.len(), self.model.len(), "{}: size", self.label);
+        if let Some(at) = judged.iter().zip(&self.model).position(|(a, b)| a != b) {
+            panic!("{}: the judge reads another byte at {at} ({at:#x})", self.label);
+        }
+    }
+}
+
+/// Formats that can be made, opened for writing, and written to in any order.
+fn writable() -> Vec<(&'static dyn Format, &'static str)> {
+    let mut found = Vec::new();
+    for format in FORMATS.iter().copied().filter(|format| format.creating().is_some()) {
+        for options in variants(format) {
+            let files = inside::create(format, NAME, 3 << 20, options);
+            let node = inside::open(&files, format, NAME, true, None).unwrap_or_else(|e| {
+                panic!("{} {options}: {}", format.name(), e.message());
+            });
+            if node.writing().is_ok() {
+                found.push((format, *options));
+            }
+        }
+    }
+    assert!(found.iter().any(|(format, _)| format.name() == "qcow2"), "qcow2 is not among the writable formats");
+    found
+}
+
+/// Runs `body` on every writable format and kind, two at a time.
+fn for_each_kind(body: impl Fn(&'static dyn Format, &'static str) + Sync) {
+    let kinds = writable();
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while let Some((format, options)) = kinds.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
+                    body(*format, options);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn random_operations_match_a_plain_buffer() {
+    for_each_kind(|format, options| {
+        for seed in 1..=3 {
+            let mut case = Case::new(format, options, seed);
+            for _ in 0..70 {
+                case.step();
+            }
+            case.judged();
+        }
+    });
+}
+
+#[test]
+fn random_operations_on_an_overlay_match_a_plain_buffer() {
+    for_each_kind(|format, options| {
+        if options.contains("data_file") || options.contains("preallocation") {
+            return;
+        }
+        for seed in 11..=12 {
+            let Some(mut case) = Case::overlay(format, options, seed) else { return };
+            for _ in 0..60 {
+                case.step();
+            }
+            case.judged();
+        }
+    });
+}
+
+#[test]
+fn writers_on_several_threads_do_not_disturb_each_other() {
+    for_each_kind(|format, options| {
+        let mut case = Case::new(format, options, 5);
+        let unit = case.ok("writing", case.node().writing()).unit().max(4096);
+        let units: Vec<u64> = (0..case.node().virtual_size() / unit).collect();
+        let node = case.node();
+        thread::scope(|scope| {
+            for part in 0..4 {
+                let mine: Vec<u64> = units.iter().copied().filter(|n| n % 4 == part).collect();
+                scope.spawn(move || {
+                    let mut rng = fastrand::Rng::with_seed(part);
+                    let mut mine = mine;
+                    rng.shuffle(&mut mine);
+                    let mut buffers = Buffers::default();
+                    for n in mine {
+                        let data = pattern(n, usize::try_from(unit).unwrap());
+                        node.write(GuestOffset(n * unit), &data, &mut buffers).expect("write");
+                    }
+                });
+            }
+        });
+        for n in units {
+            let at = usize::try_from(n * unit).unwrap();
+            let len = usize::try_from(unit).unwrap();
+            case.model[at..at + len].copy_from_slice(&pattern(n, len));
+        }
+        case.judged();
+    });
+}
+
+#[test]
+fn a_placement_that_is_dropped_leaves_nothing() {
+    use vimg::block::Store;
+    for_each_kind(|format, options| {
+        let mut case = Case::new(format, options, 6);
+        let unit = case.ok("writing", case.node().writing()).unit().max(512);
+        for n in [0, 3, 1] {
+            if (n + 1) * unit <= case.node().virtual_size() {
+                drop(case.ok("place", case.node().place(GuestOffset(n * unit), unit, Store::Data)));
+            }
+        }
+        let data = pattern(9, 5000);
+        case.ok("write", case.node().write(GuestOffset(512), &data, &mut Buffers::default()));
+        case.model[512..5512].copy_from_slice(&data);
+        // Where a format keeps no count of its space a dropped placement may have been given a place in the file:
+        // what is read decides, and `check`.
+        case.judged();
+    });
+}
