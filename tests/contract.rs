@@ -202,9 +202,11 @@ impl Case {
         }
         let result = resizing.resize(to, Preallocation::Off);
         self.ok("resize", result);
+        // A resized image is closed next, as `resize` does.
+        self.model.resize(usize::try_from(self.node().virtual_size()).expect("small"), 0);
+        self.reopen();
         let size = usize::try_from(self.node().virtual_size()).expect("small");
         assert!(size as u64 >= to, "{}: {size} after resize to {to}", self.label);
-        self.model.resize(size, 0);
         self.below.resize(size, 0);
     }
 

@@ -8,5 +8,6 @@ mod common;
 mod contract;
 mod fault;
 mod fixtures;
+mod hostile;
 mod qcow2_create;
 mod vmdk;

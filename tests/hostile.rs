@@ -1,0 +1,394 @@
+//! Mutated images: no panic, no hang, no memory that grows with a number in a header.
+//!
+//! Every fixture is changed in thousands of deterministic ways: each field of its first bytes set to telling values,
+//! entries of its tables sent to wild places, bits flipped, the file cut. Most cases run in process, on memory
+//! (opened, described, mapped, read, written to, resized); a sample runs through the program, whose time and memory
+//! are limited by the kernel.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vimg::block::node::Scratch as Buffers;
+use vimg::block::{Format, GuestOffset, Node};
+use vimg::formats::FORMATS;
+use vimg::storage::Preallocation;
+use vimg::storage::memory::Memory;
+
+use crate::common::inside::{self, Files};
+use crate::common::run::vimg_within_memory;
+use crate::common::{Output, Scratch};
+use crate::fixtures;
+
+/// No case may take longer than this, in process or as a program.
+const TIME: Duration = Duration::from_secs(10);
+/// Private memory (heap and stacks) that the program may use.
+const MEMORY: u64 = 256 << 20;
+
+/// One change of a file.
+#[derive(Debug, Clone)]
+enum Mutation {
+    /// `width` bytes at `at`, big-endian or little, set to `value`.
+    Set { at: usize, width: usize, value: u64, little: bool },
+    /// One bit the other way.
+    Flip { at: usize, bit: u8 },
+    /// Cut to that length.
+    Cut { len: usize },
+    /// Several of them.
+    All(Vec<Mutation>),
+}
+
+impl Mutation {
+    fn apply(&self, bytes: &mut Vec<u8>) {
+        match self {
+            Self::Set { at, width, value, little } => {
+                let whole = if *little { value.to_le_bytes() } else { (value << (64 - 8 * width)).to_be_bytes() };
+                for (i, byte) in whole.iter().take(*width).enumerate() {
+                    if let Some(slot) = bytes.get_mut(at + i) {
+                        *slot = *byte;
+                    }
+                }
+            }
+            Self::Flip { at, bit } => {
+                if let Some(slot) = bytes.get_mut(*at) {
+                    *slot ^= 1 << bit;
+                }
+            }
+            Self::Cut { len } => bytes.truncate(*len),
+            Self::All(all) => all.iter().for_each(|one| one.apply(bytes)),
+        }
+    }
+}
+
+const TELLING: &[u64] = &[
+    0,
+    1,
+    2,
+    3,
+    8,
+    9,
+    16,
+    21,
+    22,
+    31,
+    32,
+    63,
+    64,
+    0x1ff,
+    0x200,
+    0xfff,
+    0x1000,
+    0xffff,
+    0x10000,
+    0x7fff_ffff,
+    0x8000_0000,
+    0xffff_fe00,
+    0xffff_ffff,
+    0x1_0000_0000,
+    1 << 40,
+    (1 << 56) - 512,
+    1 << 62,
+    (1 << 62) + 512,
+    i64::MAX as u64,
+    1 << 63,
+    (1 << 63) + (1 << 40),
+    u64::MAX - 511,
+    u64::MAX,
+];
+
+/// All the ways in which a file is changed: deterministic, about `count` of them.
+fn mutations(bytes: &[u8], name: &str, count: usize) -> Vec<Mutation> {
+    let mut all = Vec::new();
+    // Every aligned field of the header, as 4 and as 8 bytes, with every telling value.
+    let little = !name.ends_with(".qcow2") && !name.ends_with(".qcow") && !name.ends_with(".vhd");
+    for at in (0..bytes.len().min(512)).step_by(4) {
+        for value in TELLING {
+            all.push(Mutation::Set { at, width: 4, value: *value & 0xffff_ffff, little });
+            if at % 8 == 0 {
+                all.push(Mutation::Set { at, width: 8, value: *value, little });
+            }
+        }
+    }
+    // Cut at the edges of sectors and near the end, and anywhere.
+    let mut rng = fastrand::Rng::with_seed(bytes.len() as u64);
+    for len in [0, 1, 4, 8, 71, 72, 103, 104, 111, 112, 511, 512, 513, 1024, 65535, 65536, 65537, 131072, 196608] {
+        all.push(Mutation::Cut { len });
+    }
+    for _ in 0..60 {
+        all.push(Mutation::Cut { len: rng.usize(..bytes.len().max(1)) });
+    }
+    // What is not zero is where tables and data are: wild entries, flipped bits.
+    let busy: Vec<usize> =
+        (0..bytes.len()).step_by(8).filter(|at| bytes[*at..].iter().take(8).any(|b| *b != 0)).collect();
+    let tables: Vec<usize> = busy.iter().copied().filter(|at| looks_like_an_entry(&bytes[*at..], little)).collect();
+    for _ in 0..count / 3 {
+        let at = *pick(&mut rng, if tables.is_empty() { &busy } else { &tables });
+        let mut value = TELLING[rng.usize(..TELLING.len())];
+        if rng.bool() {
+            value ^= rng.u64(..) & 0xffff_ffff_ffff >> rng.u32(..40);
+        }
+        let width = if little { 4 } else { 8 };
+        all.push(Mutation::Set { at, width, value, little });
+    }
+    for _ in 0..count / 3 {
+        let near = if rng.bool() { rng.usize(..bytes.len().clamp(1, 1024)) } else { *pick(&mut rng, &busy) };
+        all.push(Mutation::Flip { at: near + rng.usize(..8), bit: rng.u8(..8) });
+    }
+    // Combinations find what one change alone is caught early for.
+    for _ in 0..count / 4 {
+        let n = 2 + rng.usize(..4);
+        let some = (0..n).map(|_| all[rng.usize(..all.len())].clone()).collect();
+        all.push(Mutation::All(some));
+    }
+    rng.shuffle(&mut all);
+    all.truncate(count);
+    all
+}
+
+fn pick<'a, T>(rng: &mut fastrand::Rng, from: &'a [T]) -> &'a T {
+    &from[rng.usize(..from.len())]
+}
+
+/// A table's entry has empty bytes beside a small number; text and random data do not.
+fn looks_like_an_entry(bytes: &[u8], little: bool) -> bool {
+    let width = if little { 4 } else { 8 };
+    bytes.len() >= width && bytes[..width].iter().filter(|byte| **byte == 0).count() * 2 >= width
+}
+
+/// The files of all fixtures, unpacked.
+fn unpacked() -> Scratch {
+    let scratch = Scratch::new();
+    fixtures::unpack(scratch.path());
+    scratch
+}
+
+fn load(folder: &Path) -> Files {
+    let files = Files::default();
+    for entry in std::fs::read_dir(folder).expect("read folder").flatten() {
+        let bytes = std::fs::read(entry.path()).expect("read fixture");
+        files.put(&entry.file_name().to_string_lossy(), Arc::new(Memory::new(bytes)));
+    }
+    files
+}
+
+/// Everything that a mutated image goes through, in process. Errors are fine; the tests look for what is not.
+fn exercise(files: &Files, format: &'static dyn Format, name: &str) {
+    let mut buffers = Buffers::default();
+    if let Ok(node) = inside::open(files, format, name, false, None) {
+        let _ = node.driver().info();
+        read_some(&node, &mut buffers);
+        if let Some(snapshots) = node.driver().snapshots() {
+            for snapshot in snapshots.list().unwrap_or_default() {
+                let key = vimg::block::driver::SnapshotKey::IdOrName(snapshot.id);
+                if let Ok(driver) = snapshots.open(&key) {
+                    read_some(&Node::new(driver, None, name.to_owned()), &mut buffers);
+                }
+            }
+        }
+    }
+    for size in [3 << 20, 1 << 30, 512, 100 << 10] {
+        let files = files.copy();
+        let Ok(node) = inside::open(&files, format, name, true, None) else { return };
+        if node.writing().is_ok() {
+            for at in [0, 70_000, node.virtual_size().saturating_sub(9000)] {
+                let len = node.virtual_size().saturating_sub(at).min(9000);
+                let _ = node.write(GuestOffset(at), &vec![7; usize::try_from(len).unwrap_or(0)], &mut buffers);
+                let _ = node.write_zeroes(GuestOffset(at), len, true, &mut buffers);
+            }
+        }
+        if let Some(resizing) = node.driver().resizing() {
+            // A disk that says it is huge may be cut at will; to grow one further proves nothing.
+            if resizing.check(size, Preallocation::Off).is_ok() && node.virtual_size() < 1 << 40 {
+                let _ = resizing.resize(size, Preallocation::Off);
+            }
+        }
+        let _ = node.driver().close();
+    }
+}
+
+/// Maps and reads, with a budget: a mutated image may say that it is exabytes large.
+fn read_some(node: &Node, buffers: &mut Buffers) {
+    let size = node.virtual_size();
+    let mut at = 0;
+    let mut buf = vec![0; 1 << 16];
+    for _ in 0..300 {
+        if at >= size {
+            break;
+        }
+        let Ok(mapping) = node.map(GuestOffset(at), size - at, usize::MAX) else {
+            at += 65536;
+            continue;
+        };
+        let n = usize::try_from(mapping.len).unwrap_or(usize::MAX).min(buf.len());
+        let _ = mapping.read(&mut buf[..n], buffers);
+        at += mapping.len;
+    }
+    let last = size.saturating_sub(65536);
+    let _ = node.read(GuestOffset(last), &mut buf, buffers);
+}
+
+/// A case, for the one who watches the clock.
+struct Watch {
+    since: Instant,
+    what: String,
+}
+
+#[test]
+fn mutated_images_in_process() {
+    let scratch = unpacked();
+    let files = load(scratch.path());
+    let mut cases = Vec::new();
+    for fixture in fixtures::all() {
+        let format = vimg::block::format::find(FORMATS, &fixture.format).expect("a format of ours");
+        let bytes = inside::bytes_of(&*files.get(&fixture.name).expect("fixture"));
+        // Large ones cost more and tell no more.
+        let count = if bytes.len() > 4 << 20 { 100 } else { 400 };
+        for mutation in mutations(&bytes, &fixture.name, count) {
+            cases.push((format, fixture.name.clone(), mutation));
+        }
+    }
+    assert!(cases.len() >= 5000, "only {} cases", cases.len());
+    let next = AtomicUsize::new(0);
+    let (tell, told) = mpsc::channel();
+    let workers = 2;
+    thread::scope(|scope| {
+        for worker in 0..workers {
+            let (tell, cases, files, next) = (tell.clone(), &cases, &files, &next);
+            scope.spawn(move || {
+                while let Some((format, name, mutation)) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let what = format!("{name}: {mutation:?}");
+                    let _ = tell.send((worker, Some(Watch { since: Instant::now(), what: what.clone() })));
+                    let mut bytes = inside::bytes_of(&*files.get(name).expect("fixture"));
+                    mutation.apply(&mut bytes);
+                    let mutated = Files::default();
+                    for other in ["base.raw", "middle.qcow2", "outside.data"] {
+                        mutated.put(other, files.get(other).expect("fixture"));
+                    }
+                    mutated.put(name, Arc::new(Memory::new(bytes)));
+                    let run = || exercise(&mutated, *format, name);
+                    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
+                        // The panic's own message went to stderr; this is the case that caused it.
+                        panic!("a panic: {what}");
+                    }
+                }
+                let _ = tell.send((worker, None));
+            });
+        }
+        drop(tell);
+        watch(&told, workers);
+    });
+}
+
+/// Ends the whole run where one case takes too long: a thread that hangs cannot be ended otherwise.
+fn watch(told: &mpsc::Receiver<(usize, Option<Watch>)>, workers: usize) {
+    let mut busy: Vec<Option<Watch>> = (0..workers).map(|_| None).collect();
+    loop {
+        match told.recv_timeout(Duration::from_millis(500)) {
+            Ok((worker, watch)) => busy[worker] = watch,
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Err(mpsc::RecvTimeoutError::Disconnected) => return,
+        }
+        if let Some(slow) = busy.iter().flatten().find(|watch| watch.since.elapsed() > TIME) {
+            eprintln!("no end: {}", slow.what);
+            std::process::abort();
+        }
+    }
+}
+
+/// Ends well or with an error of ours.
+fn assert_sane(out: &Output, what: &str) {
+    assert!(!out.timed_out, "{what}: no end: {out:#?}");
+    assert!(matches!(out.code, Some(0 | 1)), "{what}: {out:#?}");
+    assert!(!out.stderr.contains("panicked"), "{what}: {out:#?}");
+    if out.code == Some(1) {
+        assert!(!out.stderr.trim().is_empty(), "{what}: fails without a word");
+    }
+}
+
+#[test]
+fn mutated_images_through_the_program() {
+    let scratch = unpacked();
+    let mut cases = Vec::new();
+    for fixture in fixtures::all() {
+        let bytes = std::fs::read(scratch.file(&fixture.name)).expect("fixture");
+        let mut all = mutations(&bytes, &fixture.name, 400);
+        // Others than those that start the list that runs in process.
+        all.reverse();
+        for mutation in all.into_iter().take(12) {
+            cases.push((fixture.name.clone(), fixture.format.clone(), bytes.clone(), mutation));
+        }
+    }
+    assert!(cases.len() >= 200, "only {} cases", cases.len());
+    let next = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                // A folder of its own: some cases write.
+                let mine = unpacked();
+                loop {
+                    let n = next.fetch_add(1, Ordering::Relaxed);
+                    let Some((name, format, bytes, mutation)) = cases.get(n) else { return };
+                    let mut mutated = bytes.clone();
+                    mutation.apply(&mut mutated);
+                    std::fs::write(mine.file(name), &mutated).expect("write");
+                    through_the_program(&mine, name, format, &format!("{name}: {mutation:?}"));
+                    std::fs::write(mine.file(name), bytes).expect("write");
+                }
+            });
+        }
+    });
+}
+
+fn through_the_program(scratch: &Scratch, name: &str, format: &str, what: &str) {
+    let run = |args: &[&str]| vimg_within_memory(MEMORY, args).dir(scratch.path()).within(TIME).run();
+    let info = run(&["info", "-f", format, "--output=json", name]);
+    assert_sane(&info, what);
+    assert_sane(&run(&["info", name]), what);
+    // An image that says it is huge may take as long as it likes to convert, if it is full; so only small ones.
+    let size = serde_json::from_str::<serde_json::Value>(&info.stdout)
+        .ok()
+        .and_then(|json| json["virtual-size"].as_u64())
+        .unwrap_or(0);
+    if size <= 1 << 30 {
+        assert_sane(&run(&["convert", "-f", format, "-O", "raw", name, "out.raw"]), what);
+        let _ = std::fs::remove_file(scratch.file("out.raw"));
+    }
+    assert_sane(&run(&["resize", "-q", "-f", format, name, "+1M"]), what);
+    assert_sane(&run(&["resize", "-q", "-f", format, "--shrink", name, "64k"]), what);
+}
+
+#[test]
+fn huge_claims_cost_no_memory_and_no_time() {
+    // A disk of 16 TiB and one of 256 TiB, empty: mapped and read as what they are.
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "qcow2", "huge.qcow2", "16T"]);
+    scratch.judge(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", "vast.qcow2", "256T"]);
+    for name in ["huge.qcow2", "vast.qcow2"] {
+        let out = vimg_within_memory(MEMORY, &["convert", "-O", "qcow2", "-o", "cluster_size=2M", name, "out.qcow2"])
+            .dir(scratch.path())
+            .within(TIME)
+            .run();
+        assert_eq!(out.code, Some(0), "{name}: {out:#?}");
+        let out = vimg_within_memory(64 << 20, &["info", name]).dir(scratch.path()).within(TIME).run();
+        assert_eq!(out.code, Some(0), "{name}: {out:#?}");
+    }
+}
+
+#[test]
+fn backing_loops_end() {
+    let scratch = Scratch::new();
+    for (image, below) in [("a", "b"), ("b", "c"), ("c", "a"), ("self", "./self")] {
+        scratch.judge(&["create", "-q", "-u", "-f", "qcow2", "-b", below, "-F", "qcow2", image, "1M"]);
+    }
+    for image in ["a", "self"] {
+        for args in [&["convert", "-O", "raw", image, "out"][..], &["info", "--backing-chain", image]] {
+            let out = vimg_within_memory(MEMORY, args).dir(scratch.path()).within(TIME).run();
+            assert_eq!(out.code, Some(1), "{out:#?}");
+            assert!(out.stderr.contains("infinite loop"), "{out:#?}");
+        }
+        assert!(!scratch.file("out").exists());
+    }
+}
