@@ -10,4 +10,5 @@ mod fault;
 mod fixtures;
 mod hostile;
 mod qcow2_create;
+mod storage;
 mod vmdk;

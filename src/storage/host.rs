@@ -186,3 +186,32 @@ fn attribute_names(file: &File) -> io::Result<Vec<u8>> {
     names.truncate(usize::try_from(len).map_err(|_| io::Error::last_os_error())?);
     Ok(names)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_are_copied() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let (from, to) = (File::create(dir.path().join("a")).unwrap(), File::create(dir.path().join("b")).unwrap());
+        let name = c"user.vimg";
+        // SAFETY: the name is a C string, the value four readable bytes.
+        let set = unsafe { libc::fsetxattr(from.as_raw_fd(), name.as_ptr(), c"text".as_ptr().cast(), 4, 0) };
+        assert_eq!(set, 0, "a file system with extended attributes: {}", io::Error::last_os_error());
+        copy_attributes(&from, &to);
+        let mut value = [0u8; 9];
+        // SAFETY: the name is a C string, the value nine writable bytes.
+        let len = unsafe { libc::fgetxattr(to.as_raw_fd(), name.as_ptr(), value.as_mut_ptr().cast(), 9) };
+        assert_eq!((len, &value[..4]), (4, &b"text"[..]));
+    }
+
+    #[test]
+    fn only_devices_answer_for_devices() {
+        let file = tempfile::tempfile().unwrap();
+        assert!(device_size(&file).is_err());
+        assert!(!is_read_only(&file) && !is_mount_point(&file) && !is_synchronous(&file));
+        assert_eq!(sector(&file), 512);
+        assert!(page_size().is_power_of_two());
+    }
+}

@@ -82,6 +82,10 @@ fn zero_allocated(file: &HostFile, at: u64, end: u64) -> Result<()> {
 }
 
 fn zero_device(file: &HostFile, at: u64, end: u64, how: Zeroing) -> Result<()> {
+    // The kernel would zero what there is and say nothing.
+    if end > file.len()? {
+        return Err(Errno::ENOSPC.into());
+    }
     let sector = host::sector(file.file());
     let first = at.next_multiple_of(sector).min(end);
     let last = (end / sector * sector).max(first);

@@ -108,7 +108,10 @@ impl Staging {
             if how.nocow {
                 host::set_nocow(staged.storage.file());
             }
-            if let Err(Error::Io(cause)) = host::set_extent_size_hint(staged.storage.file(), hint) {
+            // The default is only tried; what the user asked for is missed.
+            if let Err(Error::Io(cause)) = host::set_extent_size_hint(staged.storage.file(), hint)
+                && how.extent_size_hint.is_some()
+            {
                 let text = format!("Failed to set extent size hint: {}", error::strerror(&cause));
                 self.notices.lock().unwrap_or_else(|e| e.into_inner()).push(text);
             }

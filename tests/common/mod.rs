@@ -79,8 +79,8 @@ impl Scratch {
 pub fn need(program: &str) {
     let package = match program {
         "qemu-img" | "qemu-io" | "qemu-nbd" => "qemu-utils",
-        "mke2fs" | "e2fsck" | "debugfs" => "e2fsprogs",
-        "prlimit" | "losetup" | "fallocate" => "util-linux",
+        "mke2fs" | "e2fsck" | "debugfs" | "lsattr" => "e2fsprogs",
+        "prlimit" | "losetup" | "fallocate" | "setpriv" | "unshare" => "util-linux",
         "mount" | "umount" => "mount",
         "timeout" | "truncate" | "du" | "stat" => "coreutils",
         "7z" => "p7zip-full",

@@ -1,0 +1,404 @@
+//! The storage stratum against the host itself: locks shared with `qemu-io`, loop devices, full disks, file
+//! systems with abilities of their own.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use vimg::storage::file::{HostFile, OpenHow};
+use vimg::storage::lock::Access;
+use vimg::storage::staging::{CreateHow, Staging};
+use vimg::storage::{CacheMode, HostExtent, Kind, Preallocation, Storage, Zeroing};
+
+use crate::common::run::Holder;
+use crate::common::{Scratch, judge, need, need_root, pattern, sh, vimg};
+
+const RW: OpenHow = OpenHow { write: true, cache: CacheMode::Writeback, access: Access::NONE };
+
+/// A program that another test is just starting holds our descriptors for a moment, until it is that program: so
+/// what ought to be free is tried for a while.
+fn hold(path: &Path, access: Access) -> HostFile {
+    let mut tries = 0;
+    loop {
+        match HostFile::open(path, &OpenHow { access, ..RW }) {
+            Err(error) if error.errno() == Some(Errno::EAGAIN) && tries < 100 => tries += 1,
+            other => return other.unwrap(),
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+fn taking(path: &Path, access: Access) -> String {
+    HostFile::open(path, &OpenHow { access, ..RW }).map_or_else(|e| e.to_string(), |_| "ok".to_owned())
+}
+
+/// A loop device over a file, detached when dropped.
+struct Loop(PathBuf);
+
+impl Loop {
+    fn new(file: &Path, more: &str) -> Self {
+        need("losetup");
+        need_root("a loop device");
+        let made = sh(&format!("losetup {more} -f --show {}", file.display())).ok();
+        Self(made.stdout.trim().into())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        sh(&format!("losetup -d {}", self.0.display())).run();
+    }
+}
+
+/// A file system on a folder, unmounted when dropped.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn new(folder: PathBuf, how: &str) -> Self {
+        need("mount");
+        need_root("mounting a file system");
+        fs::create_dir(&folder).unwrap();
+        sh(&format!("mount {how} {}", folder.display())).ok();
+        Self(folder)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        sh(&format!("umount {}", self.0.display())).run();
+    }
+}
+
+const NO_WRITE: &str = "Failed to get \"write\" lock";
+const NO_SHARED_WRITE: &str = "Failed to get shared \"write\" lock";
+
+#[test]
+fn a_judge_that_holds_an_image_keeps_us_out() {
+    let dir = Scratch::new();
+    dir.judge(&["create", "-q", "-f", "qcow2", "a", "1M"]);
+    dir.judge(&["create", "-q", "-f", "raw", "b", "1M"]);
+    let (a, b) = (dir.file("a"), dir.file("b"));
+    {
+        let _writer = Holder::new(dir.path(), &["-f", "qcow2", "a"]);
+        assert_eq!(taking(&a, Access::READ), NO_SHARED_WRITE);
+        assert_eq!(taking(&a, Access::LOOK), NO_SHARED_WRITE);
+        assert_eq!(taking(&a, Access::WRITE), NO_WRITE);
+        assert_eq!(taking(&a, Access::CREATE), NO_WRITE);
+        assert_eq!(taking(&a, Access::SHARED), "ok");
+        let theirs = judge(&["info", "a"]).dir(dir.path()).fails(1);
+        let ours = vimg(&["info", "a"]).dir(dir.path()).fails(1);
+        assert_eq!(ours.stderr.replacen("vimg", "qemu-img", 1), theirs.stderr);
+        let theirs = judge(&["create", "-q", "-f", "qcow2", "a", "2M"]).dir(dir.path()).fails(1);
+        let ours = vimg(&["create", "-q", "-f", "qcow2", "a", "2M"]).dir(dir.path()).fails(1);
+        assert_eq!(ours.stderr.replacen("vimg", "qemu-img", 1), theirs.stderr);
+        vimg(&["info", "-U", "a"]).dir(dir.path()).ok();
+    }
+    {
+        let _reader = Holder::new(dir.path(), &["-r", "-f", "qcow2", "a"]);
+        assert_eq!(taking(&a, Access::READ), "ok");
+        assert_eq!(taking(&a, Access::WRITE), NO_WRITE);
+    }
+    {
+        // raw adds no refusals of its own: whoever reads it as raw bears its writer.
+        let _writer = Holder::new(dir.path(), &["-f", "raw", "b"]);
+        assert_eq!(taking(&b, Access::READ), NO_SHARED_WRITE);
+        assert_eq!(taking(&b, Access::READ.of_raw()), "ok");
+        judge(&["info", "b"]).dir(dir.path()).ok();
+        vimg(&["info", "b"]).dir(dir.path()).ok();
+    }
+    drop(hold(&a, Access::WRITE));
+}
+
+#[test]
+fn what_we_hold_keeps_the_judge_out() {
+    let dir = Scratch::new();
+    dir.judge(&["create", "-q", "-f", "qcow2", "a", "1M"]);
+    let a = dir.file("a");
+    let cases: [(Access, &[&str], &str); 6] = [
+        (Access::WRITE, &["info", "a"], NO_SHARED_WRITE),
+        (Access::WRITE, &["create", "-q", "-f", "qcow2", "a", "1M"], NO_WRITE),
+        (Access::READ, &["resize", "-f", "qcow2", "a", "2M"], NO_WRITE),
+        (Access::READ, &["info", "a"], ""),
+        (Access::CREATE, &["info", "a"], NO_SHARED_WRITE),
+        (Access::CREATE, &["create", "-q", "-f", "raw", "a", "1M"], "Failed to get \"resize\" lock"),
+    ];
+    for (access, args, expected) in cases {
+        let held = hold(&a, access);
+        let out = judge(args).dir(dir.path()).run();
+        assert_eq!(out.code, Some(i32::from(!expected.is_empty())), "{access:?} {args:?}: {out:?}");
+        assert!(out.stderr.contains(expected), "{access:?} {args:?}: {out:?}");
+        if !expected.is_empty() {
+            assert!(out.stderr.contains("Is another process using the image [a]?"), "{out:?}");
+        }
+        drop(held);
+    }
+    // An older file stays locked until the new one has its name.
+    let staging = Staging::new(CacheMode::Unsafe);
+    staging.create(&a).unwrap();
+    let out = judge(&["resize", "-f", "qcow2", "a", "2M"]).dir(dir.path()).fails(1);
+    assert!(out.stderr.contains("lock"), "{out:?}");
+    drop(staging);
+    drop(hold(&a, Access::WRITE));
+    dir.judge(&["resize", "-f", "qcow2", "a", "2M"]);
+}
+
+#[test]
+fn a_block_device() {
+    let dir = Scratch::new();
+    let backing = dir.file("disk");
+    // Not a multiple of a page, so that O_DIRECT meets an odd end.
+    let size = (4u64 << 20) + 512;
+    fs::write(&backing, pattern(1, size as usize)).unwrap();
+    let device = Loop::new(&backing, "");
+    let mut model = pattern(1, size as usize);
+    for cache in [CacheMode::Writeback, CacheMode::None, CacheMode::Directsync] {
+        let file = HostFile::open(&device.0, &OpenHow { cache, ..RW }).unwrap();
+        assert_eq!((file.len().unwrap(), file.kind()), (size, Kind::BlockDevice));
+        assert_eq!(file.extent(0, u64::MAX).unwrap(), HostExtent { len: size, data: true });
+        assert_eq!(file.extent(size, 9).unwrap(), HostExtent { len: 9, data: false });
+        let check = |model: &[u8]| {
+            let mut got = vec![1; size as usize + 100];
+            file.read_at(0, &mut got).unwrap();
+            assert!(got[..size as usize] == *model && got[size as usize..].iter().all(|b| *b == 0), "{cache:?}");
+        };
+        check(&model);
+        for (at, len) in [(0usize, 512usize), (777, 5000), (size as usize - 300, 300), (1 << 20, 1 << 20)] {
+            let bytes = pattern(at as u64 + len as u64, len);
+            file.write_at(at as u64, &bytes).unwrap();
+            model[at..at + len].copy_from_slice(&bytes);
+            check(&model);
+        }
+        for (how, at, len) in [
+            (Zeroing::Punch, 512usize, 65536usize),
+            (Zeroing::Punch, 100_000, 70_001),
+            (Zeroing::Allocate, 200_000, 99_999),
+            (Zeroing::Write, 400_001, 3),
+            (Zeroing::Punch, size as usize - 512, 512),
+        ] {
+            file.zero(at as u64, len as u64, how).unwrap();
+            model[at..at + len].fill(0);
+            check(&model);
+        }
+        let past = file.zero(size - 512, 4096, Zeroing::Punch).unwrap_err();
+        assert_eq!(past.errno(), Some(Errno::ENOSPC));
+        model[size as usize - 512..].fill(0);
+        file.discard(1 << 20, 1 << 20).unwrap();
+        file.write_at(1 << 20, &model[1 << 20..2 << 20]).unwrap();
+        check(&model);
+        file.set_len(size - 512, Preallocation::Off).unwrap();
+        assert_eq!(file.set_len(size + 1, Preallocation::Off).unwrap_err().to_string(), "Cannot grow device files");
+        let text = file.set_len(size, Preallocation::Full).unwrap_err().to_string();
+        assert_eq!(text, "Preallocation mode 'full' unsupported for this non-regular file");
+        file.flush().unwrap();
+    }
+    // A target of that kind is written in place, not truncated, and there before the commit.
+    let staging = Staging::new(CacheMode::Writeback);
+    let file = staging.create(&device.0).unwrap();
+    file.write_at(5, b"hello").unwrap();
+    model[5..10].copy_from_slice(b"hello");
+    drop(file);
+    staging.commit().unwrap();
+    drop(device);
+    assert!(fs::read(&backing).unwrap() == model);
+}
+
+#[test]
+fn punching_a_device_gives_its_space_back() {
+    let dir = Scratch::new();
+    fs::write(dir.file("disk"), vec![7; 8 << 20]).unwrap();
+    let device = Loop::new(&dir.file("disk"), "");
+    let file = HostFile::open(&device.0, &RW).unwrap();
+    file.zero(0, 4 << 20, Zeroing::Punch).unwrap();
+    file.discard(4 << 20, 2 << 20).unwrap();
+    file.flush().unwrap();
+    let left = fs::metadata(dir.file("disk")).unwrap().blocks() * 512;
+    assert!(left <= (2 << 20) + 65536, "{left}");
+}
+
+#[test]
+fn a_read_only_device_is_refused() {
+    let dir = Scratch::new();
+    fs::write(dir.file("disk"), vec![0; 1 << 20]).unwrap();
+    let device = Loop::new(&dir.file("disk"), "-r");
+    let name = device.0.to_str().unwrap();
+    assert_eq!(taking(&device.0, Access::NONE), "The device is not writable: Permission denied");
+    let theirs = judge(&["create", "-q", "-f", "raw", name, "1M"]).fails(1);
+    let ours = vimg(&["create", "-q", "-f", "raw", name, "1M"]).fails(1);
+    assert_eq!(ours.stderr.replacen("vimg", "qemu-img", 1), theirs.stderr);
+}
+
+#[test]
+fn a_full_disk_is_said_and_leaves_nothing() {
+    let dir = Scratch::new();
+    let small = Mount::new(dir.file("small"), "-t tmpfs -o size=1m vimg-test");
+    let path = small.0.join("a");
+    fs::write(&path, b"old").unwrap();
+    let file = HostFile::open(&path, &RW).unwrap();
+    for (fill, text) in [
+        (Preallocation::Falloc, "Could not preallocate new data: No space left on device"),
+        (Preallocation::Full, "Could not write zeros for preallocation: No space left on device"),
+    ] {
+        let error = file.set_len(4 << 20, fill).unwrap_err();
+        assert_eq!((error.to_string().as_str(), error.errno()), (text, Some(Errno::ENOSPC)));
+        assert_eq!(file.len().unwrap(), 3, "the old length is back");
+        assert!(fs::metadata(&path).unwrap().blocks() <= 8, "and so is the space");
+    }
+    let error = file.zero(0, 4 << 20, Zeroing::Allocate).unwrap_err();
+    assert_eq!(error.errno(), Some(Errno::ENOSPC));
+    drop(file);
+    fs::write(&path, b"old").unwrap();
+    for name in ["a", "b"] {
+        let staging = Staging::new(CacheMode::Unsafe);
+        let file = staging.create(&small.0.join(name)).unwrap();
+        let error = (0..64).find_map(|i| file.write_at(i << 16, &[1; 1 << 16]).err()).expect("full");
+        assert_eq!(error.to_string(), "No space left on device");
+    }
+    assert_eq!(fs::read(&path).unwrap(), b"old");
+    assert_eq!(fs::read_dir(&small.0).unwrap().count(), 1);
+}
+
+#[test]
+fn owner_and_mode_are_kept_and_new_files_obey_the_umask() {
+    need_root("giving a file away");
+    let dir = Scratch::new();
+    let old = dir.file("old");
+    fs::write(&old, b"old").unwrap();
+    std::os::unix::fs::chown(&old, Some(12345), Some(54321)).unwrap();
+    fs::set_permissions(&old, fs::Permissions::from_mode(0o4640)).unwrap();
+    dir.vimg(&["create", "-q", "-f", "raw", "old", "1M"]);
+    let meta = fs::metadata(&old).unwrap();
+    assert_eq!((meta.len(), meta.uid(), meta.gid(), meta.mode() & 0o7777), (1 << 20, 12345, 54321, 0o4640));
+    for (umask, name) in [("022", "x"), ("077", "y")] {
+        for program in [crate::common::vimg_path().to_str().unwrap(), "qemu-img"] {
+            dir.sh(&format!("umask {umask}; rm -f {name}; {program} create -q -f raw {name} 1M"));
+            let expected = if umask == "022" { 0o644 } else { 0o600 };
+            assert_eq!(fs::metadata(dir.file(name)).unwrap().mode() & 0o7777, expected, "{program}");
+        }
+    }
+}
+
+/// What a user who is not root may not replace is written in place, as the reference does; what may not be
+/// written at all is refused in its words.
+#[test]
+fn other_peoples_folders_and_files() {
+    need("setpriv");
+    need_root("running as another user");
+    let dir = Scratch::new();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::copy(crate::common::vimg_path(), dir.file("vimg")).unwrap();
+    let nobody = |program: &str, args: &str| {
+        let line = format!("setpriv --reuid 65534 --regid 65534 --clear-groups {program} {args}");
+        sh(&line).dir(dir.path()).run()
+    };
+    let make = |name: &str, mode: u32, folder: u32| {
+        let path = dir.file(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, b"old").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        fs::set_permissions(path.parent().unwrap(), fs::Permissions::from_mode(folder)).unwrap();
+        fs::metadata(&path).unwrap().ino()
+    };
+    for (name, folder) in [("closed/a", 0o755), ("sticky/a", 0o1777), ("open/a", 0o777)] {
+        let inode = make(name, 0o666, folder);
+        let args = format!("create -q -f raw {name} 2M");
+        let theirs = nobody("qemu-img", &args);
+        let out = nobody("./vimg", &args.replace("2M", "1M"));
+        assert_eq!((out.code, out.stderr.replacen("vimg", "qemu-img", 1)), (Some(0), theirs.stderr), "{name}");
+        let meta = fs::metadata(dir.file(name)).unwrap();
+        assert_eq!((meta.len(), meta.ino(), meta.uid()), (1 << 20, inode, 0), "{name}: in place");
+    }
+    make("readonly/a", 0o444, 0o777);
+    for name in ["readonly/a", "closed/new"] {
+        let args = format!("create -q -f raw {name} 1M");
+        let (ours, theirs) = (nobody("./vimg", &args), nobody("qemu-img", &args));
+        assert_eq!(ours.code, Some(1), "{name}");
+        assert_eq!(ours.stderr.replacen("vimg", "qemu-img", 1), theirs.stderr);
+    }
+    assert_eq!(fs::read(dir.file("readonly/a")).unwrap(), b"old");
+}
+
+/// Without `/proc` a file cannot be named later: it has a temporary name meanwhile.
+#[test]
+fn without_unnamed_files_a_temporary_name_does() {
+    need("unshare");
+    need_root("hiding /proc");
+    let dir = Scratch::new();
+    let program = crate::common::vimg_path();
+    let hidden =
+        |line: &str| sh(&format!("unshare -m sh -c 'mount -t tmpfs none /proc && {line}'")).dir(dir.path()).run();
+    fs::write(dir.file("old"), b"old").unwrap();
+    for name in ["new", "old"] {
+        let out = hidden(&format!("{} create -q -f qcow2 {name} 1M", program.display()));
+        assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""));
+        dir.assert_clean("qcow2", name);
+    }
+    let out = hidden(&format!("{} create -q -f raw -o preallocation=metadata old 1M", program.display()));
+    assert_eq!(out.code, Some(1));
+    dir.assert_clean("qcow2", "old");
+    let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["new", "old"]);
+}
+
+#[test]
+fn a_bind_mounted_file_is_written_in_place() {
+    let dir = Scratch::new();
+    for name in ["real", "mounted"] {
+        fs::write(dir.file(name), b"old").unwrap();
+    }
+    need_root("mounting a file");
+    dir.sh("mount --bind real mounted");
+    let out = vimg(&["create", "-q", "-f", "raw", "mounted", "1M"]).dir(dir.path()).run();
+    dir.sh("umount mounted");
+    assert_eq!(out.code, Some(0), "{out:?}");
+    assert_eq!(fs::metadata(dir.file("real")).unwrap().len(), 1 << 20);
+}
+
+#[test]
+fn xfs_extent_size_hints() {
+    need("mkfs.xfs");
+    let dir = Scratch::new();
+    dir.sh("truncate -s 400M disk && mkfs.xfs -q disk");
+    let xfs = Mount::new(dir.file("xfs"), &format!("-o loop {}", dir.file("disk").display()));
+    let hint = |how: &CreateHow| {
+        let staging = Staging::new(CacheMode::Unsafe);
+        let file = staging.create_with(&xfs.0.join("a"), how).unwrap();
+        let hint = file.extent_size_hint();
+        let warnings = staging.take_notices();
+        drop(file);
+        staging.commit().unwrap();
+        (hint, warnings)
+    };
+    let of = |hint| CreateHow { extent_size_hint: hint, ..CreateHow::default() };
+    assert_eq!(hint(&of(None)), (Some(1 << 20), vec![]));
+    assert_eq!(hint(&of(Some(65536))), (Some(65536), vec![]));
+    assert_eq!(hint(&of(Some(0))), (None, vec![]));
+    let warning = "Failed to set extent size hint: Invalid argument".to_owned();
+    assert_eq!(hint(&of(Some(5000))), (None, vec![warning]));
+    for options in ["size=1M", "size=1M,extent_size_hint=64k", "size=1M,extent_size_hint=0"] {
+        let shown = |program: &str| {
+            dir.sh(&format!("{program} create -q -f raw -o {options} xfs/b && qemu-img info xfs/b; rm xfs/b")).stdout
+        };
+        assert_eq!(shown(crate::common::vimg_path().to_str().unwrap()), shown("qemu-img"), "{options}");
+    }
+    let direct = Staging::new(CacheMode::None);
+    direct.create(&xfs.0.join("c")).unwrap().write_at(3, b"abc").unwrap();
+    direct.commit().unwrap();
+    assert_eq!(fs::read(xfs.0.join("c")).unwrap(), b"\0\0\0abc");
+}
+
+#[test]
+fn btrfs_nocow() {
+    need("mkfs.btrfs");
+    need("lsattr");
+    let dir = Scratch::new();
+    dir.sh("truncate -s 200M disk && mkfs.btrfs -q disk");
+    let _btrfs = Mount::new(dir.file("b"), &format!("-o loop {}", dir.file("disk").display()));
+    for (options, expected) in [("nocow=on", true), ("nocow=off", false)] {
+        dir.vimg(&["create", "-q", "-f", "raw", "-o", options, "b/a", "1M"]);
+        let shown = dir.sh("lsattr b/a").stdout;
+        let flags = shown.split(' ').next().unwrap_or_default();
+        assert_eq!(flags.contains('C'), expected, "{shown}");
+    }
+}
