@@ -25,6 +25,8 @@ pub enum Kind {
     Unsupported,
     /// What was asked for makes no sense.
     Invalid,
+    /// More than the format, or the host's file system, can hold.
+    TooLarge,
     /// The policy forbids what the image asks for.
     Forbidden,
 }
@@ -182,8 +184,11 @@ fn from_storage(error: storage::Error, context: String) -> Error {
 fn kind_of(error: &storage::Error) -> (Kind, Vec<String>) {
     let kind = match error {
         storage::Error::Locked { .. } | storage::Error::LockByte(_) => Kind::Locked,
-        _ if error.errno() == Some(nix::errno::Errno::ENOENT) => Kind::NotFound,
-        _ => Kind::Io,
+        _ => match error.errno() {
+            Some(nix::errno::Errno::ENOENT) => Kind::NotFound,
+            Some(nix::errno::Errno::EFBIG) => Kind::TooLarge,
+            _ => Kind::Io,
+        },
     };
     let hints = match error {
         storage::Error::Locked { name, .. } => vec![format!("Is another process using the image [{name}]?")],

@@ -2,18 +2,15 @@
 //! at all ([`create`]).
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::errno::Errno;
-
 use super::ids::Ids;
 use crate::block::error::Context;
 use crate::block::{
-    Child, Create, CreateFiles, CreateOptions, CreateRequest, Error, Format, ImageRef, OpenHow, Opener, OptionKind,
-    OptionSpec, OptionValue, Related, Result, format,
+    Child, Create, CreateFiles, CreateOptions, CreateRequest, Error, Format, ImageRef, Kind, OpenHow, Opener,
+    OptionKind, OptionSpec, OptionValue, Related, Result, format, name,
 };
 use crate::storage::staging::{CreateHow, Staging};
 use crate::storage::{CacheMode, Preallocation, Storage};
@@ -67,17 +64,11 @@ impl Target {
 
 /// The name without protocol; an unknown protocol is an error.
 fn local_path(name: &OsStr) -> Result<&Path> {
-    let bytes = name.as_bytes();
-    let colon = bytes.iter().position(|byte| matches!(byte, b':' | b'/'));
-    let Some((protocol, rest)) =
-        colon.filter(|at| bytes.get(*at) == Some(&b':')).and_then(|at| Some((bytes.get(..at)?, bytes.get(at + 1..)?)))
-    else {
-        return Ok(Path::new(name));
-    };
-    if PROTOCOLS.iter().any(|known| known.as_bytes() == protocol) {
-        return Ok(Path::new(OsStr::from_bytes(rest)));
+    match name::protocol(name) {
+        None => Ok(Path::new(name)),
+        Some((protocol, rest)) if PROTOCOLS.iter().any(|known| *known == protocol) => Ok(Path::new(rest)),
+        Some((protocol, _)) => Err(Error::invalid(format!("Unknown protocol '{}'", protocol.to_string_lossy()))),
     }
-    Err(Error::invalid(format!("Unknown protocol '{}'", String::from_utf8_lossy(protocol))))
 }
 
 fn protocol_options(name: &OsStr) -> Result<&'static [OptionSpec]> {
@@ -173,15 +164,9 @@ impl Wanted<'_> {
     }
 }
 
-/// A name found in an image is looked up from the image's own folder, textually; one with a protocol is not.
+/// A name written in the image, as it is found from here.
 fn beside(image: &OsStr, name: &str) -> OsString {
-    if name.starts_with('/') || name.find([':', '/']).is_some_and(|at| name.as_bytes().get(at) == Some(&b':')) {
-        return name.into();
-    }
-    let folder = image.as_bytes().iter().rposition(|byte| *byte == b'/').map_or(0, |slash| slash + 1);
-    let mut path = OsString::from(OsStr::from_bytes(image.as_bytes().get(..folder).unwrap_or_default()));
-    path.push(name);
-    path
+    name::beside(Some(image), OsStr::new(name)).unwrap_or_else(|| name.into())
 }
 
 /// Makes an image: whole, or nothing of it. Returns warnings.
@@ -215,8 +200,8 @@ pub fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<()
         ids: &Ids::of(&shown, new.size),
         related: &Backing { image: &new.name, opener },
     };
-    create.create(&request).map_err(|error| match error.storage().and_then(|cause| cause.errno()) {
-        Some(Errno::EFBIG) => too_large(format, new.options.number("cluster_size").is_some_and(|size| size > 0)),
+    create.create(&request).map_err(|error| match error.kind {
+        Kind::TooLarge => too_large(format, new.options.number("cluster_size").is_some_and(|size| size > 0)),
         _ => error,
     })
 }

@@ -140,6 +140,9 @@ pub fn set_len(file: &HostFile, len: u64, fill: Preallocation) -> Result<()> {
             _ => Err(Error::DevicePreallocation(fill)),
         };
     }
+    if i64::try_from(len).is_err() {
+        return Err(Error::from(nix::errno::Errno::EINVAL).step("Could not resize file"));
+    }
     let grown = match fill {
         Preallocation::Metadata => return Err(Error::UnsupportedPreallocation(fill)),
         Preallocation::Falloc if len > old => reserve(file, old, len),
