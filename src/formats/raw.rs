@@ -69,19 +69,20 @@ impl Create for Raw {
     }
 
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
-        let size = request
-            .size
-            .checked_next_multiple_of(SECTOR)
-            .ok_or_else(|| Error::invalid("The image size is too large"))?;
+        let size = request.size.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX);
         let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
         let file = request.files.main()?;
         file.set_len(size, fill)?;
-        if fill == Preallocation::Off && !file.kind().is_device() && size > 0 {
-            // The reference allocates the first block too, for the sake of probing alignment.
-            let head = if size < 4096 { SECTOR } else { 4096 };
-            file.write_at(0, &vec![0; usize::try_from(head.min(size)).unwrap_or(512)]).context("Could not write")?;
-        }
-        Ok(())
+        // The reference allocates the first block too, for the sake of probing alignment; on a device it takes
+        // away what would still be recognised as something else.
+        let head = match file.kind().is_device() {
+            true => SECTOR,
+            false if fill != Preallocation::Off => 0,
+            false if size < 4096 => SECTOR,
+            false => 4096,
+        };
+        let zeros = vec![0; usize::try_from(head.min(size)).unwrap_or(0)];
+        file.write_at(0, &zeros).context("Could not write")
     }
 }
 

@@ -7,15 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ids::Ids;
-use crate::block::error::Context;
 use crate::block::{
     Child, Create, CreateFiles, CreateOptions, CreateRequest, Error, Format, ImageRef, Kind, OpenHow, Opener,
     OptionKind, OptionSpec, OptionValue, Related, Result, format, name,
 };
 use crate::storage::staging::{CreateHow, Staging};
 use crate::storage::{CacheMode, Preallocation, Storage};
-
-const SECTOR: u64 = 512;
 
 /// What a regular file takes beside the format's own options.
 const FILE_OPTIONS: &[OptionSpec] = &[
@@ -31,8 +28,39 @@ const DEVICE_OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off)"),
 ];
 
-/// Protocols that a name can start with.
-const PROTOCOLS: &[&str] = &["file", "host_device"];
+/// What kind of thing a name stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Protocol {
+    File,
+    Device,
+}
+
+impl Protocol {
+    /// Splits the protocol off a name. A device is one whatever its name says.
+    fn of(name: &OsStr) -> Result<(Self, &Path)> {
+        let (prefix, path) = match name::protocol(name) {
+            None => (None, Path::new(name)),
+            Some((prefix, rest)) => (Some(prefix), Path::new(rest)),
+        };
+        let is_device = std::fs::metadata(path).is_ok_and(|meta| {
+            let kind = meta.file_type();
+            kind.is_block_device() || kind.is_char_device()
+        });
+        match prefix.map(|prefix| prefix.to_string_lossy()).as_deref() {
+            None | Some("file" | "host_device") if is_device => Ok((Self::Device, path)),
+            None | Some("file") => Ok((Self::File, path)),
+            Some("host_device") => Ok((Self::Device, path)),
+            Some(unknown) => Err(Error::invalid(format!("Unknown protocol '{unknown}'"))),
+        }
+    }
+
+    fn options(self) -> &'static [OptionSpec] {
+        match self {
+            Self::File => FILE_OPTIONS,
+            Self::Device => DEVICE_OPTIONS,
+        }
+    }
+}
 
 /// What a new image goes to: a format, and a protocol by the name.
 #[derive(Clone, Copy)]
@@ -49,10 +77,11 @@ impl Target {
     /// The format with that name, and the protocol of that file name.
     pub fn find(formats: &[&'static dyn Format], format: &str, name: Option<&OsStr>) -> Result<Self> {
         let format = format::find(formats, format)?;
-        let protocol_options = name.map_or(Ok(&[][..]), protocol_options)?;
+        let protocol = name.map(Protocol::of).transpose()?;
         let create = format.creating().ok_or_else(|| {
             Error::unsupported(format!("Format driver '{}' does not support image creation", format.name()))
         })?;
+        let protocol_options = protocol.map_or(&[][..], |(protocol, _)| protocol.options());
         Ok(Self { format, create, protocol_options })
     }
 
@@ -60,23 +89,6 @@ impl Target {
     pub fn options(&self) -> CreateOptions {
         CreateOptions::new(&[self.create.options(), self.protocol_options])
     }
-}
-
-/// The name without protocol; an unknown protocol is an error.
-fn local_path(name: &OsStr) -> Result<&Path> {
-    match name::protocol(name) {
-        None => Ok(Path::new(name)),
-        Some((protocol, rest)) if PROTOCOLS.iter().any(|known| *known == protocol) => Ok(Path::new(rest)),
-        Some((protocol, _)) => Err(Error::invalid(format!("Unknown protocol '{}'", protocol.to_string_lossy()))),
-    }
-}
-
-fn protocol_options(name: &OsStr) -> Result<&'static [OptionSpec]> {
-    let device = std::fs::metadata(local_path(name)?).is_ok_and(|meta| {
-        let kind = meta.file_type();
-        kind.is_block_device() || kind.is_char_device()
-    });
-    Ok(if device { DEVICE_OPTIONS } else { FILE_OPTIONS })
 }
 
 /// What is asked for.
@@ -186,8 +198,10 @@ pub fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<()
         .creating()
         .ok_or_else(|| Error::unsupported(format!("Format driver '{format}' does not support image creation")))?;
     let shown = new.name.to_string_lossy();
+    let (protocol, path) = Protocol::of(&new.name)?;
     let files = Files {
-        path: local_path(&new.name)?,
+        protocol,
+        path,
         shown: &shown,
         options: &new.options,
         own_preallocation: create.options().iter().any(|spec| spec.name == "preallocation"),
@@ -213,6 +227,7 @@ fn too_large(format: &str, clusters: bool) -> Error {
 
 /// Makes files for one image.
 struct Files<'a> {
+    protocol: Protocol,
     path: &'a Path,
     shown: &'a str,
     options: &'a CreateOptions,
@@ -228,25 +243,24 @@ impl Files<'_> {
             extent_size_hint: self.options.number("extent_size_hint"),
             secondary,
         };
-        let storage = self.staging.create_with(path, &how)?;
-        if storage.kind().is_device() {
-            // Whatever was recognised at its start shall not be any more.
-            let room = storage.len().context("Could not get size")?.min(SECTOR);
-            let zeros = vec![0; usize::try_from(room).unwrap_or(0)];
-            storage.write_at(0, &zeros).context("Failed to clear the new image's first sector")?;
-        }
-        Ok(storage)
+        Ok(self.staging.create_with(path, &how)?)
     }
 
     /// The preallocation that is the file's own business must be one that a file knows.
     fn check_preallocation(&self) -> Result<()> {
-        match self.options.text("preallocation").filter(|_| !self.own_preallocation) {
-            None => Ok(()),
-            Some(word) => match Preallocation::parse(word) {
-                None => Err(Error::invalid(format!("invalid parameter value: {word}"))),
-                Some(Preallocation::Metadata) => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
-                Some(_) => Ok(()),
-            },
+        let Some(word) = self.options.text("preallocation").filter(|_| !self.own_preallocation) else {
+            return Ok(());
+        };
+        let mode =
+            Preallocation::parse(word).ok_or_else(|| Error::invalid(format!("invalid parameter value: {word}")))?;
+        match (self.protocol, mode) {
+            (_, Preallocation::Off) | (Protocol::File, Preallocation::Falloc | Preallocation::Full) => Ok(()),
+            (Protocol::File, mode) => {
+                Err(Error::unsupported(format!("Unsupported preallocation mode: {}", mode.name())))
+            }
+            (Protocol::Device, mode) => {
+                Err(Error::unsupported(format!("Unsupported preallocation mode '{}'", mode.name())))
+            }
         }
     }
 }
@@ -263,7 +277,7 @@ impl CreateFiles for Files<'_> {
 
     fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let name = beside(self.path.as_os_str(), name);
-        self.stage(local_path(&name)?, true)
+        self.stage(Protocol::of(&name)?.1, true)
     }
 }
 
