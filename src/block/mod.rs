@@ -12,7 +12,7 @@ pub mod extent;
 pub mod format;
 mod generic;
 pub mod info;
-mod jsonish;
+pub mod jsonish;
 pub mod keys;
 mod layer;
 pub mod name;

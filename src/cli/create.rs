@@ -14,12 +14,12 @@ pub struct Args {
     /// print nothing but errors
     #[arg(short, long)]
     quiet: bool,
+    /// a QEMU object, such as a secret with a passphrase
+    #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
+    object: Vec<object::Object>,
     /// format of the new image, raw if not given
     #[arg(short, long, value_name = "FMT", default_value = "raw")]
     format: String,
-    /// options of the format, key=value,... ('-o help' lists them)
-    #[arg(short, long, value_name = "FMT_OPTS", value_parser = options::list)]
-    options: Vec<String>,
     /// put the new image on top of that image: what it does not hold itself is read from there
     #[arg(short, long, value_name = "BACKING_FILENAME")]
     backing: Option<String>,
@@ -29,9 +29,9 @@ pub struct Args {
     /// do not look at the backing image
     #[arg(short = 'u', long)]
     backing_unsafe: bool,
-    /// a QEMU object, such as a secret with a passphrase
-    #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
-    object: Vec<object::Object>,
+    /// options of the format, key=value,... ('-o help' lists them)
+    #[arg(short, long, value_name = "FMT_OPTS", value_parser = options::list)]
+    options: Vec<String>,
     /// image to create; one that is there already is replaced
     #[arg(value_name = "FILENAME")]
     name: Option<OsString>,

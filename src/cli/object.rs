@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use serde_json::Value;
 
 use super::{Complaint, Program};
+use crate::block::jsonish;
 use crate::storage::error::strerror;
 
 #[derive(Clone, Copy)]
@@ -203,9 +204,7 @@ impl Given {
 type Members = Vec<(String, Given)>;
 
 fn json(text: &str) -> Result<Members, Complaint> {
-    let value: Value =
-        serde_json::from_str(text).map_err(|error| Complaint::value(format!("JSON parse error, {error}")))?;
-    match value {
+    match jsonish::parse(text).map_err(|fault| Complaint::value(fault.to_string()))? {
         Value::Object(members) => Ok(members.into_iter().map(|(key, value)| (key, Given::Typed(value))).collect()),
         _ => Err(Complaint::value("Invalid JSON object given")),
     }

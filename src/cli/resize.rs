@@ -14,21 +14,21 @@ pub struct Args {
     /// print nothing but errors
     #[arg(short, long)]
     quiet: bool,
+    /// a QEMU object, such as a secret with a passphrase
+    #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
+    object: Vec<object::Object>,
     /// format of the image, found out if not given
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
     /// FILENAME is a list of options key=value,...
     #[arg(long)]
     image_opts: bool,
-    /// allow the new size to be smaller, which deletes what lies past it
-    #[arg(long)]
-    shrink: bool,
     /// how the new space is allocated: off, metadata, falloc or full
     #[arg(long, value_name = "PREALLOC", value_parser = preallocation)]
     preallocation: Option<Preallocation>,
-    /// a QEMU object, such as a secret with a passphrase
-    #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
-    object: Vec<object::Object>,
+    /// allow the new size to be smaller, which deletes what lies past it
+    #[arg(long)]
+    shrink: bool,
     /// image to resize
     #[arg(value_name = "FILENAME")]
     name: Option<OsString>,

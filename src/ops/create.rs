@@ -11,6 +11,7 @@ use crate::block::{
     Child, Create, CreateFiles, CreateOptions, CreateRequest, Error, Format, ImageRef, Kind, OpenHow, Opener,
     OptionKind, OptionSpec, OptionValue, Related, Result, format, name,
 };
+use crate::storage::error::strerror;
 use crate::storage::staging::{CreateHow, Staging};
 use crate::storage::{CacheMode, Preallocation, Storage};
 
@@ -246,6 +247,23 @@ impl Files<'_> {
         Ok(self.staging.create_with(path, &how)?)
     }
 
+    /// A device is there already, or it is none.
+    fn check_device(&self) -> Result<()> {
+        let wrong = match std::fs::metadata(self.path) {
+            _ if self.protocol == Protocol::File => return Ok(()),
+            Ok(meta) if meta.file_type().is_block_device() || meta.file_type().is_char_device() => return Ok(()),
+            Ok(_) => format!(
+                "'host_device' driver requires '{}' to be either a character or block device",
+                self.path.to_string_lossy()
+            ),
+            Err(error) => format!("Could not open '{}': {}", self.path.to_string_lossy(), strerror(&error)),
+        };
+        Err(Error::invalid(format!(
+            "Protocol driver 'host_device' does not support creating new images, so an existing image must be \
+             selected as the target; however, opening the given target as an existing image failed: {wrong}"
+        )))
+    }
+
     /// The preallocation that is the file's own business must be one that a file knows.
     fn check_preallocation(&self) -> Result<()> {
         let Some(word) = self.options.text("preallocation").filter(|_| !self.own_preallocation) else {
@@ -272,6 +290,7 @@ impl CreateFiles for Files<'_> {
 
     fn main(&self) -> Result<Arc<dyn Storage>> {
         self.check_preallocation()?;
+        self.check_device()?;
         self.stage(self.path, false)
     }
 
