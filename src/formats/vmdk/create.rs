@@ -95,7 +95,7 @@ impl<'a> Plan<'a> {
         };
         let known = ["ide", "buslogic", "lsilogic", "legacyESX"];
         if !known.iter().any(|name| name.eq_ignore_ascii_case(adapter)) {
-            return Err(Error::invalid(format!("Unknown adapter type: {adapter}")));
+            return Err(Error::invalid(format!("invalid parameter value: {adapter}")));
         }
         let subformat = subformat(options)?;
         let zeroed = options.switch("zeroed_grain");
