@@ -62,7 +62,7 @@ fn every_subformat_is_created_as_qemu_img_does() {
             for name in &names {
                 if b.code == Some(0) {
                     let (a, b) = (fs::metadata(ours.file(name)).unwrap(), fs::metadata(theirs.file(name)).unwrap());
-                    assert!(a.len() == b.len() || b.len() < 1024, "length of {name} after {args:?}");
+                    assert!(a.len() == b.len() || b.len() < 4096, "length of {name} after {args:?}");
                     if b.len() < 64 << 20 {
                         let read = |s: &Scratch| without_cid(fs::read(s.file(name)).unwrap());
                         assert!(read(&ours) == read(&theirs), "{name} after {args:?}");
@@ -79,6 +79,10 @@ fn every_subformat_is_created_as_qemu_img_does() {
 fn what_is_written_is_read_by_qemu_img_and_back() {
     for size in [3_100_160, 40 << 20, (2u64 << 30) + 77 * 512] {
         for subformat in SUBFORMATS {
+            // The large size is for the seam between two extents.
+            if size > 1 << 31 && !subformat.starts_with("twoGb") {
+                continue;
+            }
             let s = Scratch::new();
             disk(&s, "d.raw", size);
             let option = format!("subformat={subformat}");
@@ -90,7 +94,7 @@ fn what_is_written_is_read_by_qemu_img_and_back() {
             s.assert_same_content("raw", "d.raw", "raw", "back.raw");
             s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "ours.vmdk", "back.raw"]);
             s.assert_same_content("raw", "d.raw", "raw", "back.raw");
-            if subformat != "streamOptimized" {
+            if subformat.ends_with("Sparse") {
                 for entry in fs::read_dir(s.path()).unwrap() {
                     let name = entry.unwrap().file_name().into_string().unwrap();
                     if let Some(rest) = name.strip_prefix("theirs") {
@@ -102,7 +106,7 @@ fn what_is_written_is_read_by_qemu_img_and_back() {
                         };
                         let (ours, theirs) = (read("ours"), read("theirs"));
                         assert_eq!(ours.1, theirs.1, "length of {name}");
-                        assert!(ours.2 == theirs.2 || subformat.ends_with("Flat"), "bytes of {name}, {size}");
+                        assert!(ours.2 == theirs.2, "bytes of {name}, {size}");
                     }
                 }
             }

@@ -190,7 +190,7 @@ pub trait Compress: Send + Sync {
     /// cleared first. Runs on many threads at once and allocates no space in the image.
     fn encode(&self, at: GuestOffset, plain: &[u8], out: &mut Vec<u8>) -> Result<Encoded>;
 
-    /// True if units that do not get smaller must still be stored through [`Store::Compressed`].
+    /// True if [`Store::Compressed`] is the only way in: every unit is encoded, asked for or not, smaller or not.
     fn always(&self) -> bool {
         false
     }

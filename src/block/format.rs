@@ -98,12 +98,6 @@ pub trait Create: Sync {
         false
     }
 
-    /// Whether every write is compressed, asked for or not, with these options.
-    fn always_compresses(&self, options: &CreateOptions) -> bool {
-        let _ = options;
-        false
-    }
-
     /// Makes the image: complete, closed, all zeros or all backing file.
     fn create(&self, request: &CreateRequest<'_>) -> Result<()>;
 

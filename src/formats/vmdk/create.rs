@@ -260,10 +260,6 @@ impl Create for Vmdk {
         true
     }
 
-    fn always_compresses(&self, options: &CreateOptions) -> bool {
-        subformat(options).is_ok_and(|subformat| subformat.compressed)
-    }
-
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
         let plan = Plan::new(request)?;
         let subformat = plan.subformat;
@@ -280,7 +276,11 @@ impl Create for Vmdk {
             };
             let sectors = size / SECTOR;
             if subformat.flat {
-                storage.set_len(size, Preallocation::Off).with_context(|| format!("Could not create '{name}'"))?;
+                let failed = || format!("Could not create '{name}'");
+                storage.set_len(size, Preallocation::Off).with_context(failed)?;
+                // Like every plain file of the reference: its first block is allocated.
+                let first = if size < 4096 { 512 } else { 4096 };
+                storage.write_at(0, &vec![0; first]).with_context(failed)?;
                 lines.push_str(&format!("RW {sectors} FLAT \"{name}\" 0\n"));
                 continue;
             }

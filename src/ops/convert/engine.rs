@@ -127,11 +127,12 @@ impl<'a> Engine<'a> {
     /// Ready to run.
     pub fn new(source: &'a Joined, target: &'a Node, how: &'a How, observer: &'a dyn Observer) -> Result<Self> {
         let writing = target.writing()?;
+        // Asked for, or the only way in (stream-optimized).
+        let able = writing.compressing();
         let compress = if how.compress {
-            let none = || Error::unsupported("Compression not supported for this file format");
-            Some(writing.compressing().ok_or_else(none)?)
+            Some(able.ok_or_else(|| Error::unsupported("Compression not supported for this file format"))?)
         } else {
-            None
+            able.filter(|compress| compress.always())
         };
         let unit = writing.unit().max(1);
         let zeros = match (how.sparse, how.reads_zero) {
