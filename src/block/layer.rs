@@ -12,7 +12,7 @@ use super::generic::Settings;
 use super::keys::{as_text, take_text};
 use super::name::{self, OptionTree, first_key, take_below};
 use super::node::Origin;
-use super::opener::{Notice, Opener, Policy, Trail};
+use super::opener::{Notice, Opener, Trail};
 use super::over::{HEAD, NodeStorage, ProbedRaw};
 use super::protocol::{FileOptions, Protocol, check_kind, refuse_rest, wrong_kind};
 use super::{BlockDriver, Error, Format, Kind, Node, OpenHow, Result};
@@ -414,10 +414,7 @@ struct Beside<'a> {
 
 impl Related for Beside<'_> {
     fn open(&self, role: &str, name: &str) -> Result<Child> {
-        if self.opener.policy == Policy::Refuse {
-            let text = format!("The image names the file '{name}', and untrusted images may not");
-            return Err(Error::new(Kind::Forbidden, text));
-        }
+        self.opener.may_open(&self.image.unwrap_or_default().to_string_lossy(), name)?;
         let mut given = match role {
             DATA_FILE => std::mem::take(&mut *self.given.lock().unwrap_or_else(|e| e.into_inner())),
             _ => OptionTree::new(),

@@ -70,7 +70,7 @@ pub enum Notice {
 #[derive(Debug)]
 pub struct Opener<'a> {
     pub(super) formats: &'a [&'static dyn Format],
-    pub(super) policy: Policy,
+    policy: Policy,
     pub(super) staging: Option<&'a Staging>,
     notices: Mutex<Vec<Notice>>,
 }
@@ -121,6 +121,17 @@ impl<'a> Opener<'a> {
     pub fn open(&self, image: &ImageRef, how: &OpenHow) -> Result<Arc<Node>> {
         let opened = self.ask(image, how).and_then(|ask| self.chain(ask, how, &mut Trail::default()));
         opened.map_err(|error| error.context(format!("Could not open '{}'", image.shown())))
+    }
+
+    /// Refuses, where the policy says so, to open what an image names.
+    pub fn may_open(&self, image: &str, named: &str) -> Result<()> {
+        match self.policy {
+            Policy::Follow => Ok(()),
+            Policy::Refuse => Err(Error::new(
+                Kind::Forbidden,
+                format!("'{image}' names the file '{named}', and an untrusted image may name none"),
+            )),
+        }
     }
 
     /// What the name of an image asks for.
@@ -174,11 +185,8 @@ impl<'a> Opener<'a> {
         if named.is_none() && options.is_empty() {
             return Ok(None);
         }
-        if let (Some(named), Policy::Refuse) = (named, self.policy) {
-            return Err(Error::new(
-                Kind::Forbidden,
-                format!("'{}' names the backing file '{}', and untrusted images may not", layer.name(), named.name),
-            ));
+        if let Some(named) = named {
+            self.may_open(&layer.name(), &named.name)?;
         }
         if let Some(identity) = layer.identity() {
             if trail.seen.contains(&identity) {

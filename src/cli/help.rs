@@ -30,6 +30,10 @@ pub fn top_level() -> Command {
             .value_name("TRACE")
             .action(ArgAction::Append)
             .help("choose trace events: [[enable=]PATTERN][,events=FILE][,file=FILE]"),
+        Arg::new("untrusted")
+            .long("untrusted")
+            .action(ArgAction::SetTrue)
+            .help("refuse images that name other files: backing files, data files, extents"),
         Arg::new("rest")
             .value_parser(clap::value_parser!(std::ffi::OsString))
             .action(ArgAction::Append)

@@ -100,6 +100,9 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
         help::print_version(program)?;
         return Ok(Exit::Success);
     }
+    if matches.get_flag("untrusted") {
+        program.distrust();
+    }
     for spec in matches.get_many::<String>("trace").unwrap_or_default() {
         trace::apply(program, spec)?;
     }

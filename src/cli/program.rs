@@ -22,6 +22,7 @@ pub struct Program {
     typed: String,
     name: String,
     subcommand: Option<&'static str>,
+    policy: Policy,
     out: RefCell<Out>,
     trouble: RefCell<Option<io::Error>>,
 }
@@ -37,7 +38,14 @@ impl Program {
         } else {
             Out::Other(BufWriter::with_capacity(4096, stdout))
         };
-        Self { typed, name, subcommand: None, out: RefCell::new(out), trouble: RefCell::default() }
+        Self {
+            typed,
+            name,
+            subcommand: None,
+            policy: Policy::Follow,
+            out: RefCell::new(out),
+            trouble: RefCell::default(),
+        }
     }
 
     /// The name it was started by, without folder.
@@ -56,6 +64,11 @@ impl Program {
     /// From here on it is this subcommand that runs.
     pub(super) fn enter(&mut self, subcommand: &'static str) {
         self.subcommand = Some(subcommand);
+    }
+
+    /// From here on images may not make us open other files.
+    pub(super) fn distrust(&mut self) {
+        self.policy = Policy::Refuse;
     }
 
     /// Writes to standard output, as it is.
@@ -106,7 +119,7 @@ impl Program {
 
     /// What opens images.
     pub fn opener(&self) -> Opener<'static> {
-        Opener::new(FORMATS, Policy::Follow)
+        Opener::new(FORMATS, self.policy)
     }
 
     /// Shows what came up while opening.

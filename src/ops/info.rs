@@ -137,6 +137,7 @@ pub fn chain(opener: &Opener<'_>, image: &ImageRef, how: &OpenHow, whole: bool) 
         }
         let info = of(&node)?;
         if let (true, Some(backing)) = (whole, &info.backing) {
+            opener.may_open(&info.filename, &backing.name)?;
             let path = backing
                 .path
                 .clone()
