@@ -402,3 +402,22 @@ fn btrfs_nocow() {
         assert_eq!(flags.contains('C'), expected, "{shown}");
     }
 }
+
+/// Ended half-way, a convert leaves neither the target nor a temporary file.
+#[test]
+fn a_signal_takes_the_temporary_file_along() {
+    need("unshare");
+    need_root("hiding /proc");
+    let dir = Scratch::new();
+    fs::write(dir.file("src"), pattern(3, 8 << 20)).unwrap();
+    let program = crate::common::vimg_path();
+    let line = format!(
+        "unshare -m sh -c 'mount -t tmpfs none /proc && exec {} convert -r 1M -f raw -O raw src dst' & p=$!; \
+         until ls .vimg-*.tmp 2>/dev/null; do sleep 0.05; done; kill -TERM $p; wait $p; echo $?; ls -A",
+        program.display()
+    );
+    let out = dir.sh(&line).stdout;
+    let mut lines = out.lines();
+    assert!(lines.next().is_some_and(|name| name.starts_with(".vimg-")), "{out}");
+    assert_eq!(lines.collect::<Vec<_>>(), ["143", "src"], "{out}");
+}
