@@ -11,4 +11,5 @@ mod fixtures;
 mod hostile;
 mod qcow2_create;
 mod storage;
+mod qcow2_read;
 mod vmdk;

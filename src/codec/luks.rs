@@ -111,11 +111,6 @@ impl Header {
             None => (iv, None),
         };
         known(&MODES, mode).ok_or_else(|| format!("Cipher mode '{mode}' not supported"))?;
-        let key = if mode == "xts" { key_bytes / 2 } else { key_bytes };
-        let cipher = match (name.as_str(), key) {
-            ("aes" | "serpent" | "twofish", 16 | 24 | 32) | ("cast5", 16) => format!("{name}-{}", key * 8),
-            _ => return Err(format!("Algorithm '{name}' with key size {key} bytes not supported")),
-        };
         known(&HASHES, &hash).ok_or_else(|| format!("Hash algorithm '{hash}' not supported"))?;
         known(&IV_GENERATORS, iv).ok_or_else(|| format!("IV generator '{iv}' not supported"))?;
         let iv_hash = match (iv, iv_hash) {
@@ -125,6 +120,11 @@ impl Header {
                 Some(hash.to_owned())
             }
             _ => None,
+        };
+        let key = if mode == "xts" { key_bytes / 2 } else { key_bytes };
+        let cipher = match (name.as_str(), key) {
+            ("aes" | "serpent" | "twofish", 16 | 24 | 32) | ("cast5", 16) => format!("{name}-{}", key * 8),
+            _ => return Err(format!("Algorithm '{name}' with key size {key} bytes not supported")),
         };
         Ok(Self {
             cipher,

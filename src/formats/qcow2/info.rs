@@ -38,10 +38,10 @@ impl Qcow2Driver {
             put("bitmaps", self.bitmaps_info());
         }
         put("refcount-bits", json!(self.geometry.refcount_bits()));
+        if let Some(name) = &header.data_file {
+            put("data-file", json!(name));
+        }
         if self.external {
-            if let Some(name) = &header.data_file {
-                put("data-file", json!(name));
-            }
             put("data-file-raw", json!(fields.autoclear & layout::DATA_FILE_RAW != 0));
         }
         if let Some(encryption) = self.encryption_info() {

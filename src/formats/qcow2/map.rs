@@ -35,6 +35,21 @@ struct Position {
     index: u64,
 }
 
+/// Why there is no answer.
+#[derive(Debug)]
+enum Trouble {
+    /// A table cannot be read.
+    Unreadable(Error),
+    /// A table is wrong, in the reference's words.
+    Wrong(String),
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Self {
+        Self::Unreadable(error)
+    }
+}
+
 /// As C writes `%#x`: a zero has no prefix.
 fn hex(value: u64) -> String {
     if value == 0 { "0".to_owned() } else { format!("{value:#x}") }
@@ -142,7 +157,7 @@ impl Qcow2Driver {
         while pos < end && looked < MOST_ENTRIES {
             let next = match self.map_table(&rules, pos, end, &mut looked) {
                 Ok(next) => next,
-                Err(error) if found.is_none() => return Err(error),
+                Err(trouble) if found.is_none() => return Err(self.tell(trouble)),
                 Err(_) => break,
             };
             pos += next.len;
@@ -163,7 +178,7 @@ impl Qcow2Driver {
     }
 
     /// One run from `pos` on: of one L2 table, or of L1 entries without one.
-    fn map_table(&self, rules: &Rules, pos: u64, end: u64, looked: &mut u64) -> Result<Run> {
+    fn map_table(&self, rules: &Rules, pos: u64, end: u64, looked: &mut u64) -> std::result::Result<Run, Trouble> {
         let geometry = &self.geometry;
         let (l1, covers) = (self.l1(), geometry.l1_covers());
         let first = geometry.l1_index(pos);
@@ -186,7 +201,7 @@ impl Qcow2Driver {
         }
         let table = entry & OFFSET_MASK;
         if geometry.in_cluster(table) != 0 {
-            return Err(self.corruption(&format!("L2 table offset {table:#x} unaligned (L1 index: {})", hex(first))));
+            return Err(Trouble::Wrong(format!("L2 table offset {table:#x} unaligned (L1 index: {})", hex(first))));
         }
         let index = geometry.l2_index(pos);
         let width = geometry.l2_entry();
@@ -220,7 +235,15 @@ impl Qcow2Driver {
             }
             found.ok_or_else(|| format!("L2 table at {table:#x} has no entry {index}"))
         })?;
-        found.map_err(|text| self.corruption(&text))
+        found.map_err(Trouble::Wrong)
+    }
+
+    /// Told only where an answer starts: what comes later is asked for again.
+    fn tell(&self, trouble: Trouble) -> Error {
+        match trouble {
+            Trouble::Unreadable(error) => error,
+            Trouble::Wrong(text) => self.corruption(&text),
+        }
     }
 
     /// What is returned for wrong tables; an image that is open for writing is marked.
