@@ -10,6 +10,6 @@ mod fault;
 mod fixtures;
 mod hostile;
 mod qcow2_create;
-mod storage;
 mod qcow2_read;
+mod storage;
 mod vmdk;
