@@ -119,8 +119,12 @@ impl<'a> Opener<'a> {
 
     /// Opens an image with its backing chain.
     pub fn open(&self, image: &ImageRef, how: &OpenHow) -> Result<Arc<Node>> {
-        let opened = self.ask(image, how).and_then(|ask| self.chain(ask, how, &mut Trail::default()));
-        opened.map_err(|error| error.context(format!("Could not open '{}'", image.shown())))
+        self.open_named(image, how).map_err(|error| error.context(format!("Could not open '{}'", image.shown())))
+    }
+
+    /// The same for an image that is being talked of: errors do not begin with its name.
+    pub fn open_named(&self, image: &ImageRef, how: &OpenHow) -> Result<Arc<Node>> {
+        self.ask(image, how).and_then(|ask| self.chain(ask, how, &mut Trail::default()))
     }
 
     /// Refuses, where the policy says so, to open what an image names.

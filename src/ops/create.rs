@@ -2,7 +2,7 @@
 //! at all ([`create`]).
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::block::{
 };
 use crate::storage::error::strerror;
 use crate::storage::staging::{CreateHow, Staging};
-use crate::storage::{CacheMode, Preallocation, Storage};
+use crate::storage::{CacheMode, Identity, Preallocation, Storage};
 
 /// What a regular file takes beside the format's own options.
 const FILE_OPTIONS: &[OptionSpec] = &[
@@ -155,8 +155,11 @@ impl Wanted<'_> {
         if backing.is_empty() {
             return Err(Error::invalid("Expected backing file name, got empty string"));
         }
-        if OsStr::new(backing) == self.name {
-            return Err(Error::invalid("Error: Trying to create an image with the same filename as the backing file"));
+        let itself = || Error::invalid("Error: Trying to create an image with the same filename as the backing file");
+        let path = beside(self.name, backing);
+        let here = identity(self.name);
+        if OsStr::new(backing) == self.name || (here.is_some() && here == identity(&path)) {
+            return Err(itself());
         }
         let no_format = || Error::invalid("Backing file specified without backing format");
         let backing_format = self.options.text("backing_fmt").map(str::to_owned);
@@ -165,16 +168,31 @@ impl Wanted<'_> {
         }
         let how = OpenHow { format: backing_format.clone(), look_only: true, force_share: true, ..OpenHow::default() };
         let node = opener
-            .open(&ImageRef::name(beside(self.name, backing)), &how)
+            .open_named(&ImageRef::name(path), &how)
             .map_err(|error| error.hint("Could not open backing image."))?;
         if backing_format.is_none() {
             return Err(no_format().hint(format!("Detected format of {}.", node.driver().format().name())));
+        }
+        let mut layer = Some(&node);
+        while let Some(node) = layer {
+            let files = node.driver().files();
+            if here.is_some() && files.iter().any(|file| file.storage.identity() == here) {
+                return Err(itself());
+            }
+            layer = node.backing();
         }
         if self.options.number("size").is_none() {
             self.options.set("size", OptionValue::Size(node.virtual_size()))?;
         }
         Ok(())
     }
+}
+
+/// Which file a name stands for, if it is a regular one that is there.
+fn identity(name: &OsStr) -> Option<Identity> {
+    let (_, path) = Protocol::of(name).ok()?;
+    let meta = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
+    Some(Identity { device: meta.dev(), inode: meta.ino() })
 }
 
 /// A name written in the image, as it is found from here.
