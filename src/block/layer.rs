@@ -148,7 +148,8 @@ impl Opener<'_> {
         let plain = tree.len() == 1 && file.inner.is_none();
         tree.insert("file".to_owned(), Value::Object(file.tree));
         let origin = Origin {
-            path: file.path.filter(|_| plain),
+            path: file.path.clone().filter(|_| plain),
+            base: file.path.or_else(|| file.inner.as_ref().and_then(|node| node.origin().base.clone())),
             tree,
             protocol: false,
             inner: file.inner.into_iter().map(|node| ("file".to_owned(), node)).collect(),
@@ -162,7 +163,7 @@ impl Opener<'_> {
         };
         let beside = Beside {
             opener: self,
-            image: origin.path.as_deref(),
+            image: origin.base.as_deref(),
             how,
             settings,
             locking: file.locking,
@@ -255,7 +256,13 @@ impl Opener<'_> {
             look_only: how.look_only,
             related: &beside,
         })?;
-        let origin = Origin { path: opened.path, tree: opened.tree, protocol: true, inner: Vec::new() };
+        let origin = Origin {
+            path: opened.path.clone(),
+            base: opened.path,
+            tree: opened.tree,
+            protocol: true,
+            inner: Vec::new(),
+        };
         Ok(Layer { driver, origin, settings, below: Below::Nothing, overridden: false })
     }
 

@@ -17,8 +17,10 @@ use crate::storage::{Identity, Storage, Zeroing};
 /// Where a node came from.
 #[derive(Debug, Clone, Default)]
 pub struct Origin {
-    /// The plain name that would open it again, if there is one: names found in the image are relative to it.
+    /// The plain name that would open it again, if there is one.
     pub path: Option<OsString>,
+    /// The file that it lies in, however deep: names found in the image are relative to it.
+    pub base: Option<OsString>,
     /// The whole tree that would open it again.
     pub tree: Map<String, Value>,
     /// A bare file, without a format.
@@ -118,7 +120,7 @@ impl Node {
     /// The name that would open its backing file; nothing if it names none, or if where it is cannot be told.
     pub fn backing_path(&self) -> Option<OsString> {
         let name = OsStr::new(&self.driver.backing()?.name);
-        name::beside(self.origin.path.as_deref(), name)
+        name::beside(self.origin.base.as_deref(), name)
     }
 
     /// The layer itself.
@@ -397,5 +399,40 @@ impl Drop for Placement<'_> {
         {
             writing.withdraw(&self.placed);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::protocol::Protocol;
+    use crate::block::{Format, OpenRequest, OptionTree, Related};
+    use crate::storage::memory::Memory;
+
+    #[derive(Debug)]
+    struct Nothing;
+
+    impl Related for Nothing {
+        fn open(&self, _role: &str, name: &str) -> Result<Child> {
+            Err(Error::unsupported(name.to_owned()))
+        }
+    }
+
+    #[test]
+    fn a_chain_of_any_length_is_dropped_without_recursion() {
+        let mut node: Option<Arc<Node>> = None;
+        for n in 0..200_000 {
+            let storage = Arc::new(Memory::default());
+            let file = Child { role: "file".to_owned(), name: n.to_string(), storage };
+            let mut options = OptionTree::new();
+            let request =
+                OpenRequest { file, options: &mut options, write: false, look_only: false, related: &Nothing };
+            let driver = Protocol::File.open(request);
+            #[allow(clippy::unwrap_used)]
+            let driver = driver.unwrap();
+            node = Some(Arc::new(Node::new(driver, node, n.to_string())));
+        }
+        let top = node.map(|node| format!("{node:?}"));
+        assert_eq!(top.as_deref(), Some(r#"Node { name: "199999", format: "file" }"#));
     }
 }

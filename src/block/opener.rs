@@ -212,7 +212,7 @@ impl<'a> Opener<'a> {
         if let Some(named) = layer.driver.backing()
             && !options.contains_key("file.filename")
         {
-            let full = name::beside(layer.origin.path.as_deref(), named.name.as_ref()).ok_or_else(|| {
+            let full = name::beside(layer.origin.base.as_deref(), named.name.as_ref()).ok_or_else(|| {
                 let shown = layer.name();
                 Error::invalid(format!("Cannot tell where the backing file '{}' of '{shown}' is", named.name))
             })?;
