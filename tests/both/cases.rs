@@ -68,12 +68,13 @@ pub fn parse(table: &str, text: &str) -> Vec<Case> {
             "-" => {
                 case.ignored.insert(rest_owned);
             }
-            "why:" | "code:" | "out:" | "err:" | "has:" | "not:" => {
+            "why:" | "code:" | "out:" | "err:" | "err-:" | "has:" | "not:" => {
                 let deviation = case.deviation.get_or_insert_default();
                 match sign {
                     "why:" => deviation.why = rest_owned,
                     "code:" => deviation.code = rest.parse().unwrap_or_else(|_| panic!("no number: {}", at())),
                     "out:" => deviation.stdout += &format!("{rest}\n"),
+                    "err-:" => deviation.stderr += rest,
                     "err:" => deviation.stderr += &format!("{rest}\n"),
                     "has:" => deviation.present.push(match rest.split_once(' ') {
                         Some((file, format)) => (file.to_owned(), Some(format.to_owned())),
