@@ -11,5 +11,7 @@ mod fixtures;
 mod hostile;
 mod qcow2_create;
 mod qcow2_read;
+mod realdisk;
 mod storage;
 mod vmdk;
+mod walkthrough;

@@ -1,0 +1,111 @@
+//! A real disk: an ext4 file system of the machine's own programs in a sparse 8 GiB file, converted there and back
+//! through every kind of qcow2; equal by `qemu-img compare`, clean by `qemu-img check`, the same bytes at the end,
+//! and a file system that `e2fsck` finds nothing wrong with.
+
+use std::fs;
+
+use crate::common::{Scratch, assert_same_bytes, need, sh};
+
+/// So much real data at most: the disk is sparse, the time is not.
+const DATA_MIB: u64 = 130;
+
+/// A file system with part of `/usr/bin` and `/usr/share` in it.
+fn build(scratch: &Scratch, name: &str, size: &str, mib: u64) {
+    for program in ["mke2fs", "e2fsck", "qemu-img"] {
+        need(program);
+    }
+    // File by file until there is enough; names with anything in them are fine.
+    scratch.sh(&format!(
+        "mkdir tree && find /usr/bin /usr/share -type f -size -20M -readable -print0 | LC_ALL=C sort -z | \
+         python3 -c 'import os, sys
+left = {mib} << 20
+for name in sys.stdin.buffer.read().split(b\"\\0\")[:-1]:
+    # From both ends of the list: programs and texts.
+    left -= os.path.getsize(name) if os.path.exists(name) else 0
+    if left < 0: break
+    sys.stdout.buffer.write(name + b\"\\0\")' | \
+         tar --null -T - -cf - 2>/dev/null | tar -C tree -xf - && \
+         mke2fs -q -t ext4 -E root_owner=0:0 -d tree {name} {size} && rm -rf tree"
+    ));
+}
+
+/// One way there and back.
+fn round_trip(scratch: &Scratch, options: &[&str]) {
+    let what = options.join(" ");
+    let to = [&["convert", "-f", "raw", "-O", "qcow2"][..], options, &["disk.raw", "there.qcow2"]].concat();
+    scratch.vimg(&to);
+    scratch.assert_clean("qcow2", "there.qcow2");
+    scratch.assert_same_content("qcow2", "there.qcow2", "raw", "disk.raw");
+    scratch.vimg(&["convert", "-f", "qcow2", "-O", "raw", "there.qcow2", "back.raw"]);
+    assert_same_bytes(&scratch.file("disk.raw"), &scratch.file("back.raw"));
+    let fsck = sh("e2fsck -fn back.raw").dir(scratch.path()).run();
+    assert_eq!(fsck.code, Some(0), "{what}: {fsck:?}");
+    scratch.vimg(&["convert", "-f", "raw", "-O", "qcow2", "back.raw", "again.qcow2"]);
+    scratch.assert_same_content("qcow2", "again.qcow2", "qcow2", "there.qcow2");
+    for name in ["there.qcow2", "back.raw", "again.qcow2"] {
+        fs::remove_file(scratch.file(name)).expect("remove");
+    }
+}
+
+#[test]
+fn a_real_disk_goes_there_and_back() {
+    let scratch = Scratch::new();
+    build(&scratch, "disk.raw", "8G", DATA_MIB);
+    for options in [
+        &[][..],
+        &["-c"],
+        &["-c", "-o", "compression_type=zstd"],
+        &["-o", "preallocation=metadata"],
+        &["-o", "cluster_size=4k"],
+        &["-o", "cluster_size=2M"],
+        &["-o", "extended_l2=on"],
+        &["-o", "compat=0.10"],
+        &["-c", "-o", "compression_type=zstd,cluster_size=4k"],
+        &["-W", "-m", "16"],
+    ] {
+        round_trip(&scratch, options);
+    }
+}
+
+#[test]
+fn a_smaller_disk_with_all_its_space_reserved() {
+    let scratch = Scratch::new();
+    build(&scratch, "disk.raw", "256M", 60);
+    round_trip(&scratch, &["-o", "preallocation=falloc"]);
+    round_trip(&scratch, &["-o", "preallocation=full"]);
+}
+
+#[test]
+fn an_overlay_of_a_real_disk_holds_the_difference_alone() {
+    let scratch = Scratch::new();
+    build(&scratch, "base.raw", "512M", 60);
+    scratch.sh("cp --sparse=always base.raw disk.raw");
+    scratch.qemu_io("raw", "disk.raw", &["write -P 1 300M 4M", "write -z 20M 1M"]);
+    scratch.vimg(&["convert", "-f", "raw", "-O", "qcow2", "-B", "base.raw", "-F", "raw", "disk.raw", "overlay.qcow2"]);
+    scratch.assert_clean("qcow2", "overlay.qcow2");
+    scratch.assert_same_content("qcow2", "overlay.qcow2", "raw", "disk.raw");
+    scratch.vimg(&["convert", "-f", "qcow2", "-O", "raw", "overlay.qcow2", "back.raw"]);
+    assert_same_bytes(&scratch.file("disk.raw"), &scratch.file("back.raw"));
+}
+
+#[test]
+fn the_same_bytes_whatever_the_number_of_threads() {
+    let scratch = Scratch::new();
+    build(&scratch, "disk.raw", "512M", 60);
+    for (name, kind) in [("plain", &[][..]), ("zlib", &["-c"]), ("zstd", &["-c", "-o", "compression_type=zstd"])] {
+        let mut first = None;
+        for threads in ["1", "2", "8", "16"] {
+            let out = format!("{name}-{threads}.qcow2");
+            let to = ["convert", "-m", threads, "-f", "raw", "-O", "qcow2"];
+            scratch.vimg(&[&to[..], kind, &["disk.raw", &out]].concat());
+            match &first {
+                None => first = Some(out),
+                Some(first) => {
+                    assert_same_bytes(&scratch.file(first), &scratch.file(&out));
+                    fs::remove_file(scratch.file(&out)).expect("remove");
+                }
+            }
+        }
+        scratch.assert_same_content("qcow2", &first.expect("a first one"), "raw", "disk.raw");
+    }
+}
