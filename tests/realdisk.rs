@@ -19,10 +19,12 @@ fn build(scratch: &Scratch, name: &str, size: &str, mib: u64) {
         "mkdir tree && find /usr/bin /usr/share -type f -size -20M -readable -print0 | LC_ALL=C sort -z | \
          python3 -c 'import os, sys
 left = {mib} << 20
-for name in sys.stdin.buffer.read().split(b\"\\0\")[:-1]:
-    # From both ends of the list: programs and texts.
+names = sys.stdin.buffer.read().split(b\"\\0\")[:-1]
+# From both ends of the list in turn: programs and texts.
+for pair in zip(names, reversed(names)):
+  for name in pair:
     left -= os.path.getsize(name) if os.path.exists(name) else 0
-    if left < 0: break
+    if left < 0: sys.exit()
     sys.stdout.buffer.write(name + b\"\\0\")' | \
          tar --null -T - -cf - 2>/dev/null | tar -C tree -xf - && \
          mke2fs -q -t ext4 -E root_owner=0:0 -d tree {name} {size} && rm -rf tree"
