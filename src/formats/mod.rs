@@ -1,5 +1,6 @@
 //! The formats: each knows its own on-disk layout and nothing of the others.
 
+pub mod qcow;
 pub mod qcow2;
 pub mod raw;
 mod table;
@@ -12,6 +13,7 @@ use crate::block::Format;
 /// Every format there is; raw last, because it takes anything.
 pub const FORMATS: &[&dyn Format] = &[
     &qcow2::Qcow2, //
+    &qcow::Qcow,
     &vmdk::Vmdk,
     &vdi::Vdi,
     &vpc::Vpc,

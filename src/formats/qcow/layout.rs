@@ -21,11 +21,11 @@ pub const COMPRESSED: u64 = 1 << 63;
 const VERSION: usize = 4; // 4 bytes: 1
 const BACKING_OFFSET: usize = 8; // 8 bytes: 0 for none
 const BACKING_LENGTH: usize = 16; // 4 bytes
-                                  // 20: time of the backing file's last change, 4 bytes: always 0
+// 20: time of the backing file's last change, 4 bytes: always 0
 const SIZE: usize = 24; // 8 bytes
 const CLUSTER_BITS: usize = 32; // 1 byte
 const L2_BITS: usize = 33; // 1 byte
-                           // 34: padding, 2 bytes
+// 34: padding, 2 bytes
 const CRYPT: usize = 36; // 4 bytes: 0 none, 1 AES
 const L1_OFFSET: usize = 40; // 8 bytes
 

@@ -28,6 +28,9 @@ enum Plan {
 
 impl Resize for VdiDriver {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
+        if !size.is_multiple_of(512) {
+            return Err(Error::invalid("The new size must be a multiple of 512"));
+        }
         let blocks = self.blocks(size);
         if size > MAX_SIZE || blocks > u64::from(MAX_BLOCKS) {
             return Err(too_large(size));

@@ -54,6 +54,9 @@ impl Geometry {
 
     /// The smallest geometry that has room for that many sectors, or the largest there is.
     pub fn at_least(sectors: u64) -> Self {
+        if sectors == 0 {
+            return Self { cylinders: 0, heads: 0, sectors: 0 };
+        }
         let wanted = sectors.min(MAX_SECTORS);
         let mut asked = wanted;
         loop {

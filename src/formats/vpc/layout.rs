@@ -82,7 +82,6 @@ impl Footer {
         Be::write_u32(&mut raw[TIMESTAMP..], since);
         Be::write_u32(&mut raw[CREATOR_VERSION..], 0x0005_0003);
         raw[CREATOR_HOST..CREATOR_HOST + 4].copy_from_slice(b"Wi2k");
-        Be::write_u64(&mut raw[ORIGINAL_SIZE..], size);
         Be::write_u32(&mut raw[TYPE..], if fixed { FIXED } else { DYNAMIC });
         raw[UUID..UUID + 16].copy_from_slice(&uuid);
         let mut footer = Self { raw };
@@ -140,8 +139,10 @@ impl Footer {
         Geometry { cylinders: Be::read_u16(&self.raw[GEOMETRY..]), heads, sectors }
     }
 
-    /// Sets the current size and the geometry.
+    /// Sets the size and the geometry. The "original size" too: it is there for information, but some readers
+    /// (libvhdi) take it for the disk's size.
     pub fn set_size(&mut self, size: u64, geometry: Geometry) {
+        Be::write_u64(&mut self.raw[ORIGINAL_SIZE..], size);
         Be::write_u64(&mut self.raw[CURRENT_SIZE..], size);
         Be::write_u16(&mut self.raw[GEOMETRY..], geometry.cylinders);
         self.raw[GEOMETRY + 2] = geometry.heads;

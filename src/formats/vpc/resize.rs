@@ -1,6 +1,7 @@
 //! The virtual size of a VHD: grow and shrink, both kinds.
 //!
-//! A footer is written where it will be before the old one goes; a table grows only over blocks that were copied
+//! A footer is written where it will be before the old one goes (a stop just then leaves the old one in the new
+//! part of a fixed disk); a table grows only over blocks that were copied
 //! away and named at their new place; the size in the copy at the start, which readers of a dynamic disk trust
 //! first, changes last when it grows and first when it shrinks.
 
@@ -19,6 +20,9 @@ use crate::storage::{Preallocation, Storage, Zeroing};
 const LONG_FOOTER: u64 = FOOTER_BYTES as u64;
 
 fn check_size(size: u64) -> Result<()> {
+    if !size.is_multiple_of(SECTOR) {
+        return Err(Error::invalid("The new size must be a multiple of 512"));
+    }
     if size > MAX_SIZE {
         return Err(Error::unsupported("The image size is too large for file format 'vpc'"));
     }

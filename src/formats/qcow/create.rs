@@ -1,0 +1,80 @@
+//! New qcow images.
+
+use super::Qcow;
+use super::layout::{HEADER_BYTES, Header, MAX_BACKING_NAME, MAX_L1, too_large};
+use crate::block::error::Context;
+use crate::block::{Create, CreateRequest, Error, OptionKind, OptionSpec, Result};
+use crate::storage::{Preallocation, Zeroing};
+
+const OPTIONS: &[OptionSpec] = &[
+    OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionSpec::new("backing_file", OptionKind::Text, "File name of a base image"),
+    OptionSpec::new("backing_fmt", OptionKind::Text, "Format of the backing image"),
+    OptionSpec::new(
+        "encryption",
+        OptionKind::Switch,
+        "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+    ),
+    OptionSpec::new("encrypt.format", OptionKind::Text, "Encrypt the image, format choices: 'aes'"),
+    OptionSpec::new("encrypt.key-secret", OptionKind::Text, "ID of the secret that provides the AES encryption key"),
+];
+
+/// Zeros of a new L1 table up to this length are written, past it they are a hole.
+const WRITTEN: u64 = 16 << 20;
+
+impl Create for Qcow {
+    fn options(&self) -> &'static [OptionSpec] {
+        OPTIONS
+    }
+
+    fn compresses(&self) -> bool {
+        true
+    }
+
+    fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
+        refuse_encryption(request)?;
+        let size = request.size.checked_next_multiple_of(512).ok_or_else(too_large)?;
+        if size == 0 {
+            return Err(Error::invalid("Image size is too small, cannot be zero length"));
+        }
+        // Only the name is kept: the format has no place for the backing file's format.
+        let backing = request.options.text("backing_file").filter(|name| !name.is_empty());
+        let length = backing.map(|name| u32::try_from(name.len()).unwrap_or(u32::MAX));
+        if length.is_some_and(|length| length > MAX_BACKING_NAME) {
+            return Err(Error::invalid("Backing file name too long"));
+        }
+        let header = Header::new(size, length);
+        let entries = header.l1_entries(size).filter(|entries| *entries <= MAX_L1).ok_or_else(too_large)?;
+        let table = (entries * 8).next_multiple_of(512);
+        let end = header.l1_offset() + table;
+        let mut bytes = header.bytes().to_vec();
+        bytes.extend(backing.unwrap_or_default().as_bytes());
+        debug_assert!(header.l1_offset() >= bytes.len() as u64 && bytes.len() >= HEADER_BYTES);
+        let written = if table <= WRITTEN { end } else { header.l1_offset() };
+        bytes.resize(usize::try_from(written).map_err(|_| too_large())?, 0);
+        let file = request.files.main()?;
+        file.write_at(0, &bytes).context("Could not write the qcow header")?;
+        if written < end {
+            if file.kind().is_device() {
+                file.zero(written, end - written, Zeroing::Punch).context("Could not clear the device")?;
+            }
+            file.set_len(end, Preallocation::Off).context("Could not resize file")?;
+        }
+        Ok(())
+    }
+}
+
+fn refuse_encryption(request: &CreateRequest<'_>) -> Result<()> {
+    let options = request.options;
+    let format = options.text("encrypt.format");
+    if !options.switch("encryption") && format.is_none() {
+        return Ok(());
+    }
+    if let Some(format) = format.filter(|format| *format != "aes") {
+        return Err(Error::invalid(format!("Parameter 'encrypt.format' does not accept value '{format}'")));
+    }
+    Err(match options.text("encrypt.key-secret") {
+        None => Error::invalid("Parameter 'encrypt.key-secret' is required for cipher"),
+        Some(_) => Error::unsupported("AES-encrypted qcow images are not supported"),
+    })
+}

@@ -1,0 +1,281 @@
+//! qcow: the first version of QEMU's copy-on-write image.
+//!
+//! Invariants: space is only ever taken from the end of the file; a cluster's data is written before the L2
+//! entry that names it, an L2 table before its L1 entry. A stop in between leaves space that nothing names.
+//!
+//! One lock, [`QcowDriver::state`]; it is held for tables alone, never while guest data moves.
+
+mod create;
+mod layout;
+mod resize;
+mod tables;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+use self::layout::{Entry, HEADER_BYTES, Header};
+use self::tables::State;
+use crate::block::error::Context;
+use crate::block::info::ImageInfo;
+use crate::block::{
+    Action, BackingRef, BlockDriver, Child, Compress, CompressedUnit, Create, Encoded, Error, Extent, ExtentKind,
+    Format, GuestOffset, HostOffset, HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
+};
+use crate::codec::deflate::{self, How, Wrap};
+use crate::storage::Storage;
+
+/// The format.
+#[derive(Debug)]
+pub struct Qcow;
+
+/// The most bytes that one placement covers.
+const RUN: u64 = 2 << 20;
+
+/// The user's options that name the key.
+const KEY_OPTIONS: [&str; 2] = ["encrypt.key-secret", "encrypt.format"];
+
+impl Format for Qcow {
+    fn name(&self) -> &'static str {
+        "qcow"
+    }
+
+    fn probe(&self, head: &[u8], _name: &str) -> u32 {
+        if head.starts_with(b"QFI\xfb\0\0\0\x01") { 100 } else { 0 }
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
+        let OpenRequest { file, options, write, look_only, .. } = request;
+        let storage = &*file.storage;
+        let mut raw = [0; HEADER_BYTES];
+        storage.read_at(0, &mut raw).context("Could not read the qcow header")?;
+        let header = Header::parse(raw)?;
+        let encrypted = header.crypt() != 0;
+        if encrypted && !look_only {
+            let key = KEY_OPTIONS.map(|name| options.remove(name)).iter().any(Option::is_some);
+            return Err(Error::unsupported(if key {
+                "AES-encrypted qcow images are not supported"
+            } else {
+                "Parameter 'encrypt.key-secret' is required for cipher"
+            }));
+        }
+        let length = storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
+        let size = header.size() / 512 * 512;
+        let l1_end = header.l1_entries(header.size()).and_then(|n| n.checked_mul(8)?.checked_add(header.l1_offset()));
+        if l1_end.is_none_or(|end| end > length) {
+            return Err(Error::corrupt("L1 table lies past the end of the file"));
+        }
+        let backing = read_backing(storage, &header)?;
+        Ok(Box::new(QcowDriver {
+            cluster: 1 << header.cluster_bits(),
+            bits: header.cluster_bits(),
+            size: AtomicU64::new(size),
+            backing,
+            encrypted,
+            files: [file],
+            state: Mutex::new(State::new(header)),
+            write,
+        }))
+    }
+
+    fn creating(&self) -> Option<&dyn Create> {
+        Some(self)
+    }
+}
+
+fn read_backing(storage: &dyn Storage, header: &Header) -> Result<Option<BackingRef>> {
+    let Some((at, length)) = header.backing() else { return Ok(None) };
+    let mut name = vec![0; usize::try_from(length).unwrap_or(0)];
+    storage.read_at(at, &mut name).context("Could not read the backing file's name")?;
+    let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+    name.truncate(end);
+    let name = String::from_utf8_lossy(&name).into_owned();
+    Ok((!name.is_empty()).then_some(BackingRef { name, format: None }))
+}
+
+#[derive(Debug)]
+struct QcowDriver {
+    files: [Child; 1],
+    size: AtomicU64,
+    cluster: u64,
+    /// log2 of it.
+    bits: u32,
+    backing: Option<BackingRef>,
+    encrypted: bool,
+    state: Mutex<State>,
+    write: bool,
+}
+
+impl QcowDriver {
+    fn storage(&self) -> &dyn Storage {
+        &*self.files[0].storage
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+fn place_at(at: u64) -> HostPlace {
+    HostPlace { file: 0, at: HostOffset(at) }
+}
+
+impl BlockDriver for QcowDriver {
+    fn format(&self) -> &'static dyn Format {
+        &Qcow
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
+        let max = max.min(self.virtual_size().saturating_sub(at.get()));
+        let (index, within) = (at.get() / self.cluster, at.get() % self.cluster);
+        let (entry, run) =
+            self.state().run(self.storage(), index, within.saturating_add(max).div_ceil(self.cluster))?;
+        let len = max.min(run.saturating_mul(self.cluster).saturating_sub(within));
+        let kind = match entry {
+            Entry::Unallocated => ExtentKind::Unallocated(None),
+            Entry::Plain(host) => ExtentKind::Data(place_at(host.saturating_add(within))),
+            Entry::Compressed(host, bytes) => ExtentKind::Compressed(CompressedUnit {
+                start: GuestOffset(index * self.cluster),
+                len: self.cluster,
+                place: place_at(host),
+                host_len: bytes,
+            }),
+        };
+        Ok(Extent { start: at, len, kind })
+    }
+
+    fn decode(&self, unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {
+        let at = unit.start;
+        deflate::decode(Wrap::Raw, input, out).map_err(|e| Error::corrupt(format!("compressed cluster at {at}: {e}")))
+    }
+
+    fn files(&self) -> &[Child] {
+        &self.files
+    }
+
+    fn backing(&self) -> Option<&BackingRef> {
+        self.backing.as_ref()
+    }
+
+    fn info(&self) -> Result<ImageInfo> {
+        Ok(ImageInfo {
+            cluster_size: Some(self.cluster),
+            encrypted: self.encrypted,
+            dirty: Some(false),
+            ..ImageInfo::default()
+        })
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.write {
+            self.state().write_tables(self.storage())?;
+        }
+        self.storage().flush().with_context(|| format!("{}: could not flush", self.files[0].name))
+    }
+
+    fn writing(&self) -> Option<&dyn Write> {
+        self.write.then_some(self)
+    }
+
+    fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+}
+
+impl QcowDriver {
+    /// Room for clusters that are not there, or have to move. `wanted` of them are alike.
+    fn place_new(&self, state: &mut State, at: GuestOffset, len: u64, store: Store, wanted: u64) -> Result<Placed> {
+        let (index, within) = (at.get() / self.cluster, at.get() % self.cluster);
+        let fresh_is_zero = self.backing.is_none();
+        let was = state.run(self.storage(), index, 1)?.0;
+        let table_left = state.left_in_table(index);
+        let count = (within + len).div_ceil(self.cluster).min(wanted).min(table_left).min((RUN / self.cluster).max(1));
+        let len = len.min(count * self.cluster - within);
+        let (host, fresh) = state.take(self.storage(), index, count * self.cluster, self.cluster)?;
+        // Past the end of the file all is zero as it is, and so is what such a cluster read as.
+        let (before, after) = if fresh && fresh_is_zero && was == Entry::Unallocated {
+            (0, 0)
+        } else {
+            (within, count * self.cluster - within - len)
+        };
+        let action = Action::Write { place: place_at(host + within), before, after };
+        Ok(Placed { start: at, len, store, action, ticket: Ticket { a: host, b: count, c: index } })
+    }
+}
+
+impl Write for QcowDriver {
+    fn unit(&self) -> u64 {
+        self.cluster
+    }
+
+    fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
+        let (index, within) = (at.get() / self.cluster, at.get() % self.cluster);
+        let mut state = self.state();
+        let done = |len, action, ticket| Ok(Placed { start: at, len, store, action, ticket });
+        if let Store::Compressed { bytes } = store {
+            if within != 0 {
+                return Err(Error::invalid("a compressed cluster is written whole"));
+            }
+            let (host, _) = state.take(self.storage(), index, bytes, 512)?;
+            let entry = Entry::Compressed(host, bytes).encode(self.bits);
+            let entry = entry.ok_or_else(|| Error::unsupported("a compressed cluster does not fit the image"))?;
+            let action = Action::Write { place: place_at(host), before: 0, after: 0 };
+            return done(len.min(self.cluster), action, Ticket { a: entry, b: 1, c: index });
+        }
+        let (entry, run) = state.run(self.storage(), index, within.saturating_add(len).div_ceil(self.cluster))?;
+        let zero = matches!(store, Store::Zero { .. });
+        match entry {
+            Entry::Plain(host) => {
+                let place = place_at(host.saturating_add(within));
+                let action = if zero { Action::Zero { place } } else { Action::Write { place, before: 0, after: 0 } };
+                done(len.min(run.saturating_mul(self.cluster).saturating_sub(within)), action, Ticket::default())
+            }
+            Entry::Unallocated if zero && self.backing.is_none() => {
+                let len = len.min(run.saturating_mul(self.cluster).saturating_sub(within));
+                done(len, Action::Nothing, Ticket::default())
+            }
+            Entry::Unallocated => self.place_new(&mut state, at, len, store, run),
+            Entry::Compressed(..) => self.place_new(&mut state, at, len, store, 1),
+        }
+    }
+
+    fn publish(&self, placed: &Placed) -> Result<()> {
+        let Ticket { a: first, b: count, c: index } = placed.ticket;
+        let storage = self.storage();
+        let mut state = self.state();
+        for n in 0..count {
+            state.set(storage, index + n, first + n * self.cluster)?;
+        }
+        if state.wants_writing() { state.write_tables(storage) } else { Ok(()) }
+    }
+
+    fn withdraw(&self, placed: &Placed) {
+        let Ticket { a: entry, b: count, .. } = placed.ticket;
+        if count != 0 {
+            let (at, bytes) = match Entry::decode(entry, self.bits) {
+                Entry::Compressed(at, bytes) => (at, bytes),
+                _ => (entry, count * self.cluster),
+            };
+            self.state().give_back(at, bytes);
+        }
+    }
+
+    fn compressing(&self) -> Option<&dyn Compress> {
+        Some(self)
+    }
+}
+
+impl Compress for QcowDriver {
+    fn encode(&self, at: GuestOffset, plain: &[u8], out: &mut Vec<u8>) -> Result<Encoded> {
+        // The length has to fit its field, which is as wide as an offset in the cluster.
+        let limit = plain.len().saturating_sub(1);
+        match deflate::encode(How::QCOW, plain, out, limit) {
+            Ok(true) => Ok(Encoded::Smaller),
+            Ok(false) => Ok(Encoded::Incompressible),
+            Err(e) => Err(Error::unsupported(format!("cluster at {at}: {e}"))),
+        }
+    }
+}

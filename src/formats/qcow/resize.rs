@@ -1,0 +1,137 @@
+//! The virtual size of a qcow image: grow and shrink.
+//!
+//! The switch is one write of the header. An L1 table that must be longer is written anew at the end of the file
+//! before; what no longer belongs to the disk is cleared after.
+
+use std::sync::atomic::Ordering;
+
+use super::QcowDriver;
+use super::layout::{Entry, MAX_L1, too_large};
+use super::tables::State;
+use crate::block::error::Context;
+use crate::block::{BlockDriver, CompressedUnit, Error, GuestOffset, Resize, Result};
+use crate::storage::{Preallocation, Storage, Zeroing};
+
+impl Resize for QcowDriver {
+    fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
+        if fill != Preallocation::Off {
+            return Err(Error::unsupported(format!("Unsupported preallocation mode '{}'", fill.name())));
+        }
+        if !size.is_multiple_of(512) {
+            return Err(Error::invalid("The new size must be a multiple of 512"));
+        }
+        if size == 0 {
+            return Err(Error::invalid("Image size is too small, cannot be zero length"));
+        }
+        let entries = self.state().header.l1_entries(size);
+        if entries.is_none_or(|entries| entries > MAX_L1) { Err(too_large()) } else { Ok(()) }
+    }
+
+    fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
+        self.check(size, fill)?;
+        let storage = self.storage();
+        let mut state = self.state();
+        state.write_tables(storage)?;
+        let old = self.virtual_size();
+        let mut header = state.header.clone();
+        header.set_size(size);
+        if size < old {
+            state.replace_header(storage, header)?;
+            self.clear_past(&mut state, size)?;
+            state.write_tables(storage)?;
+            shorten(&mut state, storage)?;
+        } else {
+            self.clear_past(&mut state, old)?;
+            if header.l1_entries(size) != header.l1_entries(state.header.size()) {
+                header.set_l1_offset(move_l1(&mut state, storage, size)?);
+            }
+            state.replace_header(storage, header)?;
+        }
+        self.size.store(size, Ordering::Relaxed);
+        storage.flush().context("Could not flush")
+    }
+}
+
+/// Writes the L1 table anew, long enough for that size, and returns its place.
+fn move_l1(state: &mut State, storage: &dyn Storage, size: u64) -> Result<u64> {
+    state.write_tables(storage)?;
+    let had = state.l1_entries() * 8;
+    let bytes = state.header.l1_entries(size).unwrap_or(0) * 8;
+    let (at, fresh) = state.append(storage, bytes.next_multiple_of(512), 512)?;
+    crate::formats::table::copy(storage, state.header.l1_offset(), at, had).context("Could not move the L1 table")?;
+    let rest = bytes.next_multiple_of(512) - had;
+    if fresh {
+        storage.set_len(at + had + rest, Preallocation::Off).context("Could not extend the file")?;
+    } else {
+        storage.zero(at + had, rest, Zeroing::Write).context("Could not clear the L1 table")?;
+    }
+    Ok(at)
+}
+
+/// Cuts off the end of the file that nothing names.
+fn shorten(state: &mut State, storage: &dyn Storage) -> Result<()> {
+    if storage.kind().is_device() {
+        return Ok(());
+    }
+    storage.flush().context("Could not flush")?;
+    let end = state.used_end(storage)?;
+    if end < storage.len().context("Could not get the size of the file")? {
+        storage.set_len(end, Preallocation::Off).context("Failed to resize underlying file")?;
+    }
+    state.forget_end();
+    Ok(())
+}
+
+impl QcowDriver {
+    /// Makes all that lies past `size` in the tables, and in the last cluster, read as nothing: it was cut off, or
+    /// is about to come into view.
+    fn clear_past(&self, state: &mut State, size: u64) -> Result<()> {
+        let storage = self.storage();
+        let (index, within) = (size / self.cluster, size % self.cluster);
+        let entries = state.l1_entries().saturating_mul(state.table_entries());
+        if within != 0 && index < entries {
+            self.clear_tail(state, index, within)?;
+        }
+        let mut next = size.div_ceil(self.cluster);
+        let last = next.next_multiple_of(state.table_entries()).min(entries);
+        while next < last {
+            let (entry, run) = state.run(storage, next, last - next)?;
+            if entry != Entry::Unallocated {
+                for index in next..next + run {
+                    state.set(storage, index, 0)?;
+                }
+            }
+            next += run;
+        }
+        Ok(())
+    }
+
+    fn clear_tail(&self, state: &mut State, index: u64, within: u64) -> Result<()> {
+        let storage = self.storage();
+        let clearing = "Could not clear the last cluster";
+        match state.run(storage, index, 1)?.0 {
+            Entry::Unallocated => Ok(()),
+            Entry::Plain(at) => {
+                storage.zero(at.saturating_add(within), self.cluster - within, Zeroing::Write).context(clearing)
+            }
+            Entry::Compressed(at, bytes) => {
+                let place = super::place_at(at);
+                let start = GuestOffset(index * self.cluster);
+                let unit = CompressedUnit { start, len: self.cluster, place, host_len: bytes };
+                let mut encoded = vec![0; usize::try_from(bytes).unwrap_or(0)];
+                storage.read_at(at, &mut encoded).context(clearing)?;
+                let mut plain = vec![0; usize::try_from(self.cluster).unwrap_or(0)];
+                self.decode(&unit, &encoded, &mut plain)?;
+                let (_, tail) = plain.split_at_mut(usize::try_from(within).unwrap_or(0));
+                if tail.iter().all(|byte| *byte == 0) {
+                    return Ok(());
+                }
+                tail.fill(0);
+                let (new, _) = state.take(storage, index, self.cluster, self.cluster)?;
+                storage.write_at(new, &plain).context(clearing)?;
+                state.set(storage, index, new)?;
+                state.write_tables(storage)
+            }
+        }
+    }
+}

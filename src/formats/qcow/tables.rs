@@ -1,0 +1,253 @@
+//! L1 and L2 tables in memory, and the end of the file, where space is taken.
+
+use std::collections::HashMap;
+
+use byteorder::{BigEndian as Be, ByteOrder};
+
+use super::layout::{Entry, Header};
+use crate::block::error::Context;
+use crate::block::{Error, Result};
+use crate::formats::table::TableCache;
+use crate::storage::{Preallocation, Storage};
+
+/// Working set of the L2 tables: 32 MiB map 16 GiB in clusters of 4 KiB.
+const L2_CACHE: usize = 32 << 20;
+/// Working set of the L1 table.
+const L1_CACHE: usize = 4 << 20;
+/// The most tables and pieces of tables that are looked at for one answer.
+const STEPS: u64 = 1 << 16;
+
+const READING: &str = "Could not read the tables of the image";
+const WRITING: &str = "Could not write the tables of the image";
+
+/// What changes while the image is open.
+#[derive(Debug)]
+pub struct State {
+    /// As it is in the file.
+    pub header: Header,
+    pub(super) l1: TableCache,
+    pub(super) l2: TableCache,
+    /// L2 tables that have their place, but no L1 entry yet, by L1 index.
+    pending: HashMap<u64, u64>,
+    /// Where space is taken next; known from the first time on.
+    end: Option<u64>,
+    /// Bytes of the file from here on were never given out and read as zeros.
+    fresh: u64,
+}
+
+impl State {
+    /// Nothing read yet.
+    pub fn new(header: Header) -> Self {
+        let (l1, l2) = (TableCache::new(L1_CACHE), TableCache::new(L2_CACHE));
+        Self { header, l1, l2, pending: HashMap::new(), end: None, fresh: u64::MAX }
+    }
+
+    fn cluster(&self) -> u64 {
+        1 << self.header.cluster_bits()
+    }
+
+    /// Entries of an L2 table.
+    pub fn table_entries(&self) -> u64 {
+        1 << self.header.l2_bits()
+    }
+
+    /// Entries of the L1 table.
+    pub fn l1_entries(&self) -> u64 {
+        self.header.l1_entries(self.header.size()).unwrap_or(0)
+    }
+
+    /// How many clusters from this one on share its L2 table.
+    pub fn left_in_table(&self, index: u64) -> u64 {
+        self.table_entries() - index % self.table_entries()
+    }
+
+    /// Where the L2 table with that number is; 0 if it is not there.
+    pub fn l2_table(&mut self, storage: &dyn Storage, number: u64) -> Result<u64> {
+        let mut entry = [0; 8];
+        let at = self.header.l1_offset().saturating_add(number * 8);
+        self.l1.read(storage, at, &mut entry).context(READING)?;
+        Ok(Be::read_u64(&entry))
+    }
+
+    /// The entry of a cluster, and how many (at most `max`) go on like it: one after the other in the file, or
+    /// none of them there.
+    pub fn run(&mut self, storage: &dyn Storage, index: u64, max: u64) -> Result<(Entry, u64)> {
+        let (bits, cluster) = (self.header.cluster_bits(), self.cluster());
+        let clusters = self.l1_entries().saturating_mul(self.table_entries());
+        let max = max.min(clusters.saturating_sub(index));
+        if max == 0 {
+            return Err(Error::corrupt(format!("the L1 table has no entry for cluster {index}")));
+        }
+        let (mut first, mut count, mut steps) = (Entry::Unallocated, 0, 0);
+        while count < max && steps < STEPS {
+            steps += 1;
+            let number = (index + count) / self.table_entries();
+            let left = self.left_in_table(index + count).min(max - count);
+            let table = self.l2_table(storage, number)?;
+            if table == 0 {
+                if count > 0 && first != Entry::Unallocated {
+                    break;
+                }
+                count += left;
+                continue;
+            }
+            let at = table.saturating_add((index + count) % self.table_entries() * 8);
+            let mut one = [0; 8];
+            let wanted = usize::try_from(left * 8).unwrap_or(usize::MAX);
+            // A table that does not start at a multiple of its entries has some that cross pages.
+            let entries = if table.is_multiple_of(8) {
+                self.l2.slice(storage, at, wanted).context(READING)?
+            } else {
+                self.l2.read(storage, at, &mut one).context(READING)?;
+                &one
+            };
+            for entry in entries.chunks_exact(8).map(|bytes| Entry::decode(Be::read_u64(bytes), bits)) {
+                let goes_on = match (first, entry) {
+                    _ if count == 0 => {
+                        first = entry;
+                        true
+                    }
+                    (Entry::Unallocated, Entry::Unallocated) => true,
+                    (Entry::Plain(start), Entry::Plain(at)) => start.checked_add(count * cluster) == Some(at),
+                    _ => false,
+                };
+                if !goes_on {
+                    return Ok((first, count));
+                }
+                count += 1;
+            }
+        }
+        Ok((first, count.max(1)))
+    }
+
+    /// The end of what is in use.
+    pub fn end(&mut self, storage: &dyn Storage) -> Result<u64> {
+        if let Some(end) = self.end {
+            return Ok(end);
+        }
+        let end = if storage.kind().is_device() {
+            self.used_end(storage)?
+        } else {
+            let length = storage.len().context("Could not get the size of the file")?;
+            self.fresh = length;
+            length
+        };
+        self.end = Some(end);
+        Ok(end)
+    }
+
+    /// Has the end looked up again, after the file was cut.
+    pub fn forget_end(&mut self) {
+        self.end = None;
+        self.fresh = u64::MAX;
+    }
+
+    /// The end of the highest thing that anything names.
+    pub fn used_end(&mut self, storage: &dyn Storage) -> Result<u64> {
+        let mut end = self.header.l1_offset() + self.l1_entries() * 8;
+        for number in 0..self.l1_entries() {
+            let table = self.l2_table(storage, number)?;
+            if table == 0 {
+                continue;
+            }
+            end = end.max(table.saturating_add(self.table_entries() * 8));
+            let (mut index, last) = (number * self.table_entries(), (number + 1) * self.table_entries());
+            while index < last {
+                let (entry, run) = self.run(storage, index, last - index)?;
+                end = end.max(match entry {
+                    Entry::Unallocated => 0,
+                    Entry::Plain(at) => at.saturating_add(run.saturating_mul(self.cluster())),
+                    Entry::Compressed(at, bytes) => at + bytes,
+                });
+                index += run;
+            }
+        }
+        Ok(end)
+    }
+
+    /// Room at the end of the file; whether it reads as zeros now.
+    pub fn append(&mut self, storage: &dyn Storage, bytes: u64, align: u64) -> Result<(u64, bool)> {
+        let end = self.end(storage)?;
+        let full = || Error::unsupported("the file has no room for another cluster");
+        let at =
+            end.checked_next_multiple_of(512).and_then(|at| at.checked_next_multiple_of(align)).ok_or_else(full)?;
+        let end = at.checked_add(bytes).filter(|end| i64::try_from(*end).is_ok()).ok_or_else(full)?;
+        let fresh = at >= self.fresh;
+        self.fresh = self.fresh.max(end);
+        self.end = Some(end);
+        Ok((at, fresh))
+    }
+
+    /// Room for a cluster, and before it for its L2 table if there is none.
+    pub fn take(&mut self, storage: &dyn Storage, index: u64, bytes: u64, align: u64) -> Result<(u64, bool)> {
+        let number = index / self.table_entries();
+        if self.l2_table(storage, number)? == 0 && !self.pending.contains_key(&number) {
+            let bytes = self.table_entries() * 8;
+            let (table, _) = self.append(storage, bytes, self.cluster())?;
+            let zeros = vec![0; usize::try_from(bytes).unwrap_or(0)];
+            self.l2.write(storage, table, &zeros).context(READING)?;
+            self.pending.insert(number, table);
+        }
+        self.append(storage, bytes, align)
+    }
+
+    /// Takes back what [`State::take`] gave, if nothing was given since.
+    pub fn give_back(&mut self, at: u64, bytes: u64) {
+        if self.end == Some(at.saturating_add(bytes)) {
+            self.end = Some(at);
+        }
+    }
+
+    /// Sets a cluster's entry.
+    pub fn set(&mut self, storage: &dyn Storage, index: u64, entry: u64) -> Result<()> {
+        let number = index / self.table_entries();
+        let mut table = self.l2_table(storage, number)?;
+        if table == 0 {
+            table = self.pending.remove(&number).ok_or_else(|| Error::corrupt("a cluster has no L2 table"))?;
+            let at = self.header.l1_offset().saturating_add(number * 8);
+            self.l1.write(storage, at, &table.to_be_bytes()).context(READING)?;
+        }
+        let at = table.saturating_add(index % self.table_entries() * 8);
+        self.l2.write(storage, at, &entry.to_be_bytes()).context(READING)
+    }
+
+    /// Whether so much waits that it should be written now.
+    pub fn wants_writing(&self) -> bool {
+        self.l2.is_full() || self.l1.is_full()
+    }
+
+    /// Writes what waits: length of the file, L2 tables, L1 table, in this order.
+    pub fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
+        if !self.l2.is_changed() && !self.l1.is_changed() {
+            return Ok(());
+        }
+        if let Some(end) = self.end
+            && !storage.kind().is_device()
+            && storage.len().context("Could not get the size of the file")? < end
+        {
+            storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
+        }
+        storage.flush().context("Could not flush")?;
+        self.l2.write_out(storage).context(WRITING)?;
+        if self.l1.is_changed() {
+            storage.flush().context("Could not flush")?;
+            self.l1.write_out(storage).context(WRITING)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the header at once, between two flushes, and forgets what was derived from the old one.
+    pub fn replace_header(&mut self, storage: &dyn Storage, header: Header) -> Result<()> {
+        self.write_tables(storage)?;
+        storage.flush().context("Could not flush")?;
+        storage.write_at(0, header.bytes()).context("Could not write the qcow header")?;
+        storage.flush().context("Could not flush")?;
+        self.header = header;
+        self.l1.forget();
+        self.l2.forget();
+        self.pending.clear();
+        self.end = None;
+        self.fresh = u64::MAX;
+        Ok(())
+    }
+}

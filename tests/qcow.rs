@@ -1,0 +1,157 @@
+//! qcow against qemu-img.
+
+use crate::common::{Scratch, assert_same_bytes, judge, write_pattern};
+use crate::rig::{Pair, assert_bears_mutations, create, open_bytes};
+
+const M: u64 = 1 << 20;
+
+#[test]
+fn new_images_are_the_references() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "raw", "back", "1M"]);
+    scratch.judge(&["create", "-q", "-f", "raw", "longer-name", "1M"]);
+    for size in [1, 512, M, 3 << 30, 5 << 40] {
+        for backing in ["", "back", "longer-name"] {
+            let text = size.to_string();
+            let options = if backing.is_empty() { String::new() } else { format!("backing_file={backing}") };
+            create(&scratch.file("ours"), "qcow", &options, size).unwrap();
+            if backing.is_empty() {
+                scratch.judge(&["create", "-q", "-f", "qcow", "theirs", &text]);
+            } else {
+                scratch.judge(&["create", "-q", "-f", "qcow", "-b", backing, "-F", "raw", "theirs", &text]);
+            }
+            assert_same_bytes(&scratch.file("ours"), &scratch.file("theirs"));
+        }
+    }
+    let error = create(&scratch.file("ours"), "qcow", "", 0).unwrap_err();
+    assert_eq!(error.message(), "Image size is too small, cannot be zero length");
+    let error = create(&scratch.file("ours"), "qcow", "encryption=on", 512).unwrap_err();
+    assert_eq!(error.message(), "Parameter 'encrypt.key-secret' is required for cipher");
+}
+
+#[test]
+fn writes_in_guest_order_are_the_references_bytes() {
+    let scratch = Scratch::new();
+    create(&scratch.file("ours"), "qcow", "", 9 * M + 512).unwrap();
+    scratch.judge(&["create", "-q", "-f", "qcow", "theirs", &(9 * M + 512).to_string()]);
+    let mut pair = Pair::of(&scratch, "qcow", "ours");
+    let node = pair.open();
+    for (at, len) in [(0, 4096), (8192, 65536), (2 * M - 8192, 16384), (6 * M + 4096, 4096), (9 * M, 512)] {
+        pair.write(&node, at, len);
+    }
+    node.driver().close().unwrap();
+    drop(node);
+    pair.assert_good();
+    scratch.judge(&["convert", "-f", "raw", "-O", "qcow", "ours.model", "theirs"]);
+    assert_same_bytes(&scratch.file("ours"), &scratch.file("theirs"));
+}
+
+#[test]
+fn what_is_written_is_what_others_read() {
+    let scratch = Scratch::new();
+    let mut pair = Pair::new(&scratch, "qcow", "", 9 * M + 1536);
+    pair.exercise(120, M / 2);
+    pair.assert_good();
+    pair.write_compressed(4 * M, 40, 3);
+    pair.write_compressed(9 * M, 1, 4);
+    pair.assert_good();
+    pair.exercise(60, M / 2);
+    pair.assert_good();
+}
+
+#[test]
+fn a_backing_file_shows_through() {
+    let scratch = Scratch::new();
+    write_pattern(&scratch.file("back"), 0, 5, 3 << 20);
+    scratch.judge(&["create", "-q", "-f", "qcow", "-b", "back", "-F", "raw", "a.qcow", "4M"]);
+    std::fs::copy(scratch.file("back"), scratch.file("model")).unwrap();
+    let writes = ["write -P 7 1M 64k", "write -P 8 100k 300", "write -z 2M 5k", "write -P 9 3M 700"];
+    scratch.qemu_io("raw", "model", &["truncate 4M"]);
+    scratch.qemu_io("qcow", "a.qcow", &writes[..2]);
+    scratch.qemu_io("raw", "model", &writes);
+
+    use vimg::block::{GuestOffset, ImageRef, OpenHow, Opener, Policy};
+    let opener = Opener::new(vimg::formats::FORMATS, Policy::Follow);
+    let how = OpenHow { format: Some("qcow".to_owned()), write: true, ..OpenHow::default() };
+    let node = opener.open(&ImageRef::name(scratch.file("a.qcow")), &how).unwrap();
+    let mut buffers = Default::default();
+    node.write_zeroes(GuestOffset(2 << 20), 5 << 10, true, &mut buffers).unwrap();
+    node.write(GuestOffset(3 << 20), &[9; 700], &mut buffers).unwrap();
+    node.driver().close().unwrap();
+    drop(node);
+    scratch.assert_same_content("qcow", "a.qcow", "raw", "model");
+}
+
+#[test]
+fn sizes_change() {
+    let scratch = Scratch::new();
+    let mut pair = Pair::new(&scratch, "qcow", "", 9 * M + 512);
+    pair.exercise(30, M);
+    pair.write_compressed(9 * M, 1, 77);
+    for size in [9 * M + 1024, 10 * M, 700 * M, 3000 * M + 512, 20 * M, 3 * M + 512, 4 * M, 20 << 30, 5 * M] {
+        pair.resize(size);
+        pair.assert_good();
+        pair.exercise(10, M);
+        pair.assert_good();
+    }
+}
+
+#[test]
+fn a_stop_in_a_resize_loses_nothing() {
+    let scratch = Scratch::new();
+    let mut pair = Pair::new(&scratch, "qcow", "", 9 * M + 512);
+    pair.exercise(20, M / 4);
+    pair.assert_resize_is_safe(2000 * M, false);
+    pair.assert_resize_is_safe(9 * M + 4096, false);
+    pair.assert_resize_is_safe(3 * M + 512, false);
+}
+
+#[test]
+fn wrong_images_are_refused_in_the_references_words() {
+    let scratch = Scratch::new();
+    create(&scratch.file("a.qcow"), "qcow", "", 4 * M).unwrap();
+    let good = std::fs::read(scratch.file("a.qcow")).unwrap();
+    for (at, bytes) in [
+        (0, &b"x"[..]),
+        (4, &[0, 0, 0, 0]),
+        (24, &[0; 8]),
+        (24, &[0, 4, 0, 0]),
+        (24, &[0xff; 8]),
+        (32, &[8]),
+        (32, &[17]),
+        (33, &[5]),
+        (33, &[14]),
+        (36, &[0, 0, 0, 2]),
+        (36, &[0, 0, 0, 1]),
+        (8, &[0, 0, 0, 0, 0, 0, 0, 48, 0, 0, 4, 0]),
+    ] {
+        let mut bad = good.clone();
+        bad[at..at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(scratch.file("bad"), &bad).unwrap();
+        let theirs = judge(&["map", "-f", "qcow", "bad"]).dir(scratch.path()).run();
+        let ours = open_bytes(bad, "qcow", false).map(|_| ()).unwrap_err().message();
+        assert_eq!(theirs.stderr, format!("qemu-img: Could not open 'bad': {ours}\n"));
+    }
+}
+
+#[test]
+fn hostile_images_do_no_harm() {
+    let scratch = Scratch::new();
+    let mut pair = Pair::new(&scratch, "qcow", "", 4 * M);
+    let node = pair.open();
+    pair.write(&node, 2 * M, 512);
+    node.driver().close().unwrap();
+    drop(node);
+    pair.write_compressed(3 * M, 2, 9);
+    let bytes = std::fs::read(pair.path()).unwrap();
+    assert_bears_mutations("qcow", &bytes, 80);
+    let mut cases = 0;
+    for at in (4096..bytes.len()).step_by(3).take(3000) {
+        let mut changed = bytes.clone();
+        changed[at] ^= 0xff;
+        let node = open_bytes(changed, "qcow", true).unwrap();
+        crate::rig::walk(&node);
+        cases += 1;
+    }
+    assert!(cases > 1000);
+}

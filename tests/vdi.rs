@@ -1,0 +1,190 @@
+//! vdi against qemu-img and 7z.
+
+use crate::common::{Scratch, assert_same_bytes, judge};
+use crate::rig::{Pair, assert_bears_mutations, create, open_bytes};
+
+const M: u64 = 1 << 20;
+
+fn mask(path: &std::path::Path) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(&[0; 32], 0x188).unwrap();
+}
+
+#[test]
+fn new_images_are_the_references() {
+    let scratch = Scratch::new();
+    for (size, options) in [
+        (0, ""),
+        (1, ""),
+        (512, "static=on"),
+        (M + 512, ""),
+        (5 * M, "static=on"),
+        (200 * M, ""),
+        (3 << 40, ""),
+        (300 << 30, "static=on"),
+    ] {
+        create(&scratch.file("ours"), "vdi", options, size).unwrap();
+        let text = size.to_string();
+        let options = if options.is_empty() { "static=off" } else { options };
+        scratch.judge(&["create", "-q", "-f", "vdi", "-o", options, "theirs", &text]);
+        mask(&scratch.file("ours"));
+        mask(&scratch.file("theirs"));
+        assert_same_bytes(&scratch.file("ours"), &scratch.file("theirs"));
+    }
+    let error = create(&scratch.file("ours"), "vdi", "", 600 << 40).unwrap_err();
+    assert_eq!(
+        error.message(),
+        "Unsupported VDI image size (size is 0x2580000000000, max supported is 0x1fffff8000000)"
+    );
+}
+
+#[test]
+fn what_is_written_is_what_others_read() {
+    for options in ["", "static=on"] {
+        let scratch = Scratch::new();
+        let mut pair = Pair::new(&scratch, "vdi", options, 19 * M + 1536);
+        pair.exercise(120, 3 * M / 2);
+        pair.assert_good();
+        pair.assert_7z_agrees("vdi");
+    }
+}
+
+#[test]
+fn what_others_write_goes_on() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "vdi", "a.vdi", "12M"]);
+    let mut pair = Pair::of(&scratch, "vdi", "a.vdi");
+    pair.exercise(20, M);
+    scratch.qemu_io("vdi", "a.vdi", &["write -P 7 3M 2M", "write -P 8 11M 4k"]);
+    scratch.qemu_io("raw", "a.vdi.model", &["write -P 7 3M 2M", "write -P 8 11M 4k"]);
+    pair.assert_good();
+    pair.exercise(20, M);
+    pair.assert_good();
+}
+
+#[test]
+fn discarded_blocks_and_small_blocks_are_read() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "vdi", "a.vdi", "4M"]);
+    scratch.qemu_io("vdi", "a.vdi", &["write -P 1 0 4M"]);
+    let mut bytes = std::fs::read(scratch.file("a.vdi")).unwrap();
+    bytes[0x204..0x208].copy_from_slice(&0xffff_fffeu32.to_le_bytes());
+    let mut read = vec![9; 4 << 20];
+    let node = open_bytes(bytes.clone(), "vdi", false).unwrap();
+    node.read(vimg::block::GuestOffset(0), &mut read, &mut Default::default()).unwrap();
+    assert!(read[..1 << 20].iter().all(|b| *b == 1) && read[1 << 20..2 << 20].iter().all(|b| *b == 0));
+    assert!(read[2 << 20..].iter().all(|b| *b == 1));
+
+    // Blocks of 64 KiB: an image that the reference refuses.
+    let mut small = vec![0; 0x400 + 3 * 65536];
+    small[..0x200].copy_from_slice(&bytes[..0x200]);
+    small[0x158..0x15c].copy_from_slice(&0x400u32.to_le_bytes());
+    small[0x170..0x178].copy_from_slice(&(5 * 65536u64).to_le_bytes());
+    small[0x178..0x17c].copy_from_slice(&65536u32.to_le_bytes());
+    small[0x180..0x184].copy_from_slice(&5u32.to_le_bytes());
+    small[0x184..0x188].copy_from_slice(&3u32.to_le_bytes());
+    for (n, entry) in [2u32, u32::MAX, 0, 1, u32::MAX].into_iter().enumerate() {
+        small[0x200 + 4 * n..0x204 + 4 * n].copy_from_slice(&entry.to_le_bytes());
+    }
+    for n in 0..3usize {
+        small[0x400 + n * 65536..0x400 + (n + 1) * 65536].fill(n as u8 + 1);
+    }
+    let node = open_bytes(small, "vdi", false).unwrap();
+    let mut read = vec![9; 5 * 65536];
+    node.read(vimg::block::GuestOffset(0), &mut read, &mut Default::default()).unwrap();
+    let seen: Vec<u8> = (0..5).map(|n| read[n * 65536 + 77]).collect();
+    assert_eq!(seen, [3, 0, 1, 2, 0]);
+}
+
+#[test]
+fn sizes_change() {
+    for options in ["", "static=on"] {
+        let scratch = Scratch::new();
+        let mut pair = Pair::new(&scratch, "vdi", options, 20 * M + 512);
+        pair.exercise(30, 2 * M);
+        // More of the block, more blocks, a map that needs room where blocks are, twice.
+        for size in [20 * M + 1024, 100 * M, 300 * M, 700 * M + 512, 400 * M, 7 * M + 512, 8 * M, 900 * M, 5 * M] {
+            pair.resize(size);
+            pair.assert_good();
+            pair.exercise(8, 3 * M);
+            pair.assert_good();
+        }
+        pair.assert_7z_agrees("vdi");
+    }
+}
+
+#[test]
+fn a_huge_map_moves() {
+    let scratch = Scratch::new();
+    let mut pair = Pair::new(&scratch, "vdi", "", 3 * M);
+    pair.exercise(10, M);
+    pair.resize(2 << 40);
+    pair.assert_good();
+    let node = pair.open();
+    pair.write(&node, (2 << 40) - 4096, 4096);
+    node.driver().close().unwrap();
+    drop(node);
+    pair.assert_good();
+    pair.resize(4 * M);
+    pair.assert_good();
+}
+
+#[test]
+fn a_stop_in_a_resize_loses_nothing() {
+    let scratch = Scratch::new();
+    let mut pair = Pair::new(&scratch, "vdi", "", 100 * M + 512);
+    let node = pair.open();
+    for at in [0, 50 * M + 5, 100 * M] {
+        pair.write(&node, at, 512);
+    }
+    node.driver().close().unwrap();
+    drop(node);
+    pair.assert_resize_is_safe(300 * M, false);
+    pair.assert_resize_is_safe(101 * M, false);
+    pair.resize(51 * M);
+    pair.assert_resize_is_safe(80 * M, false);
+}
+
+#[test]
+fn wrong_images_are_refused_in_the_references_words() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "vdi", "a.vdi", "4M"]);
+    let good = std::fs::read(scratch.file("a.vdi")).unwrap();
+    for (at, bytes) in [
+        (0x40, &[0u8; 4][..]),
+        (0x44, &[0, 0, 2, 0]),
+        (0x154, &[1, 2, 0, 0]),
+        (0x158, &[1, 4, 0, 0]),
+        (0x168, &[0, 16, 0, 0]),
+        (0x170, &[1, 0, 0x40, 0]),
+        (0x170, &[0, 0, 0, 0, 0, 0, 0xff]),
+        (0x178, &[0, 0, 0, 0]),
+        (0x180, &[3, 0, 0, 0]),
+        (0x180, &[0xff, 0xff, 0xff, 0x3f]),
+        (0x1a8, &[1]),
+        (0x1b8, &[1]),
+    ] {
+        let mut bad = good.clone();
+        bad[at..at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(scratch.file("bad.vdi"), &bad).unwrap();
+        let theirs = judge(&["info", "-f", "vdi", "bad.vdi"]).dir(scratch.path()).run();
+        let ours = open_bytes(bad, "vdi", false).map(|_| ()).unwrap_err().message();
+        assert_eq!(theirs.stderr, format!("qemu-img: Could not open 'bad.vdi': {ours}\n"));
+    }
+    let mut differencing = good.clone();
+    differencing[0x4c] = 4;
+    let error = open_bytes(differencing, "vdi", false).map(|_| ()).unwrap_err();
+    assert_eq!(error.message(), "unsupported VDI image (differencing image)");
+}
+
+#[test]
+fn hostile_images_do_no_harm() {
+    let scratch = Scratch::new();
+    let mut pair = Pair::new(&scratch, "vdi", "", 4 * M);
+    let node = pair.open();
+    pair.write(&node, 2 * M, 512);
+    node.driver().close().unwrap();
+    let bytes = std::fs::read(pair.path()).unwrap();
+    assert_bears_mutations("vdi", &bytes, 0x210);
+}

@@ -1,0 +1,214 @@
+//! vpc against qemu-img and 7z.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::common::{Scratch, assert_same_bytes, judge};
+use crate::rig::{Pair, assert_bears_mutations, create, open_bytes};
+
+const M: u64 = 1 << 20;
+
+/// Clears what differs from run to run: time, checksum and UUID, in both footers.
+fn mask(path: &Path, fixed: bool) {
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let end = file.metadata().unwrap().len() - 512;
+    let starts = if fixed { vec![end] } else { vec![0, end] };
+    for at in starts {
+        file.write_all_at(&[0; 4], at + 24).unwrap();
+        file.write_all_at(&[0; 20], at + 64).unwrap();
+    }
+}
+
+#[test]
+fn new_images_are_the_references() {
+    let scratch = Scratch::new();
+    for size in [0, 1, 34816, 10 * M, 504 * M, 1 << 30, 64 << 30, 127 << 30, (127 << 30) + 600 * M, 2040 << 30] {
+        for options in ["", "force_size=on", "subformat=fixed", "subformat=fixed,force_size=on"] {
+            create(&scratch.file("ours"), "vpc", options, size).unwrap();
+            let shown = if options.is_empty() { "subformat=dynamic" } else { options };
+            scratch.judge(&["create", "-q", "-f", "vpc", "-o", shown, "theirs", &size.to_string()]);
+            for name in ["ours", "theirs"] {
+                mask(&scratch.file(name), options.contains("fixed"));
+            }
+            assert_same_bytes(&scratch.file("ours"), &scratch.file("theirs"));
+        }
+    }
+    let error = create(&scratch.file("ours"), "vpc", "", (2040 << 30) + 1).unwrap_err();
+    assert_eq!(error.message(), "The image size is too large for file format 'vpc'");
+}
+
+#[test]
+fn what_is_written_is_what_others_read() {
+    for options in ["", "force_size=on", "subformat=fixed", "subformat=fixed,force_size=on"] {
+        let scratch = Scratch::new();
+        let mut pair = Pair::new(&scratch, "vpc", options, 19 * M + 1536);
+        pair.exercise(100, 3 * M);
+        pair.assert_good();
+        pair.assert_7z_agrees("vhd");
+    }
+}
+
+#[test]
+fn what_others_write_goes_on() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "vpc", "a.vhd", "12M"]);
+    let mut pair = Pair::of(&scratch, "vpc", "a.vhd");
+    pair.exercise(20, M);
+    let writes = ["write -P 7 3M 2M", "write -P 8 11M 4k"];
+    scratch.qemu_io("vpc", "a.vhd", &writes);
+    scratch.qemu_io("raw", "a.vhd.model", &writes);
+    pair.assert_good();
+    pair.exercise(20, M);
+    pair.assert_good();
+}
+
+#[test]
+fn sizes_change() {
+    for options in ["", "force_size=on", "subformat=fixed"] {
+        let scratch = Scratch::new();
+        let mut pair = Pair::new(&scratch, "vpc", options, 20 * M + 512);
+        pair.exercise(30, 2 * M);
+        for size in [21 * M, 100 * M + 512, 600 * M, 3000 * M, 1500 * M + 512, 7 * M + 512, 8 * M, 300 * M, 5 * M] {
+            pair.resize(size);
+            pair.assert_good();
+            pair.exercise(8, 3 * M);
+            pair.assert_good();
+        }
+        pair.assert_7z_agrees("vhd");
+    }
+}
+
+#[test]
+fn the_last_footer_stays_the_last_thing() {
+    let scratch = Scratch::new();
+    let mut pair = Pair::new(&scratch, "vpc", "", 600 * M);
+    pair.exercise(10, 3 * M);
+    for size in [2000 * M, 20 * M, 900 * M] {
+        pair.resize(size);
+        let bytes = std::fs::read(pair.path()).unwrap();
+        assert_eq!(bytes[..512], bytes[bytes.len() - 512..]);
+        crate::common::need("vhdiinfo");
+        let out = scratch.sh(&format!("vhdiinfo '{}'", pair.name));
+        assert!(out.stdout.contains(&format!("({size} bytes)")), "{out:?}");
+    }
+}
+
+#[test]
+fn a_stop_in_a_resize_loses_nothing() {
+    for options in ["force_size=on", "subformat=fixed,force_size=on"] {
+        let scratch = Scratch::new();
+        let fixed = options.contains("fixed");
+        let (start, grown) = if fixed { (6 * M + 512, 8 * M) } else { (200 * M + 512, 700 * M) };
+        let mut pair = Pair::new(&scratch, "vpc", options, start);
+        let node = pair.open();
+        for at in [0, start / 2 / 512 * 512 + 5, start - 512] {
+            pair.write(&node, at, 512);
+        }
+        node.driver().close().unwrap();
+        drop(node);
+        pair.assert_resize_is_safe(grown, fixed);
+        if !fixed {
+            pair.assert_resize_is_safe(start / 2 / 512 * 512 + 1024, false);
+            pair.assert_resize_is_safe(M, false);
+        }
+    }
+}
+
+#[test]
+fn virtual_pc_images_are_read_by_their_geometry() {
+    let scratch = Scratch::new();
+    create(&scratch.file("a.vhd"), "vpc", "", 10 * M).unwrap();
+    let good = std::fs::read(scratch.file("a.vhd")).unwrap();
+    for creator in [b"vpc ", b"qemu", b"win ", b"vbox", b"qem2", b"tap\0"] {
+        let mut bytes = good.clone();
+        bytes[28..32].copy_from_slice(creator);
+        bytes[48..56].copy_from_slice(&(5 * M).to_be_bytes());
+        bytes[64..68].fill(0);
+        let sum = !bytes[..512].iter().map(|b| u32::from(*b)).sum::<u32>();
+        bytes[64..68].copy_from_slice(&sum.to_be_bytes());
+        std::fs::write(scratch.file("b.vhd"), &bytes).unwrap();
+        let theirs = judge(&["info", "-f", "vpc", "--output=json", "b.vhd"]).dir(scratch.path()).ok().json();
+        let ours = open_bytes(bytes, "vpc", false).unwrap().virtual_size();
+        assert_eq!(theirs["virtual-size"].as_u64(), Some(ours));
+    }
+}
+
+#[test]
+fn sectors_that_were_never_written_are_zeros() {
+    let scratch = Scratch::new();
+    create(&scratch.file("a.vhd"), "vpc", "force_size=on", 4 * M).unwrap();
+    scratch.qemu_io("vpc", "a.vhd", &["write -P 5 0 4M"]);
+    let mut bytes = std::fs::read(scratch.file("a.vhd")).unwrap();
+    let at = 512 * u32::from_be_bytes([bytes[1536], bytes[1537], bytes[1538], bytes[1539]]) as usize;
+    bytes[at] = 0b1011_1111;
+    bytes[at + 2] = 0;
+    let storage = std::sync::Arc::new(vimg::storage::memory::Memory::new(bytes));
+    let node = crate::rig::open_on(storage, "vpc", true).unwrap();
+    let mut buffers = Default::default();
+    let mut read = vec![9; 4 << 20];
+    node.read(vimg::block::GuestOffset(0), &mut read, &mut buffers).unwrap();
+    let mut wanted = vec![5; 4 << 20];
+    wanted[512..1024].fill(0);
+    wanted[16 * 512..24 * 512].fill(0);
+    assert!(read == wanted);
+    // A part of a sector brings the rest of it to light.
+    node.write(vimg::block::GuestOffset(600), &[7; 10], &mut buffers).unwrap();
+    node.write(vimg::block::GuestOffset(17 * 512), &[8; 1024], &mut buffers).unwrap();
+    wanted[600..610].fill(7);
+    wanted[17 * 512..19 * 512].fill(8);
+    node.read(vimg::block::GuestOffset(0), &mut read, &mut buffers).unwrap();
+    assert!(read == wanted);
+}
+
+#[test]
+fn wrong_images_are_refused_in_the_references_words() {
+    let scratch = Scratch::new();
+    create(&scratch.file("a.vhd"), "vpc", "", 4 * M).unwrap();
+    let good = std::fs::read(scratch.file("a.vhd")).unwrap();
+    for (at, bytes) in [
+        (0, &b"x"[..]),
+        (8, &[1]),
+        (512, b"x"),
+        (512 + 28, &[0, 0, 0, 1]),
+        (512 + 28, &[0xff, 0xff, 0xff, 0xff]),
+        (512 + 28, &[0x10, 0, 0, 0]),
+        (512 + 32, &[0, 0, 0, 0]),
+        (512 + 32, &[0, 0x30, 0, 0]),
+        (512 + 16, &[0, 0, 1, 0]),
+        (1536, &[0, 0, 1, 0]),
+    ] {
+        let mut bad = good.clone();
+        bad[at..at + bytes.len()].copy_from_slice(bytes);
+        if at < 512 {
+            // Here the footer at the end would help us.
+            let end = bad.len() - 512;
+            bad.truncate(end);
+        }
+        std::fs::write(scratch.file("bad.vhd"), &bad).unwrap();
+        let theirs = judge(&["info", "-f", "vpc", "bad.vhd"]).dir(scratch.path()).run();
+        let ours = open_bytes(bad, "vpc", false).map(|_| ()).unwrap_err().message();
+        assert_eq!(theirs.stderr, format!("qemu-img: Could not open 'bad.vhd': {ours}\n"));
+    }
+    let mut healed = good.clone();
+    healed[0] = 0;
+    assert_eq!(open_bytes(healed, "vpc", false).unwrap().virtual_size(), 8228 * 512);
+}
+
+#[test]
+fn hostile_images_do_no_harm() {
+    let scratch = Scratch::new();
+    let mut pair = Pair::new(&scratch, "vpc", "", 4 * M);
+    let node = pair.open();
+    pair.write(&node, 2 * M, 512);
+    node.driver().close().unwrap();
+    let bytes = std::fs::read(pair.path()).unwrap();
+    assert_bears_mutations("vpc", &bytes, 100);
+    let header: Vec<u8> = bytes;
+    for at in 512..1600 {
+        for value in [0, 1, 0x7f, 0xff] {
+            let mut changed = header.clone();
+            changed[at] = value;
+            let _ = open_bytes(changed, "vpc", true).map(|node| crate::rig::walk(&node));
+        }
+    }
+}
