@@ -54,8 +54,9 @@ pub fn encode(how: How, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> Result
             }
         };
         out.clear();
-        // One byte more: the end of the stream is only told while there is room.
-        out.resize(limit.saturating_add(1), 0);
+        // Room for the whole stream whatever it comes to: an encoder that was left half way does not always come
+        // out of its reset whole, and panics later.
+        out.resize(limit.max(plain.len()).saturating_add(plain.len() / 8 + 128), 0);
         loop {
             let (read, wrote) = (position(encoder.total_in()), position(encoder.total_out()));
             let (input, room) = (plain.get(read..).unwrap_or(&[]), out.get_mut(wrote..).unwrap_or(&mut []));

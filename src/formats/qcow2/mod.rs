@@ -14,6 +14,7 @@
 pub mod alloc;
 pub mod bitmap;
 pub mod codec;
+pub mod counts;
 pub mod create;
 pub mod header;
 pub mod info;
@@ -24,11 +25,13 @@ pub mod plan;
 pub mod prealloc;
 pub mod refcount;
 pub mod repair;
+pub mod resize;
 pub mod snapshot;
 pub mod space;
 pub mod tables;
 pub mod window;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
@@ -37,7 +40,8 @@ use byteorder::{BigEndian, ByteOrder};
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    BackingRef, BlockDriver, Child, CompressedUnit, Create, Extent, Format, GuestOffset, OpenRequest, Result, Snapshots,
+    BackingRef, BlockDriver, Child, CompressedUnit, Create, Extent, Format, GuestOffset, OpenRequest, Resize, Result,
+    Snapshots, Write,
 };
 use crate::codec::luks;
 
@@ -88,6 +92,8 @@ pub struct Qcow2Driver {
     header: RwLock<Header>,
     tables: Tables,
     alloc: Mutex<Allocator>,
+    /// Where active L2 tables and refcount blocks are, known from the first change on: room is never made there.
+    metadata: Mutex<BTreeSet<u64>>,
     /// As they were when the image was opened.
     snapshots: Vec<snapshot::Snapshot>,
     /// As they were when the image was opened.
@@ -127,6 +133,22 @@ impl BlockDriver for Qcow2Driver {
 
     fn info(&self) -> Result<ImageInfo> {
         self.image_info()
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.flush_all(false)
+    }
+
+    fn close(&self) -> Result<()> {
+        self.flush_all(true)
+    }
+
+    fn writing(&self) -> Option<&dyn Write> {
+        if self.write { Some(self) } else { None }
+    }
+
+    fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

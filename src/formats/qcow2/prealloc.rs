@@ -25,7 +25,7 @@ pub struct Layout {
 }
 
 /// The reference asks for data clusters in pieces of at most that many bytes, rounded down to clusters.
-const PIECE: u64 = i32::MAX as u64;
+pub const PIECE: u64 = i32::MAX as u64;
 
 /// Lays out everything. `file` is the image; what was planned before must have been written by the caller if it
 /// lies beyond the file's end.

@@ -64,6 +64,17 @@ pub struct Cursor {
 }
 
 impl Cursor {
+    /// Searches start at that cluster.
+    pub fn at(cluster: u64) -> Self {
+        Self { next: cluster }
+    }
+
+    /// Makes the refcount block for a cluster if there is none.
+    pub fn ensure(&mut self, space: &mut dyn Space, cluster: u64) -> Result<()> {
+        while !self.cover(space, cluster, cluster + 1)? {}
+        Ok(())
+    }
+
     /// Where the next search starts.
     pub fn position(self) -> u64 {
         self.next

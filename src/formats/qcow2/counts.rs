@@ -1,0 +1,255 @@
+//! The refcounts of an open image: read and changed through the table cache.
+//!
+//! Invariants: a refcount is raised before an entry that needs it is set, and lowered only after the entries that no
+//! longer point there are in the file (`alloc.rs` keeps what waits for that). The caller holds the allocator.
+
+use crate::block::error::Context;
+use crate::block::{Error, Result};
+
+use super::Qcow2Driver;
+use super::layout::{self, Geometry, REFCOUNT_OFFSET_MASK};
+use super::refcount;
+use super::space::{Freed, Growth, Space};
+use super::tables::{Kind, Table};
+
+/// Refcounts are changed in pieces of at most that many bytes; a piece lies in one slice of the cache.
+const PIECE: u64 = 512;
+
+impl Qcow2Driver {
+    /// The block that has a cluster's refcount, if it exists.
+    fn block_of(&self, index: u64) -> Result<Option<Table>> {
+        let table = self.refcount_table();
+        if index >= table.len / layout::ENTRY {
+            return Ok(None);
+        }
+        let at = self.tables.get(table, index)? & REFCOUNT_OFFSET_MASK;
+        if self.geometry.in_cluster(at) != 0 {
+            return Err(self.corrupt(format!("Refblock offset {at:#x} unaligned (reftable index: {index:#x})")));
+        }
+        Ok((at != 0).then(|| self.refcount_block(at)))
+    }
+
+    /// An image that cannot be written to safely is marked as corrupt, as the reference does.
+    pub(super) fn corrupt(&self, what: String) -> Error {
+        if self.geometry.version >= 3 && self.header().fields.incompatible & layout::CORRUPT == 0 {
+            // The mark is a courtesy: what is wrong is said in any case.
+            let _ = self.update_header(|header| header.fields.incompatible |= layout::CORRUPT);
+        }
+        Error::corrupt(format!("qcow2: {what}; image marked as corrupt"))
+    }
+
+    /// A cluster's refcount.
+    pub(super) fn refcount(&self, cluster: u64) -> Result<u64> {
+        let per_block = self.geometry.refcounts_per_block();
+        let Some(block) = self.block_of(cluster / per_block)? else { return Ok(0) };
+        let order = self.geometry.refcount_order;
+        let index = cluster % per_block;
+        let (from, first) = byte_of(order, index);
+        self.tables.view(block, from, |bytes| refcount::get(order, bytes, first))
+    }
+
+    /// Changes the refcounts of clusters whose blocks exist; `change` gives the new one or what is wrong.
+    pub(super) fn change_refcounts(
+        &self,
+        start: u64,
+        n: u64,
+        change: impl Fn(u64) -> std::result::Result<u64, &'static str>,
+    ) -> Result<()> {
+        let (order, per_block) = (self.geometry.refcount_order, self.geometry.refcounts_per_block());
+        let per_piece = (PIECE * 8) >> order;
+        let end = start.saturating_add(n);
+        let mut cluster = start;
+        while cluster < end {
+            let block = self.block_of(cluster / per_block)?;
+            let block = block.ok_or_else(|| self.corrupt(format!("no refcount block for cluster {cluster}")))?;
+            let index = cluster % per_block;
+            let first = index % per_piece;
+            let count = (per_piece - first).min(end - cluster).min(per_block - index);
+            let from = (index - first) * u64::from(self.geometry.refcount_bits()) / 8;
+            let len = PIECE.min(block.len - from);
+            let wrong = self.tables.change(block, from, len, |bytes| {
+                for index in first..first + count {
+                    let index = index as usize;
+                    match change(refcount::get(order, bytes, index)) {
+                        Ok(value) => refcount::set(order, bytes, index, value),
+                        Err(text) => return Some(text),
+                    }
+                }
+                None
+            })?;
+            if let Some(text) = wrong {
+                return Err(self.corrupt(format!("{text} near cluster {cluster}")));
+            }
+            cluster += count;
+        }
+        Ok(())
+    }
+
+    /// One reference more; false if the width has no room for it.
+    pub(super) fn raise(&self, cluster: u64) -> Result<bool> {
+        if self.refcount(cluster)? >= self.geometry.refcount_max() {
+            return Ok(false);
+        }
+        self.change_refcounts(cluster, 1, |count| Ok(count + 1))?;
+        Ok(true)
+    }
+
+    /// One reference less for each; gives those that became free, as runs.
+    pub(super) fn lower(&self, start: u64, n: u64) -> Result<Vec<(u64, u64)>> {
+        self.change_refcounts(start, n, |count| count.checked_sub(1).ok_or("refcount below zero"))?;
+        let mut free: Vec<(u64, u64)> = Vec::new();
+        for cluster in start..start + n {
+            if self.refcount(cluster)? == 0 {
+                match free.last_mut() {
+                    Some((first, count)) if *first + *count == cluster => *count += 1,
+                    _ => free.push((cluster, 1)),
+                }
+            }
+        }
+        Ok(free)
+    }
+}
+
+/// The byte from which a refcount is read, and its index from there.
+fn byte_of(order: u32, index: u64) -> (u64, usize) {
+    if order < 3 {
+        let per_byte = 8 >> order;
+        (index / per_byte, (index % per_byte) as usize)
+    } else {
+        (index << (order - 3), 0)
+    }
+}
+
+/// The refcounts as a [`Space`].
+pub struct Counts<'a>(pub &'a Qcow2Driver);
+
+impl Space for Counts<'_> {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry
+    }
+
+    fn find_free(&mut self, from: u64, n: u64) -> Result<u64> {
+        let (driver, order) = (self.0, self.0.geometry.refcount_order);
+        let per_block = driver.geometry.refcounts_per_block();
+        let blocks = self.table_entries();
+        let (mut start, mut cluster) = (from, from);
+        while cluster - start < n {
+            let index = cluster / per_block;
+            if index >= blocks {
+                break;
+            }
+            let next = (index + 1).saturating_mul(per_block);
+            let Some(block) = driver.block_of(index)? else {
+                cluster = next;
+                continue;
+            };
+            let (byte, skip) = byte_of(order, cluster % per_block);
+            (start, cluster) = driver.tables.view(block, byte, |bytes| {
+                let count = ((bytes.len() as u64 * 8) >> order).min(next - cluster + skip as u64);
+                let (mut start, mut cluster) = (start, cluster);
+                for index in skip..usize::try_from(count).unwrap_or(skip) {
+                    cluster += 1;
+                    if refcount::get(order, bytes, index) != 0 {
+                        start = cluster;
+                    } else if cluster - start >= n {
+                        break;
+                    }
+                }
+                (start, cluster)
+            })?;
+        }
+        Ok(start)
+    }
+
+    fn has_block(&mut self, index: u64) -> Result<bool> {
+        Ok(self.0.block_of(index)?.is_some())
+    }
+
+    fn table_entries(&self) -> u64 {
+        self.0.refcount_table().len / layout::ENTRY
+    }
+
+    fn take(&mut self, start: u64, n: u64) -> Result<()> {
+        self.0.guard(start, n)?;
+        self.0.change_refcounts(start, n, |count| if count == 0 { Ok(1) } else { Err("cluster given out twice") })
+    }
+
+    fn put_block(&mut self, index: u64, cluster: u64) -> Result<()> {
+        let driver = self.0;
+        driver.guard(cluster, 1)?;
+        let at = cluster << driver.geometry.cluster_bits;
+        driver.tables.fresh(driver.refcount_block(at))?;
+        driver.tables.set(driver.refcount_table(), index, at)
+    }
+
+    fn replace_table(&mut self, growth: &Growth) -> Result<Freed> {
+        let driver = self.0;
+        let bits = driver.geometry.cluster_bits;
+        let old = driver.refcount_table();
+        for (start, n) in &growth.taken {
+            driver.guard(*start, *n)?;
+        }
+        driver.tables.write_back()?;
+        let new = Table { kind: Kind::RefcountTable, at: growth.table << bits, len: growth.clusters << bits };
+        driver.tables.fresh(new)?;
+        for index in 0..(old.len / layout::ENTRY).min(new.len / layout::ENTRY) {
+            let entry = driver.tables.get(old, index)?;
+            if entry != 0 {
+                driver.tables.set(new, index, entry)?;
+            }
+        }
+        for (index, cluster) in &growth.blocks {
+            driver.tables.fresh(driver.refcount_block(cluster << bits))?;
+            driver.tables.set(new, *index, cluster << bits)?;
+        }
+        // The new blocks are found through the new table alone; nothing of it is in the header yet.
+        driver.swap_refcount_table(new.at, growth.clusters);
+        let counted = growth.taken.iter().try_for_each(|(start, n)| {
+            driver.change_refcounts(*start, *n, |count| if count == 0 { Ok(1) } else { Err("cluster in use") })
+        });
+        let written = counted.and_then(|()| driver.tables.write_back()).and_then(|()| {
+            driver.file().storage.flush().context("Could not write refcount table")?;
+            driver.update_header(|_| ())?;
+            driver.file().storage.flush().context("Could not write qcow2 header")
+        });
+        if let Err(error) = written {
+            driver.swap_refcount_table(old.at, old.len >> bits);
+            return Err(error);
+        }
+        driver.tables.forget(old.at, old.len);
+        driver.lower(old.at >> bits, old.len >> bits)?;
+        Ok(Freed(old.at >> bits))
+    }
+}
+
+impl Qcow2Driver {
+    /// Changes where the refcount table is, in memory alone.
+    fn swap_refcount_table(&self, at: u64, clusters: u64) {
+        let mut header = self.header.write().unwrap_or_else(|e| e.into_inner());
+        header.fields.refcount_table_offset = at;
+        header.fields.refcount_table_clusters = u32::try_from(clusters).unwrap_or(u32::MAX);
+    }
+
+    /// Refuses to give out clusters in which, whatever the refcounts say, the header or an active table lies.
+    fn guard(&self, start: u64, n: u64) -> Result<()> {
+        let bits = self.geometry.cluster_bits;
+        let fields = self.header().fields;
+        let first = start << bits;
+        let end = start.saturating_add(n) << bits;
+        let hits = |at: u64, len: u64| len > 0 && at < end && at.saturating_add(len) > first;
+        let l1 = u64::from(fields.l1_size) * layout::ENTRY;
+        let table = u64::from(fields.refcount_table_clusters) << bits;
+        let what = if hits(0, 1) {
+            "qcow2_header"
+        } else if hits(fields.l1_table_offset, l1) {
+            "active L1 table"
+        } else if hits(fields.refcount_table_offset, table) {
+            "refcount table"
+        } else if self.metadata().range(first..end).next().is_some() {
+            "refcount block or active L2 table"
+        } else {
+            return Ok(());
+        };
+        Err(self.corrupt(format!("Preventing invalid allocation of {what} at offset {first:#x}")))
+    }
+}

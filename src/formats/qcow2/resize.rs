@@ -1,0 +1,262 @@
+//! Changing the virtual size.
+//!
+//! Growing: a longer L1 table in a new place, then the new part's clusters if they are wanted ahead, then the size.
+//! Shrinking: entries beyond the new end are taken back, what they pointed to is freed and punched, refcount blocks
+//! that count nothing are freed, the file is cut after its last used cluster. Wherever it stops the image is
+//! consistent: the size in the header is changed last when growing, and what is lost was asked to be lost.
+
+use crate::block::error::Context;
+use crate::block::{Error, Resize, Result};
+use crate::storage::Preallocation;
+
+use super::Qcow2Driver;
+use super::alloc::Allocator;
+use super::counts::Counts;
+use super::layout::{self, COMPRESSED, COPIED, ENTRY, MAX_L1_BYTES, OFFSET_MASK, REFCOUNT_OFFSET_MASK};
+use super::prealloc::PIECE;
+use super::space::Space;
+use super::tables::{Kind, Table};
+
+impl Resize for Qcow2Driver {
+    fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
+        if !self.write {
+            return Err(Error::unsupported("Block node is read-only"));
+        }
+        let old = self.header().fields.size;
+        if !size.is_multiple_of(layout::SECTOR) {
+            return Err(Error::invalid("The new size must be a multiple of 512"));
+        }
+        if !self.snapshots.is_empty() && self.geometry.version < 3 {
+            return Err(Error::unsupported("Can't resize a v2 image which has snapshots"));
+        }
+        if size < old && fill != Preallocation::Off {
+            return Err(Error::invalid("Preallocation can't be used for shrinking an image"));
+        }
+        if self.geometry.l1_entries_for(size) > MAX_L1_BYTES / ENTRY {
+            return Err(Error::invalid("Failed to grow the L1 table: File too large"));
+        }
+        Ok(())
+    }
+
+    fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
+        self.check(size, fill)?;
+        let mut alloc = self.lock_alloc();
+        self.before_first_change(&mut alloc)?;
+        let old = self.header().fields.size;
+        if size < old { self.shrink(&mut alloc, size) } else { self.grow(&mut alloc, old, size, fill) }
+    }
+}
+
+impl Qcow2Driver {
+    fn grow(&self, alloc: &mut Allocator, old: u64, size: u64, fill: Preallocation) -> Result<()> {
+        let entries = self.geometry.l1_entries_for(size);
+        if entries > self.l1().len / ENTRY {
+            self.grow_l1(alloc, entries)?;
+        }
+        let raw = self.header().fields.autoclear & layout::DATA_FILE_RAW != 0;
+        let tables = if raw && fill == Preallocation::Off { Preallocation::Metadata } else { fill };
+        if tables != Preallocation::Off {
+            self.preallocate(alloc, old, size, tables)?;
+        }
+        if self.external
+            && let Some(data) = self.files.get(self.data_file())
+        {
+            let how = if fill == Preallocation::Metadata { Preallocation::Off } else { fill };
+            let end =
+                if tables == Preallocation::Off { size } else { size.next_multiple_of(self.geometry.cluster_size()) };
+            if data.storage.len().context("Could not get file size")? < end {
+                data.storage.set_len(end, how).context("Failed to resize underlying file")?;
+            }
+        }
+        self.settle(alloc)?;
+        self.update_header(|header| header.fields.size = size)
+    }
+
+    /// A longer L1 table in a new place.
+    fn grow_l1(&self, alloc: &mut Allocator, entries: u64) -> Result<()> {
+        let bits = self.geometry.cluster_bits;
+        let old = self.l1();
+        let len = entries * ENTRY;
+        let cluster = self.allocate(alloc, len.div_ceil(self.geometry.cluster_size()))?;
+        let new = Table { kind: Kind::L1, at: cluster << bits, len };
+        self.tables.fresh(new)?;
+        for index in 0..old.len / ENTRY {
+            let entry = self.tables.get(old, index)?;
+            if entry != 0 {
+                self.tables.set(new, index, entry)?;
+            }
+        }
+        self.tables.write_back()?;
+        self.file().storage.flush().context("Failed to grow the L1 table")?;
+        let entries = u32::try_from(entries).map_err(|_| Error::invalid("Failed to grow the L1 table"))?;
+        self.update_header(|header| {
+            header.fields.l1_table_offset = new.at;
+            header.fields.l1_size = entries;
+        })?;
+        if old.len > 0 {
+            self.tables.forget(old.at, old.len);
+            alloc.freed.push((old.at >> bits, old.len.div_ceil(self.geometry.cluster_size()), false));
+            self.settle(alloc)?;
+        }
+        Ok(())
+    }
+
+    /// Clusters for everything from `old` to `size` that has none.
+    fn preallocate(&self, alloc: &mut Allocator, old: u64, size: u64, fill: Preallocation) -> Result<()> {
+        let (geometry, bits) = (self.geometry, self.geometry.cluster_bits);
+        let cluster = geometry.cluster_size();
+        let storage = &self.file().storage;
+        let end = size.next_multiple_of(cluster);
+        let mut guest = old - geometry.in_cluster(old);
+        let mut area = None;
+        if !self.external && matches!(fill, Preallocation::Falloc | Preallocation::Full) {
+            guest = old.next_multiple_of(cluster);
+            let count = (end - guest) >> bits;
+            let tables = count.div_ceil(geometry.l2_entries());
+            let used = storage.len().context("Could not get file size")?.div_ceil(cluster).max(self.last_used()? + 1);
+            let first = alloc.cursor.reserve_area(&mut Counts(self), used, count + tables)?;
+            Counts(self).take(first, count)?;
+            self.tables.write_back()?;
+            storage.set_len(first << bits, Preallocation::Off).context("Could not resize file")?;
+            storage.set_len((first + count) << bits, fill).context("Could not resize image file")?;
+            area = Some(first << bits);
+        }
+        let start = guest;
+        let mut host_end = 0;
+        while guest < end {
+            let table = self.writable_l2(alloc, guest)?;
+            let index = geometry.l2_index(guest);
+            let most = ((end - guest) >> bits).min(geometry.l2_entries() - index).min(PIECE >> bits);
+            let there = |n: u64| -> Result<bool> {
+                let (entry, _) = self.l2_entry(table, index + n)?;
+                Ok(entry & (OFFSET_MASK | COMPRESSED) != 0 || (self.external && entry & COPIED != 0))
+            };
+            let mut n = 0;
+            while n < most && !there(n)? {
+                n += 1;
+            }
+            if n == 0 {
+                guest += cluster;
+                continue;
+            }
+            let host = match area {
+                _ if self.external => guest,
+                Some(area) => area + (guest - start),
+                None => self.allocate(alloc, n)? << bits,
+            };
+            for step in 0..n {
+                let (old, bitmap) = self.l2_entry(table, index + step)?;
+                let marks = old & layout::ZERO;
+                let marks = if geometry.extended { 0 } else { marks };
+                self.set_l2_entry(table, index + step, COPIED | (host + step * cluster) | marks, bitmap)?;
+            }
+            host_end = host_end.max(host + n * cluster);
+            guest += n * cluster;
+            if self.tables.is_full() {
+                self.settle(alloc)?;
+            }
+        }
+        if !self.external && storage.len().context("Could not get file size")? < host_end {
+            storage.set_len(host_end, Preallocation::Off).context("Could not resize file")?;
+        }
+        Ok(())
+    }
+
+    /// The last cluster with a refcount.
+    fn last_used(&self) -> Result<u64> {
+        let table = self.refcount_table();
+        let per_block = self.geometry.refcounts_per_block();
+        for index in (0..table.len / ENTRY).rev() {
+            if self.tables.get(table, index)? & REFCOUNT_OFFSET_MASK == 0 {
+                continue;
+            }
+            for cluster in (index * per_block..(index + 1) * per_block).rev() {
+                if self.refcount(cluster)? != 0 {
+                    return Ok(cluster);
+                }
+            }
+        }
+        Ok(0)
+    }
+
+    fn shrink(&self, alloc: &mut Allocator, size: u64) -> Result<()> {
+        let geometry = self.geometry;
+        let (cluster, covers) = (geometry.cluster_size(), geometry.l1_covers());
+        let keep = size.next_multiple_of(cluster);
+        let l1 = self.l1();
+        for l1_index in size / covers..l1.len / ENTRY {
+            let entry = self.tables.get(l1, l1_index)?;
+            if entry & OFFSET_MASK == 0 {
+                continue;
+            }
+            let start = l1_index * covers;
+            let whole = start >= keep;
+            let table = if whole { self.l2(entry & OFFSET_MASK) } else { self.writable_l2(alloc, start)? };
+            let first = keep.saturating_sub(start) / cluster;
+            for index in first..geometry.l2_entries() {
+                let (old, bitmap) = self.l2_entry(table, index)?;
+                if (old, bitmap) == (0, 0) {
+                    continue;
+                }
+                self.free_entry(alloc, old, true);
+                if !whole {
+                    self.set_l2_entry(table, index, 0, 0)?;
+                }
+            }
+            if whole {
+                self.tables.set(l1, l1_index, 0)?;
+                self.free_entry(alloc, entry & OFFSET_MASK, true);
+            }
+        }
+        self.settle(alloc)?;
+        self.update_header(|header| header.fields.size = size)?;
+        self.shrink_refcounts(alloc)?;
+        self.settle(alloc)?;
+        if self.external
+            && let Some(data) = self.files.get(self.data_file())
+            && data.storage.len().context("Could not get file size")? > size
+        {
+            data.storage.set_len(size, Preallocation::Off).context("Failed to resize underlying file")?;
+        }
+        let end = (self.last_used()? + 1) << geometry.cluster_bits;
+        let storage = &self.file().storage;
+        if storage.len().context("Could not get file size")? > end {
+            self.tables.forget(end, u64::MAX - end);
+            storage.set_len(end, Preallocation::Off).context("Failed to resize underlying file")?;
+        }
+        Ok(())
+    }
+
+    /// Frees the refcount blocks that count nothing but themselves.
+    fn shrink_refcounts(&self, alloc: &mut Allocator) -> Result<()> {
+        let table = self.refcount_table();
+        let (bits, per_block) = (self.geometry.cluster_bits, self.geometry.refcounts_per_block());
+        for index in 0..table.len / ENTRY {
+            let at = self.tables.get(table, index)? & REFCOUNT_OFFSET_MASK;
+            if at == 0 {
+                continue;
+            }
+            let own = at >> bits;
+            let free = Counts(self).find_free(index * per_block, per_block)? == index * per_block;
+            let alone = own / per_block == index && self.refcount(own)? == 1 && {
+                let (before, after) = (own - index * per_block, (index + 1) * per_block - own - 1);
+                let mut counts = Counts(self);
+                (before == 0 || counts.find_free(index * per_block, before)? == index * per_block)
+                    && (after == 0 || counts.find_free(own + 1, after)? == own + 1)
+            };
+            if !free && !alone {
+                continue;
+            }
+            self.tables.set(table, index, 0)?;
+            self.tables.write_back()?;
+            if alone {
+                self.tables.forget(at, 1 << bits);
+                self.metadata().remove(&at);
+                let _ = self.file().storage.discard(at, 1 << bits);
+            } else {
+                alloc.freed.push((own, 1, true));
+            }
+        }
+        Ok(())
+    }
+}
