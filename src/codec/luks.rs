@@ -111,13 +111,11 @@ impl Header {
             None => (iv, None),
         };
         known(&MODES, mode).ok_or_else(|| format!("Cipher mode '{mode}' not supported"))?;
-        known(&HASHES, &hash).ok_or_else(|| format!("Hash algorithm '{hash}' not supported"))?;
-        known(&IV_GENERATORS, iv).ok_or_else(|| format!("IV generator '{iv}' not supported"))?;
         let iv_hash = match (iv, iv_hash) {
             ("essiv", None) => return Err("Missing IV generator hash specification".to_owned()),
-            ("essiv", Some(hash)) => {
+            (_, Some(hash)) => {
                 known(&HASHES, hash).ok_or_else(|| format!("Hash algorithm '{hash}' not supported"))?;
-                Some(hash.to_owned())
+                (iv == "essiv").then(|| hash.to_owned())
             }
             _ => None,
         };
@@ -126,6 +124,8 @@ impl Header {
             ("aes" | "serpent" | "twofish", 16 | 24 | 32) | ("cast5", 16) => format!("{name}-{}", key * 8),
             _ => return Err(format!("Algorithm '{name}' with key size {key} bytes not supported")),
         };
+        known(&HASHES, &hash).ok_or_else(|| format!("Hash algorithm '{hash}' not supported"))?;
+        known(&IV_GENERATORS, iv).ok_or_else(|| format!("IV generator '{iv}' not supported"))?;
         Ok(Self {
             cipher,
             mode: mode.to_owned(),
@@ -221,7 +221,7 @@ mod tests {
             (111, &[3], "Algorithm 'aes' with key size 1 bytes not supported"),
             (107, &[7, 0, 0, 0, 0], "Keyslot 0 is overlapping with the encrypted payload"),
             (SLOTS_AT + 43, &[5], "Keyslot 0 is overlapping with the LUKS header"),
-            (SLOTS_AT + SLOT + 43, &[8], "Keyslots 0 and 1 are overlapping in the header"),
+            (SLOTS_AT + SLOT + 42, &[0, 8], "Keyslots 0 and 1 are overlapping in the header"),
             (SLOTS_AT + 3, &[5], "Keyslot 0 state (active/disable) is corrupted"),
         ] {
             let mut header = sample();

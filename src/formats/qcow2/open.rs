@@ -31,11 +31,11 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         return Err(Error::corrupt("qcow2: Image is corrupt; cannot be opened read/write"));
     }
     let settings = settings(options, &header)?;
+    unlock(options, &header, look_only)?;
     let luks = match header.crypto {
         Some(place) => Some(info::read_luks(&*file.storage, place)?),
         None => None,
     };
-    unlock(options, &header, look_only)?;
     let external = header.fields.incompatible & layout::DATA_FILE != 0;
     let mut files = vec![file];
     if !look_only {
