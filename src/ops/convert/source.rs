@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use crate::block::node::{Mapping, Scratch};
-use crate::block::{ExtentKind, GuestOffset, Node, Result};
+use crate::block::{Error, ExtentKind, GuestOffset, Node, Result};
 
 /// What a run of the target is to hold.
 #[derive(Debug, Clone, Copy)]
@@ -118,7 +118,7 @@ impl Joined {
         let max = max.min(part.len - inside);
         if let Some(above) = self.above.filter(|above| at < above.backing_len) {
             let max = max.min(above.backing_len - at);
-            let mapping = part.node.map(GuestOffset(inside), max, above.layers)?;
+            let mapping = part.node.map(GuestOffset(inside), max, above.layers).map_err(|e| status(e, inside))?;
             let content = match mapping.kind {
                 ExtentKind::Unallocated(_) => Content::Keep,
                 ExtentKind::Zero(_) => Content::Zero,
@@ -126,7 +126,7 @@ impl Joined {
             };
             return Ok(Segment { at, len: mapping.len, content });
         }
-        let mapping = part.node.map(GuestOffset(inside), max, usize::MAX)?;
+        let mapping = part.node.map(GuestOffset(inside), max, usize::MAX).map_err(|e| status(e, inside))?;
         let content = match mapping.is_zero() {
             true if self.above.is_some_and(|above| above.blank_past) => Content::Keep,
             true => Content::Zero,
@@ -157,5 +157,13 @@ pub fn read(segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch) -> Res
             buf.fill(0);
             Ok(())
         }
+    }
+}
+
+/// What the host refused says itself what was being done; what is wrong with an image does not.
+fn status(error: Error, at: u64) -> Error {
+    match error.storage() {
+        Some(_) => error,
+        None => error.context(format!("error while reading block status at offset {at}")),
     }
 }
