@@ -87,6 +87,7 @@ impl Subcommand for Args {
         let new = new.with_context(|| shown.clone())?;
         if !self.quiet {
             program.println(&formatting(&new));
+            program.flush();
         }
         let warnings = create::create(&new, &opener).with_context(|| shown)?;
         warnings.iter().for_each(|text| program.warn(text));

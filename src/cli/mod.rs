@@ -113,7 +113,9 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
         return Err(Complaint::usage(format!("Command not found: {name}")).into());
     };
     program.enter(row.name);
-    let style = Style { permute: std::env::var_os("POSIXLY_CORRECT").is_none(), signed_operands: row.signed_operands };
+    // Where operands may be signed, options may follow them in any case.
+    let permute = row.signed_operands || std::env::var_os("POSIXLY_CORRECT").is_none();
+    let style = Style { permute, signed_operands: row.signed_operands };
     let words = getopt::canonical(&(row.command)(), &operands.collect::<Vec<_>>(), style);
     match parse((row.command)(), &words)? {
         Some(matches) => (row.run)(&matches, program),

@@ -11,7 +11,7 @@ use crate::block::{
     Action, BlockDriver, Child, Create, CreateRequest, Error, Extent, ExtentKind, Format, GuestOffset, HostOffset,
     HostPlace, OpenRequest, OptionKind, OptionSpec, Placed, Resize, Result, Store, Ticket, Write,
 };
-use crate::storage::{Preallocation, Zeroing};
+use crate::storage::{self, Preallocation, Zeroing};
 
 /// The format.
 #[derive(Debug)]
@@ -81,7 +81,8 @@ impl Create for Raw {
             false if size < 4096 => SECTOR,
             false => 4096,
         };
-        let zeros = vec![0; usize::try_from(head.min(size)).unwrap_or(0)];
+        let room = if file.kind().is_device() { file.len().context("Could not get size")? } else { size };
+        let zeros = vec![0; usize::try_from(head.min(room)).unwrap_or(0)];
         file.write_at(0, &zeros).context("Could not write")
     }
 }
@@ -171,8 +172,14 @@ impl Write for RawDriver {
 
 impl Resize for RawDriver {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
-        let _ = size;
+        let device = self.files[0].storage.kind().is_device();
         match fill {
+            Preallocation::Falloc | Preallocation::Full if device => {
+                Err(storage::Error::DevicePreallocation(fill).into())
+            }
+            _ if device && size != self.size.load(Ordering::Relaxed) => {
+                Err(Error::unsupported("Cannot resize device files"))
+            }
             Preallocation::Metadata => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
             _ if self.fixed => Err(Error::unsupported("Cannot resize fixed-size raw disks")),
             _ => Ok(()),
