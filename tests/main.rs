@@ -6,6 +6,7 @@
 mod both;
 mod common;
 mod contract;
+mod convert;
 mod fault;
 mod fixtures;
 mod hostile;

@@ -1,0 +1,296 @@
+//! `convert`: contents against `qemu-img compare`, bytes against what `qemu-img convert` writes, and what is left
+//! behind when it fails.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::common::{Scratch, assert_same_bytes, judge, need_root, pattern, qemu_io, sh, vimg};
+
+/// A sparse raw disk: runs of noise and of allocated zeros at random places, sometimes to the very end.
+fn disk(path: &Path, size: u64, seed: u64) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let file = fs::File::create(path).unwrap();
+    file.set_len(size).unwrap();
+    for n in 0..rng.u64(8..24) {
+        let at = rng.u64(0..size.div_ceil(512)) * 512;
+        let len = [512, 4096, 20_480, 65_536, 300_000, 1 << 20][rng.usize(0..6)].min((size - at.min(size)) as usize);
+        let bytes = if rng.u8(..) < 64 { vec![0; len] } else { pattern(seed * 100 + n, len) };
+        file.write_all_at(&bytes, at).unwrap();
+    }
+    if seed.is_multiple_of(2) {
+        file.write_all_at(&[7], size - 1).unwrap();
+    }
+}
+
+fn names(scratch: &Scratch) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(scratch.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn qcow2_is_the_same_bytes_as_the_reference_writes() {
+    let scratch = Scratch::new();
+    let sizes = [9 << 20, (5 << 20) + 512, (3 << 20) + 4096 + 1536, 65_536 * 33];
+    let options = [
+        "cluster_size=512",
+        "cluster_size=1k",
+        "cluster_size=4k",
+        "cluster_size=64k",
+        "cluster_size=256k",
+        "cluster_size=2M",
+        "compat=0.10",
+        "extended_l2=on,cluster_size=16k",
+        "extended_l2=on",
+        "refcount_bits=1,cluster_size=512",
+        "preallocation=metadata",
+        "preallocation=metadata,cluster_size=512",
+    ];
+    for (seed, size) in sizes.into_iter().enumerate() {
+        disk(&scratch.file("s.raw"), size, seed as u64 + 1);
+        for options in options {
+            let args = |target| ["convert", "-f", "raw", "-O", "qcow2", "-o", options, "s.raw", target];
+            judge(&args("theirs")).dir(scratch.path()).ok();
+            vimg(&args("ours")).dir(scratch.path()).ok();
+            if let Some(at) = crate::common::first_difference(&scratch.file("theirs"), &scratch.file("ours")) {
+                panic!("{options}, {size} bytes: differs at {at:#x}");
+            }
+        }
+    }
+}
+
+#[test]
+fn zeros_are_left_out_as_the_reference_leaves_them_out() {
+    let scratch = Scratch::new();
+    disk(&scratch.file("s.raw"), (7 << 20) + 512, 4);
+    for sparse in ["0", "512", "1536", "4k", "12k", "64k", "1M"] {
+        let args =
+            |target| ["convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=512", "-S", sparse, "s.raw", target];
+        judge(&args("theirs")).dir(scratch.path()).ok();
+        vimg(&args("ours")).dir(scratch.path()).ok();
+        assert_same_bytes(&scratch.file("theirs"), &scratch.file("ours"));
+        let args = |target| ["convert", "-f", "raw", "-S", sparse, "s.raw", target];
+        judge(&args("theirs")).dir(scratch.path()).ok();
+        vimg(&args("ours")).dir(scratch.path()).ok();
+        assert_same_bytes(&scratch.file("theirs"), &scratch.file("ours"));
+        let map = |image| judge(&["map", "--output=json", "-f", "raw", image]).dir(scratch.path()).ok().stdout;
+        assert_eq!(map("theirs"), map("ours"), "-S {sparse}");
+    }
+}
+
+#[test]
+fn the_number_of_threads_does_not_show() {
+    let scratch = Scratch::new();
+    disk(&scratch.file("s.raw"), (33 << 20) + 512, 6);
+    let cases: [&[&str]; 5] = [
+        &["-O", "raw"],
+        &["-O", "qcow2", "-o", "cluster_size=4k"],
+        &["-O", "qcow2", "-c"],
+        &["-O", "qcow2", "-c", "-o", "compression_type=zstd,cluster_size=16k"],
+        &["-O", "vmdk", "-o", "subformat=streamOptimized"],
+    ];
+    for case in cases {
+        for threads in ["1", "2", "16"] {
+            let mut args = vec!["convert", "-f", "raw", "-m", threads];
+            args.extend(case);
+            args.extend(["s.raw", threads]);
+            vimg(&args).dir(scratch.path()).env("SOURCE_DATE_EPOCH", "1").ok();
+        }
+        scratch.assert_same_content("raw", "s.raw", case[1], "1");
+        if case[1] != "vmdk" {
+            assert_same_bytes(&scratch.file("1"), &scratch.file("2"));
+            assert_same_bytes(&scratch.file("1"), &scratch.file("16"));
+        }
+        let mut args = vec!["convert", "-f", "raw", "-W"];
+        args.extend(case);
+        vimg(&[&args[..], &["s.raw", "any"]].concat()).dir(scratch.path()).ok();
+        scratch.assert_same_content("raw", "s.raw", case[1], "any");
+    }
+}
+
+#[test]
+fn whatever_is_read_comes_out() {
+    let scratch = Scratch::new();
+    disk(&scratch.file("s.raw"), (9 << 20) + 1024, 8);
+    let kinds: [(&str, &[&str]); 7] = [
+        ("qcow2", &["-o", "cluster_size=512"]),
+        ("qcow2", &["-o", "extended_l2=on"]),
+        ("qcow2", &["-c"]),
+        ("qcow2", &["-c", "-o", "compression_type=zstd,cluster_size=2M"]),
+        ("qcow2", &["-o", "compat=0.10"]),
+        ("vdi", &[]),
+        ("vmdk", &["-o", "subformat=streamOptimized"]),
+    ];
+    for (format, options) in kinds {
+        let args = [&["convert", "-f", "raw", "-O", format][..], options, &["s.raw", "i"]].concat();
+        judge(&args).dir(scratch.path()).ok();
+        vimg(&["convert", "-f", format, "i", "back"]).dir(scratch.path()).ok();
+        assert_same_bytes(&scratch.file("s.raw"), &scratch.file("back"));
+        // On top of what was there: every byte is replaced.
+        fs::write(scratch.file("back"), vec![0xaa; (9 << 20) + 1024]).unwrap();
+        vimg(&["convert", "-n", "-f", format, "i", "back"]).dir(scratch.path()).ok();
+        assert_same_bytes(&scratch.file("s.raw"), &scratch.file("back"));
+    }
+}
+
+#[test]
+fn several_sources_are_joined() {
+    let scratch = Scratch::new();
+    fs::write(scratch.file("a"), pattern(1, 1000)).unwrap();
+    disk(&scratch.file("b"), 1 << 20, 2);
+    fs::write(scratch.file("c"), pattern(3, 70_001)).unwrap();
+    for format in ["raw", "qcow2"] {
+        let args = |target| ["convert", "-f", "raw", "-O", format, "a", "b", "c", target];
+        judge(&args("theirs")).dir(scratch.path()).ok();
+        vimg(&args("ours")).dir(scratch.path()).ok();
+        assert_same_bytes(&scratch.file("theirs"), &scratch.file("ours"));
+    }
+}
+
+#[test]
+fn a_backing_file_is_not_copied() {
+    let scratch = Scratch::new();
+    let create = |args: &[&str]| judge(&[&["create", "-q", "-f", "qcow2"], args].concat()).dir(scratch.path()).ok();
+    let write = |image: &str, commands: &[&str]| qemu_io("qcow2", image, commands).dir(scratch.path()).ok();
+    create(&["base", "2M"]);
+    write("base", &["write -P 1 0 300k"]);
+    create(&["-b", "base", "-F", "qcow2", "mid", "3M"]);
+    write("mid", &["write -P 2 100k 64k"]);
+    create(&["-b", "mid", "-F", "qcow2", "top", "4M"]);
+    write("top", &["write -P 3 131000 70000", "write -z 256k 64k", "write -z 3500k 64k", "write -P 4 3900k 10k"]);
+    for (backing, options) in [("mid", ""), ("mid", "extended_l2=on"), ("mid", "cluster_size=2M"), ("base", "")] {
+        let options = format!("size=4M,{options}");
+        let options = options.trim_end_matches(',');
+        let args = ["convert", "-O", "qcow2", "-o", options, "-B", backing, "-F", "qcow2", "top", "out"];
+        vimg(&args).dir(scratch.path()).ok();
+        scratch.assert_same_content("qcow2", "top", "qcow2", "out");
+        scratch.assert_clean("qcow2", "out");
+        if options == "size=4M" && backing == "mid" {
+            judge(&["convert", "-O", "qcow2", "-B", "mid", "-F", "qcow2", "top", "theirs"]).dir(scratch.path()).ok();
+            let map = |image| judge(&["map", "--output=json", image]).dir(scratch.path()).ok().stdout;
+            assert_eq!(map("theirs"), map("out"));
+        }
+    }
+    vimg(&["convert", "-c", "-O", "qcow2", "-B", "mid", "-F", "qcow2", "top", "out"]).dir(scratch.path()).ok();
+    scratch.assert_same_content("qcow2", "top", "qcow2", "out");
+}
+
+#[test]
+fn snapshots_are_converted() {
+    let scratch = Scratch::new();
+    judge(&["create", "-q", "-f", "qcow2", "i", "2M"]).dir(scratch.path()).ok();
+    for (n, name) in ["one", "two"].iter().enumerate() {
+        let fill = format!("write -P {} {}k 100k", n + 1, n * 50);
+        qemu_io("qcow2", "i", &[&fill]).dir(scratch.path()).ok();
+        judge(&["snapshot", "-c", name, "i"]).dir(scratch.path()).ok();
+    }
+    qemu_io("qcow2", "i", &["write -P 9 0 2M"]).dir(scratch.path()).ok();
+    for which in ["one", "2", "snapshot.name=two", "snapshot.id=1", "snapshot.id=2,snapshot.name=two"] {
+        judge(&["convert", "-l", which, "i", "theirs"]).dir(scratch.path()).ok();
+        vimg(&["convert", "-l", which, "i", "ours"]).dir(scratch.path()).ok();
+        assert_same_bytes(&scratch.file("theirs"), &scratch.file("ours"));
+    }
+    for which in ["none", "snapshot.id=1,snapshot.name=two", "snapshot.bad=1"] {
+        let args = ["convert", "-l", which, "i", "none"];
+        let (ours, theirs) = (vimg(&args).dir(scratch.path()).run(), judge(&args).dir(scratch.path()).run());
+        assert_eq!((ours.code, ours.stderr), (theirs.code, theirs.stderr), "{which}");
+    }
+}
+
+#[test]
+fn an_existing_target_is_written_to() {
+    let scratch = Scratch::new();
+    disk(&scratch.file("s.raw"), 5 << 20, 10);
+    for options in ["cluster_size=64k", "extended_l2=on", "compat=0.10"] {
+        judge(&["create", "-q", "-f", "qcow2", "-o", options, "t", "6M"]).dir(scratch.path()).ok();
+        qemu_io("qcow2", "t", &["write -P 5 0 6M"]).dir(scratch.path()).ok();
+        vimg(&["convert", "-n", "-f", "raw", "-O", "qcow2", "s.raw", "t"]).dir(scratch.path()).ok();
+        scratch.assert_clean("qcow2", "t");
+        vimg(&["convert", "-f", "qcow2", "t", "back"]).dir(scratch.path()).ok();
+        judge(&["convert", "-f", "qcow2", "t", "theirs"]).dir(scratch.path()).ok();
+        assert_same_bytes(&scratch.file("back"), &scratch.file("theirs"));
+        let back = fs::read(scratch.file("back")).unwrap();
+        assert!(back[..5 << 20] == fs::read(scratch.file("s.raw")).unwrap(), "{options}");
+        assert!(back[5 << 20..].iter().all(|byte| *byte == 5), "{options}");
+    }
+    fs::write(scratch.file("small"), [1; 512]).unwrap();
+    let refused = vimg(&["convert", "-n", "-f", "raw", "s.raw", "small"]).dir(scratch.path()).fails(1);
+    assert_eq!(refused.stderr, "qemu-img: output file is smaller than input file\n");
+    assert_eq!(fs::read(scratch.file("small")).unwrap(), [1; 512]);
+}
+
+#[test]
+fn nothing_is_left_of_a_conversion_that_is_killed() {
+    let scratch = Scratch::new();
+    let file = fs::File::create(scratch.file("s.raw")).unwrap();
+    file.write_all_at(&pattern(1, 24 << 20), 0).unwrap();
+    fs::write(scratch.file("old"), b"old").unwrap();
+    for (n, target) in ["new", "old", "new", "old", "new", "old"].iter().enumerate() {
+        // Slow enough to be caught in the act.
+        let args = ["convert", "-f", "raw", "-r", "16M", "s.raw", target];
+        let mut child = vimg(&args).dir(scratch.path()).spawn();
+        std::thread::sleep(Duration::from_millis(40 + 90 * n as u64));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(fs::read(scratch.file("old")).unwrap(), b"old");
+        assert_eq!(names(&scratch), ["old", "s.raw"]);
+    }
+}
+
+#[test]
+fn a_full_disk_says_which_file_and_leaves_nothing() {
+    need_root("mounting a small tmpfs");
+    let scratch = Scratch::new();
+    let full = scratch.file("full");
+    fs::create_dir(&full).unwrap();
+    fs::write(scratch.file("s.raw"), pattern(1, 8 << 20)).unwrap();
+    sh(&format!("mount -t tmpfs -o size=4m none {}", full.display())).ok();
+    fs::write(full.join("old"), b"old").unwrap();
+    let outcomes: Vec<_> = ["new", "old"]
+        .iter()
+        .map(|name| {
+            let target = format!("full/{name}");
+            let out = vimg(&["convert", "-f", "raw", "s.raw", &target]).dir(scratch.path()).run();
+            (target, out, fs::read(full.join("old")), fs::read_dir(&full).map(|dir| dir.count()))
+        })
+        .collect();
+    sh(&format!("umount {}", full.display())).ok();
+    for (target, out, old, count) in outcomes {
+        let stderr = out.stderr;
+        assert_eq!(out.code, Some(1), "{stderr}");
+        assert!(stderr.starts_with(&format!("qemu-img: {target}: error while writing at byte ")), "{stderr}");
+        assert!(stderr.ends_with(": No space left on device\n"), "{stderr}");
+        assert_eq!((old.unwrap(), count.unwrap()), (b"old".to_vec(), 1));
+    }
+}
+
+#[test]
+fn progress_is_the_reference_s() {
+    let scratch = Scratch::new();
+    fs::write(scratch.file("s.raw"), pattern(1, 11 << 20)).unwrap();
+    fs::write(scratch.file("empty"), b"").unwrap();
+    for args in [
+        &["convert", "-p", "-m", "1", "s.raw", "t"][..],
+        &["convert", "-p", "empty", "t"],
+        &["convert", "-p", "-q", "s.raw", "t"],
+        &["convert", "-p", "none", "t"],
+    ] {
+        let (ours, theirs) = (vimg(args).dir(scratch.path()).run(), judge(args).dir(scratch.path()).run());
+        assert_eq!((ours.code, &ours.stdout), (theirs.code, &theirs.stdout), "{args:?}");
+    }
+}
+
+#[test]
+fn the_host_copies_where_it_can() {
+    let scratch = Scratch::new();
+    disk(&scratch.file("s.raw"), (6 << 20) + 512, 12);
+    vimg(&["convert", "-C", "-f", "raw", "s.raw", "t"]).dir(scratch.path()).ok();
+    assert_same_bytes(&scratch.file("s.raw"), &scratch.file("t"));
+    for (cache, source) in [("none", "none"), ("writeback", "directsync"), ("directsync", "writeback")] {
+        vimg(&["convert", "-f", "raw", "-t", cache, "-T", source, "s.raw", "t"]).dir(scratch.path()).ok();
+        assert_same_bytes(&scratch.file("s.raw"), &scratch.file("t"));
+    }
+}
