@@ -155,3 +155,19 @@ fn hostile_images_do_no_harm() {
     }
     assert!(cases > 1000);
 }
+
+#[test]
+fn converting_is_the_references_bytes_and_survives_what_does_not_shrink() {
+    let scratch = Scratch::new();
+    write_pattern(&scratch.file("src"), 100 * 1024, 9, 600 * 1024);
+    write_pattern(&scratch.file("src"), 5 * M + 512, 10, 512);
+    scratch.sh("yes vimg | head -c 300000 | dd of=src bs=1M seek=3 conv=notrunc && truncate -s 7M src");
+    scratch.vimg(&["convert", "-f", "raw", "-O", "qcow", "src", "ours"]);
+    scratch.judge(&["convert", "-f", "raw", "-O", "qcow", "src", "theirs"]);
+    assert_same_bytes(&scratch.file("ours"), &scratch.file("theirs"));
+    scratch.vimg(&["convert", "-c", "-f", "raw", "-O", "qcow", "src", "packed"]);
+    scratch.assert_same_content("qcow", "packed", "raw", "src");
+    assert!(scratch.file("packed").metadata().unwrap().len() < scratch.file("ours").metadata().unwrap().len());
+    scratch.vimg(&["convert", "-f", "qcow", "-O", "raw", "packed", "back"]);
+    assert_same_bytes(&scratch.file("back"), &scratch.file("src"));
+}
