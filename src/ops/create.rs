@@ -29,6 +29,9 @@ const DEVICE_OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off)"),
 ];
 
+/// Protocols that a name can start with.
+const PROTOCOLS: &[&str] = &["file", "host_device"];
+
 /// What kind of thing a name stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Protocol {
@@ -218,6 +221,13 @@ pub fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<()
         .ok_or_else(|| Error::unsupported(format!("Format driver '{format}' does not support image creation")))?;
     let shown = new.name.to_string_lossy();
     let (protocol, path) = Protocol::of(&new.name)?;
+    if let Some(backing_format) = new.options.text("backing_fmt")
+        && !PROTOCOLS.contains(&backing_format)
+        && !opener.formats().iter().any(|format| format.name() == backing_format)
+    {
+        // The reference's own name for the key.
+        return Err(Error::invalid(format!("Parameter 'backing-fmt' does not accept value '{backing_format}'")));
+    }
     let files = Files {
         protocol,
         path,
@@ -314,6 +324,10 @@ impl CreateFiles for Files<'_> {
 
     fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let name = beside(self.path.as_os_str(), name);
+        if self.staging.find(Protocol::of(&name)?.1).is_some() {
+            let shown = name.to_string_lossy();
+            return Err(Error::invalid(format!("'{shown}' cannot be two files of one image")));
+        }
         self.stage(Protocol::of(&name)?.1, true)
     }
 }
