@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::common::{Scratch, sh, vimg};
+use crate::common::{Scratch, judge, sh, vimg};
 
 /// One line of `fixtures/CONTENTS`.
 pub struct Fixture {
@@ -68,12 +68,24 @@ fn fixtures_read_as_their_makers_say() {
 }
 
 #[test]
-fn info_knows_the_format_of_fixtures() {
+fn info_says_of_fixtures_what_the_judge_says() {
     let scratch = Scratch::new();
     unpack(scratch.path());
+    let mut wrong = Vec::new();
     for fixture in all() {
-        let json = vimg(&["info", "--output=json", &fixture.name]).dir(scratch.path()).ok().json();
-        assert_eq!(json["format"], fixture.format.as_str(), "{}", fixture.name);
-        assert_eq!(json["virtual-size"].as_u64(), Some(fixture.size), "{}", fixture.name);
+        for args in [
+            &["info", "--output=json", &fixture.name][..],
+            &["info", &fixture.name],
+            &["info", "-f", &fixture.format, &fixture.name],
+        ] {
+            let (ours, theirs) = (vimg(args).dir(scratch.path()).run(), judge(args).dir(scratch.path()).run());
+            if (ours.code, &ours.stdout, &ours.stderr) != (theirs.code, &theirs.stdout, &theirs.stderr) {
+                wrong.push(format!(
+                    "{args:?}\n{}{}\nqemu-img:\n{}{}",
+                    ours.stdout, ours.stderr, theirs.stdout, theirs.stderr
+                ));
+            }
+        }
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

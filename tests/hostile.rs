@@ -264,7 +264,9 @@ fn mutated_images_in_process() {
                     let mut bytes = inside::bytes_of(&*files.get(name).expect("fixture"));
                     mutation.apply(&mut bytes);
                     let mutated = Files::default();
-                    for other in ["base.raw", "middle.qcow2", "outside.data"] {
+                    // Its other files bear the same name in front.
+                    let stem = name.split('.').next().unwrap_or(name);
+                    for other in files.names().iter().filter(|other| other.starts_with(stem)) {
                         mutated.put(other, files.get(other).expect("fixture"));
                     }
                     mutated.put(name, Arc::new(Memory::new(bytes)));

@@ -22,6 +22,11 @@ impl Files {
         self.0.lock().expect("files").get(name).cloned()
     }
 
+    /// All names.
+    pub fn names(&self) -> Vec<String> {
+        self.0.lock().expect("files").keys().cloned().collect()
+    }
+
     /// Puts a file there.
     pub fn put(&self, name: &str, storage: Arc<dyn Storage>) {
         self.0.lock().expect("files").insert(name.to_owned(), storage);
