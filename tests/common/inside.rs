@@ -9,8 +9,8 @@ use vimg::block::{
     Child, CreateFiles, CreateOptions, CreateRequest, Error, Format, Ids, Node, OpenRequest, OptionKind, OptionSpec,
     OptionTree, OptionValue, Related, Result,
 };
-use vimg::storage::Storage;
 use vimg::storage::memory::Memory;
+use vimg::storage::{HostExtent, Preallocation, Storage, Zeroing};
 
 /// The files of one image (and of its backing files), by name.
 #[derive(Debug, Default, Clone)]
@@ -41,9 +41,14 @@ impl Files {
 
     /// A copy, in memory.
     pub fn copy(&self) -> Self {
+        self.copy_capped(u64::MAX)
+    }
+
+    /// The same; no file can grow beyond `cap`.
+    pub fn copy_capped(&self, cap: u64) -> Self {
         let copied = Self::default();
         for (name, storage) in self.0.lock().expect("files").iter() {
-            copied.put(name, Arc::new(Memory::new(bytes_of(&**storage))));
+            copied.put(name, Arc::new(Capped::new(bytes_of(&**storage), cap)));
         }
         copied
     }
@@ -159,4 +164,70 @@ pub fn open(files: &Files, format: &dyn Format, name: &str, write: bool, backing
         related: files,
     })?;
     Ok(Node::new(driver, backing, name.to_owned()))
+}
+
+/// Memory that is no larger than it may be: a far offset is an error, not an allocation.
+#[derive(Debug, Default)]
+pub struct Capped {
+    inner: Memory,
+    cap: u64,
+}
+
+impl Capped {
+    /// That content, and no more than `cap` bytes ever.
+    pub fn new(bytes: Vec<u8>, cap: u64) -> Self {
+        Self { inner: Memory::new(bytes), cap }
+    }
+
+    fn fits(&self, at: u64, len: u64) -> vimg::storage::Result<()> {
+        match at.checked_add(len) {
+            Some(end) if end <= self.cap => Ok(()),
+            _ => Err(nix::errno::Errno::EFBIG.into()),
+        }
+    }
+}
+
+impl Storage for Capped {
+    fn len(&self) -> vimg::storage::Result<u64> {
+        self.inner.len()
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> vimg::storage::Result<()> {
+        self.inner.read_at(at, buf)
+    }
+
+    fn write_at(&self, at: u64, buf: &[u8]) -> vimg::storage::Result<()> {
+        self.fits(at, buf.len() as u64)?;
+        self.inner.write_at(at, buf)
+    }
+
+    fn extent(&self, at: u64, max: u64) -> vimg::storage::Result<HostExtent> {
+        self.inner.extent(at, max)
+    }
+
+    fn zero(&self, at: u64, len: u64, how: Zeroing) -> vimg::storage::Result<()> {
+        self.fits(at, len)?;
+        self.inner.zero(at, len, how)
+    }
+
+    fn discard(&self, at: u64, len: u64) -> vimg::storage::Result<()> {
+        self.inner.discard(at, len)
+    }
+
+    fn set_len(&self, len: u64, fill: Preallocation) -> vimg::storage::Result<()> {
+        self.fits(0, len)?;
+        self.inner.set_len(len, fill)
+    }
+
+    fn flush(&self) -> vimg::storage::Result<()> {
+        Ok(())
+    }
+
+    fn kind(&self) -> vimg::storage::Kind {
+        self.inner.kind()
+    }
+
+    fn allocated(&self) -> vimg::storage::Result<Option<u64>> {
+        Ok(None)
+    }
 }
