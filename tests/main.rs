@@ -13,6 +13,7 @@ mod hostile;
 mod qcow;
 mod qcow2_create;
 mod qcow2_read;
+mod qcow2_write;
 mod realdisk;
 mod rig;
 mod storage;

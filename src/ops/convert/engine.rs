@@ -155,7 +155,8 @@ impl<'a> Engine<'a> {
             total: OnceLock::new(),
             offload: AtomicBool::new(how.offload && unit == 1),
             unit,
-            granule: writing.fill_unit().max(1),
+            // A compressed unit is written as a whole.
+            granule: if compress.is_some() { unit } else { writing.fill_unit().max(1) },
             zeros,
             sparse: Sparse::new(how.sparse),
             compress,
