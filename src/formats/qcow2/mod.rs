@@ -9,8 +9,6 @@
 //! Lock order: `alloc` → `header` → the cache's own. Whoever changes a table or the header holds `alloc`. No lock is
 //! held across data I/O; mapping takes `header` for reading, for a moment, and the cache's locks.
 
-#![allow(dead_code)] // until every part is here
-
 pub mod alloc;
 pub mod bitmap;
 pub mod codec;
@@ -86,8 +84,6 @@ pub struct Qcow2Driver {
     encrypted: bool,
     /// How compressed clusters are encoded: [`layout::ZLIB`] or [`layout::ZSTD`].
     compression: u8,
-    /// Whether refcount updates may be postponed under the dirty bit.
-    lazy_refcounts: bool,
     /// The header as it is in the file (or, for an opened snapshot, with the snapshot's L1 table and size).
     header: RwLock<Header>,
     tables: Tables,

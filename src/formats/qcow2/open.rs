@@ -12,15 +12,8 @@ use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Result};
 use super::alloc::Allocator;
 use super::header::Header;
 use super::layout;
-use super::tables::{DEFAULT_BYTES, Tables};
+use super::tables::{Tables, default_bytes};
 use super::{Qcow2Driver, bitmap, info, snapshot};
-
-/// What the user may set.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Settings {
-    cache_bytes: u64,
-    lazy_refcounts: bool,
-}
 
 /// Opens a layer.
 pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
@@ -30,7 +23,8 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     if write && header.fields.incompatible & layout::CORRUPT != 0 {
         return Err(Error::corrupt("qcow2: Image is corrupt; cannot be opened read/write"));
     }
-    let settings = settings(options, &header)?;
+    let cache_bytes = cache_bytes(options, &header)?;
+    check_lazy(options, &header)?;
     unlock(options, &header, look_only)?;
     let luks = match header.crypto {
         Some(place) => Some(info::read_luks(&*file.storage, place)?),
@@ -65,13 +59,12 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         .as_ref()
         .map(|name| BackingRef { name: name.clone(), format: header.backing_format.clone() });
     let driver = Qcow2Driver {
-        tables: Tables::new(storage.clone(), settings.cache_bytes),
+        tables: Tables::new(storage.clone(), cache_bytes),
         files,
         geometry,
         external,
         encrypted: header.fields.crypt_method != layout::CRYPT_NONE,
         compression: header.fields.compression_type,
-        lazy_refcounts: settings.lazy_refcounts,
         header: RwLock::new(header),
         alloc: Mutex::new(Allocator::default()),
         metadata: Mutex::default(),
@@ -108,13 +101,12 @@ impl Qcow2Driver {
     /// Another layer of the same files, read-only.
     pub(super) fn view(&self, header: Header) -> Self {
         Self {
-            tables: Tables::new(self.file().storage.clone(), DEFAULT_BYTES),
+            tables: Tables::new(self.file().storage.clone(), default_bytes(&self.geometry)),
             files: self.files.clone(),
             geometry: self.geometry,
             external: self.external,
             encrypted: self.encrypted,
             compression: self.compression,
-            lazy_refcounts: false,
             header: RwLock::new(header),
             alloc: Mutex::new(Allocator::default()),
             metadata: Mutex::default(),
@@ -158,7 +150,7 @@ fn unlock(options: &mut OptionTree, header: &Header, look_only: bool) -> Result<
     }
 }
 
-fn settings(options: &mut OptionTree, header: &Header) -> Result<Settings> {
+fn cache_bytes(options: &mut OptionTree, header: &Header) -> Result<u64> {
     let total = take_size(options, "cache-size")?;
     let l2 = take_size(options, "l2-cache-size")?;
     let refcounts = take_size(options, "refcount-cache-size")?;
@@ -177,13 +169,19 @@ fn settings(options: &mut OptionTree, header: &Header) -> Result<Settings> {
     }
     let asked = total.or_else(|| Some(l2?.saturating_add(refcounts.unwrap_or(0))));
     // A bound, not a wish: more than the tables of the largest image is never needed.
-    let cache_bytes = asked.unwrap_or(DEFAULT_BYTES).min(1 << 30);
-    let lazy_refcounts = take_switch(options, "lazy-refcounts")?;
-    let lazy_refcounts = lazy_refcounts.unwrap_or(header.fields.compatible & layout::LAZY_REFCOUNTS != 0);
-    if lazy_refcounts && header.fields.version < 3 {
-        return Err(Error::invalid("Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"));
+    Ok(asked.unwrap_or(default_bytes(&header.geometry())).min(1 << 30))
+}
+
+/// Lazy refcounts allow updates to be late. Ours never are, so there is nothing to do but to refuse what the
+/// reference refuses.
+fn check_lazy(options: &mut OptionTree, header: &Header) -> Result<()> {
+    let on = take_switch(options, "lazy-refcounts")?;
+    let on = on.unwrap_or(header.fields.compatible & layout::LAZY_REFCOUNTS != 0);
+    if on && header.fields.version < 3 {
+        let text = "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level";
+        return Err(Error::invalid(text));
     }
-    Ok(Settings { cache_bytes, lazy_refcounts })
+    Ok(())
 }
 
 /// Takes an option of a group, be its key dotted or nested.

@@ -27,6 +27,8 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::storage::Storage;
 
+use super::layout::Geometry;
+
 /// What kind of table: in the order in which changes reach the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
@@ -70,8 +72,11 @@ const SLICE: u64 = 16 << 10;
 const SHARDS: usize = 8;
 /// What a slice costs beside its bytes, about.
 const OVERHEAD: u64 = 128;
-/// What the cache holds if nobody says otherwise.
-pub const DEFAULT_BYTES: u64 = 16 << 20;
+/// What the cache holds if nobody says otherwise: the L2 tables of 64 GiB in clusters of 64 KiB, of 1 GiB in the
+/// smallest ones.
+pub fn default_bytes(geometry: &Geometry) -> u64 {
+    if geometry.cluster_bits < 12 { 16 << 20 } else { 8 << 20 }
+}
 /// The least that works.
 const LEAST_BYTES: u64 = 1 << 20;
 
