@@ -205,7 +205,7 @@ fn beside(image: &OsStr, name: &str) -> OsString {
 
 /// Makes an image: whole, or nothing of it. Returns warnings.
 pub fn create(new: &NewImage, opener: &Opener<'_>) -> Result<Vec<String>> {
-    let staging = Staging::new(CacheMode::default());
+    let staging = Staging::new(CacheMode::Unsafe);
     make(new, &staging, opener)?;
     let warnings = staging.take_notices();
     staging.commit()?;
