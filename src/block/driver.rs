@@ -190,6 +190,9 @@ pub trait Compress: Send + Sync {
     /// cleared first. Runs on many threads at once and allocates no space in the image.
     fn encode(&self, at: GuestOffset, plain: &[u8], out: &mut Vec<u8>) -> Result<Encoded>;
 
+    /// Called once, before any unit, by whoever is going to store compressed units (perhaps none).
+    fn begin(&self) {}
+
     /// True if [`Store::Compressed`] is the only way in: every unit is encoded, asked for or not, smaller or not.
     fn always(&self) -> bool {
         false

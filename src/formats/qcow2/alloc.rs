@@ -26,8 +26,17 @@ pub struct Allocator {
     compressed: bool,
     /// Clusters (first, number, whether to punch) that lose a reference once the tables are in the file.
     pub(super) freed: Vec<(u64, u64, bool)>,
+    /// Whether it was looked up where metadata is.
+    learned: bool,
     /// Whether the bitmaps were marked as no longer kept.
     told_bitmaps: bool,
+}
+
+impl Allocator {
+    /// The file ends at a whole sector, as it does after every compressed cluster of the reference.
+    pub(super) fn will_compress(&mut self) {
+        self.compressed = true;
+    }
 }
 
 /// Most runs that wait to be freed before tables are written back.
@@ -228,7 +237,6 @@ impl Qcow2Driver {
         self.writable_l2(alloc, at)?;
         let host = self.pack(alloc, bytes)?;
         let entry = geometry.compressed_entry(host, bytes).ok_or_else(|| Error::invalid("File too large"))?;
-        alloc.compressed = true;
         let place = HostPlace { file: 0, at: HostOffset(host) };
         Ok(Placed {
             start: GuestOffset(at),
@@ -436,9 +444,17 @@ impl Qcow2Driver {
         if alloc.told_bitmaps {
             return Ok(());
         }
-        self.learn_metadata()?;
+        self.before_resize(alloc)?;
         self.mark_bitmaps_in_use()?;
         alloc.told_bitmaps = true;
+        Ok(())
+    }
+
+    /// The same where bitmaps will be made to follow.
+    pub(super) fn before_resize(&self, alloc: &mut Allocator) -> Result<()> {
+        if !std::mem::replace(&mut alloc.learned, true) {
+            self.learn_metadata()?;
+        }
         Ok(())
     }
 

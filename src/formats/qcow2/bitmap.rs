@@ -1,14 +1,22 @@
-//! Persistent bitmaps: their directory.
+//! Persistent bitmaps: their directory, and their length when the disk's changes.
+//!
+//! Bitmaps are not changed in place: new tables and a new directory are written beside the old ones, and the header
+//! that has the new size points to them.
 //!
 //! Source: specification, section "Bitmaps". The directory means something only while the autoclear bit is set.
 
 use std::collections::HashSet;
 
+use byteorder::{BigEndian, ByteOrder};
+
+use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::storage::Storage;
 
+use super::Qcow2Driver;
+use super::alloc::Allocator;
 use super::header::{Header, c_string};
-use super::layout::{self, BITMAP_ENTRY, BitmapFields, ENTRY, Geometry};
+use super::layout::{self, BITMAP_ENTRY, BitmapFields, BitmapsExtension, ENTRY, Geometry, OFFSET_MASK};
 use super::window::Window;
 
 /// An entry of the bitmap directory.
@@ -88,4 +96,92 @@ fn check(fields: &BitmapFields, name: &str, geometry: &Geometry, disk: u64) -> R
         return Err(Error::corrupt(format!("Could not read bitmap '{name}' from image: Invalid argument")));
     }
     Ok(())
+}
+
+/// Bit 0 of a table entry without an offset: the bits it stands for are all set.
+const ALL_SET: u64 = 1;
+
+impl Qcow2Driver {
+    /// Copies of all bitmaps for a disk of `size` bytes (not 0), and where their directory is. New bits are clear.
+    /// What the old ones used waits in the allocator to be freed.
+    pub(super) fn fit_bitmaps(&self, alloc: &mut Allocator, size: u64) -> Result<Option<BitmapsExtension>> {
+        let header = self.header().clone();
+        let Some(place) = header.bitmaps.filter(|_| !self.bitmaps.is_empty()) else { return Ok(None) };
+        let mut directory = Vec::new();
+        for bitmap in &self.bitmaps {
+            if bitmap.name.len() != usize::from(bitmap.fields.name_size) {
+                return Err(Error::unsupported(format!("Bitmap '{}' has a name that cannot be kept", bitmap.name)));
+            }
+            let fields = self.fit_bitmap(alloc, &bitmap.fields, header.fields.size, size)?;
+            directory.extend_from_slice(&fields.to_bytes());
+            directory.extend_from_slice(bitmap.name.as_bytes());
+            directory.resize(directory.len().next_multiple_of(8), 0);
+        }
+        let directory_offset = self.put(alloc, &directory)?;
+        self.free_bytes(alloc, place.directory_offset, place.directory_size);
+        Ok(Some(BitmapsExtension { directory_offset, directory_size: directory.len() as u64, ..place }))
+    }
+
+    fn fit_bitmap(&self, alloc: &mut Allocator, old: &BitmapFields, from: u64, to: u64) -> Result<BitmapFields> {
+        let cluster = self.geometry.cluster_size();
+        let storage = &self.file().storage;
+        let bits = to.div_ceil(1 << old.granularity_bits);
+        let clusters = bits.div_ceil(cluster * 8);
+        let short = |n: u64| usize::try_from(n).map_err(|_| Error::unsupported("The bitmap would be too long"));
+        if clusters > u64::from(MAX_TABLE) || bits.div_ceil(8) > MAX_BYTES {
+            return Err(Error::unsupported("The bitmap would be too long"));
+        }
+        let mut bytes = vec![0; short(u64::from(old.table_size) * ENTRY)?];
+        storage.read_at(old.table_offset, &mut bytes).context("Could not read a bitmap table")?;
+        let mut table = vec![0; bytes.len() / 8];
+        BigEndian::read_u64_into(&bytes, &mut table);
+        let kept = short(clusters)?;
+        for entry in table.iter().skip(kept) {
+            self.free_bytes(alloc, entry & OFFSET_MASK, cluster);
+        }
+        table.resize(kept, 0);
+        let rest = bits % (cluster * 8);
+        if to < from
+            && rest != 0
+            && let Some(last) = table.last_mut().filter(|last| **last != 0)
+        {
+            // Bits past the end are clear, so that growing again does not bring them back.
+            let at = *last & OFFSET_MASK;
+            let mut bytes = vec![0; short(cluster)?];
+            match (at, *last & ALL_SET) {
+                (0, ALL_SET) => bytes.fill(0xff),
+                (0, _) => {}
+                _ => storage.read_at(at, &mut bytes).context("Could not read a bitmap")?,
+            }
+            let whole = short(rest / 8)?;
+            bytes[whole] &= (1u8 << (rest % 8)) - 1;
+            bytes[whole + 1..].fill(0);
+            *last = self.put(alloc, &bytes)?;
+            self.free_bytes(alloc, at, cluster);
+        }
+        let mut bytes = vec![0; table.len() * 8];
+        BigEndian::write_u64_into(&table, &mut bytes);
+        let table_offset = self.put(alloc, &bytes)?;
+        self.free_bytes(alloc, old.table_offset, u64::from(old.table_size) * ENTRY);
+        let table_size = u32::try_from(table.len()).map_err(|_| Error::unsupported("The bitmap would be too long"))?;
+        Ok(BitmapFields { table_offset, table_size, ..*old })
+    }
+
+    /// Writes bytes to new clusters, filled up with zeros.
+    fn put(&self, alloc: &mut Allocator, bytes: &[u8]) -> Result<u64> {
+        let cluster = self.geometry.cluster_size();
+        let clusters = (bytes.len() as u64).div_ceil(cluster).max(1);
+        let at = self.allocate(alloc, clusters)? << self.geometry.cluster_bits;
+        let mut whole = bytes.to_vec();
+        whole.resize(usize::try_from(clusters * cluster).unwrap_or(bytes.len()), 0);
+        self.file().storage.write_at(at, &whole).context("Could not write a bitmap")?;
+        Ok(at)
+    }
+
+    fn free_bytes(&self, alloc: &mut Allocator, at: u64, len: u64) {
+        if at != 0 && len > 0 {
+            let bits = self.geometry.cluster_bits;
+            alloc.freed.push((at >> bits, len.div_ceil(self.geometry.cluster_size()), true));
+        }
+    }
 }

@@ -19,6 +19,10 @@ impl Qcow2Driver {
 }
 
 impl Compress for Qcow2Driver {
+    fn begin(&self) {
+        self.lock_alloc().will_compress();
+    }
+
     fn encode(&self, at: GuestOffset, plain: &[u8], out: &mut Vec<u8>) -> Result<Encoded> {
         // What is as long as a cluster is stored as one.
         let limit = plain.len().saturating_sub(1);

@@ -394,6 +394,19 @@ impl BitmapFields {
             extra_size: BigEndian::read_u32(&bytes[20..24]),
         }
     }
+
+    /// As they are stored.
+    pub fn to_bytes(&self) -> [u8; BITMAP_ENTRY] {
+        let mut bytes = [0; BITMAP_ENTRY];
+        BigEndian::write_u64(&mut bytes[0..8], self.table_offset);
+        BigEndian::write_u32(&mut bytes[8..12], self.table_size);
+        BigEndian::write_u32(&mut bytes[12..16], self.flags);
+        bytes[16] = self.kind;
+        bytes[17] = self.granularity_bits;
+        BigEndian::write_u16(&mut bytes[18..20], self.name_size);
+        BigEndian::write_u32(&mut bytes[20..24], self.extra_size);
+        bytes
+    }
 }
 
 /// What follows from a header's fixed fields alone, and never changes while an image is open.

@@ -29,6 +29,13 @@ impl Resize for Qcow2Driver {
         if !self.snapshots.is_empty() && self.geometry.version < 3 {
             return Err(Error::unsupported("Can't resize a v2 image which has snapshots"));
         }
+        if let Some(lost) = self.bitmaps.iter().find(|b| b.fields.flags & layout::BITMAP_IN_USE != 0) {
+            let text = format!("Bitmap '{}' is inconsistent and cannot be used", lost.name);
+            return Err(Error::unsupported(text).hint("Try block-dirty-bitmap-remove to delete this bitmap from disk"));
+        }
+        if size == 0 && !self.bitmaps.is_empty() {
+            return Err(Error::unsupported("Bitmaps cannot be kept in an image without a size"));
+        }
         if size < old && fill != Preallocation::Off {
             return Err(Error::invalid("Preallocation can't be used for shrinking an image"));
         }
@@ -41,7 +48,7 @@ impl Resize for Qcow2Driver {
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
         self.check(size, fill)?;
         let mut alloc = self.lock_alloc();
-        self.before_first_change(&mut alloc)?;
+        self.before_resize(&mut alloc)?;
         let old = self.header().fields.size;
         if size < old { self.shrink(&mut alloc, size) } else { self.grow(&mut alloc, old, size, fill) }
     }
@@ -68,8 +75,20 @@ impl Qcow2Driver {
                 data.storage.set_len(end, how).context("Failed to resize underlying file")?;
             }
         }
+        self.set_size(alloc, size)
+    }
+
+    /// The size in the header, and with it bitmaps of that size.
+    fn set_size(&self, alloc: &mut Allocator, size: u64) -> Result<()> {
+        let bitmaps = self.fit_bitmaps(alloc, size)?;
+        let waiting = std::mem::take(&mut alloc.freed);
         self.settle(alloc)?;
-        self.update_header(|header| header.fields.size = size)
+        self.update_header(|header| {
+            header.fields.size = size;
+            header.bitmaps = bitmaps.or(header.bitmaps);
+        })?;
+        alloc.freed = waiting;
+        self.settle(alloc)
     }
 
     /// A longer L1 table in a new place.
@@ -209,7 +228,7 @@ impl Qcow2Driver {
             }
         }
         self.settle(alloc)?;
-        self.update_header(|header| header.fields.size = size)?;
+        self.set_size(alloc, size)?;
         self.shrink_refcounts(alloc)?;
         self.settle(alloc)?;
         if self.external

@@ -134,6 +134,9 @@ impl<'a> Engine<'a> {
         } else {
             able.filter(|compress| compress.always())
         };
+        if let Some(compress) = compress {
+            compress.begin();
+        }
         let unit = writing.unit().max(1);
         let zeros = match (how.sparse, how.reads_zero) {
             (0, _) => Zeros::Write,
