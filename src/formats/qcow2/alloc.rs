@@ -427,14 +427,14 @@ impl Qcow2Driver {
                     self.metadata().remove(&(cluster << bits));
                 }
                 if punch {
-                    let _ = storage.discard(first << bits, count << bits);
+                    storage.discard(first << bits, count << bits).context("Could not discard clusters")?;
                 }
             }
         }
         self.tables.write_back()
     }
 
-    fn settle_if_due(&self, alloc: &mut Allocator) -> Result<()> {
+    pub(super) fn settle_if_due(&self, alloc: &mut Allocator) -> Result<()> {
         if self.tables.is_full() || alloc.freed.len() >= MOST_FREED { self.settle(alloc) } else { Ok(()) }
     }
 
@@ -561,8 +561,11 @@ impl Write for Qcow2Driver {
             if new != (old, bitmap) {
                 self.set_l2_entry(table, index, new.0, new.1)?;
                 self.free_entry(&mut alloc, old, true);
-                if self.external && there {
-                    let _ = self.files.get(self.data_file()).map(|file| file.storage.discard(guest, cluster));
+                if self.external
+                    && there
+                    && let Some(data) = self.files.get(self.data_file())
+                {
+                    data.storage.discard(guest, cluster).context("Could not discard clusters")?;
                 }
             }
             guest += cluster;

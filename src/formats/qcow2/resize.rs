@@ -14,6 +14,7 @@ use super::alloc::Allocator;
 use super::counts::Counts;
 use super::layout::{self, COMPRESSED, COPIED, ENTRY, MAX_L1_BYTES, OFFSET_MASK, REFCOUNT_OFFSET_MASK};
 use super::prealloc::PIECE;
+use super::refcount;
 use super::space::Space;
 use super::tables::{Kind, Table};
 
@@ -186,31 +187,92 @@ impl Qcow2Driver {
         let table = self.refcount_table();
         let per_block = self.geometry.refcounts_per_block();
         for index in (0..table.len / ENTRY).rev() {
-            if self.tables.get(table, index)? & REFCOUNT_OFFSET_MASK == 0 {
+            let at = self.tables.get(table, index)? & REFCOUNT_OFFSET_MASK;
+            if at == 0 {
                 continue;
             }
-            for cluster in (index * per_block..(index + 1) * per_block).rev() {
-                if self.refcount(cluster)? != 0 {
-                    return Ok(cluster);
+            let mut last = None;
+            self.each_piece(self.refcount_block(at), |from, bytes| {
+                if let Some(byte) = bytes.iter().rposition(|byte| *byte != 0) {
+                    last = Some(from + byte as u64);
+                }
+            })?;
+            if let Some(byte) = last {
+                // The byte holds, or is in, a count that is not zero: the last such one.
+                let bits = u64::from(self.geometry.refcount_bits());
+                let (first, count) = (byte * 8 / bits, (8 / bits).max(1));
+                for cluster in (first..first + count).rev().map(|n| index * per_block + n) {
+                    if self.refcount(cluster)? != 0 {
+                        return Ok(cluster);
+                    }
                 }
             }
         }
         Ok(0)
     }
 
+    /// Shows a table piece by piece.
+    fn each_piece(&self, table: Table, mut look: impl FnMut(u64, &[u8])) -> Result<()> {
+        let mut from = 0;
+        while from < table.len {
+            let len = self.tables.view(table, from, |bytes| {
+                look(from, bytes);
+                bytes.len() as u64
+            })?;
+            from += len.max(1);
+        }
+        Ok(())
+    }
+
+    /// Whether a refcount block counts nothing; and whether what it counts is at most that one cluster.
+    fn counts_nothing(&self, block: Table, own: Option<u64>) -> Result<bool> {
+        let bits = u64::from(self.geometry.refcount_bits());
+        let order = self.geometry.refcount_order;
+        let skip = own.map(|index| (index * bits / 8, (index * bits / 8) + (bits / 8).max(1)));
+        let mut nothing = true;
+        self.each_piece(block, |from, bytes| {
+            let zero = |bytes: Option<&[u8]>| bytes.is_none_or(|bytes| bytes.iter().all(|byte| *byte == 0));
+            nothing &= match skip {
+                Some((start, end)) if start >= from && end <= from + bytes.len() as u64 => {
+                    let (start, end) = ((start - from) as usize, (end - from) as usize);
+                    // Narrow counts share a byte with their neighbours.
+                    let first = from * 8 / bits;
+                    let beside = (start as u64 * 8 / bits..(end as u64 * 8).div_ceil(bits))
+                        .filter(|index| Some(first + index) != own)
+                        .all(|index| refcount::get(order, bytes, index as usize) == 0);
+                    beside && zero(bytes.get(..start)) && zero(bytes.get(end..))
+                }
+                _ => zero(Some(bytes)),
+            };
+        })?;
+        Ok(nothing)
+    }
+
     fn shrink(&self, alloc: &mut Allocator, size: u64) -> Result<()> {
         let geometry = self.geometry;
         let (cluster, covers) = (geometry.cluster_size(), geometry.l1_covers());
         let keep = size.next_multiple_of(cluster);
+        // The file is as long as its tables say only once they are in it.
+        self.settle(alloc)?;
+        self.check_refcount_table()?;
+        let file = self.file().storage.len().context("Could not get file size")?;
         let l1 = self.l1();
         for l1_index in size / covers..l1.len / ENTRY {
             let entry = self.tables.get(l1, l1_index)?;
             if entry & OFFSET_MASK == 0 {
                 continue;
             }
+            let at = entry & OFFSET_MASK;
+            if geometry.in_cluster(at) != 0 || at >= file {
+                return Err(self.corrupt(format!("L2 table offset {at:#x} is wrong (L1 index: {l1_index:#x})")));
+            }
             let start = l1_index * covers;
             let whole = start >= keep;
-            let table = if whole { self.l2(entry & OFFSET_MASK) } else { self.writable_l2(alloc, start)? };
+            let table = if whole { self.l2(at) } else { self.writable_l2(alloc, start)? };
+            if whole {
+                self.tables.set(l1, l1_index, 0)?;
+                self.free_entry(alloc, at, true);
+            }
             let first = keep.saturating_sub(start) / cluster;
             for index in first..geometry.l2_entries() {
                 let (old, bitmap) = self.l2_entry(table, index)?;
@@ -222,10 +284,7 @@ impl Qcow2Driver {
                     self.set_l2_entry(table, index, 0, 0)?;
                 }
             }
-            if whole {
-                self.tables.set(l1, l1_index, 0)?;
-                self.free_entry(alloc, entry & OFFSET_MASK, true);
-            }
+            self.settle_if_due(alloc)?;
         }
         self.settle(alloc)?;
         self.set_size(alloc, size)?;
@@ -246,6 +305,19 @@ impl Qcow2Driver {
         Ok(())
     }
 
+    /// All of the table is gone through later: what cannot be is refused before anything is changed.
+    fn check_refcount_table(&self) -> Result<()> {
+        let table = self.refcount_table();
+        let file = self.file().storage.len().context("Could not get file size")?;
+        for index in 0..table.len / ENTRY {
+            let at = self.tables.get(table, index)? & REFCOUNT_OFFSET_MASK;
+            if self.geometry.in_cluster(at) != 0 || at > file {
+                return Err(self.corrupt(format!("Refblock offset {at:#x} is wrong (reftable index: {index:#x})")));
+            }
+        }
+        Ok(())
+    }
+
     /// Frees the refcount blocks that count nothing but themselves.
     fn shrink_refcounts(&self, alloc: &mut Allocator) -> Result<()> {
         let table = self.refcount_table();
@@ -256,13 +328,12 @@ impl Qcow2Driver {
                 continue;
             }
             let own = at >> bits;
-            let free = Counts(self).find_free(index * per_block, per_block)? == index * per_block;
-            let alone = own / per_block == index && self.refcount(own)? == 1 && {
-                let (before, after) = (own - index * per_block, (index + 1) * per_block - own - 1);
-                let mut counts = Counts(self);
-                (before == 0 || counts.find_free(index * per_block, before)? == index * per_block)
-                    && (after == 0 || counts.find_free(own + 1, after)? == own + 1)
-            };
+            let block = self.refcount_block(at);
+            let free = self.counts_nothing(block, None)?;
+            let alone = !free
+                && own / per_block == index
+                && self.counts_nothing(block, Some(own % per_block))?
+                && self.refcount(own)? == 1;
             if !free && !alone {
                 continue;
             }
@@ -271,7 +342,7 @@ impl Qcow2Driver {
             if alone {
                 self.tables.forget(at, 1 << bits);
                 self.metadata().remove(&at);
-                let _ = self.file().storage.discard(at, 1 << bits);
+                self.file().storage.discard(at, 1 << bits).context("Could not discard clusters")?;
             } else {
                 alloc.freed.push((own, 1, true));
             }
