@@ -271,7 +271,8 @@ impl Qcow2Driver {
             let table = if whole { self.l2(at) } else { self.writable_l2(alloc, start)? };
             if whole {
                 self.tables.set(l1, l1_index, 0)?;
-                self.free_entry(alloc, at, true);
+                // A table is in the image itself, wherever the data is.
+                alloc.freed.push((at >> geometry.cluster_bits, 1, true));
             }
             let first = keep.saturating_sub(start) / cluster;
             for index in first..geometry.l2_entries() {
