@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use vimg::block::node::Scratch as Buffers;
 use vimg::block::{Format, GuestOffset, Node, Result, format};
 use vimg::formats::FORMATS;
-use vimg::storage::fault::{Fault, Faulty};
+use vimg::storage::fault::{Fault, Faulty, Operation};
 use vimg::storage::{Preallocation, Storage};
 
 use crate::common::inside::{self, Files};
@@ -65,7 +65,7 @@ fn prepared(options: &str) -> Files {
 }
 
 /// Runs `work` on a copy of the image with a fault; returns how many operations there were, and the files.
-fn run(files: &Files, fault: Option<(usize, Fault)>, work: Work) -> (usize, bool, Files) {
+fn run(files: &Files, fault: Option<(usize, Fault)>, work: Work) -> (Vec<Operation>, bool, Files) {
     let files = files.copy();
     let plain = files.get(NAME).expect("image");
     let faulty = Arc::new(match fault {
@@ -78,7 +78,7 @@ fn run(files: &Files, fault: Option<(usize, Fault)>, work: Work) -> (usize, bool
         Err(_) => false,
     };
     files.put(NAME, plain);
-    (faulty.operations().len(), worked, files)
+    (faulty.operations(), worked, files)
 }
 
 /// Errors that the judge finds: nothing, or leaks.
@@ -90,16 +90,20 @@ fn judged(scratch: &Scratch, files: &Files, what: &str) {
 
 fn every_point(label: &str, options: &str, work: Work, floor: usize) {
     let files = prepared(options);
-    let (count, worked, after) = run(&files, None, work);
+    let (operations, worked, after) = run(&files, None, work);
+    let count = operations.len();
     assert!(worked, "{label}: fails without a fault");
     assert!(count >= floor, "{label}: only {count} operations");
     let scratch = Scratch::new();
     judged(&scratch, &after, label);
     for fault in FAULTS {
-        for at in 0..count {
-            let what = format!("{label} {options}: {fault:?} at operation {at} of {count}");
+        for (at, operation) in operations.iter().enumerate() {
+            let what = format!("{label} {options}: {fault:?} at {operation:?}, {at} of {count}");
             let (_, worked, after) = run(&files, Some((at, *fault)), work);
-            assert!(!worked || *fault == Fault::Stop, "{what}: the failure is not reported");
+            // To give space back is an offer: that it is refused is no failure of the work.
+            let offer = matches!(operation, Operation::Discard { .. });
+            let must_tell = *fault != Fault::Stop && !offer;
+            assert!(!(worked && must_tell), "{what}: the failure is not reported");
             judged(&scratch, &after, &what);
             if label != "shrinking" {
                 assert_untouched(&scratch, &what);

@@ -61,16 +61,19 @@ impl Scratch {
         qemu_io(format, image, commands).dir(self.path()).ok()
     }
 
+    // The judges look without locking (-U): a program that another test starts right now may, for an instant, have
+    // inherited an image that this process has just closed, and its lock.
+
     /// `qemu-img compare` finds the two equal.
     pub fn assert_same_content(&self, format_a: &str, a: &str, format_b: &str, b: &str) {
-        let out = judge(&["compare", "-f", format_a, "-F", format_b, a, b]).dir(self.path()).run();
+        let out = judge(&["compare", "-U", "-f", format_a, "-F", format_b, a, b]).dir(self.path()).run();
         assert_eq!(out.code, Some(0), "{a} ({format_a}) and {b} ({format_b}) differ: {out:?}");
         assert_eq!(out.stdout, "Images are identical.\n");
     }
 
     /// `qemu-img check` finds nothing at all.
     pub fn assert_clean(&self, format: &str, image: &str) {
-        let out = judge(&["check", "-f", format, image]).dir(self.path()).run();
+        let out = judge(&["check", "-U", "-f", format, image]).dir(self.path()).run();
         assert_eq!(out.code, Some(0), "check of {image}: {out:?}");
     }
 }
