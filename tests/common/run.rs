@@ -92,11 +92,28 @@ impl Run {
 
     /// Runs it to its end.
     pub fn run(mut self) -> Output {
+        self.once()
+    }
+
+    /// The same, again while it complains of a lock, for a second or two: a test that starts a program while another
+    /// one holds an image open in this process hands that lock to a child for a moment, between `fork` and `exec`.
+    pub fn patiently(mut self) -> Output {
+        for _ in 0..20 {
+            let out = self.once();
+            if out.code == Some(0) || !out.stderr.contains("Is another process using the image") {
+                return out;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        self.once()
+    }
+
+    fn once(&mut self) -> Output {
         self.command.stdin(if self.input.is_some() { Stdio::piped() } else { Stdio::null() });
         // A group of its own, so that a shell line is killed with all that it started.
         self.command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
         let mut child = self.command.spawn().unwrap_or_else(|e| panic!("cannot run {}: {e}", self.shown));
-        if let (Some(bytes), Some(mut pipe)) = (self.input.take(), child.stdin.take()) {
+        if let (Some(bytes), Some(mut pipe)) = (self.input.clone(), child.stdin.take()) {
             thread::spawn(move || pipe.write_all(&bytes));
         }
         let stdout = gather(child.stdout.take());
@@ -119,7 +136,7 @@ impl Run {
         let text =
             |pipe: thread::JoinHandle<Vec<u8>>| String::from_utf8_lossy(&pipe.join().expect("pipe")).into_owned();
         Output {
-            command: self.shown,
+            command: self.shown.clone(),
             code: status.code(),
             signal: status.signal(),
             timed_out,
@@ -134,7 +151,7 @@ impl Run {
 
     /// Runs it; it must succeed.
     pub fn ok(self) -> Output {
-        let out = self.run();
+        let out = self.patiently();
         assert!(out.code == Some(0) && !out.timed_out, "failed: {out:#?}");
         out
     }
