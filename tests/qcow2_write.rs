@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use vimg::block::node::Scratch as Buffers;
-use vimg::block::{GuestOffset, ImageRef, Node, OpenHow, Opener, Policy, Store};
+use vimg::block::{Effort, GuestOffset, ImageRef, Node, OpenHow, Opener, Policy, Store};
 use vimg::formats::FORMATS;
 use vimg::storage::Preallocation;
 
@@ -47,7 +47,7 @@ fn change(node: &Node, model: &mut [u8], rng: &mut fastrand::Rng, rounds: usize)
                 plain[..32].copy_from_slice(&pattern(rng.u64(..), 32));
                 plain[(end - at) as usize..].fill(0);
                 let mut encoded = Vec::new();
-                compress.encode(GuestOffset(at), &plain, &mut encoded).unwrap();
+                compress.encode(GuestOffset(at), &plain, Effort::default(), &mut encoded).unwrap();
                 let store = Store::Compressed { bytes: encoded.len() as u64 };
                 let placement = node.place(GuestOffset(at), unit, store).unwrap();
                 placement.write_encoded(&encoded).unwrap();

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use fastrand::Rng;
 use vimg::block::node::Scratch as Buffers;
 use vimg::block::{
-    Child, CreateFiles, CreateOptions, CreateRequest, Encoded, Error, GuestOffset, Ids, Node, OpenRequest, OptionKind,
-    OptionTree, OptionValue, Related, Store, format,
+    Child, CreateFiles, CreateOptions, CreateRequest, Effort, Encoded, Error, GuestOffset, Ids, Node, OpenRequest,
+    OptionKind, OptionTree, OptionValue, Related, Store, format,
 };
 use vimg::formats::FORMATS;
 use vimg::storage::file::{HostFile, OpenHow};
@@ -193,7 +193,11 @@ impl<'a> Pair<'a> {
             let start = at + n * unit;
             let plain: Vec<u8> = (0..unit).map(|i| (i / 97) as u8 ^ seed ^ n as u8).collect();
             let mut encoded = Vec::new();
-            let outcome = writing.compressing().unwrap().encode(GuestOffset(start), &plain, &mut encoded).unwrap();
+            let outcome = writing
+                .compressing()
+                .unwrap()
+                .encode(GuestOffset(start), &plain, Effort::default(), &mut encoded)
+                .unwrap();
             assert_eq!(outcome, Encoded::Smaller);
             let len = unit.min(node.virtual_size() - start);
             let placement = node.place(GuestOffset(start), len, Store::Compressed { bytes: encoded.len() as u64 });

@@ -184,11 +184,20 @@ pub enum Encoded {
     Incompressible,
 }
 
+/// How hard an encoder tries. What is not said is the format's own choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Effort {
+    /// The codec's level: more is smaller and slower.
+    pub level: Option<u8>,
+    /// References may go back further than the format's strictest readers look.
+    pub wide: bool,
+}
+
 /// Able to store compressed units.
 pub trait Compress: Send + Sync {
     /// Encodes one unit (`plain` is a whole unit, zero-filled past the end of the disk) to `out`, which is
     /// cleared first. Runs on many threads at once and allocates no space in the image.
-    fn encode(&self, at: GuestOffset, plain: &[u8], out: &mut Vec<u8>) -> Result<Encoded>;
+    fn encode(&self, at: GuestOffset, plain: &[u8], effort: Effort, out: &mut Vec<u8>) -> Result<Encoded>;
 
     /// Called once, before any unit, by whoever is going to store compressed units (perhaps none).
     fn begin(&self) {}

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::opener::Notice;
 use super::options::{CreateOptions, OptionSpec};
-use super::{BlockDriver, Error, OptionTree, Result};
+use super::{BlockDriver, Effort, Error, OptionTree, Result};
 use crate::storage::Storage;
 
 /// A file that a layer is made of.
@@ -96,6 +96,13 @@ pub trait Create: Sync {
     /// Whether `-c` means anything.
     fn compresses(&self) -> bool {
         false
+    }
+
+    /// How the options say that data is to be encoded, which the image itself does not keep. `compress` says whether
+    /// compression was asked for; options that would have no effect are refused.
+    fn effort(&self, options: &CreateOptions, compress: bool) -> Result<Effort> {
+        let _ = (options, compress);
+        Ok(Effort::default())
     }
 
     /// Makes the image: complete, closed, all zeros or all backing file.

@@ -22,7 +22,7 @@ pub mod options;
 mod over;
 mod protocol;
 
-pub use driver::{Action, BlockDriver, Compress, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write};
+pub use driver::{Action, BlockDriver, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write};
 pub use error::{Error, Kind, Result};
 pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace};
 pub use format::{BackingRef, Child, Create, CreateFiles, CreateRequest, Format, Ids, OpenRequest, Related};

@@ -41,17 +41,25 @@ pub struct OptionSpec {
     pub help: &'static str,
     /// The value that is shown and used when none is given; `None` shows nothing.
     pub default: Option<&'static str>,
+    /// Not one of the reference's: help shows it under our own name alone.
+    pub own: bool,
 }
 
 impl OptionSpec {
     /// An option without a shown default.
     pub const fn new(name: &'static str, kind: OptionKind, help: &'static str) -> Self {
-        Self { name, kind, help, default: None }
+        Self { name, kind, help, default: None, own: false }
     }
 
     /// The same with a default.
     pub const fn or(mut self, default: &'static str) -> Self {
         self.default = Some(default);
+        self
+    }
+
+    /// The same as an option that the reference does not have.
+    pub const fn own(mut self) -> Self {
+        self.own = true;
         self
     }
 }
@@ -145,6 +153,11 @@ impl CreateOptions {
             }
         };
         self.specs.iter().filter_map(|spec| Some((spec.name, shown(spec)?))).collect()
+    }
+
+    /// The first option given that the reference does not have. All of them say how to encode.
+    pub fn given_own(&self) -> Option<&'static str> {
+        self.specs.iter().find(|spec| spec.own && self.given(spec.name).is_some()).map(|spec| spec.name)
     }
 
     /// The text given, or the default.

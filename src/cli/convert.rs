@@ -10,7 +10,7 @@ use super::progress::Progress;
 use super::source::Source;
 use super::{Complaint, Program, Subcommand, cache, object, options, size};
 use crate::block::driver::SnapshotKey;
-use crate::block::{CreateOptions, Node, OpenHow, Opener, OptionValue};
+use crate::block::{CreateOptions, Effort, Node, OpenHow, Opener, OptionValue};
 use crate::ops::convert::job::{self, Job};
 use crate::ops::convert::{How, MOST_THREADS, Observer};
 use crate::ops::create::{NewImage, Target};
@@ -237,6 +237,7 @@ impl Args {
             sparse: self.sparse_size.unwrap_or(4096),
             threads: self.parallel,
             compress: self.compress,
+            effort: Effort::default(),
             reorder: self.oob_writes,
             unnamed: false,
             reads_zero: self.target_is_zero,

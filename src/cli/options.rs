@@ -85,13 +85,13 @@ pub fn apply(given: &Pairs, options: &mut CreateOptions) -> Result<(), Complaint
     Ok(())
 }
 
-/// The list of options that `-o help` shows. `format` where no file was named: its protocol is not known then.
+/// The list of options that `-o help` shows; those that the reference does not have only under our own name. `format` where no file was named: its protocol is not known then.
 pub fn help(program: &Program, specs: &[OptionSpec], format: Option<&str>) {
     match format {
         Some(format) => program.println(&format!("Supported {format} options:")),
         None => program.println("Supported options:"),
     }
-    let mut specs: Vec<&OptionSpec> = specs.iter().collect();
+    let mut specs: Vec<&OptionSpec> = specs.iter().filter(|spec| !spec.own || program.name() == "vimg").collect();
     specs.sort_by_key(|spec| spec.name);
     for spec in specs {
         let name = format!("  {}={}", spec.name, spec.kind.shown());

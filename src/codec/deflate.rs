@@ -1,8 +1,13 @@
 //! deflate (RFC 1951), bare or in a zlib wrapper (RFC 1950).
+//!
+//! Two libraries, each for what it is best at. libdeflate decodes half as fast again as any other, and encodes the full window
+//! faster and smaller; it knows neither another window nor a stream that does not end. zlib-rs encodes with the window of 4 KiB
+//! that strict readers of qcow2 set up, and decodes what libdeflate refuses.
 
 use std::cell::RefCell;
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
+use libdeflater::{CompressionLvl, Compressor, DecompressionError, Decompressor};
 
 use super::{Error, Result};
 
@@ -15,94 +20,139 @@ pub enum Wrap {
     Zlib,
 }
 
+/// How far back references go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Window {
+    /// 4 KiB. Levels 1 to [`Window::levels`].
+    Narrow,
+    /// 32 KiB, all that deflate can.
+    Full,
+}
+
+impl Window {
+    /// The highest level that it has.
+    pub fn levels(self) -> u8 {
+        match self {
+            Self::Narrow => 9,
+            Self::Full => 12,
+        }
+    }
+}
+
 /// How to encode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct How {
     /// What stands around the stream.
     pub wrap: Wrap,
-    /// log2 of the window, 9 to 15.
-    pub window_bits: u8,
-    /// 0 (store) to 9 (smallest).
+    /// How far back references go.
+    pub window: Window,
+    /// From 1 on: higher is smaller and slower.
     pub level: u8,
 }
 
 impl How {
-    /// Bare deflate with a 4 KiB window, level 6: qcow and qcow2.
-    pub const QCOW: How = How { wrap: Wrap::Raw, window_bits: 12, level: 6 };
-    /// zlib with a full window, level 6: vmdk.
-    pub const ZLIB: How = How { wrap: Wrap::Zlib, window_bits: 15, level: 6 };
+    /// qcow and qcow2: bare, and for strict readers. 3 % larger than stock zlib's level 6, and three times as fast;
+    /// level 2 would be 6 % larger.
+    pub const QCOW: How = How { wrap: Wrap::Raw, window: Window::Narrow, level: 3 };
+    /// qcow2 for all others: smaller than [`How::QCOW`] and faster.
+    pub const QCOW_FULL: How = How { wrap: Wrap::Raw, window: Window::Full, level: 3 };
+    /// vmdk. The lowest level that is not larger than stock zlib's level 6.
+    pub const VMDK: How = How { wrap: Wrap::Zlib, window: Window::Full, level: 5 };
+}
+
+/// An encoder that was used last, by how it encodes.
+enum Encoder {
+    Narrow(Compress),
+    Full(Compressor),
+}
+
+impl Encoder {
+    fn new(how: How) -> Result<Self> {
+        let level = how.level.clamp(1, how.window.levels());
+        Ok(match how.window {
+            Window::Narrow => {
+                let zlib = how.wrap == Wrap::Zlib;
+                Self::Narrow(Compress::new_with_window_bits(Compression::new(level.into()), zlib, 12))
+            }
+            Window::Full => Self::Full(Compressor::new(CompressionLvl::new(level.into()).map_err(|_| Error::Encoder)?)),
+        })
+    }
 }
 
 thread_local! {
-    static ENCODER: RefCell<Option<(How, Compress)>> = const { RefCell::new(None) };
-    static RAW: RefCell<Option<Decompress>> = const { RefCell::new(None) };
-    static ZLIB: RefCell<Option<Decompress>> = const { RefCell::new(None) };
+    static ENCODER: RefCell<Option<(How, Encoder)>> = const { RefCell::new(None) };
+    static DECODER: RefCell<Option<Decompressor>> = const { RefCell::new(None) };
 }
 
-/// Encodes `plain` to `out` (cleared first) if that takes at most `limit` bytes; else false, and `out` means nothing.
+/// Encodes `plain` to `out` if that takes at most `limit` bytes; else false, and `out` means nothing.
 pub fn encode(how: How, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> Result<bool> {
     ENCODER.with_borrow_mut(|kept| {
         let (_, encoder) = match kept {
-            Some(kept) if kept.0 == how => {
-                kept.1.reset();
-                kept
-            }
-            _ => {
-                let level = Compression::new(u32::from(how.level.min(9)));
-                let bits = how.window_bits.clamp(9, 15);
-                kept.insert((how, Compress::new_with_window_bits(level, how.wrap == Wrap::Zlib, bits)))
+            Some(kept) if kept.0 == how => kept,
+            _ => kept.insert((how, Encoder::new(how)?)),
+        };
+        let len = match encoder {
+            Encoder::Narrow(encoder) => narrow(encoder, plain, out, limit)?,
+            Encoder::Full(encoder) => {
+                out.resize(limit, 0);
+                match how.wrap {
+                    Wrap::Raw => encoder.deflate_compress(plain, out),
+                    Wrap::Zlib => encoder.zlib_compress(plain, out),
+                }
+                // Room is the one thing that it can lack.
+                .ok()
             }
         };
-        out.clear();
-        // Room for the whole stream whatever it comes to: an encoder that was left half way does not always come
-        // out of its reset whole, and panics later.
-        out.resize(limit.max(plain.len()).saturating_add(plain.len() / 8 + 128), 0);
-        loop {
-            let (read, wrote) = (position(encoder.total_in()), position(encoder.total_out()));
-            let (input, room) = (plain.get(read..).unwrap_or(&[]), out.get_mut(wrote..).unwrap_or(&mut []));
-            if room.is_empty() {
-                return Ok(false);
-            }
-            let status = encoder.compress(input, room, FlushCompress::Finish).map_err(|_| Error::Encoder)?;
-            let stuck = position(encoder.total_in()) == read && position(encoder.total_out()) == wrote;
-            match status {
-                Status::StreamEnd => {
-                    out.truncate(position(encoder.total_out()));
-                    return Ok(out.len() <= limit);
-                }
-                _ if stuck => return Err(Error::Encoder),
-                _ => {}
-            }
-        }
+        out.truncate(len.unwrap_or(0));
+        Ok(len.is_some_and(|len| len <= limit))
     })
+}
+
+/// The length, or `None` where the room is too small.
+fn narrow(encoder: &mut Compress, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> Result<Option<usize>> {
+    encoder.reset();
+    // Room for the whole stream whatever it comes to: an encoder that was left half way does not always come
+    // out of its reset whole, and panics later.
+    out.resize(limit.max(plain.len()).saturating_add(plain.len() / 8 + 128), 0);
+    loop {
+        let (read, wrote) = (position(encoder.total_in()), position(encoder.total_out()));
+        let (input, room) = (plain.get(read..).unwrap_or(&[]), out.get_mut(wrote..).unwrap_or(&mut []));
+        if room.is_empty() {
+            return Ok(None);
+        }
+        let status = encoder.compress(input, room, FlushCompress::Finish).map_err(|_| Error::Encoder)?;
+        let stuck = position(encoder.total_in()) == read && position(encoder.total_out()) == wrote;
+        match status {
+            Status::StreamEnd => return Ok(Some(position(encoder.total_out()))),
+            _ if stuck => return Err(Error::Encoder),
+            _ => {}
+        }
+    }
 }
 
 /// Decodes until `out` is full. What follows in `encoded` (padding, the next unit) is not looked at.
 pub fn decode(wrap: Wrap, encoded: &[u8], out: &mut [u8]) -> Result<()> {
-    let wanted = out.len();
-    let kept = if wrap == Wrap::Zlib { &ZLIB } else { &RAW };
-    kept.with_borrow_mut(|kept| {
-        let zlib = wrap == Wrap::Zlib;
-        let decoder = match kept {
-            Some(decoder) => {
-                decoder.reset(zlib);
-                decoder
-            }
-            None => kept.insert(Decompress::new(zlib)),
-        };
-        loop {
-            let (read, wrote) = (position(decoder.total_in()), position(decoder.total_out()));
-            if wrote >= wanted {
-                return Ok(());
-            }
-            let (input, room) = (encoded.get(read..).unwrap_or(&[]), out.get_mut(wrote..).unwrap_or(&mut []));
-            let status = decoder.decompress(input, room, FlushDecompress::None).map_err(|_| Error::Invalid)?;
-            let stuck = position(decoder.total_in()) == read && position(decoder.total_out()) == wrote;
-            if position(decoder.total_out()) < wanted && (status == Status::StreamEnd || stuck) {
-                return Err(Error::Short);
-            }
+    if decode_some(wrap, encoded, out)? == out.len() { Ok(()) } else { Err(Error::Short) }
+}
+
+/// Decodes until `out` is full or the stream ends, and says how many bytes came out.
+pub fn decode_some(wrap: Wrap, encoded: &[u8], out: &mut [u8]) -> Result<usize> {
+    let decoded: std::result::Result<_, DecompressionError> = DECODER.with_borrow_mut(|kept| {
+        let decoder = kept.get_or_insert_with(Decompressor::new);
+        match wrap {
+            Wrap::Raw => decoder.deflate_decompress(encoded, out),
+            Wrap::Zlib => decoder.zlib_decompress(encoded, out),
         }
-    })
+    });
+    // A stream that has no end, or one behind what is wanted, is still good for what is wanted.
+    decoded.or_else(|_| decode_loosely(wrap, encoded, out))
+}
+
+fn decode_loosely(wrap: Wrap, encoded: &[u8], out: &mut [u8]) -> Result<usize> {
+    let mut decoder = Decompress::new(wrap == Wrap::Zlib);
+    let status = decoder.decompress(encoded, out, FlushDecompress::Finish).map_err(|_| Error::Invalid)?;
+    let done = position(decoder.total_out());
+    if status != Status::StreamEnd && done < out.len() { Err(Error::Short) } else { Ok(done) }
 }
 
 fn position(total: u64) -> usize {
@@ -118,28 +168,58 @@ mod tests {
         (0..65536u32).flat_map(|n| (n.wrapping_mul(2_654_435_761) >> 28).to_le_bytes()).take(65536).collect()
     }
 
+    const HOWS: [How; 7] = [
+        How::QCOW,
+        How::QCOW_FULL,
+        How::VMDK,
+        How { level: 1, ..How::QCOW },
+        How { level: 9, ..How::QCOW },
+        How { level: 12, ..How::QCOW_FULL },
+        How { window: Window::Narrow, ..How::VMDK },
+    ];
+
     #[test]
     fn what_is_encoded_comes_back_with_garbage_behind() {
-        let plain = sample();
-        for how in [How::QCOW, How::ZLIB, How { level: 1, ..How::QCOW }, How { window_bits: 9, ..How::ZLIB }] {
-            let mut encoded = Vec::new();
-            assert!(encode(how, &plain, &mut encoded, plain.len()).unwrap(), "{how:?}");
-            encoded.extend_from_slice(&[0xa5; 700]);
-            let mut back = vec![0; plain.len()];
-            decode(how.wrap, &encoded, &mut back).unwrap();
-            assert_eq!(back, plain, "{how:?}");
+        for plain in [sample(), vec![0; 65536], vec![7; 1], vec![0; 2 << 20]] {
+            for how in HOWS {
+                let mut encoded = vec![1; 20];
+                assert!(encode(how, &plain, &mut encoded, plain.len() + 100).unwrap(), "{how:?}");
+                for garbage in [0, 0xa5, 0xff] {
+                    let mut padded = encoded.clone();
+                    padded.resize(encoded.len() + 700, garbage);
+                    let mut back = vec![1; plain.len()];
+                    decode(how.wrap, &padded, &mut back).unwrap();
+                    assert!(back == plain, "{how:?}");
+                }
+            }
         }
     }
 
     #[test]
     fn a_limit_is_a_limit() {
         let plain = sample();
-        let mut encoded = Vec::new();
-        assert!(encode(How::QCOW, &plain, &mut encoded, plain.len()).unwrap());
-        let len = encoded.len();
-        assert!(!encode(How::QCOW, &plain, &mut encoded, len - 1).unwrap());
-        assert!(encode(How::QCOW, &plain, &mut encoded, len).unwrap());
-        assert!(!encode(How::QCOW, &plain, &mut encoded, 0).unwrap());
+        for how in HOWS {
+            let mut encoded = Vec::new();
+            assert!(encode(how, &plain, &mut encoded, plain.len()).unwrap());
+            let whole = encoded.clone();
+            assert!(!encode(how, &plain, &mut encoded, whole.len() - 1).unwrap());
+            assert!(!encode(how, &plain, &mut encoded, 0).unwrap());
+            // libdeflate wants a few bytes more than it will use.
+            assert!(encode(how, &plain, &mut encoded, whole.len() + 16).unwrap(), "{how:?}");
+            assert!(encoded == whole, "{how:?}");
+        }
+    }
+
+    #[test]
+    fn a_narrow_window_is_one() {
+        // Noise that repeats after 4 KiB and a little: there is nothing to refer to, but for a full window.
+        let mut rng = fastrand::Rng::with_seed(1);
+        let noise: Vec<u8> = (0..5000).map(|_| rng.u8(..)).collect();
+        let plain: Vec<u8> = noise.iter().copied().cycle().take(65536).collect();
+        for how in HOWS {
+            let smaller = encode(how, &plain, &mut Vec::new(), plain.len() / 2).unwrap();
+            assert_eq!(smaller, how.window == Window::Full, "{how:?}");
+        }
     }
 
     #[test]
@@ -153,7 +233,36 @@ mod tests {
         assert_eq!(decode(Wrap::Raw, &[0xff; 64], &mut out), Err(Error::Invalid));
         out.push(0);
         assert_eq!(decode(Wrap::Raw, &encoded, &mut out), Err(Error::Short));
-        decode(Wrap::Raw, &encoded, &mut out[..100]).unwrap();
-        assert_eq!(out[..100], plain[..100]);
+        assert_eq!(decode_some(Wrap::Raw, &encoded, &mut out), Ok(plain.len()));
+    }
+
+    #[test]
+    fn streams_that_go_on_are_good_for_what_is_wanted() {
+        let plain = sample();
+        for how in HOWS {
+            let mut encoded = Vec::new();
+            assert!(encode(how, &plain, &mut encoded, plain.len()).unwrap());
+            let mut out = vec![0; 100];
+            decode(how.wrap, &encoded, &mut out).unwrap();
+            assert_eq!(out, plain[..100], "{how:?}");
+        }
+        // Without a last block.
+        let mut encoder = Compress::new(Compression::new(6), false);
+        let mut encoded = vec![0; 70_000];
+        encoder.compress(&plain, &mut encoded, FlushCompress::Sync).unwrap();
+        encoded.truncate(position(encoder.total_out()));
+        let mut out = vec![0; plain.len()];
+        decode(Wrap::Raw, &encoded, &mut out).unwrap();
+        assert!(out == plain);
+    }
+
+    #[test]
+    fn a_wrong_checksum_is_wrong() {
+        let plain = sample();
+        let mut encoded = Vec::new();
+        assert!(encode(How::VMDK, &plain, &mut encoded, plain.len()).unwrap());
+        *encoded.last_mut().unwrap() ^= 1;
+        let mut out = vec![0; plain.len()];
+        assert_eq!(decode(Wrap::Zlib, &encoded, &mut out), Err(Error::Invalid));
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod deflate;
 pub mod luks;
+pub mod sample;
 pub mod zstd;
 
 /// What can be wrong with encoded bytes, or with the encoder.

@@ -10,13 +10,15 @@ use super::{Error, Result};
 
 /// The level that the reference uses.
 pub const LEVEL: i32 = 3;
+/// The highest level.
+pub const LEVELS: u8 = 22;
 
 thread_local! {
     static ENCODER: RefCell<Option<(i32, CCtx<'static>)>> = const { RefCell::new(None) };
     static DECODER: RefCell<Option<DCtx<'static>>> = const { RefCell::new(None) };
 }
 
-/// Encodes `plain` as one frame to `out` (cleared first) if that takes at most `limit` bytes; else false, and `out`
+/// Encodes `plain` as one frame to `out` if that takes at most `limit` bytes; else false, and `out`
 /// means nothing.
 pub fn encode(level: i32, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> Result<bool> {
     ENCODER.with_borrow_mut(|kept| {
@@ -28,7 +30,6 @@ pub fn encode(level: i32, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> Resu
                 kept.insert((level, encoder))
             }
         };
-        out.clear();
         out.resize(limit, 0);
         match encoder.compress2(out.as_mut_slice(), plain) {
             Ok(len) => {

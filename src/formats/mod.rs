@@ -1,5 +1,6 @@
 //! The formats: each knows its own on-disk layout and nothing of the others.
 
+mod effort;
 pub mod qcow;
 pub mod qcow2;
 pub mod raw;

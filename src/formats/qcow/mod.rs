@@ -18,8 +18,8 @@ use self::tables::State;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    Action, BackingRef, BlockDriver, Child, Compress, CompressedUnit, Create, Encoded, Error, Extent, ExtentKind,
-    Format, GuestOffset, HostOffset, HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
+    Action, BackingRef, BlockDriver, Child, Compress, CompressedUnit, Create, Effort, Encoded, Error, Extent,
+    ExtentKind, Format, GuestOffset, HostOffset, HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
 };
 use crate::codec::deflate::{self, How, Wrap};
 use crate::storage::Storage;
@@ -269,7 +269,7 @@ impl Write for QcowDriver {
 }
 
 impl Compress for QcowDriver {
-    fn encode(&self, at: GuestOffset, plain: &[u8], out: &mut Vec<u8>) -> Result<Encoded> {
+    fn encode(&self, at: GuestOffset, plain: &[u8], _effort: Effort, out: &mut Vec<u8>) -> Result<Encoded> {
         // The length has to fit its field, which is as wide as an offset in the cluster.
         let limit = plain.len().saturating_sub(1);
         match deflate::encode(How::QCOW, plain, out, limit) {

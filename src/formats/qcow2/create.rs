@@ -7,7 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::block::error::Context;
-use crate::block::{Create, CreateOptions, CreateRequest, Error, OptionKind, OptionSpec, Result};
+use crate::block::{Create, CreateOptions, CreateRequest, Effort, Error, OptionKind, OptionSpec, Result};
+use crate::formats::effort;
 use crate::storage::{Preallocation, Storage};
 
 use super::Qcow2;
@@ -40,6 +41,8 @@ const OPTIONS: &[OptionSpec] = &[
     ),
     OptionSpec::new("compression_type", OptionKind::Text, "Compression method used for image cluster compression")
         .or("zlib"),
+    effort::LEVEL,
+    effort::WINDOW,
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
     OptionSpec::new("compat", OptionKind::Text, "Compatibility level (v2 [0.10] or v3 [1.1])"),
     OptionSpec::new("backing_file", OptionKind::Text, "File name of a base image"),
@@ -93,6 +96,10 @@ impl Create for Qcow2 {
 
     fn compresses(&self) -> bool {
         true
+    }
+
+    fn effort(&self, options: &CreateOptions, compress: bool) -> Result<Effort> {
+        super::codec::effort(options, compress)
     }
 
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {

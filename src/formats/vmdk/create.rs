@@ -7,7 +7,9 @@
 //! Source: *Virtual Disk Format 5.0*; behaviour of the reference for sizes, names and texts.
 
 use crate::block::error::Context;
-use crate::block::{Create, CreateOptions, CreateRequest, Error, OptionKind, OptionSpec, Result};
+use crate::block::{Create, CreateOptions, CreateRequest, Effort, Error, OptionKind, OptionSpec, Result};
+use crate::codec::deflate;
+use crate::formats::effort;
 use crate::storage::{Preallocation, Storage};
 
 use super::descriptor::{Descriptor, NO_PARENT, NewDescriptor};
@@ -38,6 +40,7 @@ const OPTIONS: &[OptionSpec] = &[
         OptionKind::Switch,
         "Enable efficient zero writes using the zeroed-grain GTE feature",
     ),
+    effort::LEVEL,
 ];
 
 /// Bytes of an extent of a split image.
@@ -258,6 +261,14 @@ impl Create for Vmdk {
 
     fn compresses(&self) -> bool {
         true
+    }
+
+    fn effort(&self, options: &CreateOptions, _compress: bool) -> Result<Effort> {
+        // Streams are always compressed, others never.
+        if options.text("subformat") != Some("streamOptimized") {
+            effort::refuse(options, "unless the subformat is streamOptimized")?;
+        }
+        Ok(Effort { level: effort::level(options, deflate::Window::Full.levels())?, wide: true })
     }
 
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {

@@ -19,7 +19,6 @@ mod write;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use flate2::{Decompress, FlushDecompress, Status};
 use serde_json::{Map, Value, json};
 
 use crate::block::error::Context;
@@ -28,6 +27,8 @@ use crate::block::{
     BackingRef, BlockDriver, Child, CompressedUnit, Create, Error, Extent, ExtentKind, Format, GuestOffset, HostOffset,
     HostPlace, OpenRequest, Resize, Result, Write,
 };
+use crate::codec;
+use crate::codec::deflate::{self, Wrap};
 use crate::storage::Storage;
 
 use descriptor::{Access, Descriptor, ExtentType};
@@ -370,16 +371,14 @@ impl VmdkDriver {
     }
 }
 
-/// Decodes a zlib stream that fills `out`; what it leaves of a last, short grain is zero.
+/// Decodes a zlib stream; what it leaves of a last, short grain is zero.
 fn inflate(input: &[u8], out: &mut [u8]) -> Result<()> {
-    let mut decoder = Decompress::new(true);
-    let status = decoder
-        .decompress(input, out, FlushDecompress::Finish)
-        .map_err(|e| Error::corrupt(format!("Compressed grain is damaged: {e}")))?;
-    let done = usize::try_from(decoder.total_out()).unwrap_or(out.len()).min(out.len());
-    if status != Status::StreamEnd && done < out.len() {
-        return Err(Error::corrupt("Compressed grain is cut off"));
+    let done = deflate::decode_some(Wrap::Zlib, input, out).map_err(|error| match error {
+        codec::Error::Short => Error::corrupt("Compressed grain is cut off"),
+        error => Error::corrupt(format!("Compressed grain is damaged: {error}")),
+    })?;
+    if let Some(rest) = out.get_mut(done..) {
+        rest.fill(0);
     }
-    out[done..].fill(0);
     Ok(())
 }

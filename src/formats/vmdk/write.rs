@@ -4,14 +4,11 @@
 //! file at `flush`, after the grains. The content id is changed once, with the first flush that follows a write,
 //! so that children made before no longer match.
 
-use std::cell::RefCell;
-
-use flate2::{Compress as Deflate, Compression, FlushCompress, Status};
-
 use crate::block::error::Context;
 use crate::block::{
-    Action, Compress, Encoded, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write,
+    Action, Compress, Effort, Encoded, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write,
 };
+use crate::codec::deflate::{self, How};
 use crate::storage::{Preallocation, Zeroing};
 
 use super::descriptor::{self, Access};
@@ -282,32 +279,21 @@ impl Write for VmdkDriver {
     }
 }
 
-thread_local! {
-    /// A compressor's window and tables are worth keeping: one a thread.
-    static DEFLATE: RefCell<Deflate> = RefCell::new(Deflate::new(Compression::new(6), true));
-}
-
 impl Compress for VmdkDriver {
-    fn encode(&self, at: GuestOffset, plain: &[u8], out: &mut Vec<u8>) -> Result<Encoded> {
-        out.clear();
-        // Room for what does not get smaller: deflate adds 5 bytes a 16 KiB block and a frame.
-        let room = plain.len() + plain.len() / 1024 + 64;
-        out.resize(GRAIN_MARKER + room, 0);
-        let bytes = DEFLATE.with_borrow_mut(|deflate| {
-            deflate.reset();
-            let status = deflate
-                .compress(plain, &mut out[GRAIN_MARKER..], FlushCompress::Finish)
-                .map_err(|e| Error::unsupported(format!("could not compress: {e}")))?;
-            match (status, u32::try_from(deflate.total_out())) {
-                (Status::StreamEnd, Ok(bytes)) => Ok(bytes),
-                _ => Err(Error::unsupported("could not compress: the output buffer is too small")),
-            }
-        })?;
+    fn encode(&self, at: GuestOffset, plain: &[u8], effort: Effort, out: &mut Vec<u8>) -> Result<Encoded> {
+        let how = How { level: effort.level.unwrap_or(How::VMDK.level), ..How::VMDK };
+        // Room for what does not get smaller: deflate adds 5 bytes a block and a frame.
+        let room = plain.len() + plain.len() / 512 + 128;
+        match deflate::encode(how, plain, out, room) {
+            Ok(true) => {}
+            Ok(false) => return Err(Error::unsupported("could not compress: the output buffer is too small")),
+            Err(e) => return Err(Error::unsupported(format!("could not compress: {e}"))),
+        }
+        let bytes =
+            u32::try_from(out.len()).map_err(|_| Error::unsupported("could not compress: a grain is too long"))?;
         let (part, _) = self.sparse_at(at).ok_or_else(|| Error::corrupt("no sparse extent here"))?;
-        out[..GRAIN_MARKER].copy_from_slice(&grain_marker((at.get() - part.start) / SECTOR, bytes));
-        let end = GRAIN_MARKER + bytes as usize;
-        out.resize(end.next_multiple_of(512), 0);
-        out[end..].fill(0);
+        out.splice(0..0, grain_marker((at.get() - part.start) / SECTOR, bytes));
+        out.resize(out.len().next_multiple_of(512), 0);
         Ok(Encoded::Smaller)
     }
 

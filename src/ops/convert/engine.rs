@@ -323,7 +323,7 @@ impl<'a> Engine<'a> {
                     at += self.unit;
                     continue;
                 }
-                let next = match compress.encode(GuestOffset(at), bytes, unit)? {
+                let next = match compress.encode(GuestOffset(at), bytes, self.how.effort, unit)? {
                     Encoded::Incompressible if !compress.always() => {
                         Unit { at, len, from, bytes: short_len(len), encoded: false }
                     }

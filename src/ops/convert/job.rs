@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{Above, How, Joined, Observer, convert};
 use crate::block::driver::SnapshotKey;
 use crate::block::error::Context;
-use crate::block::{Error, ImageRef, Node, OpenHow, Opener, Result};
+use crate::block::{Effort, Error, ImageRef, Node, OpenHow, Opener, Result};
 use crate::ops::create::{self, NewImage};
 use crate::storage::staging::Staging;
 use crate::storage::{CacheMode, Identity, Kind};
@@ -70,7 +70,12 @@ impl Job<'_> {
     pub fn to_new(&self, new: &NewImage, opener: &Opener<'_>) -> Result<()> {
         let staging = Staging::new(self.cache);
         let (shown, format) = (new.name.to_string_lossy(), new.format.name());
-        create::make(new, &staging, opener).with_context(|| format!("{shown}: error while converting {format}"))?;
+        let made = || format!("{shown}: error while converting {format}");
+        let effort = match new.format.creating() {
+            Some(create) => create.effort(&new.options, self.how.compress).with_context(made)?,
+            None => Effort::default(),
+        };
+        create::make(new, &staging, opener).with_context(made)?;
         let opener = Opener::new(opener.formats(), opener.policy()).with_staging(&staging);
         let how = OpenHow { format: Some(format.to_owned()), write: true, cache: self.cache, ..OpenHow::default() };
         let target = opener.open(&ImageRef::name(&new.name), &how)?;
@@ -79,7 +84,7 @@ impl Job<'_> {
         let kinds = target.driver().files().iter().map(|child| child.storage.kind());
         let blank = writing.unit() > 1 || kinds.into_iter().all(|kind| kind == Kind::Regular);
         let reads_zero = target.backing().is_none() && blank;
-        self.run(&target, How { unnamed: true, reads_zero, ..self.how.clone() })?;
+        self.run(&target, How { unnamed: true, reads_zero, effort, ..self.how.clone() })?;
         drop(target);
         staging.commit().with_context(|| format!("Could not create '{shown}'"))
     }

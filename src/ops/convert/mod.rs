@@ -14,7 +14,7 @@ use std::num::NonZero;
 
 pub use source::{Above, Joined};
 
-use crate::block::{Error, Node, Result};
+use crate::block::{Effort, Error, Node, Result};
 
 /// How it is done.
 #[derive(Debug, Clone)]
@@ -25,6 +25,8 @@ pub struct How {
     pub threads: Option<usize>,
     /// Store compressed units.
     pub compress: bool,
+    /// How hard compression tries.
+    pub effort: Effort,
     /// Placements need not be in the guest's order.
     pub reorder: bool,
     /// The target has no name yet, so that nobody can see it half done.
@@ -45,6 +47,7 @@ impl Default for How {
             sparse: 4096,
             threads: None,
             compress: false,
+            effort: Effort::default(),
             reorder: false,
             unnamed: false,
             reads_zero: false,
