@@ -85,11 +85,13 @@ fn zeros_are_left_out_as_the_reference_leaves_them_out() {
 fn the_number_of_threads_does_not_show() {
     let scratch = Scratch::new();
     disk(&scratch.file("s.raw"), (33 << 20) + 512, 6);
-    let cases: [&[&str]; 5] = [
+    let cases: [&[&str]; 7] = [
         &["-O", "raw"],
         &["-O", "qcow2", "-o", "cluster_size=4k"],
         &["-O", "qcow2", "-c"],
         &["-O", "qcow2", "-c", "-o", "compression_type=zstd,cluster_size=16k"],
+        &["-O", "qcow2", "-c", "-o", "compression_window=32k,compression_level=6"],
+        &["-O", "qcow2", "-c", "-o", "compression_level=1,cluster_size=2M"],
         &["-O", "vmdk", "-o", "subformat=streamOptimized"],
     ];
     for case in cases {

@@ -6,6 +6,7 @@
 mod bitmaps;
 mod both;
 mod common;
+mod compression;
 mod contract;
 mod convert;
 mod fault;

@@ -51,9 +51,9 @@ pub struct How {
 }
 
 impl How {
-    /// qcow and qcow2: bare, and for strict readers. 3 % larger than stock zlib's level 6, and three times as fast;
-    /// level 2 would be 6 % larger.
-    pub const QCOW: How = How { wrap: Wrap::Raw, window: Window::Narrow, level: 3 };
+    /// qcow and qcow2: bare, and for strict readers. 2 to 4 % larger than stock zlib's level 6 and 2.7 times as fast;
+    /// level 3, 3.4 times as fast, is up to 5 % larger.
+    pub const QCOW: How = How { wrap: Wrap::Raw, window: Window::Narrow, level: 6 };
     /// qcow2 for all others: smaller than [`How::QCOW`] and faster.
     pub const QCOW_FULL: How = How { wrap: Wrap::Raw, window: Window::Full, level: 3 };
     /// vmdk. The lowest level that is not larger than stock zlib's level 6.
