@@ -19,8 +19,8 @@ open(\"{name}\", \"wb\").write(data[:{bytes}])'"
     assert_eq!(fs::metadata(scratch.file(name)).unwrap().len(), bytes as u64);
 }
 
-/// Reads every compressed cluster of a qcow2 image with nothing but Python's zlib, its window set to so many bits, and compares
-/// it to the raw image. Prints how many there are.
+/// Reads every compressed cluster of a qcow2 image with nothing but Python's zlib, its window set to so many bits, and
+/// compares it to the raw image. Prints how many there are.
 const READER: &str = r#"
 import struct, sys, zlib
 image, raw, window = open(sys.argv[1], "rb").read(), open(sys.argv[2], "rb").read(), int(sys.argv[3])

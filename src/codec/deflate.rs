@@ -1,8 +1,8 @@
 //! deflate (RFC 1951), bare or in a zlib wrapper (RFC 1950).
 //!
-//! Two libraries, each for what it is best at. libdeflate decodes half as fast again as any other, and encodes the full window
-//! faster and smaller; it knows neither another window nor a stream that does not end. zlib-rs encodes with the window of 4 KiB
-//! that strict readers of qcow2 set up, and decodes what libdeflate refuses.
+//! Two libraries, each for what it is best at. libdeflate decodes half as fast again as zlib-rs, and encodes the full
+//! window faster and smaller; it knows neither another window nor a stream that does not end. zlib-rs encodes with
+//! the window of 4 KiB that strict readers of qcow2 set up, and decodes what libdeflate refuses.
 
 use std::cell::RefCell;
 

@@ -1,15 +1,16 @@
-//! Tells data that deflate has no hope with, such as what is compressed already, in a fraction of the time that it would take
-//! to find that out.
+//! Tells data that deflate has no hope with, such as what is compressed already, in a fraction of the time that it
+//! would take to find that out by trying.
 //!
-//! Two looks, so that nothing worth having is lost. The first counts a thousand bytes: where some are much more frequent than
-//! others, deflate gets its chance. The second asks zstd's fastest level, which also sees repetitions and runs through noise at
-//! the speed of memory.
+//! Two looks, so that nothing worth having is lost. The first counts a thousand bytes: where some are much more
+//! frequent than others, deflate gets its chance. The second asks zstd's level 1, which also sees repetitions, and
+//! runs through noise at the speed of memory.
 
 use super::zstd;
 
 /// Bytes that the first look counts.
 const SAMPLES: usize = 1024;
-/// Sum of the squares of the counts: 5116 is expected of noise, give or take 90; what deflate shrinks by 3 % has 7000 and more.
+/// A sum of the squares of the counts. Of noise 5116 is expected, give or take 90; 6000 is what bytes have that Huffman
+/// codes shrink by 2 %.
 const NOISE: u32 = 6000;
 
 /// Whether it is not worth trying. `scratch` is overwritten.

@@ -1,6 +1,7 @@
 //! Compressed clusters: raw deflate or zstd, by the header's compression type.
 //!
-//! Deflate is written with a 4 KiB window unless another is asked for: that is what strict readers set up. It is read with any.
+//! Deflate is written with a 4 KiB window unless another is asked for: that is what strict readers set up. It is read
+//! with any.
 
 use crate::block::{Compress, CompressedUnit, CreateOptions, Effort, Encoded, Error, GuestOffset, Result};
 use crate::codec::deflate::{self, How, Window};
