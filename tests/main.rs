@@ -11,6 +11,7 @@ mod contract;
 mod convert;
 mod fault;
 mod fixtures;
+mod formats;
 mod hostile;
 mod qcow;
 mod qcow2_create;

@@ -203,6 +203,45 @@ fn every_subformat_grows_and_shrinks() {
 }
 
 #[test]
+fn split_images_grow_by_new_extents() {
+    for subformat in ["twoGbMaxExtentSparse", "twoGbMaxExtentFlat"] {
+        let s = Scratch::new();
+        disk(&s, "d.raw", 3 << 30);
+        let option = format!("subformat={subformat}");
+        s.vimg(&["convert", "-f", "raw", "-O", "vmdk", "-o", &option, "d.raw", "d.vmdk"]);
+        let letter = if subformat.ends_with("Flat") { 'f' } else { 's' };
+        // What is in the way stays, and the image as it was.
+        let third = format!("d-{letter}003.vmdk");
+        fs::write(s.file(&third), "precious").unwrap();
+        let before = fs::read(s.file("d.vmdk")).unwrap();
+        let out = vimg(&["resize", "-f", "vmdk", "d.vmdk", "7G"]).dir(s.path()).fails(1);
+        assert!(out.stderr.contains("is there already, and would become a part of the image"), "{out:?}");
+        assert_eq!(fs::read(s.file(&third)).unwrap(), b"precious");
+        assert_eq!(fs::read(s.file("d.vmdk")).unwrap(), before);
+        fs::remove_file(s.file(&third)).unwrap();
+        for size in ["3500M", "7G", "7169M", "13G"] {
+            s.vimg(&["resize", "-f", "vmdk", "d.vmdk", size]);
+            s.vimg(&["resize", "-f", "raw", "d.raw", size]);
+            s.assert_same_content("vmdk", "d.vmdk", "raw", "d.raw");
+            s.assert_clean("vmdk", "d.vmdk");
+        }
+        // Lengths, names and geometry are those of a new image of that size.
+        s.judge(&["create", "-q", "-f", "vmdk", "-o", &option, "new.vmdk", "13G"]);
+        let text = |name: &str| String::from_utf8(without_cid(fs::read(s.file(name)).unwrap())).unwrap();
+        assert_eq!(
+            text("d.vmdk").trim_end_matches('\0'),
+            text("new.vmdk").replace("new-", "d-").trim_end_matches('\0')
+        );
+        let writes = ["write -P 7 4095M 2M", "write -P 8 12G 1M"];
+        s.qemu_io("vmdk", "d.vmdk", &writes);
+        s.qemu_io("raw", "d.raw", &writes);
+        s.assert_same_content("vmdk", "d.vmdk", "raw", "d.raw");
+        s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "d.vmdk", "back.raw"]);
+        s.assert_same_content("raw", "back.raw", "raw", "d.raw");
+    }
+}
+
+#[test]
 fn a_large_directory_moves_when_it_must() {
     let s = Scratch::new();
     s.judge(&["create", "-f", "vmdk", "d.vmdk", "10G"]);

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use super::format::{BackingRef, Child, Format};
+use super::format::{BackingRef, Child, CreateFiles, Format};
 use super::info::{ImageInfo, SnapshotInfo};
 use super::{CompressedUnit, Error, Extent, GuestOffset, HostPlace, Result};
 use crate::storage::Preallocation;
@@ -212,6 +212,13 @@ pub trait Compress: Send + Sync {
 pub trait Resize {
     /// Refuses, before anything is changed, what cannot be done.
     fn check(&self, size: u64, fill: Preallocation) -> Result<()>;
+
+    /// Makes the files that an image of that size has beside those that it has now. They are complete and have
+    /// their names before [`Resize::resize`] is called; until then nothing knows of them.
+    fn make_files(&self, size: u64, fill: Preallocation, files: &dyn CreateFiles) -> Result<()> {
+        let _ = (size, fill, files);
+        Ok(())
+    }
 
     /// Sets the virtual size (a multiple of 512 except for raw).
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()>;

@@ -346,7 +346,7 @@ impl Related for Backing<'_> {
         let plain = self.opener.formats().last().map(|format| format.name().to_owned());
         let how = OpenHow { format: plain, look_only: true, force_share: true, ..OpenHow::default() };
         let name = beside(self.image, name);
-        let node = self.opener.open(&ImageRef::name(&name), &how)?;
+        let node = self.opener.open_named(&ImageRef::name(&name), &how)?;
         let child = node.driver().files().first().cloned();
         let child =
             child.ok_or_else(|| Error::unsupported(format!("'{}' has no file", PathBuf::from(name).display())))?;

@@ -1,9 +1,13 @@
 //! Changing the size of the guest's disk: decided and checked first, so that what is refused changes nothing.
 
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
 use crate::block::error::Context;
 use crate::block::node::Scratch;
-use crate::block::{Error, GuestOffset, Node, Resize, Result};
-use crate::storage::Preallocation;
+use crate::block::{CreateFiles, Error, GuestOffset, Node, Resize, Result, name};
+use crate::storage::staging::{CreateHow, Staging};
+use crate::storage::{CacheMode, Preallocation, Storage};
 
 /// The size that is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +61,10 @@ fn resizing(node: &Node) -> Result<&dyn Resize> {
 /// Gives the disk that many bytes. New ones read as zeros, whatever a longer backing file holds there.
 pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
     let old = node.virtual_size();
+    // What the image will name has to be there, whole, before it names it.
+    let staging = Staging::new(CacheMode::Writeback);
+    resizing(node)?.make_files(size, fill, &Beside { node, staging: &staging })?;
+    staging.commit()?;
     resizing(node)?.resize(size, fill)?;
     let covered = node.backing().map_or(0, |below| below.virtual_size()).min(size);
     if covered > old {
@@ -64,6 +72,38 @@ pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
             .context("Failed to zero out the new area")?;
     }
     node.driver().close()
+}
+
+/// Makes files beside an image that is there.
+struct Beside<'a> {
+    node: &'a Node,
+    staging: &'a Staging,
+}
+
+impl CreateFiles for Beside<'_> {
+    fn name(&self) -> &str {
+        self.node.driver().files().first().map_or("", |file| &file.name)
+    }
+
+    fn main(&self) -> Result<Arc<dyn Storage>> {
+        Err(Error::invalid("the image itself is there already"))
+    }
+
+    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
+        let base = self.node.origin().base.as_deref();
+        let full = base.and_then(|base| name::beside(Some(base), name.as_ref()));
+        let full = full.ok_or_else(|| Error::invalid(format!("Cannot tell where '{name}' is to be made")))?;
+        let path: PathBuf = match name::protocol(&full) {
+            Some((_, rest)) => Path::new(rest).to_owned(),
+            None => full.into(),
+        };
+        if path.symlink_metadata().is_ok() {
+            let shown = path.display();
+            return Err(Error::invalid(format!("'{shown}' is there already, and would become a part of the image")));
+        }
+        let how = CreateHow { secondary: true, ..CreateHow::default() };
+        Ok(self.staging.create_with(&path, &how)?)
+    }
 }
 
 #[cfg(test)]

@@ -70,7 +70,7 @@ pub const SUBFORMATS: &[Subformat] = &[
 
 fn subformat(options: &CreateOptions) -> Result<Subformat> {
     let name = options.text("subformat").unwrap_or(SUBFORMATS[0].name);
-    let known = SUBFORMATS.iter().find(|subformat| subformat.name.eq_ignore_ascii_case(name));
+    let known = SUBFORMATS.iter().find(|subformat| subformat.name == name);
     known.copied().ok_or_else(|| Error::invalid(format!("invalid parameter value: {name}")))
 }
 
@@ -97,7 +97,7 @@ impl<'a> Plan<'a> {
             version => version,
         };
         let known = ["ide", "buslogic", "lsilogic", "legacyESX"];
-        if !known.iter().any(|name| name.eq_ignore_ascii_case(adapter)) {
+        if !known.contains(&adapter) {
             return Err(Error::invalid(format!("invalid parameter value: {adapter}")));
         }
         let subformat = subformat(options)?;
@@ -109,10 +109,8 @@ impl<'a> Plan<'a> {
         if subformat.flat && zeroed {
             return Err(Error::invalid("Flat image can't enable zeroed grain"));
         }
-        if let Some(format) = options.text("backing_fmt")
-            && format != "vmdk"
-        {
-            return Err(Error::invalid(format!("Invalid backing file format: {format}. Must be vmdk")));
+        if backing.is_some() && options.text("backing_fmt").is_some_and(|format| format != "vmdk") {
+            return Err(Error::invalid("backing_file must be a vmdk image"));
         }
         let size = request
             .size

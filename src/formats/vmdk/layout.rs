@@ -124,9 +124,9 @@ impl SparseHeader {
         b
     }
 
-    /// Whether grains are compressed.
+    /// Whether grains are compressed: the algorithm says it, whatever the flag.
     pub fn compressed(&self) -> bool {
-        self.flags & FLAG_COMPRESSED != 0
+        self.compression == COMPRESSION_DEFLATE
     }
 }
 

@@ -122,15 +122,19 @@ impl VmdkDriver {
         let (descriptor, text_at);
         if head.starts_with(MAGIC) || head.starts_with(COWD_MAGIC) {
             let sparse = Sparse::open(main.clone(), &head)?;
-            let place = sparse.header.filter(|header| header.descriptor_at != 0).map(|header| {
-                (header.descriptor_at.saturating_mul(SECTOR), header.descriptor_sectors.saturating_mul(SECTOR))
-            });
-            descriptor = match place {
+            let place = sparse.header.and_then(|header| descriptor_place(&header, &head));
+            let mut parsed = match place {
                 Some((at, len)) => Descriptor::parse(&read_text(&*main, at, len)?)?,
                 None => Descriptor { parent_cid: descriptor::NO_PARENT, ..Descriptor::default() },
             };
+            if sparse.header.is_some() {
+                // The header says which of the two it is; the text may be missing or copied from elsewhere.
+                let kind = if sparse.shape.compressed { "streamOptimized" } else { "monolithicSparse" };
+                parsed.create_type = kind.to_owned();
+            }
+            descriptor = parsed;
             text_at = place.map(|(at, len)| (at, Some(len)));
-            let sectors = sparse_capacity(&sparse, &head)?;
+            let sectors = sparse.capacity;
             let access = if sparse.header.is_some() { Access::ReadWrite } else { Access::ReadOnly };
             let body = Body::Sparse { file: 0, sparse: Box::new(sparse) };
             parts.push(Part { start: 0, len: bytes(sectors)?, access, word: String::new(), body });
@@ -140,16 +144,23 @@ impl VmdkDriver {
                 return Err(Error::corrupt("The descriptor is longer than 1 MiB"));
             }
             descriptor = Descriptor::parse(&read_text(&*main, 0, len)?)?;
+            if descriptor.create_type.is_empty() {
+                return Err(Error::corrupt("invalid VMDK image descriptor"));
+            }
             text_at = Some((0, None));
             let mut start = 0u64;
             for (index, line) in descriptor.extents.iter().enumerate() {
-                let len = bytes(line.sectors)?;
                 let body = open_extent(index, line, &mut files, related)?;
+                // A sparse extent knows its own length; the line is a copy of it.
+                let len = match &body {
+                    Body::Sparse { sparse, .. } => bytes(sparse.capacity)?,
+                    _ => bytes(line.sectors)?,
+                };
                 parts.push(Part { start, len, access: line.access, word: line.word.clone(), body });
                 start = start.checked_add(len).ok_or_else(|| Error::corrupt("The extents are too long"))?;
             }
         } else {
-            return Err(Error::corrupt("Image not in VMDK format"));
+            return Err(Error::corrupt("invalid VMDK image descriptor"));
         }
         let size = parts.last().map_or(0, |part| part.start + part.len);
         let backing =
@@ -169,13 +180,13 @@ fn bytes(sectors: u64) -> Result<u64> {
     sectors.checked_mul(SECTOR).filter(|n| i64::try_from(*n).is_ok()).ok_or_else(|| Error::corrupt("Extent too long"))
 }
 
-fn sparse_capacity(sparse: &Sparse, head: &[u8]) -> Result<u64> {
-    match sparse.header {
-        Some(header) => Ok(header.capacity),
-        None => CowdHeader::parse(head)
-            .map(|header| header.capacity.into())
-            .ok_or_else(|| Error::corrupt("Truncated COWD header")),
+/// Where the descriptor within a sparse file is: where the header says, or, if that says nothing, behind it.
+fn descriptor_place(header: &SparseHeader, head: &[u8]) -> Option<(u64, u64)> {
+    if header.descriptor_at != 0 {
+        return Some((header.descriptor_at.saturating_mul(SECTOR), header.descriptor_sectors.saturating_mul(SECTOR)));
     }
+    let behind = head.get(SparseHeader::SIZE..).is_some_and(descriptor::looks_like);
+    behind.then_some((SECTOR, DESCRIPTOR_SECTORS * SECTOR))
 }
 
 fn read_text(storage: &dyn Storage, at: u64, len: u64) -> Result<String> {
@@ -208,7 +219,7 @@ fn open_extent(
     }
     let mut head = vec![0; 512];
     storage.read_at(0, &mut head).context("Could not read the extent's header")?;
-    let sparse = Sparse::open(storage, &head).with_context(|| format!("Could not open extent '{}'", line.file))?;
+    let sparse = Sparse::open(storage, &head)?;
     Ok(Body::Sparse { file, sparse: Box::new(sparse) })
 }
 

@@ -1,15 +1,17 @@
 //! Growing and shrinking a vmdk, which the reference cannot do.
 //!
+//! A split image that grows past 2 GiB in its last extent gets further ones: their files are made first.
+//!
 //! Order of a grow: the new space and the new tables first, then the header that uses them, then the text that
 //! tells of it. Stopped anywhere, the image opens with its old or its new size and all its content.
 
 use std::sync::atomic::Ordering;
 
 use crate::block::error::Context;
-use crate::block::{BlockDriver, Error, Resize, Result};
+use crate::block::{BlockDriver, CreateFiles, Error, Resize, Result};
 use crate::storage::{Preallocation, Zeroing};
 
-use super::create::SPLIT;
+use super::create::{SPLIT, SUBFORMATS, SparseLayout, extent_name};
 use super::descriptor::{self, Access};
 use super::layout::*;
 use super::sparse::{Sparse, entry_bytes, sector32};
@@ -34,12 +36,16 @@ impl Resize for VmdkDriver {
                 last.start + SECTOR
             )));
         }
-        if self.descriptor.create_type.to_ascii_lowercase().starts_with("twogbmax") && size - last.start > SPLIT {
-            return Err(Error::unsupported(format!(
-                "The last extent of a split image can only grow to 2 GiB: {} bytes in all; convert the image to grow further",
-                last.start + SPLIT
-            )));
+        let more = self.more_extents(size);
+        if !more.is_empty() && self.backing.is_some() {
+            return Err(Error::unsupported(
+                "A split image with a backing file can only grow to the end of its last extent, of 2 GiB",
+            ));
         }
+        if self.parts.len() + more.len() > MAX_EXTENTS {
+            return Err(Error::unsupported("The image size is too large for file format 'vmdk'"));
+        }
+        let size = if more.is_empty() { size } else { last.start + SPLIT };
         match (&last.body, last.access) {
             (Body::Flat { .. } | Body::Zero, Access::ReadWrite) => Ok(()),
             (Body::Sparse { sparse, .. }, _) if sparse.header.is_some() => {
@@ -53,44 +59,91 @@ impl Resize for VmdkDriver {
         }
     }
 
+    fn make_files(&self, size: u64, fill: Preallocation, files: &dyn CreateFiles) -> Result<()> {
+        for extent in self.more_extents(size) {
+            let storage = files.beside(&extent.name)?;
+            let zeroed = match self.parts.last().map(|last| &last.body) {
+                Some(Body::Sparse { sparse, .. }) => sparse.shape.zeroed,
+                _ => {
+                    storage
+                        .set_len(extent.size, fill)
+                        .with_context(|| format!("Could not create '{}'", extent.name))?;
+                    continue;
+                }
+            };
+            SparseLayout::new(extent.size, zeroed)?.write(&*storage)?;
+        }
+        Ok(())
+    }
+
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
         self.check(size, fill)?;
         let old = self.virtual_size();
         self.write_out()?;
         let Some(last) = self.parts.last() else { return Ok(()) };
-        let len = size - last.start;
+        let more = self.more_extents(size);
+        let len = if more.is_empty() { size - last.start } else { SPLIT };
+        let whole = size;
         match &last.body {
             Body::Flat { file, offset } => {
                 let storage = &self.files[*file].storage;
                 let grow = || storage.set_len(offset + len, fill).context("Failed to resize underlying file");
                 if size >= old {
                     grow()?;
-                    self.tell(len, size)?;
+                    self.tell(len, whole, &more)?;
                 } else {
-                    self.tell(len, size)?;
+                    self.tell(len, whole, &more)?;
                     grow()?;
                 }
             }
             Body::Sparse { sparse, .. } if size >= old => {
                 grow(sparse, len)?;
-                self.tell(len, size)?;
+                self.tell(len, whole, &more)?;
             }
             Body::Sparse { sparse, .. } => {
                 // What lies beyond goes first, so that growing again shows zeros, not the old content.
                 clear_beyond(sparse, len)?;
-                self.tell(len, size)?;
+                self.tell(len, whole, &more)?;
                 set_capacity(sparse, len / SECTOR, None)?;
             }
-            _ => self.tell(len, size)?,
+            _ => self.tell(len, whole, &more)?,
         }
         self.size.store(size, Ordering::Relaxed);
         self.files.iter().try_for_each(|file| file.storage.flush()).context("could not flush")
     }
 }
 
+/// An extent that a split image gets when it grows.
+struct NewExtent {
+    name: String,
+    size: u64,
+}
+
 impl VmdkDriver {
-    /// Puts the new sizes in the descriptor: the last extent's sectors and the cylinders.
-    fn tell(&self, extent_len: u64, size: u64) -> Result<()> {
+    /// What comes behind the last extent of a split image of that size: files of 2 GiB, the last one shorter.
+    fn more_extents(&self, size: u64) -> Vec<NewExtent> {
+        let kind = self.descriptor.create_type.to_ascii_lowercase();
+        let subformat =
+            SUBFORMATS.iter().find(|subformat| subformat.split && subformat.name.to_ascii_lowercase() == kind);
+        let (Some(subformat), Some(last), Some(main)) = (subformat, self.parts.last(), self.files.first()) else {
+            return Vec::new();
+        };
+        let mut rest = size.saturating_sub(last.start).saturating_sub(SPLIT);
+        let mut more = Vec::new();
+        while rest > 0 && more.len() <= MAX_EXTENTS {
+            let number = self.parts.len() + more.len();
+            let last = self.descriptor.extents.last().map_or("", |line| &line.file);
+            let name = numbered(last, number + 1).unwrap_or_else(|| extent_name(&main.name, subformat, number));
+            let size = rest.min(SPLIT);
+            more.push(NewExtent { name, size });
+            rest -= size;
+        }
+        more
+    }
+
+    /// Puts the new sizes in the descriptor: the last extent's sectors, new extents behind it, and the cylinders.
+    fn tell(&self, extent_len: u64, size: u64, more: &[NewExtent]) -> Result<()> {
+        let flat = matches!(self.parts.last().map(|last| &last.body), Some(Body::Flat { .. }));
         let old_sectors = self.descriptor.extents.last().map(|line| line.sectors);
         self.rewrite_text(|text| {
             let last = text.lines().enumerate().filter(|(_, line)| is_extent_line(line)).map(|(index, _)| index).last();
@@ -99,6 +152,14 @@ impl VmdkDriver {
                 match old_sectors {
                     Some(old) if Some(index) == last => {
                         out.push_str(&line.replacen(&old.to_string(), &(extent_len / SECTOR).to_string(), 1));
+                        for extent in more {
+                            let end = if line.ends_with("\r\n") { "\r\n" } else { "\n" };
+                            let sectors = extent.size / SECTOR;
+                            match flat {
+                                true => out.push_str(&format!("RW {sectors} FLAT \"{}\" 0{end}", extent.name)),
+                                false => out.push_str(&format!("RW {sectors} SPARSE \"{}\"{end}", extent.name)),
+                            }
+                        }
                     }
                     _ => out.push_str(line),
                 }
@@ -108,6 +169,15 @@ impl VmdkDriver {
             descriptor::with_value(&out, "ddb.geometry.cylinders", &cylinders.to_string())
         })
     }
+}
+
+/// The name of an extent, such as `disk-s003.vmdk`, with another number.
+fn numbered(name: &str, number: usize) -> Option<String> {
+    let stem = name.rfind('.').unwrap_or(name.len());
+    let digits = stem.checked_sub(3)?;
+    let (head, old, extension) = (name.get(..digits)?, name.get(digits..stem)?, name.get(stem..)?);
+    let known = (head.ends_with("-s") || head.ends_with("-f")) && old.bytes().all(|b| b.is_ascii_digit());
+    known.then(|| format!("{head}{number:03}{extension}"))
 }
 
 fn is_extent_line(line: &str) -> bool {
@@ -233,4 +303,18 @@ fn clear_beyond(sparse: &Sparse, len: u64) -> Result<()> {
         grain += 1;
     }
     state.write_tables(sparse)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::numbered;
+
+    #[test]
+    fn extents_are_numbered_on() {
+        assert_eq!(numbered("disk-s003.vmdk", 4).as_deref(), Some("disk-s004.vmdk"));
+        assert_eq!(numbered("a/b.c-f999", 1000).as_deref(), Some("a/b.c-f1000"));
+        assert_eq!(numbered("disk.vmdk", 2), None);
+        assert_eq!(numbered("x", 2), None);
+        assert_eq!(numbered("\u{fc}\u{fc}.vmdk", 2), None);
+    }
 }

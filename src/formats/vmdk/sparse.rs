@@ -82,6 +82,8 @@ pub struct Sparse {
     pub shape: Shape,
     /// Its header, where it is a hosted one.
     pub header: Option<SparseHeader>,
+    /// Sectors of the guest's disk, as the header has it.
+    pub capacity: u64,
     state: Mutex<State>,
 }
 
@@ -116,7 +118,7 @@ impl Sparse {
             let header = SparseHeader::parse(head).ok_or_else(|| Error::corrupt("Truncated VMDK header"))?;
             Self::open_hosted(storage, header)
         } else {
-            Err(Error::corrupt("Not a sparse VMDK extent: no KDMV or COWD at its start"))
+            Err(Error::corrupt("Image not in VMDK format"))
         }
     }
 
@@ -131,19 +133,27 @@ impl Sparse {
             storage.read_at(at, &mut footer).context("Could not read the footer")?;
             let found = SparseHeader::parse(&footer).filter(|_| footer.starts_with(MAGIC));
             let footer = found.filter(|footer| footer.gd_at != GD_AT_END).ok_or_else(|| {
-                Error::corrupt("The footer is missing: the file was cut off or not completely written")
+                // The file was cut off, or never completely written.
+                Error::corrupt("Invalid footer")
             })?;
             header = SparseHeader { gd_at: footer.gd_at, ..header };
         }
         if header.version > 3 {
             return Err(Error::unsupported(format!("Unsupported VMDK version {}", header.version)));
         }
-        if header.gtes == 0 || header.gtes > HOSTED_GTES {
+        if header.gtes == 0 || header.grain_sectors == 0 || header.grain_sectors > u64::from(u32::MAX) {
+            return Err(Error::corrupt("L1 entry size is invalid"));
+        }
+        if header.gtes > HOSTED_GTES {
             return Err(Error::corrupt("L2 table size too big"));
         }
         check_grain(header.grain_sectors)?;
-        if header.compressed() && header.compression != COMPRESSION_DEFLATE {
+        if header.compression > COMPRESSION_DEFLATE {
             return Err(Error::unsupported(format!("Unknown compression algorithm {}", header.compression)));
+        }
+        let least = header.overhead.saturating_mul(SECTOR);
+        if length < least && !storage.kind().is_device() {
+            return Err(Error::corrupt(format!("File truncated, expecting at least {least} bytes")));
         }
         let shape = Shape {
             grain: header.grain_sectors * SECTOR,
@@ -170,7 +180,7 @@ impl Sparse {
             }
         };
         let state = State { gd, rgd, next, stream, tables: BTreeMap::new(), directory_dirty: false };
-        Ok(Self { storage, shape, header: Some(header), state: Mutex::new(state) })
+        Ok(Self { storage, shape, capacity: header.capacity, header: Some(header), state: Mutex::new(state) })
     }
 
     fn open_cowd(storage: Arc<dyn Storage>, header: CowdHeader) -> Result<Self> {
@@ -186,7 +196,7 @@ impl Sparse {
         let gd = read_directory(&*storage, header.gd_at.into(), tables.min(header.gd_entries.into()))?;
         let end = storage.len().context("Could not get the length of the extent")?.div_ceil(SECTOR);
         let state = State { gd, rgd: None, next: end, stream: None, tables: BTreeMap::new(), directory_dirty: false };
-        Ok(Self { storage, shape, header: None, state: Mutex::new(state) })
+        Ok(Self { storage, shape, capacity: header.capacity.into(), header: None, state: Mutex::new(state) })
     }
 
     /// The tables, for the caller alone.
