@@ -36,6 +36,10 @@ impl Format for Vpc {
         if head.starts_with(b"conectix") { 100 } else { 0 }
     }
 
+    fn strong_options(&self) -> &'static [&'static str] {
+        &["force_size_calc"]
+    }
+
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
         let OpenRequest { file, options, write, .. } = request;
         let rule = size_rule(options)?;
