@@ -296,3 +296,42 @@ fn the_host_copies_where_it_can() {
         assert_same_bytes(&scratch.file("s.raw"), &scratch.file("t"));
     }
 }
+
+#[test]
+fn an_overlay_hides_what_the_source_never_had() {
+    let scratch = Scratch::new();
+    fs::write(scratch.file("full.raw"), vec![0xaa; 1 << 20]).unwrap();
+    fs::write(scratch.file("short.raw"), vec![0xbb; 300 * 512]).unwrap();
+    judge(&["create", "-q", "-f", "qcow2", "alone", "1M"]).dir(scratch.path()).ok();
+    judge(&["create", "-q", "-f", "qcow2", "-b", "short.raw", "-F", "raw", "over", "1M"]).dir(scratch.path()).ok();
+    for source in ["alone", "over"] {
+        scratch.qemu_io("qcow2", source, &["write -P 1 64k 64k"]);
+        for args in [&["-o", "cluster_size=4k"][..], &["-o", "compat=0.10"], &["-c"]] {
+            let args = [&["convert", "-O", "qcow2", "-B", "full.raw", "-F", "raw"], args, &[source]].concat();
+            vimg(&[&args[..], &["ours"]].concat()).dir(scratch.path()).ok();
+            // What the short file has there is kept: by asking for it the user says that the two are equal.
+            judge(&["convert", "-O", "raw", source, "wanted"]).dir(scratch.path()).ok();
+            judge(&["convert", "-O", "raw", "ours", "got"]).dir(scratch.path()).ok();
+            let (wanted, got) = (fs::read(scratch.file("wanted")).unwrap(), fs::read(scratch.file("got")).unwrap());
+            let kept = if source == "over" { 0..300 * 512 } else { 0..0 };
+            let differ = (0..wanted.len()).find(|at| {
+                let keeps = kept.contains(at) && !(1 << 16..2 << 16).contains(at);
+                got[*at] != if keeps { 0xaa } else { wanted[*at] }
+            });
+            assert_eq!(differ, None, "{source} {args:?}");
+        }
+    }
+}
+
+#[test]
+fn a_longer_target_keeps_its_end_when_compressed() {
+    let scratch = Scratch::new();
+    fs::write(scratch.file("s.raw"), pattern(3, 70_000 / 512 * 512)).unwrap();
+    judge(&["create", "-q", "-f", "qcow2", "t", "1M"]).dir(scratch.path()).ok();
+    scratch.qemu_io("qcow2", "t", &["write -P 170 0 1M"]);
+    vimg(&["convert", "-n", "-c", "-O", "qcow2", "s.raw", "t"]).dir(scratch.path()).ok();
+    judge(&["convert", "-O", "raw", "t", "flat"]).dir(scratch.path()).ok();
+    let (flat, source) = (fs::read(scratch.file("flat")).unwrap(), fs::read(scratch.file("s.raw")).unwrap());
+    assert!(flat[..source.len()] == source);
+    assert!(flat[source.len()..].iter().all(|byte| *byte == 170));
+}

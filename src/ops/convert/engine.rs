@@ -250,6 +250,10 @@ impl<'a> Engine<'a> {
         };
         let whole = worker.plain.get(padded);
         whole[len..].fill(0);
+        if padded > len && !self.how.unnamed {
+            // An image that is there and is longer keeps what lies behind the sources.
+            self.target.read(GuestOffset(chunk.at + chunk.len), &mut whole[len..], &mut worker.scratch)?;
+        }
         for segment in &chunk.segments {
             let from = short(segment.at - chunk.at)?;
             let buf = &mut whole[from..from + short(segment.len)?];

@@ -119,12 +119,18 @@ impl Joined {
         if let Some(above) = self.above.filter(|above| at < above.backing_len) {
             let max = max.min(above.backing_len - at);
             let mapping = part.node.map(GuestOffset(inside), max, above.layers).map_err(|e| status(e, inside))?;
-            let content = match mapping.kind {
-                ExtentKind::Unallocated(_) => Content::Keep,
-                ExtentKind::Zero(_) => Content::Zero,
-                _ => Content::Stored(mapping),
+            let (content, len) = match mapping.kind {
+                // What no layer of the source says is zeros, whatever the target's backing file holds there.
+                ExtentKind::Unallocated(_) => {
+                    match mapping.node.backing().map_or(0, |below| below.virtual_size()).saturating_sub(inside) {
+                        0 => (Content::Zero, mapping.len),
+                        left => (Content::Keep, mapping.len.min(left)),
+                    }
+                }
+                ExtentKind::Zero(_) => (Content::Zero, mapping.len),
+                _ => (Content::Stored(mapping), mapping.len),
             };
-            return Ok(Segment { at, len: mapping.len, content });
+            return Ok(Segment { at, len, content });
         }
         let mapping = part.node.map(GuestOffset(inside), max, usize::MAX).map_err(|e| status(e, inside))?;
         let content = match mapping.is_zero() {
