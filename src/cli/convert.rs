@@ -190,8 +190,9 @@ impl Subcommand for Args {
         let done = match new {
             Some(new) => job.to_new(&new, &opener),
             None => {
-                let format = (!self.target_image_opts).then_some(target_format);
+                let format = if self.target_image_opts { self.target_format.as_deref() } else { Some(target_format) };
                 let target = Source { format, image_opts: self.target_image_opts, force_share: false };
+                target.check()?;
                 let (image, how) = target.image(program, name)?;
                 job.to_existing(&image, &how, &opener)
             }
