@@ -155,6 +155,8 @@ const IMAGES: &[(&str, &str)] = &[
     ("data_file=DATA,preallocation=falloc,cluster_size=512", "5M"),
     ("data_file=DATA,preallocation=full,cluster_size=4k", "5M"),
     ("data_file=DATA,extended_l2=on,data_file_raw=on", "1G"),
+    ("data_file=DATA,extended_l2=on,data_file_raw=on", "131584"),
+    ("data_file=DATA,extended_l2=on,preallocation=metadata", "131584"),
     ("preallocation=off", "1G"),
     ("preallocation=metadata", "0"),
     ("preallocation=metadata", "1"),

@@ -261,7 +261,7 @@ fn write(
         prealloc::preallocate(&mut planner, file, &layout)?;
     }
     if let Some(data) = data {
-        fill_data_file(&**data, size, cluster, fill)?;
+        fill_data_file(&**data, size, decided.geometry.subcluster_size(), fill)?;
     }
     planner.plan.write_refcounts()?;
     let mut table: Vec<u8> = Vec::new();
@@ -314,11 +314,11 @@ fn header(decided: &Decided, data_file: Option<String>) -> Header {
     }
 }
 
-/// Gives the external data file its length: the disk's, or up to the end of its last cluster if that has a place.
-fn fill_data_file(data: &dyn Storage, size: u64, cluster: u64, fill: Preallocation) -> Result<()> {
+/// Gives the external data file its length: the disk's, or up to the end of its last subcluster (or cluster) if that has a place.
+fn fill_data_file(data: &dyn Storage, size: u64, unit: u64, fill: Preallocation) -> Result<()> {
     let how = if fill == Preallocation::Metadata { Preallocation::Off } else { fill };
     data.set_len(size, how).context("Could not resize data file")?;
-    let end = if fill == Preallocation::Off { size } else { size.next_multiple_of(cluster) };
+    let end = if fill == Preallocation::Off { size } else { size.next_multiple_of(unit) };
     let (at, len) = match how {
         _ if end > size => (size, end - size),
         // The reference allocates the first block of a sparse file, for the sake of probing alignment.
