@@ -12,6 +12,7 @@ mod convert;
 mod fault;
 mod fixtures;
 mod formats;
+mod guard;
 mod hostile;
 mod qcow;
 mod qcow2_create;

@@ -5,13 +5,12 @@
 //! [`Allocator::freed`] until that entry is in the file. An L2 table for a guest range is made by `place`, before the
 //! data clusters, as the reference does.
 
-use std::collections::BTreeSet;
-
 use crate::block::error::Context;
 use crate::block::{Action, Compress, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write};
 
 use super::Qcow2Driver;
 use super::counts::Counts;
+use super::guard;
 use super::layout::{self, COMPRESSED, COPIED, ENTRY, OFFSET_MASK, SUBCLUSTERS, ZERO};
 use super::space::Cursor;
 use super::tables::Table;
@@ -104,33 +103,13 @@ impl Qcow2Driver {
             alloc.freed.push((old >> self.geometry.cluster_bits, 1, false));
         }
         self.tables.set(l1, index, COPIED | new)?;
-        self.metadata().insert(new);
+        self.metadata().insert(new | guard::L2);
         Ok(table)
     }
 
     /// `n` contiguous clusters, counted as used once.
     pub(super) fn allocate(&self, alloc: &mut Allocator, n: u64) -> Result<u64> {
         alloc.cursor.allocate(&mut Counts(self), n)
-    }
-
-    /// Where active L2 tables and refcount blocks are.
-    pub(super) fn metadata(&self) -> std::sync::MutexGuard<'_, BTreeSet<u64>> {
-        self.metadata.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    /// Looks up where active L2 tables and refcount blocks are, once, before the first change.
-    pub(super) fn learn_metadata(&self) -> Result<()> {
-        let mut found = BTreeSet::new();
-        for (table, mask) in [(self.l1(), OFFSET_MASK), (self.refcount_table(), layout::REFCOUNT_OFFSET_MASK)] {
-            for index in 0..table.len / ENTRY {
-                let at = self.tables.get(table, index)? & mask;
-                if at != 0 {
-                    found.insert(at);
-                }
-            }
-        }
-        *self.metadata() = found;
-        Ok(())
     }
 
     fn classify(&self, entry: u64, bitmap: u64, guest: u64) -> Class {
@@ -180,6 +159,9 @@ impl Qcow2Driver {
             n += 1;
         }
         let len = len.min(n * cluster - within);
+        if let (Class::InPlace(host) | Class::Reuse(host), false) = (class, self.external) {
+            self.check_data(host, n * cluster)?;
+        }
         let (mut host, kind) = match class {
             Class::InPlace(host) => (host, kind::NOTHING),
             Class::Reuse(host) => (host, kind::REUSE),
@@ -278,22 +260,25 @@ impl Qcow2Driver {
     }
 
     /// What an entry points to loses a reference, later.
-    pub(super) fn free_entry(&self, alloc: &mut Allocator, entry: u64, punch: bool) {
+    pub(super) fn free_entry(&self, alloc: &mut Allocator, entry: u64, punch: bool) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         if self.external {
-            return;
+            return Ok(());
         }
         if entry & COMPRESSED != 0 {
             let (at, len) = self.geometry.compressed(entry);
+            self.check_data(at, len)?;
             let first = at >> bits;
             let last = at.saturating_add(len).saturating_sub(1) >> bits;
             alloc.freed.push((first, last - first + 1, punch));
         } else if entry & OFFSET_MASK != 0 {
+            self.check_data(entry & OFFSET_MASK, self.geometry.cluster_size())?;
             match alloc.freed.last_mut() {
                 Some((first, n, p)) if *p == punch && *first + *n == (entry & OFFSET_MASK) >> bits => *n += 1,
                 _ => alloc.freed.push(((entry & OFFSET_MASK) >> bits, 1, punch)),
             }
         }
+        Ok(())
     }
 
     /// The marks of the subclusters of guest cluster `first` that a range covers.
@@ -338,7 +323,7 @@ impl Qcow2Driver {
             let kept = entry & COMPRESSED == 0 && old & COMPRESSED == 0 && entry & OFFSET_MASK == old & OFFSET_MASK;
             if !kept {
                 let punch = matches!(placed.ticket.b, kind::ZERO_UNMAP | kind::CLEAR);
-                self.free_entry(alloc, old, punch);
+                self.free_entry(alloc, old, punch)?;
             }
         }
         Ok(())
@@ -424,7 +409,7 @@ impl Qcow2Driver {
                 }
                 for cluster in first..first + count {
                     self.tables.forget(cluster << bits, 1 << bits);
-                    self.metadata().remove(&(cluster << bits));
+                    self.forget_metadata(cluster << bits);
                 }
                 if punch {
                     storage.discard(first << bits, count << bits).context("Could not discard clusters")?;
@@ -560,7 +545,7 @@ impl Write for Qcow2Driver {
             };
             if new != (old, bitmap) {
                 self.set_l2_entry(table, index, new.0, new.1)?;
-                self.free_entry(&mut alloc, old, true);
+                self.free_entry(&mut alloc, old, true)?;
                 if self.external
                     && there
                     && let Some(data) = self.files.get(self.data_file())

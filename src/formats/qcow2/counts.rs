@@ -229,27 +229,4 @@ impl Qcow2Driver {
         header.fields.refcount_table_offset = at;
         header.fields.refcount_table_clusters = u32::try_from(clusters).unwrap_or(u32::MAX);
     }
-
-    /// Refuses to give out clusters in which, whatever the refcounts say, the header or an active table lies.
-    fn guard(&self, start: u64, n: u64) -> Result<()> {
-        let bits = self.geometry.cluster_bits;
-        let fields = self.header().fields;
-        let first = start << bits;
-        let end = start.saturating_add(n) << bits;
-        let hits = |at: u64, len: u64| len > 0 && at < end && at.saturating_add(len) > first;
-        let l1 = u64::from(fields.l1_size) * layout::ENTRY;
-        let table = u64::from(fields.refcount_table_clusters) << bits;
-        let what = if hits(0, 1) {
-            "qcow2_header"
-        } else if hits(fields.l1_table_offset, l1) {
-            "active L1 table"
-        } else if hits(fields.refcount_table_offset, table) {
-            "refcount table"
-        } else if self.metadata().range(first..end).next().is_some() {
-            "refcount block or active L2 table"
-        } else {
-            return Ok(());
-        };
-        Err(self.corrupt(format!("Preventing invalid allocation of {what} at offset {first:#x}")))
-    }
 }

@@ -14,6 +14,7 @@ pub mod bitmap;
 pub mod codec;
 pub mod counts;
 pub mod create;
+pub mod guard;
 pub mod header;
 pub mod info;
 pub mod layout;
@@ -88,7 +89,7 @@ pub struct Qcow2Driver {
     header: RwLock<Header>,
     tables: Tables,
     alloc: Mutex<Allocator>,
-    /// Where active L2 tables and refcount blocks are, known from the first change on: room is never made there.
+    /// Where active L2 tables and refcount blocks are, known from the first change on (see `guard.rs`).
     metadata: Mutex<BTreeSet<u64>>,
     /// As they were when the image was opened.
     snapshots: Vec<snapshot::Snapshot>,

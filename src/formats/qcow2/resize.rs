@@ -70,8 +70,8 @@ impl Qcow2Driver {
             && let Some(data) = self.files.get(self.data_file())
         {
             let how = if fill == Preallocation::Metadata { Preallocation::Off } else { fill };
-            let end =
-                if tables == Preallocation::Off { size } else { size.next_multiple_of(self.geometry.cluster_size()) };
+            let unit = self.geometry.subcluster_size();
+            let end = if tables == Preallocation::Off { size } else { size.next_multiple_of(unit) };
             if data.storage.len().context("Could not get file size")? < end {
                 data.storage.set_len(end, how).context("Failed to resize underlying file")?;
             }
@@ -280,7 +280,7 @@ impl Qcow2Driver {
                 if (old, bitmap) == (0, 0) {
                     continue;
                 }
-                self.free_entry(alloc, old, true);
+                self.free_entry(alloc, old, true)?;
                 if !whole {
                     self.set_l2_entry(table, index, 0, 0)?;
                 }
@@ -342,7 +342,7 @@ impl Qcow2Driver {
             self.tables.write_back()?;
             if alone {
                 self.tables.forget(at, 1 << bits);
-                self.metadata().remove(&at);
+                self.forget_metadata(at);
                 self.file().storage.discard(at, 1 << bits).context("Could not discard clusters")?;
             } else {
                 alloc.freed.push((own, 1, true));

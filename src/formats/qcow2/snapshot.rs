@@ -34,6 +34,15 @@ impl Snapshot {
         self.extra.get(at..at + 8).map(BigEndian::read_u64)
     }
 
+    /// How long the entry is in the table, padding and all.
+    pub fn bytes(&self) -> u64 {
+        let len = SNAPSHOT_ENTRY as u64
+            + u64::from(self.fields.extra_size)
+            + u64::from(self.fields.id_size)
+            + u64::from(self.fields.name_size);
+        len.next_multiple_of(8)
+    }
+
     /// Size of the saved machine state in bytes.
     pub fn vm_state_size(&self) -> u64 {
         self.extra_word(0).unwrap_or(u64::from(self.fields.vm_state_size))

@@ -1,0 +1,64 @@
+//! Images whose entries point at their own tables: writing and shrinking must not destroy more than is lost already.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+
+use crate::common::{Scratch, judge, vimg};
+
+const CLUSTER: u64 = 65_536;
+const COPIED: u64 = 1 << 63;
+
+/// Writes words into a file.
+fn poke(scratch: &Scratch, at: u64, word: u64) {
+    let file = fs::OpenOptions::new().write(true).open(scratch.file("i")).unwrap();
+    file.write_all_at(&word.to_be_bytes(), at).unwrap();
+}
+
+#[test]
+fn tables_are_not_guest_data() {
+    let scratch = Scratch::new();
+    fs::write(scratch.file("s.raw"), vec![0x55; 200_000 / 512 * 512]).unwrap();
+    // Header, refcount table, refcount block, L1 table, L2 table: clusters 0 to 4.
+    for (entry, what) in [
+        (CLUSTER, "refcount table"),
+        (2 * CLUSTER, "refcount block"),
+        (3 * CLUSTER, "active L1 table"),
+        (4 * CLUSTER, "active L2 table"),
+    ] {
+        for command in [&["convert", "-n", "-O", "qcow2", "s.raw", "i"][..], &["resize", "--shrink", "i", "64k"]] {
+            judge(&["create", "-q", "-f", "qcow2", "i", "1M"]).dir(scratch.path()).ok();
+            scratch.qemu_io("qcow2", "i", &["write -P 1 0 64k", "write -P 2 128k 64k"]);
+            poke(&scratch, 4 * CLUSTER + 16, COPIED | entry);
+            let before = fs::read(scratch.file("i")).unwrap();
+            let out = vimg(command).dir(scratch.path()).run();
+            assert_eq!(out.code, Some(1), "{command:?}, {what}: {out:?}");
+            let text = format!("Preventing invalid write on metadata (overlaps with {what}); image marked as corrupt");
+            assert!(out.stderr.contains(&text), "{command:?}: {out:?}");
+            let after = fs::read(scratch.file("i")).unwrap();
+            let tables = CLUSTER as usize..4 * CLUSTER as usize;
+            // Clusters may have been given out; nothing else changes in the tables.
+            let held = |bytes: &[u8]| bytes[tables.clone()].iter().filter(|byte| **byte != 0).count();
+            assert!(held(&after) >= held(&before), "{command:?}, {what}");
+            assert_eq!(after[CLUSTER as usize..2 * CLUSTER as usize], before[CLUSTER as usize..2 * CLUSTER as usize]);
+            assert_eq!(after[79], before[79] | 2, "marked as corrupt");
+        }
+    }
+}
+
+#[test]
+fn tables_that_share_a_place_are_not_changed() {
+    let scratch = Scratch::new();
+    for (at, word) in [(3 * CLUSTER, COPIED | (3 * CLUSTER)), (3 * CLUSTER, COPIED | (2 * CLUSTER)), (CLUSTER, CLUSTER)]
+    {
+        judge(&["create", "-q", "-f", "qcow2", "i", "1M"]).dir(scratch.path()).ok();
+        scratch.qemu_io("qcow2", "i", &["write -P 1 0 64k"]);
+        poke(&scratch, at, word);
+        let before = fs::read(scratch.file("i")).unwrap();
+        let out = vimg(&["resize", "i", "2G"]).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(1), "{at:#x} {word:#x}: {out:?}");
+        assert!(out.stderr.contains("Preventing invalid write on metadata"), "{out:?}");
+        let mut after = fs::read(scratch.file("i")).unwrap();
+        after[79] &= !2;
+        assert!(after == before, "{at:#x} {word:#x}");
+    }
+}
