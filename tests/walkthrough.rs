@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::common::run::plain;
-use crate::common::{Scratch, assert_same_bytes, judge, pattern, sh, vimg, write_pattern};
+use crate::common::{Scratch, assert_same_bytes, judge, pattern, sh, vimg, vimg_path, write_pattern};
 
 /// Length and blocks of a file.
 fn figures(path: &Path) -> (u64, u64) {
@@ -337,4 +337,14 @@ fn a_full_disk_is_said_and_leaves_nothing() {
         assert!(out.stderr.contains("No space left on device"), "{out:?}");
         assert!(!small.at.join("new").exists(), "{args:?}");
     }
+}
+
+#[test]
+fn a_limit_on_file_sizes_is_said_and_leaves_nothing() {
+    let scratch = Scratch::new();
+    write_pattern(&scratch.file("disk.raw"), 0, 1, 4 << 20);
+    let line = format!("ulimit -f 2000; '{}' convert -f raw -O qcow2 disk.raw new", vimg_path().display());
+    let out = sh(&line).dir(scratch.path()).fails(1);
+    assert!(out.stderr.contains("new: ") && out.stderr.contains("File too large"), "{out:?}");
+    assert!(!scratch.file("new").exists());
 }

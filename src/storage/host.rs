@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{self, c_int, c_long};
+use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::{ioctl_read_bad, ioctl_write_ptr_bad, request_code_none, request_code_read, request_code_write};
 
 use super::{Kind, Result};
@@ -135,6 +136,12 @@ pub fn direct_unit(file: &File, kind: Kind) -> usize {
         Kind::BlockDevice => usize::try_from(sector(file)).unwrap_or(4096),
         _ => 4096,
     }
+}
+
+/// Writing past the limit on file sizes becomes an error that can be told, instead of the end of the process.
+pub fn bear_file_size_limit() {
+    // SAFETY: to ignore a signal runs no code of ours; nothing else here sets this one.
+    let _ = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) };
 }
 
 /// The size of a page of the cache.
