@@ -173,10 +173,9 @@ impl VmdkDriver {
 
 /// The name of an extent, such as `disk-s003.vmdk`, with another number.
 fn numbered(name: &str, number: usize) -> Option<String> {
-    let stem = name.rfind('.').unwrap_or(name.len());
-    let digits = stem.checked_sub(3)?;
-    let (head, old, extension) = (name.get(..digits)?, name.get(digits..stem)?, name.get(stem..)?);
-    let known = (head.ends_with("-s") || head.ends_with("-f")) && old.bytes().all(|b| b.is_ascii_digit());
+    let (stem, extension) = name.split_at(name.rfind('.').unwrap_or(name.len()));
+    let head = stem.trim_end_matches(|c: char| c.is_ascii_digit());
+    let known = stem.len() - head.len() >= 3 && (head.ends_with("-s") || head.ends_with("-f"));
     known.then(|| format!("{head}{number:03}{extension}"))
 }
 
@@ -312,7 +311,8 @@ mod tests {
     #[test]
     fn extents_are_numbered_on() {
         assert_eq!(numbered("disk-s003.vmdk", 4).as_deref(), Some("disk-s004.vmdk"));
-        assert_eq!(numbered("a/b.c-f999", 1000).as_deref(), Some("a/b.c-f1000"));
+        assert_eq!(numbered("a/b.c-f999.d", 1000).as_deref(), Some("a/b.c-f1000.d"));
+        assert_eq!(numbered("disk-f1000", 1001).as_deref(), Some("disk-f1001"));
         assert_eq!(numbered("disk.vmdk", 2), None);
         assert_eq!(numbered("x", 2), None);
         assert_eq!(numbered("\u{fc}\u{fc}.vmdk", 2), None);
