@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::common::{Scratch, assert_same_bytes, judge, need_root, pattern, qemu_io, sh, vimg};
+use crate::common::{Scratch, assert_same_bytes, judge, need, need_root, pattern, qemu_io, sh, vimg};
 
 /// A sparse raw disk: runs of noise and of allocated zeros at random places, sometimes to the very end.
 fn disk(path: &Path, size: u64, seed: u64) {
@@ -282,6 +282,27 @@ fn progress_is_the_reference_s() {
     ] {
         let (ours, theirs) = (vimg(args).dir(scratch.path()).run(), judge(args).dir(scratch.path()).run());
         assert_eq!((ours.code, &ours.stdout), (theirs.code, &theirs.stdout), "{args:?}");
+    }
+}
+
+#[test]
+fn copy_offloading_shares_the_data_where_the_file_system_can() {
+    need_root("mounting XFS and Btrfs");
+    for kind in ["xfs", "btrfs"] {
+        need(&format!("mkfs.{kind}"));
+        let scratch = Scratch::new();
+        let at = scratch.file("mounted");
+        fs::create_dir(&at).unwrap();
+        scratch.sh(&format!("truncate -s 512M fs.img && PATH=$PATH:/sbin:/usr/sbin mkfs.{kind} -q fs.img && mount -o loop fs.img mounted"));
+        let made = sh("head -c 48M /dev/urandom > a && sync && stat -f -c %f . > ../before").dir(&at).run();
+        let out = vimg(&["convert", "-C", "-f", "raw", "-O", "raw", "a", "b"]).dir(&at).run();
+        let after = sh("sync && cmp a b && stat -f -c '%f %S' .").dir(&at).run();
+        scratch.sh("umount mounted");
+        assert_eq!((made.code, out.code, after.code), (Some(0), Some(0), Some(0)), "{kind}: {out:?} {after:?}");
+        let before: u64 = fs::read_to_string(scratch.file("before")).unwrap().trim().parse().unwrap();
+        let numbers: Vec<u64> = after.stdout.split_whitespace().map(|n| n.parse().unwrap()).collect();
+        let used = before.saturating_sub(numbers[0]) * numbers[1];
+        assert!(used < 8 << 20, "{kind}: {used} bytes were written for a copy of 48 MiB");
     }
 }
 
