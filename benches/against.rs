@@ -9,6 +9,15 @@
 //! | `VIMG_BENCH_GIB` | the disk's size | 8 |
 //! | `VIMG_BENCH_ROUNDS` | how often each job is run by each program | 5 |
 //!
+//! Where the time goes (`perf record`, two cores, 0.9 GiB of data):
+//!
+//! * Plain conversions are the kernel's: 45 to 66 % copies into the page cache (`copy_folio_from_iter_atomic`), 11 to
+//!   14 % copies out of it (`_copy_to_iter`), the rest is pages and the target's inode lock; user time is under 3 %. The
+//!   floor is one copy each way: `cp --sparse=always` of the same disk takes 0.40 s on one core, vimg 0.20 s on two.
+//! * `-c` is the encoder on both cores: zlib-rs with a 4 KiB window at about 110 MB/s a core, libdeflate level 5 for
+//!   streamOptimized, zstd level 3. The floor is the codec alone.
+//! * Reading compressed images: about half libdeflate (or zstd), half the page cache as above.
+//!
 //! Ratio = qemu-img's time / vimg's time: above 1 vimg is faster. Time and CPU are medians, memory is the largest.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
