@@ -16,7 +16,8 @@
 //!   floor is one copy each way: `cp --sparse=always` of the same disk takes 0.40 s on one core, vimg 0.20 s on two.
 //! * `-c` is the encoder on both cores: zlib-rs with a 4 KiB window at about 110 MB/s a core, libdeflate level 5 for
 //!   streamOptimized, zstd level 3. The floor is the codec alone.
-//! * Reading compressed images: about half libdeflate (or zstd), half the page cache as above.
+//! * Reading compressed images: a third to a half of the processor time is the kernel's, as above; the rest is the decoder
+//!   (libdeflate or zstd). Seen as user against system time, not profiled.
 //!
 //! Ratio = qemu-img's time / vimg's time: above 1 vimg is faster. Time and CPU are medians, memory is the largest.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
