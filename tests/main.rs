@@ -14,6 +14,7 @@ mod fixtures;
 mod formats;
 mod guard;
 mod hostile;
+mod killed;
 mod qcow;
 mod qcow2_create;
 mod qcow2_read;

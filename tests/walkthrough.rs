@@ -1,11 +1,9 @@
 //! The walk-throughs that users know, as black-box tests: figures by `stat`, `du` and `qemu-img info`, guest data by
-//! `qemu-io`, block devices, kills and full disks.
+//! `qemu-io`, block devices and full disks.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::Duration;
 
 use crate::common::run::plain;
 use crate::common::{Scratch, assert_same_bytes, judge, pattern, sh, vimg, vimg_path, write_pattern};
@@ -253,42 +251,6 @@ fn block_devices_are_sources_and_targets() {
     let args = ["resize", "-f", "raw", &target.device, "40M"];
     let (ours, theirs) = (vimg(&args).dir(scratch.path()).run(), judge(&args).dir(scratch.path()).run());
     assert_eq!((ours.code, ours.stderr), (theirs.code, theirs.stderr));
-}
-
-#[test]
-fn killed_at_any_moment_leaves_nothing() {
-    let scratch = Scratch::new();
-    write_pattern(&scratch.file("disk.raw"), 0, 1, 96 << 20);
-    fs::write(scratch.file("older"), "precious").expect("write");
-    let mut rng = fastrand::Rng::with_seed(9);
-    let args = |target: &'static str| ["convert", "-f", "raw", "-O", "qcow2", "-c", "disk.raw", target];
-    let mut killed = 0;
-    for round in 0..24 {
-        let target = if round % 2 == 0 { "new" } else { "older" };
-        let mut child = vimg(&args(target)).dir(scratch.path()).spawn();
-        thread::sleep(Duration::from_micros(rng.u64(500..120_000)));
-        let _ = child.kill();
-        if child.wait().expect("wait").success() {
-            // It was done before: then it is whole.
-            scratch.assert_same_content("qcow2", target, "raw", "disk.raw");
-            let _ = fs::remove_file(scratch.file("new"));
-            fs::write(scratch.file("older"), "precious").expect("write");
-            continue;
-        }
-        killed += 1;
-        // The name may have been given just before the kill; then too it is whole.
-        if scratch.file("new").exists() {
-            scratch.assert_same_content("qcow2", "new", "raw", "disk.raw");
-            fs::remove_file(scratch.file("new")).expect("remove");
-        }
-        if fs::read(scratch.file("older")).expect("read") != b"precious" {
-            scratch.assert_same_content("qcow2", "older", "raw", "disk.raw");
-            fs::write(scratch.file("older"), "precious").expect("write");
-        }
-        let left: Vec<PathBuf> = fs::read_dir(scratch.path()).expect("list").flatten().map(|e| e.path()).collect();
-        assert_eq!(left.len(), 2, "{left:?}");
-    }
-    assert!(killed >= 8, "only {killed} of 24 were killed in time");
 }
 
 /// A small file system in memory, until it is dropped.

@@ -25,7 +25,7 @@ use nix::unistd::{geteuid, linkat};
 
 use super::file::{self, HostFile, cache_flags};
 use super::lock::Access;
-use super::temporary::TemporaryName;
+use super::temporary::{TemporaryName, replace};
 use super::{CacheMode, Error, Kind, Preallocation, Result, Storage, error, host};
 
 /// What a new file shall be like.
@@ -207,19 +207,10 @@ impl Staged {
                     (Way::Link, None) => link(&self.storage, &self.target),
                     _ => Err(Errno::EEXIST),
                 };
-                match linked {
-                    Err(Errno::EEXIST) => {
-                        let mut temporary = match self.temporary.take() {
-                            Some(temporary) => temporary,
-                            None => {
-                                TemporaryName::beside(&self.target, |name| Ok(link(&self.storage, name)?))
-                                    .map_err(failed)?
-                                    .1
-                            }
-                        };
-                        temporary.rename(&self.target).map_err(failed)?;
-                    }
-                    other => other.map_err(|errno| failed(errno.into()))?,
+                match (linked, &mut self.temporary) {
+                    (Err(Errno::EEXIST), Some(temporary)) => temporary.rename(&self.target).map_err(failed)?,
+                    (Err(Errno::EEXIST), None) => replace(self.storage.file(), &self.target).map_err(failed)?,
+                    (other, _) => other.map_err(|errno| failed(errno.into()))?,
                 }
                 if flush && let Ok(folder) = File::open(folder_of(&self.target)) {
                     // The name shall last too; a file system that cannot promise it says so here, to no use.

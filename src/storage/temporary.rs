@@ -6,18 +6,26 @@
 //! pointers, unlinks and lets the signal have its usual effect. A name's memory is never freed, so the handler
 //! can never meet a dangling pointer. Nothing is installed before the first such name is needed, and nothing over
 //! a handler of somebody else.
+//!
+//! No handler helps against SIGKILL. An unnamed file that takes the name of another one needs such a name for the
+//! moment between two calls; [`replace`] has a process of its own for them, which no signal to this one stops.
 
-use std::ffi::CString;
-use std::fs;
+use std::ffi::{CStr, CString};
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
+use nix::errno::Errno;
 use nix::libc::{self, c_char, c_int};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sched::{CloneFlags, clone};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, sigaction};
+use nix::sys::wait::{WaitStatus, waitpid};
 
 const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
@@ -37,7 +45,7 @@ impl TemporaryName {
     pub fn beside<T>(target: &Path, mut make: impl FnMut(&Path) -> io::Result<T>) -> io::Result<(T, Self)> {
         INSTALL.call_once(install);
         for _ in 0..100 {
-            let path = target.with_file_name(format!(".vimg-{:016x}.tmp", fastrand::u64(..)));
+            let path = hidden(target);
             let mut name = Self { slot: register(&path), path: None };
             match make(&path) {
                 Ok(made) => {
@@ -71,6 +79,76 @@ impl Drop for TemporaryName {
             slot.store(ptr::null_mut(), Ordering::SeqCst);
         }
     }
+}
+
+fn hidden(target: &Path) -> PathBuf {
+    target.with_file_name(format!(".vimg-{:016x}.tmp", fastrand::u64(..)))
+}
+
+/// Gives an unnamed file the name `target`, taking it away from another file.
+///
+/// The helper process shares this one's table of files, so that it holds no lock longer than this one, and has its
+/// own session and no signals, so that what ends this process lets it finish. It needs a fraction of a millisecond.
+/// Where no process can be made, this one does the same itself.
+pub fn replace(file: &File, target: &Path) -> io::Result<()> {
+    // All that is allocated is allocated before: a copy of a process with threads may not.
+    let from = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let to = CString::new(target.as_os_str().as_bytes())?;
+    let names = (0..8).map(|_| CString::new(hidden(target).as_os_str().as_bytes())).collect::<Result<Vec<_>, _>>()?;
+    let steps = || link_and_rename(&from, &names, &to);
+
+    let mut stack = vec![0; 128 << 10];
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+    let child = || {
+        // SAFETY: setsid takes nothing and touches no memory.
+        unsafe { libc::setsid() };
+        steps().err().map_or(0, |errno| errno as isize)
+    };
+    // SAFETY: memory is not shared (no CLONE_VM), and the child makes system calls on memory that is there already,
+    // nothing else, which is what a copy of a process with threads may do. The stack is large enough for them.
+    let made = unsafe { clone(Box::new(child), &mut stack, CloneFlags::CLONE_FILES, Some(libc::SIGCHLD)) };
+    let _ = before.thread_set_mask();
+    let Ok(pid) = made else {
+        return Ok(steps()?);
+    };
+    loop {
+        match waitpid(pid, None) {
+            Err(Errno::EINTR) => {}
+            Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
+            Ok(WaitStatus::Exited(_, errno)) => return Err(Errno::from_raw(errno).into()),
+            // Killed, or its end went unseen because the caller has us ignore SIGCHLD: the name tells.
+            _ => {
+                let (is, should) = (fs::metadata(target)?, file.metadata()?);
+                return match (is.dev(), is.ino()) == (should.dev(), should.ino()) {
+                    true => Ok(()),
+                    false => Err(io::ErrorKind::Interrupted.into()),
+                };
+            }
+        }
+    }
+}
+
+/// System calls only: this runs in a copy of the process.
+fn link_and_rename(from: &CStr, names: &[CString], to: &CStr) -> Result<(), Errno> {
+    let at = libc::AT_FDCWD;
+    for name in names {
+        // SAFETY: linkat reads two C strings.
+        let linked = unsafe { libc::linkat(at, from.as_ptr(), at, name.as_ptr(), libc::AT_SYMLINK_FOLLOW) };
+        match Errno::result(linked) {
+            Ok(_) => {
+                // SAFETY: rename reads two C strings.
+                let renamed = Errno::result(unsafe { libc::rename(name.as_ptr(), to.as_ptr()) });
+                if renamed.is_err() {
+                    // SAFETY: unlink reads a C string.
+                    unsafe { libc::unlink(name.as_ptr()) };
+                }
+                return renamed.map(drop);
+            }
+            Err(Errno::EEXIST) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Err(Errno::EEXIST)
 }
 
 fn register(path: &Path) -> Option<&'static AtomicPtr<c_char>> {

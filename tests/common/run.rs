@@ -47,6 +47,8 @@ impl Run {
     fn new(program: impl AsRef<OsStr>, args: &[impl AsRef<OsStr>]) -> Self {
         let mut command = Command::new(program.as_ref());
         command.args(args).env("LC_ALL", "C").env("TZ", "UTC").env_remove("SOURCE_DATE_EPOCH");
+        // Cargo's, for libraries that nobody here has: hundreds of folders to look into at each start.
+        command.env_remove("LD_LIBRARY_PATH");
         let mut shown = program.as_ref().to_string_lossy().into_owned();
         for arg in args {
             shown.push(' ');
