@@ -103,7 +103,7 @@ impl Qcow2Driver {
             alloc.freed.push((old >> self.geometry.cluster_bits, 1, false));
         }
         self.tables.set(l1, index, COPIED | new)?;
-        self.metadata().insert(new | guard::L2);
+        self.add_metadata(new, guard::L2);
         Ok(table)
     }
 

@@ -137,6 +137,7 @@ impl Qcow2Driver {
         BigEndian::read_u64_into(&bytes, &mut table);
         let kept = short(clusters)?;
         for entry in table.iter().skip(kept) {
+            self.check_data(entry & OFFSET_MASK, u64::from(entry & OFFSET_MASK != 0))?;
             self.free_bytes(alloc, entry & OFFSET_MASK, cluster);
         }
         table.resize(kept, 0);
@@ -157,11 +158,13 @@ impl Qcow2Driver {
             bytes[whole] &= (1u8 << (rest % 8)) - 1;
             bytes[whole + 1..].fill(0);
             *last = self.put(alloc, &bytes)?;
+            self.check_data(at, u64::from(at != 0))?;
             self.free_bytes(alloc, at, cluster);
         }
         let mut bytes = vec![0; table.len() * 8];
         BigEndian::write_u64_into(&table, &mut bytes);
         let table_offset = self.put(alloc, &bytes)?;
+        self.add_bitmap_table(table_offset, bytes.len() as u64);
         self.free_bytes(alloc, old.table_offset, u64::from(old.table_size) * ENTRY);
         let table_size = u32::try_from(table.len()).map_err(|_| Error::unsupported("The bitmap would be too long"))?;
         Ok(BitmapFields { table_offset, table_size, ..*old })

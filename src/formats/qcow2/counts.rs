@@ -7,6 +7,7 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
+use super::guard;
 use super::layout::{self, Geometry, REFCOUNT_OFFSET_MASK};
 use super::refcount;
 use super::space::{Freed, Growth, Space};
@@ -171,6 +172,7 @@ impl Space for Counts<'_> {
 
     fn take(&mut self, start: u64, n: u64) -> Result<()> {
         self.0.guard(start, n)?;
+        self.0.took(start);
         self.0.change_refcounts(start, n, |count| if count == 0 { Ok(1) } else { Err("cluster given out twice") })
     }
 
@@ -179,6 +181,7 @@ impl Space for Counts<'_> {
         driver.guard(cluster, 1)?;
         let at = cluster << driver.geometry.cluster_bits;
         driver.tables.fresh(driver.refcount_block(at))?;
+        driver.new_block(at);
         driver.tables.set(driver.refcount_table(), index, at)
     }
 
@@ -201,6 +204,7 @@ impl Space for Counts<'_> {
         for (index, cluster) in &growth.blocks {
             driver.tables.fresh(driver.refcount_block(cluster << bits))?;
             driver.tables.set(new, *index, cluster << bits)?;
+            driver.add_metadata(cluster << bits, guard::BLOCK);
         }
         // The new blocks are found through the new table alone; nothing of it is in the header yet.
         driver.swap_refcount_table(new.at, growth.clusters);

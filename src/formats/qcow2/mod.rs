@@ -30,7 +30,6 @@ pub mod space;
 pub mod tables;
 pub mod window;
 
-use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
@@ -89,8 +88,8 @@ pub struct Qcow2Driver {
     header: RwLock<Header>,
     tables: Tables,
     alloc: Mutex<Allocator>,
-    /// Where active L2 tables and refcount blocks are, known from the first change on (see `guard.rs`).
-    metadata: Mutex<BTreeSet<u64>>,
+    /// Where tables are, known from the first change on (see `guard.rs`).
+    places: Mutex<guard::Places>,
     /// As they were when the image was opened.
     snapshots: Vec<snapshot::Snapshot>,
     /// As they were when the image was opened.
