@@ -4,6 +4,7 @@
 //! them is too short to be seen.
 
 use std::fs;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,10 +17,10 @@ use crate::common::run::plain;
 use crate::common::{Scratch, vimg, vimg_path, write_pattern};
 
 /// Waits until the folder holds that many files: the last step may be under way in a process of its own.
-fn settles(scratch: &Scratch, files: usize, when: &str) {
+fn settles(folder: &Path, files: usize, when: &str) {
     let end = Instant::now() + Duration::from_secs(20);
     loop {
-        let left: Vec<_> = fs::read_dir(scratch.path()).expect("list").flatten().map(|e| e.file_name()).collect();
+        let left: Vec<_> = fs::read_dir(folder).expect("list").flatten().map(|e| e.file_name()).collect();
         if left.len() == files {
             return;
         }
@@ -50,7 +51,7 @@ fn killed_at_any_moment_leaves_nothing() {
         }
         killed += 1;
         let new = usize::from(scratch.file("new").exists());
-        settles(&scratch, 2 + new, &format!("in round {round}"));
+        settles(scratch.path(), 2 + new, &format!("in round {round}"));
         // The name may have been given just before the kill; then too it is whole.
         if new == 1 {
             scratch.assert_same_content("qcow2", "new", "raw", "disk.raw");
@@ -66,11 +67,11 @@ fn killed_at_any_moment_leaves_nothing() {
 
 /// Runs vimg and kills it when its first thread enters or leaves a system call for the `n`th time. False if it came
 /// to its end before.
-fn killed_at(scratch: &Scratch, args: &[&str], n: usize) -> bool {
+fn killed_at(folder: &Path, args: &[&str], n: usize) -> bool {
     let program = vimg_path();
     let line = ["-c", "kill -STOP $$; exec \"$@\"", "sh", program.to_str().expect("a path")];
     #[allow(clippy::zombie_processes, reason = "tracing waits for it by its number")]
-    let child = plain("sh", &[&line, args].concat()).dir(scratch.path()).spawn();
+    let child = plain("sh", &[&line, args].concat()).dir(folder).spawn();
     let pid = Pid::from_raw(i32::try_from(child.id()).expect("a process number"));
     waitpid(pid, Some(WaitPidFlag::WUNTRACED)).expect("it stops itself");
     let options = Options::PTRACE_O_TRACESYSGOOD | Options::PTRACE_O_TRACEEXEC | Options::PTRACE_O_EXITKILL;
@@ -113,17 +114,16 @@ fn killed_at_each_system_call_leaves_nothing() {
         let (mut n, mut before, mut after) = (0, 0, 0);
         loop {
             n += 1;
-            for name in ["new", "older"] {
-                // A new file, on which the one that was just killed holds no lock.
-                let _ = fs::remove_file(scratch.file(name));
-            }
-            fs::write(scratch.file("older"), "precious").expect("write");
-            if !killed_at(&scratch, &args, n) {
+            // A folder for each: what the one before has under way does not matter here.
+            let folder = scratch.file(&format!("{target}-{n}"));
+            fs::create_dir(&folder).expect("a folder");
+            fs::write(folder.join("older"), "precious").expect("write");
+            if !killed_at(&folder, &args, n) {
                 break;
             }
-            let new = usize::from(scratch.file("new").exists());
-            settles(&scratch, 2 + new, &format!("at call {n}"));
-            match fs::read(scratch.file(target)).ok() {
+            let new = usize::from(folder.join("new").exists());
+            settles(&folder, 1 + new, &format!("at call {n}"));
+            match fs::read(folder.join(target)).ok() {
                 Some(got) if got == whole => after += 1,
                 Some(got) => {
                     assert!(target == "older" && got == b"precious", "{target}, call {n}");
