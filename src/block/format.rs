@@ -3,9 +3,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::error::Context;
 use super::opener::Notice;
 use super::options::{CreateOptions, OptionSpec};
-use super::{BlockDriver, Effort, Error, OptionTree, Result};
+use super::{BlockDriver, Effort, Error, Extent, ExtentKind, GuestOffset, HostPlace, OptionTree, Result};
 use crate::storage::Storage;
 
 /// A file that a layer is made of.
@@ -17,6 +18,15 @@ pub struct Child {
     pub name: String,
     /// Its bytes.
     pub storage: Arc<dyn Storage>,
+}
+
+impl Child {
+    /// What lies there as it is: data, or a hole.
+    pub fn extent(&self, start: GuestOffset, place: HostPlace, max: u64) -> Result<Extent> {
+        let host = self.storage.extent(place.at.get(), max).context("error while reading block status")?;
+        let kind = if host.data { ExtentKind::Data(place) } else { ExtentKind::Zero(Some(place)) };
+        Ok(Extent { start, len: host.len, kind })
+    }
 }
 
 /// The backing file as a header names it.

@@ -17,6 +17,7 @@ pub mod keys;
 mod layer;
 pub mod name;
 pub mod node;
+pub mod number;
 pub mod opener;
 pub mod options;
 mod over;

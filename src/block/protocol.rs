@@ -9,8 +9,7 @@ use super::info::ImageInfo;
 use super::keys::{take_number, take_switch, take_text};
 use super::name::{first_key, protocol as split};
 use super::{
-    BlockDriver, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostOffset, HostPlace, OpenRequest, OptionTree,
-    Result,
+    BlockDriver, Child, Error, Extent, Format, GuestOffset, HostOffset, HostPlace, OpenRequest, OptionTree, Result,
 };
 use crate::block::error::Context;
 use crate::storage::Storage;
@@ -176,10 +175,7 @@ impl BlockDriver for Bare {
 
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let [file] = &self.files;
-        let host = file.storage.extent(at.get(), max).context("error while reading block status")?;
-        let place = HostPlace { file: 0, at: HostOffset(at.get()) };
-        let kind = if host.data { ExtentKind::Data(place) } else { ExtentKind::Zero(Some(place)) };
-        Ok(Extent { start: at, len: host.len, kind })
+        file.extent(at, HostPlace { file: 0, at: HostOffset(at.get()) }, max)
     }
 
     fn files(&self) -> &[Child] {

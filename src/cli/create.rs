@@ -4,19 +4,16 @@ use std::ffi::OsString;
 
 use anyhow::Context;
 
+use super::common::Common;
 use super::exit::Exit;
-use super::{Complaint, Program, Subcommand, object, options, size};
+use super::{Complaint, Program, Subcommand, options, size};
 use crate::ops::create::{self, NewImage, Target, Wanted};
 
 /// The options.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// print nothing but errors
-    #[arg(short, long)]
-    quiet: bool,
-    /// a QEMU object, such as a secret with a passphrase
-    #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
-    object: Vec<object::Object>,
+    #[command(flatten)]
+    common: Common,
     /// format of the new image, raw if not given
     #[arg(short, long, value_name = "FMT", default_value = "raw")]
     format: String,
@@ -51,7 +48,7 @@ impl Subcommand for Args {
     ];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
-        if !object::define(program, &self.object)? {
+        if !self.common.define(program)? {
             return Ok(Exit::Success);
         }
         let opener = program.opener();
@@ -85,7 +82,7 @@ impl Subcommand for Args {
         }();
         program.notices(&opener);
         let new = new.with_context(|| shown.clone())?;
-        if !self.quiet {
+        if !self.common.quiet {
             program.println(&formatting(&new));
             program.flush();
         }

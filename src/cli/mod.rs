@@ -4,6 +4,7 @@
 //! [`Subcommand::run`] that reads like its manual page. Nothing below this stratum prints or exits.
 
 pub mod cache;
+mod common;
 pub mod convert;
 pub mod create;
 pub mod exit;

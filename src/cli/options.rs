@@ -1,7 +1,7 @@
 //! `-o`: lists of `key=value`, and their help.
 
-use super::{Complaint, Program, size};
-use crate::block::{CreateOptions, OptionKind, OptionSpec, OptionValue};
+use super::{Complaint, Program};
+use crate::block::{self, CreateOptions, Error, OptionKind, OptionSpec, OptionValue, number};
 
 /// A list that has at least the form of one: not empty, no comma without need at its ends.
 pub fn list(text: &str) -> Result<String, Complaint> {
@@ -71,16 +71,16 @@ pub fn joined(lists: &[String]) -> Option<Pairs> {
 }
 
 /// Gives the options their values, in the order given.
-pub fn apply(given: &Pairs, options: &mut CreateOptions) -> Result<(), Complaint> {
+pub fn apply(given: &Pairs, options: &mut CreateOptions) -> block::Result<()> {
     for (key, text) in &given.pairs {
-        let unknown = || Complaint::value(format!("Invalid parameter '{key}'"));
+        let unknown = || Error::invalid(format!("Invalid parameter '{key}'"));
         let value = match options.spec(key).ok_or_else(unknown)?.kind {
             OptionKind::Text => OptionValue::Text(text.clone()),
-            OptionKind::Size => OptionValue::Size(size::key_size(key, text)?),
-            OptionKind::Number => OptionValue::Number(size::key_number(key, text)?),
-            OptionKind::Switch => OptionValue::Switch(size::key_switch(key, text)?),
+            OptionKind::Size => OptionValue::Size(number::key_size(key, text)?),
+            OptionKind::Number => OptionValue::Number(number::key_number(key, text)?),
+            OptionKind::Switch => OptionValue::Switch(number::key_switch(key, text)?),
         };
-        options.set_typed(key, value, text).map_err(|_| unknown())?;
+        options.set_typed(key, value, text)?;
     }
     Ok(())
 }

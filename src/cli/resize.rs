@@ -2,21 +2,19 @@
 
 use std::ffi::OsString;
 
+use super::common::Common;
 use super::exit::Exit;
 use super::source::Source;
-use super::{Complaint, Program, Subcommand, object, size};
+use super::{Complaint, Program, Subcommand};
+use crate::block::{self, OpenHow, number};
 use crate::ops::resize::{self, Decision, NewSize};
 use crate::storage::Preallocation;
 
 /// The options.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// print nothing but errors
-    #[arg(short, long)]
-    quiet: bool,
-    /// a QEMU object, such as a secret with a passphrase
-    #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
-    object: Vec<object::Object>,
+    #[command(flatten)]
+    common: Common,
     /// format of the image, found out if not given
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
@@ -52,7 +50,7 @@ impl Subcommand for Args {
     const SIGNED_OPERANDS: bool = true;
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
-        if !object::define(program, &self.object)? {
+        if !self.common.define(program)? {
             return Ok(Exit::Success);
         }
         let source = Source { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
@@ -68,7 +66,7 @@ impl Subcommand for Args {
 
         let (image, how) = source.image(program, name)?;
         let opener = program.opener();
-        let node = opener.open(&image, &crate::block::OpenHow { write: true, ..how });
+        let node = opener.open(&image, &OpenHow { write: true, ..how });
         program.notices(&opener);
         let node = node?;
         match resize::decide(&node, new, fill, self.shrink)? {
@@ -79,7 +77,7 @@ impl Subcommand for Args {
             }
             Decision::Resize(size) => resize::resize(&node, size, fill)?,
         }
-        if !self.quiet {
+        if !self.common.quiet {
             program.println("Image resized.");
         }
         Ok(Exit::Success)
@@ -90,11 +88,11 @@ fn preallocation(word: &str) -> Result<Preallocation, Complaint> {
     Preallocation::parse(word).ok_or_else(|| Complaint::value(format!("Invalid preallocation mode '{word}'")))
 }
 
-fn new_size(text: &str) -> Result<NewSize, Complaint> {
+fn new_size(text: &str) -> block::Result<NewSize> {
     let (make, text): (fn(u64) -> NewSize, _) = match (text.strip_prefix('+'), text.strip_prefix('-')) {
         (Some(rest), _) => (NewSize::More, rest),
         (_, Some(rest)) => (NewSize::Less, rest),
         _ => (NewSize::Absolute, text),
     };
-    size::key_size("size", text).map(make)
+    number::key_size("size", text).map(make)
 }

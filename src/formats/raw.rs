@@ -8,8 +8,8 @@ use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::keys::take_size;
 use crate::block::{
-    Action, BlockDriver, Child, Create, CreateRequest, Error, Extent, ExtentKind, Format, GuestOffset, HostOffset,
-    HostPlace, OpenRequest, OptionKind, OptionSpec, Placed, Resize, Result, Store, Ticket, Write,
+    Action, BlockDriver, Child, Create, CreateRequest, Error, Extent, Format, GuestOffset, HostOffset, HostPlace,
+    OpenRequest, OptionKind, OptionSpec, Placed, Resize, Result, Store, Ticket, Write,
 };
 use crate::storage::{self, Preallocation, Zeroing};
 
@@ -115,10 +115,7 @@ impl BlockDriver for RawDriver {
     }
 
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
-        let place = self.place_of(at);
-        let host = self.files[0].storage.extent(place.at.get(), max).context("error while reading block status")?;
-        let kind = if host.data { ExtentKind::Data(place) } else { ExtentKind::Zero(Some(place)) };
-        Ok(Extent { start: at, len: host.len, kind })
+        self.files[0].extent(at, self.place_of(at), max)
     }
 
     fn files(&self) -> &[Child] {
