@@ -356,3 +356,57 @@ fn a_longer_target_keeps_its_end_when_compressed() {
     assert!(flat[..source.len()] == source);
     assert!(flat[source.len()..].iter().all(|byte| *byte == 170));
 }
+
+/// Blocks that are new at the end of a file read as zeros: what is zero in them is not written. The images are the
+/// judge's to the byte (times and ids apart), and take no more of the host's space.
+#[test]
+fn new_blocks_hold_no_more_than_the_source() {
+    use std::os::unix::fs::FileExt;
+    let scratch = Scratch::new();
+    let source = std::fs::File::create(scratch.file("raw")).unwrap();
+    source.set_len(40 << 20).unwrap();
+    // Small runs and small holes, then a run that starts and ends within blocks, then a block with one page in it.
+    for n in 0..100 {
+        source.write_all_at(&pattern(n, 8192), n * 73_728).unwrap();
+    }
+    source.write_all_at(&pattern(7, 5_500_000), (21 << 20) + 300_000).unwrap();
+    source.write_all_at(&pattern(8, 4096), (37 << 20) + 4096).unwrap();
+    source.sync_all().unwrap();
+    let space = |name: &str| {
+        scratch.sh(&format!("sync '{name}'"));
+        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(scratch.file(name)).unwrap())
+    };
+    for (format, options, masked) in [
+        ("vpc", "subformat=dynamic,force_size=on", "24-27 64-83"),
+        ("vpc", "subformat=fixed,force_size=on", "24-27 64-83"),
+        ("vdi", "static=off", "392-423"),
+        ("vdi", "static=on", "392-423"),
+        ("qcow", "size=40M", ""),
+    ] {
+        for least in ["4k", "512"] {
+            let what = format!("{format} {options} -S {least}");
+            let args = ["convert", "-S", least, "-f", "raw", "-O", format, "-o", options, "raw"];
+            scratch.vimg(&[&args[..], &["ours"]].concat());
+            scratch.judge(&[&args[..], &["theirs"]].concat());
+            scratch.assert_same_content("raw", "raw", format, "ours");
+            let (ours, theirs) = (space("ours"), space("theirs"));
+            assert!(ours <= theirs, "{what}: {ours} sectors of the host, qemu-img {theirs}");
+            for name in ["ours", "theirs"] {
+                let file = std::fs::OpenOptions::new().read(true).write(true).open(scratch.file(name)).unwrap();
+                let end = file.metadata().unwrap().len() - 512;
+                for range in masked.split_ascii_whitespace() {
+                    let (from, to) = range.split_once('-').unwrap();
+                    let (from, to): (u64, u64) = (from.parse().unwrap(), to.parse().unwrap());
+                    let zeros = vec![0; usize::try_from(to - from + 1).unwrap()];
+                    let starts: &[u64] = match (format, options) {
+                        ("vpc", "subformat=fixed,force_size=on") => &[end],
+                        ("vpc", _) => &[0, end],
+                        _ => &[0],
+                    };
+                    starts.iter().for_each(|start| file.write_all_at(&zeros, start + from).unwrap());
+                }
+            }
+            assert_same_bytes(&scratch.file("ours"), &scratch.file("theirs"));
+        }
+    }
+}

@@ -107,6 +107,11 @@ impl Write for Dynamic {
         self.block
     }
 
+    fn fill_unit(&self) -> u64 {
+        // A block that is new at the end of the file reads as zeros around what is written.
+        SECTOR
+    }
+
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
         if matches!(store, Store::Compressed { .. }) {
             return Err(Error::unsupported("Compression not supported for this file format"));
