@@ -5,10 +5,11 @@
 
 use std::fmt;
 
+use super::error::Context;
 use super::format::{BackingRef, Child, CreateFiles, Format};
 use super::info::{ImageInfo, SnapshotInfo};
-use super::{CompressedUnit, Error, Extent, GuestOffset, HostPlace, Result};
-use crate::storage::Preallocation;
+use super::{CompressedUnit, Error, Extent, ExtentKind, GuestOffset, HostPlace, Result};
+use crate::storage::{Preallocation, Zeroing};
 
 /// One opened layer of an image. Knows nothing of its backing file except the name written in its header.
 pub trait BlockDriver: Send + Sync + fmt::Debug {
@@ -91,6 +92,17 @@ pub enum Store {
     },
 }
 
+impl Store {
+    /// Whether it is zeros. Refuses an encoded unit: asked by formats that have none.
+    pub fn is_zeros(self) -> Result<bool> {
+        match self {
+            Self::Data => Ok(false),
+            Self::Zero { .. } => Ok(true),
+            Self::Compressed { .. } => Err(Error::unsupported("Compression not supported for this file format")),
+        }
+    }
+}
+
 /// What has to be done to the files before [`Write::publish`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
@@ -139,6 +151,20 @@ pub struct Placed {
     pub ticket: Ticket,
 }
 
+impl Placed {
+    /// A range that the tables need not learn of: there is nothing to publish.
+    pub fn known(start: GuestOffset, len: u64, store: Store, action: Action) -> Self {
+        Self { start, len, store, action, ticket: Ticket::default() }
+    }
+
+    /// A range that has its place, from `place` on: data is written over what is there, zeros are made there.
+    pub fn over(start: GuestOffset, len: u64, store: Store, place: HostPlace) -> Result<Self> {
+        let action =
+            if store.is_zeros()? { Action::Zero { place } } else { Action::Write { place, before: 0, after: 0 } };
+        Ok(Self::known(start, len, store, action))
+    }
+}
+
 /// Able to be written to.
 ///
 /// Calls may come from several threads. Two placements that are not published yet must not share a unit
@@ -157,10 +183,16 @@ pub trait Write: Send + Sync {
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed>;
 
     /// Makes a placement visible, after what [`Placed::action`] asks for has been done.
-    fn publish(&self, placed: &Placed) -> Result<()>;
+    /// Nothing where placing allocates nothing.
+    fn publish(&self, placed: &Placed) -> Result<()> {
+        let _ = placed;
+        Ok(())
+    }
 
     /// Gives back a placement that will not be published.
-    fn withdraw(&self, placed: &Placed);
+    fn withdraw(&self, placed: &Placed) {
+        let _ = placed;
+    }
 
     /// The guest no longer needs this range (whole units alone are affected). What it then reads as: zeros, or
     /// the backing file where `Zero` was not asked for.
@@ -173,6 +205,22 @@ pub trait Write: Send + Sync {
     fn compressing(&self) -> Option<&dyn Compress> {
         None
     }
+}
+
+/// Gives the space of a range's data back to the host, where a format has no other way to discard: the tables
+/// stay as they are, and the range reads as zeros.
+pub fn punch(driver: &dyn BlockDriver, at: GuestOffset, len: u64) -> Result<()> {
+    let (mut at, end) = (at, at.get().saturating_add(len).min(driver.virtual_size()));
+    while at.get() < end {
+        let extent = driver.extent(at, end - at.get())?;
+        if let ExtentKind::Data(place) = extent.kind
+            && let Some(file) = driver.files().get(place.file)
+        {
+            file.storage.zero(place.at.get(), extent.len, Zeroing::Punch).context("discard")?;
+        }
+        at = at + extent.len.max(1);
+    }
+    Ok(())
 }
 
 /// The outcome of encoding.

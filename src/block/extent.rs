@@ -56,6 +56,13 @@ pub struct HostPlace {
     pub at: HostOffset,
 }
 
+impl HostPlace {
+    /// In the first file, the one that was opened by name.
+    pub fn main(at: u64) -> Self {
+        Self { file: 0, at: HostOffset(at) }
+    }
+}
+
 /// A unit that is stored compressed: it is read and decoded as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CompressedUnit {

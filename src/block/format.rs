@@ -27,6 +27,11 @@ impl Child {
         let kind = if host.data { ExtentKind::Data(place) } else { ExtentKind::Zero(Some(place)) };
         Ok(Extent { start, len: host.len, kind })
     }
+
+    /// Returns once everything written to it is on stable storage.
+    pub fn flush(&self) -> Result<()> {
+        self.storage.flush().with_context(|| format!("{}: could not flush", self.name))
+    }
 }
 
 /// The backing file as a header names it.

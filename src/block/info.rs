@@ -35,3 +35,10 @@ pub struct ImageInfo {
     /// The format's own facts: the name of the kind, and its members (in any order: printing orders them).
     pub specific: Option<(&'static str, Map<String, Value>)>,
 }
+
+impl ImageInfo {
+    /// That of a format which has no more to tell than its allocation unit, and no mark of not being closed.
+    pub fn plain(cluster_size: Option<u64>) -> Self {
+        Self { cluster_size, dirty: Some(false), ..Self::default() }
+    }
+}

@@ -8,9 +8,7 @@ use super::generic::Settings;
 use super::info::ImageInfo;
 use super::keys::{take_number, take_switch, take_text};
 use super::name::{first_key, protocol as split};
-use super::{
-    BlockDriver, Child, Error, Extent, Format, GuestOffset, HostOffset, HostPlace, OpenRequest, OptionTree, Result,
-};
+use super::{BlockDriver, Child, Error, Extent, Format, GuestOffset, HostPlace, OpenRequest, OptionTree, Result};
 use crate::block::error::Context;
 use crate::storage::Storage;
 
@@ -175,7 +173,7 @@ impl BlockDriver for Bare {
 
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let [file] = &self.files;
-        file.extent(at, HostPlace { file: 0, at: HostOffset(at.get()) }, max)
+        file.extent(at, HostPlace::main(at.get()), max)
     }
 
     fn files(&self) -> &[Child] {
@@ -183,6 +181,6 @@ impl BlockDriver for Bare {
     }
 
     fn info(&self) -> Result<ImageInfo> {
-        Ok(ImageInfo { dirty: Some(false), ..ImageInfo::default() })
+        Ok(ImageInfo::plain(None))
     }
 }

@@ -8,8 +8,8 @@ use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::keys::take_size;
 use crate::block::{
-    Action, BlockDriver, Child, Create, CreateRequest, Error, Extent, Format, GuestOffset, HostOffset, HostPlace,
-    OpenRequest, OptionKind, OptionSpec, Placed, Resize, Result, Store, Ticket, Write,
+    BlockDriver, Child, Create, CreateRequest, Error, Extent, Format, GuestOffset, HostPlace, OpenRequest, OptionKind,
+    OptionSpec, Placed, Resize, Result, Store, Write,
 };
 use crate::storage::{self, Preallocation, Zeroing};
 
@@ -100,7 +100,7 @@ struct RawDriver {
 
 impl RawDriver {
     fn place_of(&self, at: GuestOffset) -> HostPlace {
-        HostPlace { file: 0, at: HostOffset(self.offset) + at.get() }
+        HostPlace::main(self.offset.saturating_add(at.get()))
     }
 }
 
@@ -123,11 +123,11 @@ impl BlockDriver for RawDriver {
     }
 
     fn info(&self) -> Result<ImageInfo> {
-        Ok(ImageInfo { dirty: Some(false), ..ImageInfo::default() })
+        Ok(ImageInfo::plain(None))
     }
 
     fn flush(&self) -> Result<()> {
-        self.files[0].storage.flush().with_context(|| format!("{}: could not flush", self.files[0].name))
+        self.files[0].flush()
     }
 
     fn writing(&self) -> Option<&dyn Write> {
@@ -145,22 +145,8 @@ impl Write for RawDriver {
     }
 
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
-        let place = self.place_of(at);
-        let action = match store {
-            Store::Zero { .. } => Action::Zero { place },
-            Store::Data => Action::Write { place, before: 0, after: 0 },
-            Store::Compressed { .. } => {
-                return Err(Error::unsupported("Compression not supported for this file format"));
-            }
-        };
-        Ok(Placed { start: at, len, store, action, ticket: Ticket::default() })
+        Placed::over(at, len, store, self.place_of(at))
     }
-
-    fn publish(&self, _placed: &Placed) -> Result<()> {
-        Ok(())
-    }
-
-    fn withdraw(&self, _placed: &Placed) {}
 
     fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
         self.files[0].storage.zero(self.place_of(at).at.get(), len, Zeroing::Punch).context("discard")

@@ -19,7 +19,7 @@ use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
     Action, BackingRef, BlockDriver, Child, Compress, CompressedUnit, Create, Effort, Encoded, Error, Extent,
-    ExtentKind, Format, GuestOffset, HostOffset, HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
+    ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
 };
 use crate::codec::deflate::{self, How, Wrap};
 use crate::storage::Storage;
@@ -115,10 +115,6 @@ impl QcowDriver {
     }
 }
 
-fn place_at(at: u64) -> HostPlace {
-    HostPlace { file: 0, at: HostOffset(at) }
-}
-
 impl BlockDriver for QcowDriver {
     fn format(&self) -> &'static dyn Format {
         &Qcow
@@ -136,11 +132,11 @@ impl BlockDriver for QcowDriver {
         let len = max.min(run.saturating_mul(self.cluster).saturating_sub(within));
         let kind = match entry {
             Entry::Unallocated => ExtentKind::Unallocated(None),
-            Entry::Plain(host) => ExtentKind::Data(place_at(host.saturating_add(within))),
+            Entry::Plain(host) => ExtentKind::Data(HostPlace::main(host.saturating_add(within))),
             Entry::Compressed(host, bytes) => ExtentKind::Compressed(CompressedUnit {
                 start: GuestOffset(index * self.cluster),
                 len: self.cluster,
-                place: place_at(host),
+                place: HostPlace::main(host),
                 host_len: bytes,
             }),
         };
@@ -161,19 +157,14 @@ impl BlockDriver for QcowDriver {
     }
 
     fn info(&self) -> Result<ImageInfo> {
-        Ok(ImageInfo {
-            cluster_size: Some(self.cluster),
-            encrypted: self.encrypted,
-            dirty: Some(false),
-            ..ImageInfo::default()
-        })
+        Ok(ImageInfo { encrypted: self.encrypted, ..ImageInfo::plain(Some(self.cluster)) })
     }
 
     fn flush(&self) -> Result<()> {
         if self.write {
             self.state().write_tables(self.storage())?;
         }
-        self.storage().flush().with_context(|| format!("{}: could not flush", self.files[0].name))
+        self.files[0].flush()
     }
 
     fn writing(&self) -> Option<&dyn Write> {
@@ -201,7 +192,7 @@ impl QcowDriver {
         } else {
             (within, count * self.cluster - within - len)
         };
-        let action = Action::Write { place: place_at(host + within), before, after };
+        let action = Action::Write { place: HostPlace::main(host + within), before, after };
         Ok(Placed { start: at, len, store, action, ticket: Ticket { a: host, b: count, c: index } })
     }
 }
@@ -222,16 +213,15 @@ impl Write for QcowDriver {
             let (host, _) = state.take(self.storage(), index, bytes, 512)?;
             let entry = Entry::Compressed(host, bytes).encode(self.bits);
             let entry = entry.ok_or_else(|| Error::unsupported("a compressed cluster does not fit the image"))?;
-            let action = Action::Write { place: place_at(host), before: 0, after: 0 };
+            let action = Action::Write { place: HostPlace::main(host), before: 0, after: 0 };
             return done(len.min(self.cluster), action, Ticket { a: entry, b: 1, c: index });
         }
         let (entry, run) = state.run(self.storage(), index, within.saturating_add(len).div_ceil(self.cluster))?;
         let zero = matches!(store, Store::Zero { .. });
         match entry {
             Entry::Plain(host) => {
-                let place = place_at(host.saturating_add(within));
-                let action = if zero { Action::Zero { place } } else { Action::Write { place, before: 0, after: 0 } };
-                done(len.min(run.saturating_mul(self.cluster).saturating_sub(within)), action, Ticket::default())
+                let len = len.min(run.saturating_mul(self.cluster).saturating_sub(within));
+                Placed::over(at, len, store, HostPlace::main(host.saturating_add(within)))
             }
             Entry::Unallocated if zero && self.backing.is_none() => {
                 let len = len.min(run.saturating_mul(self.cluster).saturating_sub(within));

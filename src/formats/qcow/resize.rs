@@ -9,7 +9,7 @@ use super::QcowDriver;
 use super::layout::{Entry, MAX_L1, too_large};
 use super::tables::State;
 use crate::block::error::Context;
-use crate::block::{BlockDriver, CompressedUnit, Error, GuestOffset, Resize, Result};
+use crate::block::{BlockDriver, CompressedUnit, Error, GuestOffset, HostPlace, Resize, Result};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 impl Resize for QcowDriver {
@@ -115,7 +115,7 @@ impl QcowDriver {
                 storage.zero(at.saturating_add(within), self.cluster - within, Zeroing::Write).context(clearing)
             }
             Entry::Compressed(at, bytes) => {
-                let place = super::place_at(at);
+                let place = HostPlace::main(at);
                 let start = GuestOffset(index * self.cluster);
                 let unit = CompressedUnit { start, len: self.cluster, place, host_len: bytes };
                 let mut encoded = vec![0; usize::try_from(bytes).unwrap_or(0)];

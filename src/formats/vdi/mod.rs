@@ -18,13 +18,14 @@ use byteorder::{ByteOrder, LittleEndian as Le};
 
 use self::layout::{DISCARDED, HEADER_BYTES, Header, STATIC};
 use self::map::State;
+use crate::block::driver::punch;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    Action, BlockDriver, Child, Create, Error, Extent, ExtentKind, Format, GuestOffset, HostOffset, HostPlace,
-    OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
+    Action, BlockDriver, Child, Create, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed,
+    Resize, Result, Store, Ticket, Write,
 };
-use crate::storage::{Storage, Zeroing};
+use crate::storage::Storage;
 
 /// The format.
 #[derive(Debug)]
@@ -93,10 +94,6 @@ impl VdiDriver {
     }
 }
 
-fn place_at(at: u64) -> HostPlace {
-    HostPlace { file: 0, at: HostOffset(at) }
-}
-
 impl BlockDriver for VdiDriver {
     fn format(&self) -> &'static dyn Format {
         &Vdi
@@ -119,13 +116,12 @@ impl BlockDriver for VdiDriver {
             return Ok(Extent { start: at, len, kind: ExtentKind::Zero(None) });
         }
         let host = host.saturating_add(within);
+        let place = HostPlace::main(host);
         if !self.fixed {
-            return Ok(Extent { start: at, len, kind: ExtentKind::Data(place_at(host)) });
+            return Ok(Extent { start: at, len, kind: ExtentKind::Data(place) });
         }
         // A static image is as sparse as the host made it.
-        let there = self.storage().extent(host, len).context("error while reading block status")?;
-        let kind = if there.data { ExtentKind::Data(place_at(host)) } else { ExtentKind::Zero(Some(place_at(host))) };
-        Ok(Extent { start: at, len: there.len, kind })
+        self.files[0].extent(at, place, len)
     }
 
     fn files(&self) -> &[Child] {
@@ -133,14 +129,14 @@ impl BlockDriver for VdiDriver {
     }
 
     fn info(&self) -> Result<ImageInfo> {
-        Ok(ImageInfo { cluster_size: Some(self.block), dirty: Some(false), ..ImageInfo::default() })
+        Ok(ImageInfo::plain(Some(self.block)))
     }
 
     fn flush(&self) -> Result<()> {
         if self.write {
             self.state().write_tables(self.storage())?;
         }
-        self.storage().flush().with_context(|| format!("{}: could not flush", self.files[0].name))
+        self.files[0].flush()
     }
 
     fn writing(&self) -> Option<&dyn Write> {
@@ -163,33 +159,23 @@ impl Write for VdiDriver {
     }
 
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
-        if matches!(store, Store::Compressed { .. }) {
-            return Err(Error::unsupported("Compression not supported for this file format"));
-        }
         let (block, within) = (at.get() / self.block, at.get() % self.block);
-        let zero = matches!(store, Store::Zero { .. });
+        let zero = store.is_zeros()?;
         let wanted = self.blocks(within.saturating_add(len));
         let mut state = self.state();
         let (entry, run) = state.run(self.storage(), block, wanted)?;
         let covered = |blocks: u64| len.min(blocks.saturating_mul(self.block).saturating_sub(within));
         if entry < DISCARDED {
             state.space(self.storage())?;
-            let place = place_at(state.host(entry).saturating_add(within));
-            let action = if zero { Action::Zero { place } } else { Action::Write { place, before: 0, after: 0 } };
-            return Ok(Placed { start: at, len: covered(run), store, action, ticket: Ticket::default() });
+            let place = HostPlace::main(state.host(entry).saturating_add(within));
+            return Placed::over(at, covered(run), store, place);
         }
         if zero {
-            return Ok(Placed {
-                start: at,
-                len: covered(run),
-                store,
-                action: Action::Nothing,
-                ticket: Ticket::default(),
-            });
+            return Ok(Placed::known(at, covered(run), store, Action::Nothing));
         }
         let (first, count, fresh) = state.take(self.storage(), run.min(RUN))?;
         let len = covered(count);
-        let place = place_at(state.host(first).saturating_add(within));
+        let place = HostPlace::main(state.host(first).saturating_add(within));
         // Past the end of the file all is zero as it is.
         let (before, after) = if fresh { (0, 0) } else { (within, count * self.block - within - len) };
         let ticket = Ticket { a: u64::from(first), b: count, c: block };
@@ -216,14 +202,6 @@ impl Write for VdiDriver {
     }
 
     fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
-        let (mut at, end) = (at, at.get().saturating_add(len).min(self.virtual_size()));
-        while at.get() < end {
-            let extent = self.extent(at, end - at.get())?;
-            if let ExtentKind::Data(place) = extent.kind {
-                self.storage().zero(place.at.get(), extent.len, Zeroing::Punch).context("discard")?;
-            }
-            at = at + extent.len.max(1);
-        }
-        Ok(())
+        punch(self, at, len)
     }
 }

@@ -3,16 +3,16 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
+use super::Vpc;
 use super::layout::{DynamicHeader, Footer, SECTOR};
 use super::table::State;
-use super::{Vpc, flush, place_at};
-use crate::block::error::Context;
+use crate::block::driver::punch;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    Action, BlockDriver, Child, Error, Extent, ExtentKind, Format, GuestOffset, Placed, Resize, Result, Store, Ticket,
-    Write,
+    Action, BlockDriver, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed, Resize, Result,
+    Store, Ticket, Write,
 };
-use crate::storage::{Storage, Zeroing};
+use crate::storage::Storage;
 
 /// The largest block that is written: one has to fit in memory.
 const MAX_WRITTEN_BLOCK: u64 = 64 << 20;
@@ -73,7 +73,7 @@ impl BlockDriver for Dynamic {
         };
         let (written, sectors) = state.sectors(self.storage(), block, place, within / SECTOR)?;
         let len = max.min((sectors * SECTOR).saturating_sub(within % SECTOR));
-        let host = place_at(place.saturating_add(self.bitmap + within));
+        let host = HostPlace::main(place.saturating_add(self.bitmap + within));
         let kind = if written { ExtentKind::Data(host) } else { ExtentKind::Zero(Some(host)) };
         Ok(Extent { start: at, len, kind })
     }
@@ -83,14 +83,14 @@ impl BlockDriver for Dynamic {
     }
 
     fn info(&self) -> Result<ImageInfo> {
-        Ok(ImageInfo { cluster_size: Some(self.block), dirty: Some(false), ..ImageInfo::default() })
+        Ok(ImageInfo::plain(Some(self.block)))
     }
 
     fn flush(&self) -> Result<()> {
         if self.write {
             self.state().write_tables(self.storage())?;
         }
-        flush(&self.files[0])
+        self.files[0].flush()
     }
 
     fn writing(&self) -> Option<&dyn Write> {
@@ -113,10 +113,7 @@ impl Write for Dynamic {
     }
 
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
-        if matches!(store, Store::Compressed { .. }) {
-            return Err(Error::unsupported("Compression not supported for this file format"));
-        }
-        let zero = matches!(store, Store::Zero { .. });
+        let zero = store.is_zeros()?;
         let (block, within) = (at.get() / self.block, at.get() % self.block);
         let mut state = self.state();
         let (place, run) = state.run(self.storage(), block, within.saturating_add(len).div_ceil(self.block))?;
@@ -128,14 +125,14 @@ impl Write for Dynamic {
             }
             let len = len.min(self.block - within);
             let (new, fresh) = state.take(self.storage())?;
-            let place = place_at(new + self.bitmap + within);
+            let place = HostPlace::main(new + self.bitmap + within);
             // Past the end of the file all is zero as it is.
             let (before, after) = if fresh { (0, 0) } else { (within, self.block - within - len) };
             return done(len, Action::Write { place, before, after }, Ticket { a: new, b: NEW, c: block });
         };
         state.prepare(self.storage())?;
         let len = len.min(self.block - within);
-        let place = place_at(old + self.bitmap + within);
+        let place = HostPlace::main(old + self.bitmap + within);
         if zero {
             // Sectors that are not marked as written read as zeros already.
             return done(len, Action::Zero { place }, Ticket::default());
@@ -173,14 +170,6 @@ impl Write for Dynamic {
     }
 
     fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
-        let (mut at, end) = (at, at.get().saturating_add(len).min(self.virtual_size()));
-        while at.get() < end {
-            let extent = self.extent(at, end - at.get())?;
-            if let ExtentKind::Data(place) = extent.kind {
-                self.storage().zero(place.at.get(), extent.len, Zeroing::Punch).context("discard")?;
-            }
-            at = at + extent.len.max(1);
-        }
-        Ok(())
+        punch(self, at, len)
     }
 }

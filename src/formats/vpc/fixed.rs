@@ -3,13 +3,12 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
+use super::Vpc;
 use super::layout::Footer;
-use super::{Vpc, flush, place_at};
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    Action, BlockDriver, Child, Error, Extent, ExtentKind, Format, GuestOffset, Placed, Resize, Result, Store, Ticket,
-    Write,
+    BlockDriver, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed, Resize, Result, Store, Write,
 };
 use crate::storage::Zeroing;
 
@@ -56,10 +55,7 @@ impl BlockDriver for Fixed {
         if there == 0 {
             return Ok(Extent { start: at, len: max, kind: ExtentKind::Zero(None) });
         }
-        let place = place_at(at.get());
-        let host = self.files[0].storage.extent(at.get(), there).context("error while reading block status")?;
-        let kind = if host.data { ExtentKind::Data(place) } else { ExtentKind::Zero(Some(place)) };
-        Ok(Extent { start: at, len: host.len.min(there), kind })
+        self.files[0].extent(at, HostPlace::main(at.get()), there)
     }
 
     fn files(&self) -> &[Child] {
@@ -67,11 +63,11 @@ impl BlockDriver for Fixed {
     }
 
     fn info(&self) -> Result<ImageInfo> {
-        Ok(ImageInfo { dirty: Some(false), ..ImageInfo::default() })
+        Ok(ImageInfo::plain(None))
     }
 
     fn flush(&self) -> Result<()> {
-        flush(&self.files[0])
+        self.files[0].flush()
     }
 
     fn writing(&self) -> Option<&dyn Write> {
@@ -93,22 +89,8 @@ impl Write for Fixed {
         if len == 0 {
             return Err(Error::corrupt("the image is shorter than its footer says"));
         }
-        let place = place_at(at.get());
-        let action = match store {
-            Store::Zero { .. } => Action::Zero { place },
-            Store::Data => Action::Write { place, before: 0, after: 0 },
-            Store::Compressed { .. } => {
-                return Err(Error::unsupported("Compression not supported for this file format"));
-            }
-        };
-        Ok(Placed { start: at, len, store, action, ticket: Ticket::default() })
+        Placed::over(at, len, store, HostPlace::main(at.get()))
     }
-
-    fn publish(&self, _placed: &Placed) -> Result<()> {
-        Ok(())
-    }
-
-    fn withdraw(&self, _placed: &Placed) {}
 
     fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
         let len = self.there(at.get(), len);

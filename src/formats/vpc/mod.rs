@@ -20,7 +20,7 @@ use serde_json::Value;
 use self::geometry::SizeRule;
 use self::layout::{DIFFERENCING, DynamicHeader, FIXED, FOOTER_BYTES, Footer, HEADER_BYTES, MAX_SIZE};
 use crate::block::error::Context;
-use crate::block::{BlockDriver, Child, Create, Error, Format, HostOffset, HostPlace, OpenRequest, OptionTree, Result};
+use crate::block::{BlockDriver, Create, Error, Format, OpenRequest, OptionTree, Result};
 use crate::storage::Storage;
 
 /// The format.
@@ -125,12 +125,4 @@ fn read_header(storage: &dyn Storage, footer: &Footer, length: u64) -> Result<Dy
         storage.read_at(at, &mut raw[..]).context("Error reading dynamic VHD header")?;
     }
     DynamicHeader::parse(raw).ok_or_else(|| Error::corrupt("Invalid header magic"))
-}
-
-fn place_at(at: u64) -> HostPlace {
-    HostPlace { file: 0, at: HostOffset(at) }
-}
-
-fn flush(file: &Child) -> Result<()> {
-    file.storage.flush().with_context(|| format!("{}: could not flush", file.name))
 }
