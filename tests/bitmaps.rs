@@ -75,3 +75,124 @@ fn one_that_is_inconsistent_stands_in_the_way() {
     assert!(out.stderr.contains("Bitmap 'b' is inconsistent and cannot be used"), "{out:?}");
     assert!(fs::read(s.file("a")).unwrap() == before, "nothing has changed");
 }
+
+/// The same image for both, with bitmaps of three kinds and some dirt.
+fn twins(s: &Scratch, cluster: &str, size: &str) {
+    let option = format!("cluster_size={cluster}");
+    s.judge(&["create", "-q", "-f", "qcow2", "-o", &option, "ours", size]);
+    s.judge(&["bitmap", "--add", "-g", "512", "ours", "fine"]);
+    s.judge(&["bitmap", "--add", "ours", "a longer name"]);
+    s.judge(&["bitmap", "--add", "--disable", "ours", "still"]);
+    s.qemu_io("qcow2", "ours", &["write -P 9 2M 300k"]);
+    s.judge(&["bitmap", "--merge", "fine", "ours", "still"]);
+    s.judge(&["bitmap", "--clear", "ours", "fine"]);
+    fs::copy(s.file("ours"), s.file("theirs")).unwrap();
+}
+
+#[test]
+fn they_follow_what_is_written() {
+    for (cluster, options) in [
+        ("64k", &[][..]),
+        ("512", &[]),
+        ("2M", &[]),
+        ("512", &["--target-is-zero"]),
+        ("64k", &["-c"]),
+        ("64k", &["-S", "0", "-m", "4", "-W"]),
+    ] {
+        let s = Scratch::new();
+        s.judge(&["create", "-q", "-f", "qcow2", "s", "5000k"]);
+        let writes = ["write -P 1 64k 64k", "write -P 2 1000k 4k", "write -z 2M 64k", "write -P 3 3M 1500k"];
+        s.qemu_io("qcow2", "s", &writes);
+        twins(&s, cluster, "6M");
+        let args = [&["convert", "-n", "-f", "qcow2", "-O", "qcow2"], options].concat();
+        s.vimg(&[&args[..], &["s", "ours"]].concat());
+        s.judge(&[&args[..], &["s", "theirs"]].concat());
+        s.assert_clean("qcow2", "ours");
+        let read = |name: &str| bitmaps(&fs::read(s.file(name)).unwrap());
+        assert!(read("ours")[0].2.iter().any(|byte| *byte != 0));
+        assert!(read("ours") == read("theirs"), "clusters of {cluster}, {options:?}");
+        s.assert_same_content("qcow2", "ours", "qcow2", "theirs");
+    }
+}
+
+#[test]
+fn many_scattered_writes_set_their_bits_alone() {
+    let s = Scratch::new();
+    // More runs than are kept in memory.
+    let mut raw = vec![0; 20_000 * 1024];
+    for n in 0..20_000 {
+        raw[n * 1024..n * 1024 + 512].fill(7);
+    }
+    fs::write(s.file("s"), raw).unwrap();
+    twins(&s, "512", "20M");
+    let args = ["convert", "-n", "--target-is-zero", "-S", "512", "-f", "raw", "-O", "qcow2", "s"];
+    s.vimg(&[&args[..], &["ours"]].concat());
+    s.assert_clean("qcow2", "ours");
+    let fine = &bitmaps(&fs::read(s.file("ours")).unwrap())[0].2;
+    assert!(fine[..5000].iter().all(|byte| *byte == 0x55));
+    assert!(fine[5000..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn one_that_could_not_be_kept_up_to_date_is_marked() {
+    let s = Scratch::new();
+    twins(&s, "64k", "6M");
+    fs::write(s.file("s"), vec![7; 6 << 20]).unwrap();
+    // The file cannot grow.
+    let vimg = crate::common::vimg_path();
+    let line = format!("ulimit -f 6000; {} convert -n -f raw -O qcow2 s ours", vimg.display());
+    let out = crate::common::sh(&line).dir(s.path()).run();
+    assert_ne!(out.code, Some(0), "{out:?}");
+    let flags: Vec<u32> = bitmaps(&fs::read(s.file("ours")).unwrap()).iter().map(|bitmap| bitmap.1).collect();
+    assert_eq!(flags, [3, 3, 0]);
+}
+
+#[test]
+fn they_are_copied() {
+    for (cluster, options) in [("64k", ""), ("512", "cluster_size=2M"), ("2M", "cluster_size=512,extended_l2=off")] {
+        let s = Scratch::new();
+        twins(&s, cluster, "5000k");
+        let options = if options.is_empty() { vec![] } else { vec!["-o", options] };
+        let args = [&["convert", "--bitmaps", "-f", "qcow2", "-O", "qcow2"], &options[..], &["ours"]].concat();
+        s.vimg(&[&args[..], &["a"]].concat());
+        s.judge(&[&args[..], &["b"]].concat());
+        s.assert_clean("qcow2", "a");
+        let read = |name: &str| bitmaps(&fs::read(s.file(name)).unwrap());
+        assert_eq!(read("a").len(), 3);
+        assert!(read("a") == read("b"), "clusters of {cluster}, {options:?}");
+        // To one that has others, which follow.
+        for (run, name) in [(Scratch::vimg as fn(&Scratch, &[&str]) -> _, "c"), (Scratch::judge, "d")] {
+            s.judge(&["create", "-q", "-f", "qcow2", name, "5000k"]);
+            s.judge(&["bitmap", "--add", name, "x"]);
+            run(&s, &["convert", "-n", "--bitmaps", "-f", "qcow2", "-O", "qcow2", "ours", name]);
+        }
+        s.assert_clean("qcow2", "c");
+        assert_eq!(read("c").len(), 4);
+        assert!(read("c") == read("d"), "clusters of {cluster}");
+    }
+}
+
+#[test]
+fn bitmaps_in_one_place_do_not_become_a_large_file() {
+    let s = Scratch::new();
+    twins(&s, "64k", "6M");
+    let mut bytes = fs::read(s.file("ours")).unwrap();
+    let at = bytes.windows(4).position(|w| w == [0x23, 0x85, 0x28, 0x75]).unwrap();
+    let word = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let (directory, last) = (word(&bytes, at + 24), 32 + 40);
+    // A thousand times the last entry, under other names.
+    let entry = bytes[directory + last..directory + last + 32].to_vec();
+    let mut list = Vec::new();
+    for n in 0..1000 {
+        let mut entry = entry.clone();
+        entry[24..29].copy_from_slice(format!("{n:05}").as_bytes());
+        list.extend_from_slice(&entry);
+    }
+    bytes[at + 8..at + 12].copy_from_slice(&1000u32.to_be_bytes());
+    bytes[at + 16..at + 24].copy_from_slice(&(list.len() as u64).to_be_bytes());
+    bytes[directory..directory + list.len()].copy_from_slice(&list);
+    fs::write(s.file("ours"), &bytes).unwrap();
+    let out = vimg(&["convert", "--bitmaps", "-O", "qcow2", "ours", "a"]).dir(s.path()).fails(1);
+    assert!(out.stderr.contains("Bitmaps share their place in the file"), "{out:?}");
+    assert!(!s.file("a").exists());
+}

@@ -73,6 +73,11 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         None
     }
+
+    /// Able to hold persistent bitmaps.
+    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
+        None
+    }
 }
 
 /// What is to be stored.
@@ -194,6 +199,12 @@ pub trait Write: Send + Sync {
         let _ = placed;
     }
 
+    /// This range was to be written and holds that already: nothing was placed, but bitmaps count it as written.
+    fn wrote_the_same(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let _ = (at, len);
+        Ok(())
+    }
+
     /// The guest no longer needs this range (whole units alone are affected). What it then reads as: zeros, or
     /// the backing file where `Zero` was not asked for.
     fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
@@ -279,6 +290,42 @@ pub trait Snapshots {
 
     /// The layer as it was at that snapshot, read-only. `key` matches an id or a name as `by` says.
     fn open(&self, key: &SnapshotKey) -> Result<Box<dyn BlockDriver>>;
+}
+
+/// What is known of a persistent bitmap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BitmapInfo {
+    /// Its name.
+    pub name: String,
+    /// log2 of the bytes for which one bit stands.
+    pub granularity_bits: u8,
+    /// Whether it follows what is written.
+    pub enabled: bool,
+    /// Whether it says what it ought to.
+    pub consistent: bool,
+    /// The size of the disk that it is for.
+    pub disk: u64,
+    /// Bytes of the file that it takes beside its bits.
+    pub stored: u64,
+}
+
+/// Able to hold persistent bitmaps: which parts of the disk were written since.
+///
+/// A layer keeps those that are enabled up to date by itself. A bitmap is known by its place in the list; bit 0 of
+/// byte 0 stands for the disk's start.
+pub trait Bitmaps {
+    /// All of them, in the order of the directory.
+    fn list(&self) -> Vec<BitmapInfo>;
+
+    /// Reads bytes from `at` on (which the disk's size must ask for); gives how many of them lie in the file.
+    fn read(&self, index: usize, at: u64, bits: &mut [u8]) -> Result<u64>;
+
+    /// Adds bitmaps with no bit set, for the disk's size; gives the first one's place. They are there for good once
+    /// the layer is closed.
+    fn add(&self, new: &[BitmapInfo]) -> Result<usize>;
+
+    /// Sets what is set in `bits`, from the byte `at` on.
+    fn set(&self, index: usize, at: u64, bits: &[u8]) -> Result<()>;
 }
 
 /// Which snapshot.

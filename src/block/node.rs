@@ -237,6 +237,8 @@ impl Node {
                 if !mapping.is_zero() {
                     let zeros = vec![0; usize::try_from(mapping.len).unwrap_or(usize::MAX)];
                     self.write(GuestOffset(pos), &zeros, scratch)?;
+                } else {
+                    self.writing()?.wrote_the_same(GuestOffset(pos), mapping.len)?;
                 }
                 pos += mapping.len;
             }

@@ -10,7 +10,7 @@ use super::progress::Progress;
 use super::source::Source;
 use super::{Complaint, Program, Subcommand, cache, object, options, size};
 use crate::block::driver::SnapshotKey;
-use crate::block::{CreateOptions, Effort, Node, OpenHow, Opener, OptionValue};
+use crate::block::{CreateOptions, Effort, Error, Node, OpenHow, Opener, OptionValue};
 use crate::ops::convert::job::{self, Job};
 use crate::ops::convert::{How, MOST_THREADS, Observer};
 use crate::ops::create::{NewImage, Target};
@@ -186,7 +186,14 @@ impl Subcommand for Args {
         }
         let cache = self.target_cache.as_deref().map_or(Ok(CacheMode::Unsafe), cache::target)?;
         let voice = Voice { progress: &progress, name: (!self.quiet).then(|| program.name().to_owned()) };
-        let job = Job { sources: &sources, how: self.how(), cache, backed: backing.is_some(), observer: &voice };
+        let job = Job {
+            sources: &sources,
+            how: self.how(),
+            cache,
+            backed: backing.is_some(),
+            bitmaps: self.bitmaps,
+            observer: &voice,
+        };
         let done = match new {
             Some(new) => job.to_new(&new, &opener),
             None => {
@@ -199,6 +206,11 @@ impl Subcommand for Args {
         };
         program.notices(&opener);
         done?;
+        if let (Some(source), true) = (sources.first(), self.bitmaps) {
+            for name in broken_bitmaps(source)? {
+                program.warn(&format!("Skipping inconsistent bitmap '{name}'"));
+            }
+        }
         Ok(Exit::Success)
     }
 }
@@ -312,7 +324,11 @@ impl Args {
             let [source] = sources else {
                 return refuse("Copying bitmaps only possible with single source");
             };
-            check_bitmaps(source)?;
+            if let (Some(name), false) = (broken_bitmaps(source)?.first(), self.skip_broken_bitmaps) {
+                let error = Error::unsupported(format!("Cannot copy inconsistent bitmap '{name}'"));
+                let hint = "Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it";
+                return Err(error.hint(hint).into());
+            }
         }
         Ok(())
     }
@@ -337,19 +353,11 @@ fn preallocates(options: &CreateOptions) -> bool {
     options.text("preallocation").is_some_and(|mode| mode != "off")
 }
 
-/// Bitmaps are not copied; without any there is nothing to do.
-fn check_bitmaps(source: &Node) -> anyhow::Result<()> {
-    let info = source.driver().info()?;
-    match info.specific {
-        Some((_, facts)) if facts.contains_key("compat") => match facts.get("bitmaps").and_then(|list| list.as_array())
-        {
-            Some(list) if !list.is_empty() => {
-                Err(Complaint::value("Copying bitmaps is not supported: convert without --bitmaps").into())
-            }
-            _ => Ok(()),
-        },
-        _ => Err(Complaint::value("Source lacks bitmap support").into()),
-    }
+/// The names of inconsistent bitmaps, in the reference's order.
+fn broken_bitmaps(source: &Node) -> Result<Vec<String>, Complaint> {
+    let bitmaps = source.driver().bitmaps().ok_or_else(|| Complaint::value("Source lacks bitmap support"))?;
+    let broken = bitmaps.list().into_iter().rev().filter(|bitmap| !bitmap.consistent);
+    Ok(broken.map(|bitmap| bitmap.name).collect())
 }
 
 /// `-l`: a list of `snapshot.KEY=VALUE`, or else an id or a name.

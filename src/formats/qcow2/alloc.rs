@@ -14,6 +14,7 @@ use super::guard;
 use super::layout::{self, COMPRESSED, COPIED, ENTRY, OFFSET_MASK, SUBCLUSTERS, ZERO};
 use super::space::Cursor;
 use super::tables::Table;
+use super::tracking::Dirty;
 
 /// What is known of free space. Its lock is held by whoever changes tables.
 #[derive(Debug, Default)]
@@ -27,8 +28,8 @@ pub struct Allocator {
     pub(super) freed: Vec<(u64, u64, bool)>,
     /// Whether it was looked up where metadata is.
     learned: bool,
-    /// Whether the bitmaps were marked as no longer kept.
-    told_bitmaps: bool,
+    /// What bitmaps still have to be told.
+    pub(super) dirty: Dirty,
 }
 
 impl Allocator {
@@ -423,19 +424,13 @@ impl Qcow2Driver {
         if self.tables.is_full() || alloc.freed.len() >= MOST_FREED { self.settle(alloc) } else { Ok(()) }
     }
 
-    /// Bitmaps that ought to follow changes are marked as in use before the first one: whoever reads them then knows
-    /// that they do not tell everything.
+    /// What has to be known and marked before the first change.
     pub(super) fn before_first_change(&self, alloc: &mut Allocator) -> Result<()> {
-        if alloc.told_bitmaps {
-            return Ok(());
-        }
         self.before_resize(alloc)?;
-        self.mark_bitmaps_in_use()?;
-        alloc.told_bitmaps = true;
-        Ok(())
+        self.begin_bitmaps(&mut alloc.dirty)
     }
 
-    /// The same where bitmaps will be made to follow.
+    /// The same where no guest data is written.
     pub(super) fn before_resize(&self, alloc: &mut Allocator) -> Result<()> {
         if !std::mem::replace(&mut alloc.learned, true) {
             self.learn_metadata()?;
@@ -448,6 +443,9 @@ impl Qcow2Driver {
         let mut alloc = self.lock_alloc();
         if self.write {
             self.settle(&mut alloc)?;
+            if last {
+                self.finish_bitmaps(&mut alloc)?;
+            }
             let storage = &self.file().storage;
             if last && std::mem::take(&mut alloc.compressed) && !storage.kind().is_device() {
                 let len = storage.len().context("Could not get file size")?;
@@ -480,11 +478,13 @@ impl Write for Qcow2Driver {
         self.before_first_change(&mut alloc)?;
         self.settle_if_due(&mut alloc)?;
         let len = len.max(1);
-        match store {
+        let placed = match store {
             Store::Data => self.place_data(&mut alloc, at, len, store),
             Store::Compressed { bytes } => self.place_packed(&mut alloc, at, bytes),
             Store::Zero { unmap } => self.place_zero(&mut alloc, at, len, unmap, store),
-        }
+        }?;
+        self.touch(&mut alloc, at, placed.len)?;
+        Ok(placed)
     }
 
     fn publish(&self, placed: &Placed) -> Result<()> {
@@ -519,6 +519,12 @@ impl Write for Qcow2Driver {
         }
     }
 
+    fn wrote_the_same(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let mut alloc = self.lock_alloc();
+        self.before_first_change(&mut alloc)?;
+        self.touch(&mut alloc, at.get(), len)
+    }
+
     fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
         let cluster = self.geometry.cluster_size();
         let size = self.header().fields.size;
@@ -527,6 +533,7 @@ impl Write for Qcow2Driver {
         let mut guest = at.get().next_multiple_of(cluster);
         let mut alloc = self.lock_alloc();
         self.before_first_change(&mut alloc)?;
+        self.touch(&mut alloc, at.get(), len)?;
         while guest < end {
             let l1 = self.l1();
             if self.tables.get(l1, self.geometry.l1_index(guest))? & OFFSET_MASK == 0 && self.backing.is_none() {

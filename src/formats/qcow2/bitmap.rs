@@ -26,6 +26,8 @@ pub struct Bitmap {
     pub fields: BitmapFields,
     /// Its name.
     pub name: String,
+    /// The size of the disk that it is for.
+    pub disk: u64,
 }
 
 /// Largest bitmap table that the reference takes, in entries.
@@ -66,7 +68,8 @@ pub fn read_directory(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitm
         if !names.insert(name.clone()) {
             return Err(Error::corrupt(format!("Bitmap already exists: {name}")));
         }
-        found.push(Bitmap { fields, name });
+        let disk = header.fields.size - header.fields.size % layout::SECTOR;
+        found.push(Bitmap { fields, name, disk });
     }
     if found.len() as u64 != u64::from(place.count) {
         return Err(Error::corrupt("Less bitmaps found than specified in header extension"));
@@ -74,7 +77,8 @@ pub fn read_directory(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitm
     Ok(found)
 }
 
-fn check(fields: &BitmapFields, name: &str, geometry: &Geometry, disk: u64) -> Result<()> {
+/// Refuses a bitmap that cannot be. The texts are the reference's.
+pub(super) fn check(fields: &BitmapFields, name: &str, geometry: &Geometry, disk: u64) -> Result<()> {
     let granularity = layout::MIN_GRANULARITY_BITS..=layout::MAX_GRANULARITY_BITS;
     let bytes = u64::from(fields.table_size) << geometry.cluster_bits;
     let sound = fields.table_size != 0
@@ -98,25 +102,39 @@ fn check(fields: &BitmapFields, name: &str, geometry: &Geometry, disk: u64) -> R
     Ok(())
 }
 
+/// The directory as it is stored.
+pub(super) fn directory(list: &[Bitmap]) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    for bitmap in list {
+        if bitmap.name.len() != usize::from(bitmap.fields.name_size) {
+            return Err(Error::unsupported(format!("Bitmap '{}' has a name that cannot be kept", bitmap.name)));
+        }
+        bytes.extend_from_slice(&bitmap.fields.to_bytes());
+        bytes.extend_from_slice(bitmap.name.as_bytes());
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+    }
+    if list.len() as u64 > u64::from(layout::MAX_BITMAPS) || bytes.len() as u64 > layout::MAX_BITMAP_DIRECTORY_BYTES {
+        return Err(Error::unsupported("There is no room for more bitmaps"));
+    }
+    Ok(bytes)
+}
+
 /// Bit 0 of a table entry without an offset: the bits it stands for are all set.
-const ALL_SET: u64 = 1;
+pub(super) const ALL_SET: u64 = 1;
 
 impl Qcow2Driver {
     /// Copies of all bitmaps for a disk of `size` bytes (not 0), and where their directory is. New bits are clear.
     /// What the old ones used waits in the allocator to be freed.
     pub(super) fn fit_bitmaps(&self, alloc: &mut Allocator, size: u64) -> Result<Option<BitmapsExtension>> {
         let header = self.header().clone();
-        let Some(place) = header.bitmaps.filter(|_| !self.bitmaps.is_empty()) else { return Ok(None) };
-        let mut directory = Vec::new();
-        for bitmap in &self.bitmaps {
-            if bitmap.name.len() != usize::from(bitmap.fields.name_size) {
-                return Err(Error::unsupported(format!("Bitmap '{}' has a name that cannot be kept", bitmap.name)));
-            }
-            let fields = self.fit_bitmap(alloc, &bitmap.fields, header.fields.size, size)?;
-            directory.extend_from_slice(&fields.to_bytes());
-            directory.extend_from_slice(bitmap.name.as_bytes());
-            directory.resize(directory.len().next_multiple_of(8), 0);
+        let mut list = self.bitmap_list();
+        let Some(place) = header.bitmaps.filter(|_| !list.is_empty()) else { return Ok(None) };
+        for bitmap in &mut list {
+            bitmap.fields = self.fit_bitmap(alloc, &bitmap.fields, header.fields.size, size)?;
+            bitmap.disk = size;
         }
+        let directory = directory(&list)?;
+        self.set_bitmap_list(list);
         let directory_offset = self.put(alloc, &directory)?;
         self.free_bytes(alloc, place.directory_offset, place.directory_size);
         Ok(Some(BitmapsExtension { directory_offset, directory_size: directory.len() as u64, ..place }))
@@ -171,17 +189,24 @@ impl Qcow2Driver {
     }
 
     /// Writes bytes to new clusters, filled up with zeros.
-    fn put(&self, alloc: &mut Allocator, bytes: &[u8]) -> Result<u64> {
+    pub(super) fn put(&self, alloc: &mut Allocator, bytes: &[u8]) -> Result<u64> {
         let cluster = self.geometry.cluster_size();
         let clusters = (bytes.len() as u64).div_ceil(cluster).max(1);
-        let at = self.allocate(alloc, clusters)? << self.geometry.cluster_bits;
         let mut whole = bytes.to_vec();
         whole.resize(usize::try_from(clusters * cluster).unwrap_or(bytes.len()), 0);
-        self.file().storage.write_at(at, &whole).context("Could not write a bitmap")?;
+        self.put_bytes(alloc, &whole)
+    }
+
+    /// Writes bytes to new clusters; what is behind them stays what it is.
+    pub(super) fn put_bytes(&self, alloc: &mut Allocator, bytes: &[u8]) -> Result<u64> {
+        let clusters = (bytes.len() as u64).div_ceil(self.geometry.cluster_size()).max(1);
+        let at = self.allocate(alloc, clusters)? << self.geometry.cluster_bits;
+        self.file().storage.write_at(at, bytes).context("Could not write a bitmap")?;
         Ok(at)
     }
 
-    fn free_bytes(&self, alloc: &mut Allocator, at: u64, len: u64) {
+    /// The clusters of a run of bytes lose a reference, later.
+    pub(super) fn free_bytes(&self, alloc: &mut Allocator, at: u64, len: u64) {
         if at != 0 && len > 0 {
             let bits = self.geometry.cluster_bits;
             alloc.freed.push((at >> bits, len.div_ceil(self.geometry.cluster_size()), true));

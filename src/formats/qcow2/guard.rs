@@ -121,7 +121,7 @@ impl Qcow2Driver {
             let fields = snapshot.fields;
             still(fields.l1_table_offset, u64::from(fields.l1_size) * ENTRY, "inactive L1 table");
         }
-        for bitmap in &self.bitmaps {
+        for bitmap in self.bitmap_list() {
             still(bitmap.fields.table_offset, u64::from(bitmap.fields.table_size) * ENTRY, "bitmap table");
         }
         for (n, (at, len, what)) in fixed.iter().enumerate() {

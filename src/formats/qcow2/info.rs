@@ -57,7 +57,8 @@ impl Qcow2Driver {
     }
 
     fn bitmaps_info(&self) -> Value {
-        let bitmaps = self.bitmaps.iter().map(|bitmap| {
+        let list = self.bitmap_list();
+        let bitmaps = list.iter().map(|bitmap| {
             let mut flags = Vec::new();
             if bitmap.fields.flags & layout::BITMAP_IN_USE != 0 {
                 flags.push("in-use");

@@ -3,7 +3,7 @@
 //! What is where: `layout.rs` the on-disk structures and [`layout::Geometry`]; `header.rs` the header from and to
 //! bytes; `open.rs` opening: checks, refusals, options; `tables.rs` the cache of L1, L2 and refcount tables and the
 //! order in which changes reach the file; `map.rs` guest offset → extent; `codec.rs` compressed clusters;
-//! `snapshot.rs` and `bitmap.rs` their directories; `info.rs` what info shows; `create.rs` new images; `alloc.rs`
+//! `snapshot.rs` and `bitmap.rs` their directories; `tracking.rs` bitmaps that follow what is written; `info.rs` what info shows; `create.rs` new images; `alloc.rs`
 //! and `refcount.rs` the giving out of clusters; `resize.rs` the changing of the size.
 //!
 //! Lock order: `alloc` → `header` → the cache's own. Whoever changes a table or the header holds `alloc`. No lock is
@@ -28,6 +28,7 @@ pub mod resize;
 pub mod snapshot;
 pub mod space;
 pub mod tables;
+pub mod tracking;
 pub mod window;
 
 use std::sync::atomic::AtomicBool;
@@ -35,6 +36,7 @@ use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 use byteorder::{BigEndian, ByteOrder};
 
+use crate::block::driver::Bitmaps;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
@@ -92,8 +94,8 @@ pub struct Qcow2Driver {
     places: Mutex<guard::Places>,
     /// As they were when the image was opened.
     snapshots: Vec<snapshot::Snapshot>,
-    /// As they were when the image was opened.
-    bitmaps: Vec<bitmap::Bitmap>,
+    /// As they will be when the image is closed.
+    bitmaps: RwLock<Vec<bitmap::Bitmap>>,
     /// The LUKS header.
     luks: Option<luks::Header>,
     backing: Option<BackingRef>,
@@ -149,6 +151,10 @@ impl BlockDriver for Qcow2Driver {
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         Some(self)
+    }
+
+    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
+        if self.geometry.version < 3 { None } else { Some(self) }
     }
 }
 

@@ -7,7 +7,7 @@ use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
 use super::counts::Counts;
-use super::layout::{self, BITMAP_ENTRY, COMPRESSED, ENTRY, OFFSET_MASK, REFCOUNT_OFFSET_MASK};
+use super::layout::{self, COMPRESSED, ENTRY, OFFSET_MASK, REFCOUNT_OFFSET_MASK};
 use super::space::Cursor;
 use super::tables::{Kind, Table};
 
@@ -89,7 +89,7 @@ pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
     if let Some(bitmaps) = &header.bitmaps {
         references.add(bitmaps.directory_offset, bitmaps.directory_size);
     }
-    for bitmap in &driver.bitmaps {
+    for bitmap in driver.bitmap_list() {
         let len = u64::from(bitmap.fields.table_size) * ENTRY;
         references.add(bitmap.fields.table_offset, len);
         let table = Table { kind: Kind::L1, at: bitmap.fields.table_offset, len };
@@ -138,23 +138,4 @@ fn settle(driver: &Qcow2Driver, counts: &[u32], clusters: u64) -> Result<()> {
     }
     driver.tables.write_back()?;
     driver.file().storage.flush().context("Could not flush")
-}
-
-impl Qcow2Driver {
-    /// Marks bitmaps that ought to follow changes as in use, in their directory: their content is not to be trusted
-    /// from now on.
-    pub(super) fn mark_bitmaps_in_use(&self) -> Result<()> {
-        let place = self.header().bitmaps;
-        let Some(place) = place else { return Ok(()) };
-        let mut at = place.directory_offset;
-        for bitmap in &self.bitmaps {
-            let flags = bitmap.fields.flags;
-            if flags & layout::BITMAP_AUTO != 0 && flags & layout::BITMAP_IN_USE == 0 {
-                let flags = (flags | layout::BITMAP_IN_USE).to_be_bytes();
-                self.file().storage.write_at(at + 12, &flags).context("Could not update bitmap directory")?;
-            }
-            at += (BITMAP_ENTRY as u64 + u64::from(bitmap.fields.name_size)).next_multiple_of(8);
-        }
-        self.file().storage.flush().context("Could not update bitmap directory")
-    }
 }

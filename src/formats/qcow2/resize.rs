@@ -30,11 +30,12 @@ impl Resize for Qcow2Driver {
         if !self.snapshots.is_empty() && self.geometry.version < 3 {
             return Err(Error::unsupported("Can't resize a v2 image which has snapshots"));
         }
-        if let Some(lost) = self.bitmaps.iter().find(|b| b.fields.flags & layout::BITMAP_IN_USE != 0) {
+        let bitmaps = self.bitmap_list();
+        if let Some(lost) = bitmaps.iter().find(|b| b.fields.flags & layout::BITMAP_IN_USE != 0) {
             let text = format!("Bitmap '{}' is inconsistent and cannot be used", lost.name);
             return Err(Error::unsupported(text).hint("Try block-dirty-bitmap-remove to delete this bitmap from disk"));
         }
-        if size == 0 && !self.bitmaps.is_empty() {
+        if size == 0 && !bitmaps.is_empty() {
             return Err(Error::unsupported("Bitmaps cannot be kept in an image without a size"));
         }
         if size < old && fill != Preallocation::Off {

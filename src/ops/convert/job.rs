@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{Above, How, Joined, Observer, convert};
+use super::{Above, How, Joined, Observer, bitmaps, convert};
 use crate::block::driver::SnapshotKey;
 use crate::block::error::Context;
 use crate::block::{Effort, Error, ImageRef, Node, OpenHow, Opener, Result};
@@ -61,6 +61,8 @@ pub struct Job<'a> {
     pub cache: CacheMode,
     /// Whether the target has a backing file whose content need not be copied.
     pub backed: bool,
+    /// Whether persistent bitmaps are copied, those that are consistent.
+    pub bitmaps: bool,
     /// Hears how it goes.
     pub observer: &'a dyn Observer,
 }
@@ -99,7 +101,10 @@ impl Job<'_> {
     fn run(&self, target: &Node, how: How) -> Result<()> {
         let above = if self.backed { above(self.sources, target, how.unnamed) } else { None };
         let source = Joined::new(self.sources, above);
+        let bitmaps = self.sources.first().filter(|_| self.bitmaps);
+        bitmaps.map_or(Ok(()), |source| bitmaps::check(source, target))?;
         convert(&source, target, &how, self.observer)?;
+        bitmaps.map_or(Ok(()), |source| bitmaps::copy(source, target))?;
         target.driver().close()
     }
 }

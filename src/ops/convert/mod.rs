@@ -3,6 +3,7 @@
 //! The plan ([`plan`]) walks the sources' maps and cuts chunks; the workers ([`engine`]) move them. The target is
 //! open already: who made it, and whether it has its name yet, is not decided here.
 
+pub mod bitmaps;
 pub mod engine;
 pub mod job;
 pub mod plan;
