@@ -294,11 +294,21 @@ fn copy_offloading_shares_the_data_where_the_file_system_can() {
         let at = scratch.file("mounted");
         fs::create_dir(&at).unwrap();
         scratch.sh(&format!("truncate -s 512M fs.img && PATH=$PATH:/sbin:/usr/sbin mkfs.{kind} -q fs.img && mount -o loop fs.img mounted"));
+        fs::write(scratch.file("small"), [1; 4096]).unwrap();
         let made = sh("head -c 48M /dev/urandom > a && sync && stat -f -c %f . > ../before").dir(&at).run();
         let out = vimg(&["convert", "-C", "-f", "raw", "-O", "raw", "a", "b"]).dir(&at).run();
+        let odd = |program: fn(&[&'static str]) -> crate::common::Run, target| {
+            let out =
+                program(&["convert", "-f", "raw", "-o", "extent_size_hint=1000", "../small", target]).dir(&at).run();
+            (out.code, out.stderr)
+        };
+        let hints = (odd(vimg, "ours"), odd(judge, "theirs"));
+        sh("rm -f ours theirs").dir(&at).run();
         let after = sh("sync && cmp a b && stat -f -c '%f %S' .").dir(&at).run();
         scratch.sh("umount mounted");
         assert_eq!((made.code, out.code, after.code), (Some(0), Some(0), Some(0)), "{kind}: {out:?} {after:?}");
+        assert_eq!(hints.0, hints.1, "{kind}");
+        assert!(hints.0.1.contains("Failed to set extent size hint"), "{hints:?}");
         let before: u64 = fs::read_to_string(scratch.file("before")).unwrap().trim().parse().unwrap();
         let numbers: Vec<u64> = after.stdout.split_whitespace().map(|n| n.parse().unwrap()).collect();
         let used = before.saturating_sub(numbers[0]) * numbers[1];
@@ -408,5 +418,40 @@ fn new_blocks_hold_no_more_than_the_source() {
             }
             assert_same_bytes(&scratch.file("ours"), &scratch.file("theirs"));
         }
+    }
+}
+
+/// What salvage says, without how often: the reference looks at a map twice.
+fn told(stderr: &str) -> Vec<String> {
+    let mut lines: Vec<_> = stderr.lines().filter(|line| !line.contains("error while reading offset")).collect();
+    lines.sort_unstable();
+    lines.dedup();
+    lines.into_iter().map(str::to_owned).collect()
+}
+
+#[test]
+fn salvage_bears_maps_that_cannot_be_read() {
+    let scratch = Scratch::new();
+    fs::write(scratch.file("s.raw"), pattern(5, 1 << 20)).unwrap();
+    judge(&["convert", "-f", "raw", "-O", "qcow2", "s.raw", "good"]).dir(scratch.path()).ok();
+    let header = fs::read(scratch.file("good")).unwrap();
+    let l1 = u64::from_be_bytes(header[40..48].try_into().unwrap());
+    let entry = usize::try_from(l1).unwrap();
+    let l2 = u64::from_be_bytes(header[entry..entry + 8].try_into().unwrap()) & 0x00ff_ffff_ffff_fe00;
+    // The third cluster, then all of them.
+    for at in [l2 + 16, l1] {
+        fs::copy(scratch.file("good"), scratch.file("bad")).unwrap();
+        let file = fs::OpenOptions::new().write(true).open(scratch.file("bad")).unwrap();
+        file.write_all_at(&0x8000_0000_0012_3456u64.to_be_bytes(), at).unwrap();
+        let run = |program: fn(&[&'static str]) -> crate::common::Run, target: &'static str| {
+            program(&["convert", "--salvage", "-f", "qcow2", "bad", target]).dir(scratch.path()).ok()
+        };
+        let (theirs, ours) = (run(judge, "theirs"), run(vimg, "ours"));
+        assert_eq!(told(&ours.stderr), told(&theirs.stderr));
+        assert_same_bytes(&scratch.file("theirs"), &scratch.file("ours"));
+        // On top of something else what is lost becomes zeros too.
+        fs::write(scratch.file("ours"), vec![7; 1 << 20]).unwrap();
+        vimg(&["convert", "-q", "-n", "--salvage", "-f", "qcow2", "bad", "ours"]).dir(scratch.path()).ok();
+        assert_same_bytes(&scratch.file("theirs"), &scratch.file("ours"));
     }
 }

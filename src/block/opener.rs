@@ -113,7 +113,8 @@ impl<'a> Opener<'a> {
         std::mem::take(&mut self.notices.lock().unwrap_or_else(|e| e.into_inner()))
     }
 
-    pub(super) fn notice(&self, notice: Notice) {
+    /// Something that came up, to be told by whoever asks for it.
+    pub fn notice(&self, notice: Notice) {
         self.notices.lock().unwrap_or_else(|e| e.into_inner()).push(notice);
     }
 

@@ -136,6 +136,10 @@ impl Observer for Voice<'_> {
         self.progress.report(done, total);
     }
 
+    fn note(&self, line: &str) {
+        eprintln!("{line}");
+    }
+
     fn warn(&self, text: &str) {
         if let Some(name) = &self.name {
             eprintln!("{name}: warning: {text}");

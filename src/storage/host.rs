@@ -103,19 +103,17 @@ pub fn extent_size_hint(file: &File) -> Option<u64> {
     (attributes.extsize != 0).then_some(u64::from(attributes.extsize))
 }
 
-/// Sets the extent size hint of an empty file. A file system without such hints is no error.
+/// Sets the extent size hint of an empty file; not every file system has such hints.
 pub fn set_extent_size_hint(file: &File, hint: u32) -> Result<()> {
-    let Ok(mut attributes) = attributes(file) else { return Ok(()) };
+    let mut attributes = attributes(file)?;
     attributes.extsize = hint;
     match hint {
         0 => attributes.xflags &= !XFLAG_EXTSIZE,
         _ => attributes.xflags |= XFLAG_EXTSIZE,
     }
     // SAFETY: the descriptor is open, and FS_IOC_FSSETXATTR reads one such structure from where it lies.
-    match unsafe { fs_set_xattr(file.as_raw_fd(), &attributes) } {
-        Ok(_) | Err(Errno::ENOTTY | Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
-        Err(errno) => Err(errno.into()),
-    }
+    unsafe { fs_set_xattr(file.as_raw_fd(), &attributes) }?;
+    Ok(())
 }
 
 /// Asks that an empty file's blocks be overwritten in place (btrfs). Where that cannot be asked, nothing is done.

@@ -110,7 +110,7 @@ impl Staging {
             }
             // The default is only tried; what the user asked for is missed.
             if let Err(Error::Io(cause)) = host::set_extent_size_hint(staged.storage.file(), hint)
-                && how.extent_size_hint.is_some()
+                && how.extent_size_hint.is_some_and(|asked| asked > 0)
             {
                 let text = format!("Failed to set extent size hint: {}", error::strerror(&cause));
                 self.notices.lock().unwrap_or_else(|e| e.into_inner()).push(text);

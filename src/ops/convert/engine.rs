@@ -148,7 +148,7 @@ impl<'a> Engine<'a> {
             target,
             how,
             observer,
-            plan: Mutex::new(Plan::new(source, Shape { unit, zeros })),
+            plan: Mutex::new(Plan::new(source, Shape { unit, zeros }, how.salvage.then_some(observer))),
             turn: Turn::default(),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -192,7 +192,7 @@ impl<'a> Engine<'a> {
 
     fn total(&self) -> u64 {
         // A map that cannot be read is the workers' to complain about.
-        *self.total.get_or_init(|| self.source.work(self.zeros == Zeros::Write).unwrap_or(0))
+        *self.total.get_or_init(|| self.source.work(self.zeros == Zeros::Write))
     }
 
     fn work(&self) {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::{Above, How, Joined, Observer, bitmaps, convert};
 use crate::block::driver::SnapshotKey;
 use crate::block::error::Context;
+use crate::block::opener::Notice;
 use crate::block::{Effort, Error, ImageRef, Node, OpenHow, Opener, Result};
 use crate::ops::create::{self, NewImage};
 use crate::storage::staging::Staging;
@@ -77,10 +78,14 @@ impl Job<'_> {
             Some(create) => create.effort(&new.options, self.how.compress).with_context(made)?,
             None => Effort::default(),
         };
-        create::make(new, &staging, opener).with_context(made)?;
-        let opener = Opener::new(opener.formats(), opener.policy()).with_staging(&staging);
+        let make = create::make(new, &staging, opener).with_context(made);
+        staging.take_notices().into_iter().for_each(|text| opener.notice(Notice::Warning(text)));
+        make?;
+        let inner = Opener::new(opener.formats(), opener.policy()).with_staging(&staging);
         let how = OpenHow { format: Some(format.to_owned()), write: true, cache: self.cache, ..OpenHow::default() };
-        let target = opener.open(&ImageRef::name(&new.name), &how)?;
+        let target = inner.open(&ImageRef::name(&new.name), &how);
+        inner.take_notices().into_iter().for_each(|notice| opener.notice(notice));
+        let target = target?;
         let writing = target.writing()?;
         // A new file is a hole; a device holds whatever it held, where the format does not map it.
         let kinds = target.driver().files().iter().map(|child| child.storage.kind());

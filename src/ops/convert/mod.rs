@@ -71,6 +71,11 @@ pub trait Observer: Sync {
         let _ = (done, total);
     }
 
+    /// A line to be shown as it is.
+    fn note(&self, line: &str) {
+        let _ = line;
+    }
+
     /// Something went wrong that was asked to be borne.
     fn warn(&self, text: &str) {
         let _ = text;

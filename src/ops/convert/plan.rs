@@ -2,10 +2,13 @@
 //!
 //! Invariants: a chunk starts and ends at a unit of the target (or at the end of the disk), so that no two
 //! workers ever share one; a compressed unit of a source lies in one chunk, so that it is decoded once; what
-//! needs no writing is in no chunk. The cuts depend on the maps alone, never on timing.
+//! needs no writing is in no chunk. The cuts depend on the maps alone, never on timing. Where a map cannot be
+//! read and that is to be borne, there are zeros, as short as a sector.
 
+use super::Observer;
 use super::source::{Content, Joined, Segment};
-use crate::block::{ExtentKind, Result};
+use super::zero::SECTOR;
+use crate::block::{Error, ExtentKind, Result};
 
 /// Guest data in one chunk, before rounding to units.
 pub const CHUNK: u64 = 2 << 20;
@@ -61,7 +64,6 @@ pub struct Chunk<'a> {
 }
 
 /// The walk.
-#[derive(Debug)]
 pub struct Plan<'a> {
     source: &'a Joined,
     shape: Shape,
@@ -70,12 +72,15 @@ pub struct Plan<'a> {
     pending: Option<Segment<'a>>,
     /// Where the run of data that we are in is to be cut next, and whether it is a run of zeros.
     cut: Option<(u64, bool)>,
+    /// Who hears of maps that cannot be read, where that is to be borne.
+    salvage: Option<&'a dyn Observer>,
+    noted: bool,
 }
 
 impl<'a> Plan<'a> {
     /// A walk over all of it.
-    pub fn new(source: &'a Joined, shape: Shape) -> Self {
-        Self { source, shape, at: 0, number: 0, pending: None, cut: None }
+    pub fn new(source: &'a Joined, shape: Shape, salvage: Option<&'a dyn Observer>) -> Self {
+        Self { source, shape, at: 0, number: 0, pending: None, cut: None, salvage, noted: false }
     }
 
     fn segment(&mut self) -> Result<Option<Segment<'a>>> {
@@ -83,7 +88,36 @@ impl<'a> Plan<'a> {
             return Ok(Some(segment));
         }
         let left = self.source.total() - self.at;
-        if left == 0 { Ok(None) } else { self.source.map(self.at, left).map(Some) }
+        if left == 0 {
+            return Ok(None);
+        }
+        match (self.source.map(self.at, left), self.salvage) {
+            (Err(error), Some(observer)) => Ok(Some(self.lost(error, observer))),
+            (mapped, _) => mapped.map(Some),
+        }
+    }
+
+    /// Zeros from where we stand to where the map can be read again. How far that is has to be tried.
+    fn lost(&mut self, error: Error, observer: &dyn Observer) -> Segment<'a> {
+        let (start, end) = (self.at, self.source.total());
+        let (mut at, mut error) = (start, error);
+        loop {
+            if !std::mem::replace(&mut self.noted, true) {
+                error.all_notes().iter().for_each(|line| observer.note(line));
+            }
+            let why = error.storage().map_or_else(|| error.message(), ToString::to_string);
+            let what = format!("error while reading block status at offset {at}");
+            observer.warn(&if why.starts_with(&what) { why } else { format!("{what}: {why}") });
+            at = at.saturating_add(SECTOR).min(end);
+            if at >= end || at - start >= CHUNK {
+                break;
+            }
+            match self.source.map(at, end - at) {
+                Ok(_) => break,
+                Err(next) => error = next,
+            }
+        }
+        Segment { at: start, len: at - start, content: Content::Zero }
     }
 
     /// How much of the start of a run that is not stored is whole units (the walk stands at a unit).
