@@ -24,5 +24,6 @@ mod rig;
 mod storage;
 mod vdi;
 mod vmdk;
+mod vmdk_resize;
 mod vpc;
 mod walkthrough;

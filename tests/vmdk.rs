@@ -225,13 +225,23 @@ fn split_images_grow_by_new_extents() {
             s.assert_same_content("vmdk", "d.vmdk", "raw", "d.raw");
             s.assert_clean("vmdk", "d.vmdk");
         }
-        // Lengths, names and geometry are those of a new image of that size.
-        s.judge(&["create", "-q", "-f", "vmdk", "-o", &option, "new.vmdk", "13G"]);
         let text = |name: &str| String::from_utf8(without_cid(fs::read(s.file(name)).unwrap())).unwrap();
-        assert_eq!(
-            text("d.vmdk").trim_end_matches('\0'),
-            text("new.vmdk").replace("new-", "d-").trim_end_matches('\0')
-        );
+        if subformat.ends_with("Flat") {
+            // Lengths, names and geometry are those of a new image of that size.
+            s.judge(&["create", "-q", "-f", "vmdk", "-o", &option, "new.vmdk", "13G"]);
+            assert_eq!(
+                text("d.vmdk").trim_end_matches('\0'),
+                text("new.vmdk").replace("new-", "d-").trim_end_matches('\0')
+            );
+        } else {
+            // An extent that has others behind it stays as long as it was.
+            let lengths = text("d.vmdk")
+                .lines()
+                .filter_map(|line| line.strip_prefix("RW ")?.split(' ').next()?.parse().ok())
+                .collect::<Vec<u64>>();
+            let mib = |n: u64| n * 2048;
+            assert_eq!(lengths, [2048, 1452, 2048, 1621, 2048, 2048, 2047].map(mib));
+        }
         let writes = ["write -P 7 4095M 2M", "write -P 8 12G 1M"];
         s.qemu_io("vmdk", "d.vmdk", &writes);
         s.qemu_io("raw", "d.raw", &writes);
@@ -239,6 +249,56 @@ fn split_images_grow_by_new_extents() {
         s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "d.vmdk", "back.raw"]);
         s.assert_same_content("raw", "back.raw", "raw", "d.raw");
     }
+}
+
+#[test]
+fn a_descriptor_is_replaced_where_it_can_be() {
+    let create = ["create", "-q", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", "d.vmdk", "1G"];
+    let s = Scratch::new();
+    s.judge(&create);
+    // The two names of a hard link are one file, and stay it.
+    fs::hard_link(s.file("d.vmdk"), s.file("hard.vmdk")).unwrap();
+    s.vimg(&["resize", "d.vmdk", "3G"]);
+    assert!(fs::read(s.file("d.vmdk")).unwrap() == fs::read(s.file("hard.vmdk")).unwrap());
+    fs::remove_file(s.file("hard.vmdk")).unwrap();
+    // So does a symbolic link; mode and owner are kept.
+    s.sh("mv d.vmdk real; ln -s real d.vmdk; chmod 640 real");
+    s.vimg(&["resize", "d.vmdk", "5G"]);
+    s.sh("test -L d.vmdk && test $(stat -c %a real) = 640");
+    s.assert_clean("vmdk", "d.vmdk");
+    assert!(s.judge(&["info", "d.vmdk"]).stdout.contains("virtual size: 5 GiB"));
+    // Where a name cannot be given, nothing is.
+    let before = s.sh("ls -A").stdout;
+    s.sh("ln -s nowhere/x d-s004.vmdk");
+    vimg(&["resize", "d.vmdk", "9G"]).dir(s.path()).fails(1);
+    s.sh("rm d-s004.vmdk");
+    assert_eq!(s.sh("ls -A").stdout, before);
+}
+
+#[test]
+fn a_flat_extent_grows_over_zeros_and_leaves_others_alone() {
+    let s = Scratch::new();
+    fs::write(s.file("f"), pattern(4, 3 << 20)).unwrap();
+    let text = |lines: &str| {
+        let head = "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n";
+        fs::write(s.file("d.vmdk"), format!("{head}{lines}")).unwrap();
+    };
+    let data = pattern(4, 3 << 20);
+    // What lies behind the extent was never a part of the disk.
+    text("RW 2048 FLAT \"f\" 1024\n");
+    s.vimg(&["resize", "-f", "vmdk", "d.vmdk", "4M"]);
+    s.judge(&["convert", "-f", "vmdk", "-O", "raw", "d.vmdk", "d.raw"]);
+    let got = fs::read(s.file("d.raw")).unwrap();
+    assert!(got[..1 << 20] == data[512 << 10..1536 << 10] && got[1 << 20..].iter().all(|b| *b == 0));
+    assert!(fs::read(s.file("f")).unwrap()[..1536 << 10] == data[..1536 << 10]);
+    // Two extents in one file: what is behind one may be the other.
+    fs::write(s.file("f"), &data).unwrap();
+    text("RW 2048 FLAT \"f\" 2048\nRW 2048 FLAT \"f\" 0\n");
+    for size in ["3M", "1536k"] {
+        // The locks say so; where there are none, the driver does.
+        vimg(&["resize", "-f", "vmdk", "--shrink", "d.vmdk", size]).dir(s.path()).fails(1);
+    }
+    assert!(fs::read(s.file("f")).unwrap() == data);
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use std::fmt;
 
 use super::error::Context;
-use super::format::{BackingRef, Child, CreateFiles, Format};
+use super::format::{BackingRef, Child, Format, ResizeFiles};
 use super::info::{ImageInfo, SnapshotInfo};
 use super::{CompressedUnit, Error, Extent, ExtentKind, GuestOffset, HostPlace, Result};
 use crate::storage::{Preallocation, Zeroing};
@@ -272,15 +272,14 @@ pub trait Resize {
     /// Refuses, before anything is changed, what cannot be done.
     fn check(&self, size: u64, fill: Preallocation) -> Result<()>;
 
-    /// Makes the files that an image of that size has beside those that it has now. They are complete and have
-    /// their names before [`Resize::resize`] is called; until then nothing knows of them.
-    fn make_files(&self, size: u64, fill: Preallocation, files: &dyn CreateFiles) -> Result<()> {
-        let _ = (size, fill, files);
-        Ok(())
-    }
-
     /// Sets the virtual size (a multiple of 512 except for raw).
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()>;
+
+    /// The same for an image that may get further files, or a new main file in place of the one that it has.
+    fn resize_with(&self, size: u64, fill: Preallocation, files: &dyn ResizeFiles) -> Result<()> {
+        let _ = files;
+        self.resize(size, fill)
+    }
 }
 
 /// Able to hold internal snapshots.

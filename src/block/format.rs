@@ -89,6 +89,30 @@ pub trait CreateFiles {
     fn beside(&self, name: &str) -> Result<Arc<dyn Storage>>;
 }
 
+/// Makes files while an image is resized.
+pub trait ResizeFiles {
+    /// Makes a file beside the main one. It has no name yet; one that is taken is refused.
+    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>>;
+    /// Gives the files made so far their names, then makes `main` the content of the main file: all of it, or none.
+    /// After an error there are no new names. `None` where the main file has to stay as it is (a hard link, an
+    /// image in an image): the others have their names, it is as it was.
+    fn commit(&self, main: &[u8]) -> Result<Option<Arc<dyn Storage>>>;
+}
+
+/// For images that lie where no files can be made.
+#[derive(Debug, Clone, Copy)]
+pub struct NoFiles;
+
+impl ResizeFiles for NoFiles {
+    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
+        Err(Error::unsupported(format!("The file '{name}' cannot be made here")))
+    }
+
+    fn commit(&self, _main: &[u8]) -> Result<Option<Arc<dyn Storage>>> {
+        Ok(None)
+    }
+}
+
 /// What a new image shall be.
 pub struct CreateRequest<'a> {
     /// The guest's disk size in bytes, as asked for.

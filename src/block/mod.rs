@@ -26,7 +26,9 @@ mod protocol;
 pub use driver::{Action, BlockDriver, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write};
 pub use error::{Error, Kind, Result};
 pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace};
-pub use format::{BackingRef, Child, Create, CreateFiles, CreateRequest, Format, Ids, OpenRequest, Related};
+pub use format::{
+    BackingRef, Child, Create, CreateFiles, CreateRequest, Format, Ids, NoFiles, OpenRequest, Related, ResizeFiles,
+};
 pub use name::{ImageRef, OptionTree};
 pub use node::{Mapping, Node};
 pub use opener::{Notice, OpenHow, Opener, Policy};

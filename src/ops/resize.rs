@@ -1,11 +1,13 @@
 //! Changing the size of the guest's disk: decided and checked first, so that what is refused changes nothing.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::block::error::Context;
 use crate::block::node::Scratch;
-use crate::block::{CreateFiles, Error, GuestOffset, Node, Resize, Result, name};
+use crate::block::{Error, GuestOffset, Node, Resize, ResizeFiles, Result, name};
+use crate::storage::lock::Access;
 use crate::storage::staging::{CreateHow, Staging};
 use crate::storage::{CacheMode, Preallocation, Storage};
 
@@ -61,11 +63,7 @@ fn resizing(node: &Node) -> Result<&dyn Resize> {
 /// Gives the disk that many bytes. New ones read as zeros, whatever a longer backing file holds there.
 pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
     let old = node.virtual_size();
-    // What the image will name has to be there, whole, before it names it.
-    let staging = Staging::new(CacheMode::Writeback);
-    resizing(node)?.make_files(size, fill, &Beside { node, staging: &staging })?;
-    staging.commit()?;
-    resizing(node)?.resize(size, fill)?;
+    resizing(node)?.resize_with(size, fill, &Beside { node, staging: Mutex::default() })?;
     let covered = node.backing().map_or(0, |below| below.virtual_size()).min(size);
     if covered > old {
         node.write_zeroes(GuestOffset(old), covered - old, false, &mut Scratch::default())
@@ -74,35 +72,56 @@ pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
     node.driver().close()
 }
 
-/// Makes files beside an image that is there.
+/// Makes files beside an image that is there, and replaces its own.
 struct Beside<'a> {
     node: &'a Node,
-    staging: &'a Staging,
+    /// What has no name yet.
+    staging: Mutex<Option<Staging>>,
 }
 
-impl CreateFiles for Beside<'_> {
-    fn name(&self) -> &str {
-        self.node.driver().files().first().map_or("", |file| &file.name)
+impl Beside<'_> {
+    fn staging(&self) -> MutexGuard<'_, Option<Staging>> {
+        self.staging.lock().unwrap_or_else(|e| e.into_inner())
     }
+}
 
-    fn main(&self) -> Result<Arc<dyn Storage>> {
-        Err(Error::invalid("the image itself is there already"))
-    }
+fn path_of(name: &OsStr) -> PathBuf {
+    name::protocol(name).map_or_else(|| name.into(), |(_, rest)| rest.into())
+}
 
+impl ResizeFiles for Beside<'_> {
     fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let base = self.node.origin().base.as_deref();
         let full = base.and_then(|base| name::beside(Some(base), name.as_ref()));
         let full = full.ok_or_else(|| Error::invalid(format!("Cannot tell where '{name}' is to be made")))?;
-        let path: PathBuf = match name::protocol(&full) {
-            Some((_, rest)) => Path::new(rest).to_owned(),
-            None => full.into(),
-        };
+        let path = path_of(&full);
         if path.symlink_metadata().is_ok() {
             let shown = path.display();
-            return Err(Error::invalid(format!("'{shown}' is there already, and would become a part of the image")));
+            let text = format!("'{shown}' is there already, and would become a part of the image");
+            let advice = "If a resize that was stopped has left it there, remove it and try again.";
+            return Err(Error::invalid(text).hint(advice));
         }
         let how = CreateHow { secondary: true, ..CreateHow::default() };
-        Ok(self.staging.create_with(&path, &how)?)
+        Ok(self.staging().get_or_insert_with(|| Staging::new(CacheMode::Writeback)).create_with(&path, &how)?)
+    }
+
+    fn commit(&self, main: &[u8]) -> Result<Option<Arc<dyn Storage>>> {
+        let staging = self.staging().take().unwrap_or_else(|| Staging::new(CacheMode::Writeback));
+        let mut new = None;
+        if self.node.origin().inner.is_empty()
+            && let Some(path) = self.node.origin().base.as_deref().map(path_of)
+            && let Some(file) = self.node.driver().files().first()
+            && let Some(storage) = staging.replace(&path, &*file.storage)?
+        {
+            storage.write_at(0, main).with_context(|| format!("Could not write '{}'", path.display()))?;
+            new = Some(storage);
+        }
+        staging.commit()?;
+        if let Some(storage) = &new {
+            // The name means this file now. Who took the lock on it first may keep it: we are about to end.
+            let _ = storage.lock(Access::WRITE);
+        }
+        Ok(new)
     }
 }
 

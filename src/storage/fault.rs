@@ -58,7 +58,7 @@ pub enum Operation {
 pub struct Faulty {
     inner: Arc<dyn Storage>,
     fault: Option<(usize, Fault)>,
-    log: Mutex<Vec<Operation>>,
+    log: Arc<Mutex<Vec<Operation>>>,
 }
 
 enum Verdict {
@@ -71,12 +71,17 @@ enum Verdict {
 impl Faulty {
     /// Records and never fails.
     pub fn recording(inner: Arc<dyn Storage>) -> Self {
-        Self { inner, fault: None, log: Mutex::default() }
+        Self { inner, fault: None, log: Arc::default() }
     }
 
     /// Records, and fails in that way at that operation.
     pub fn new(inner: Arc<dyn Storage>, at: usize, fault: Fault) -> Self {
-        Self { inner, fault: Some((at, fault)), log: Mutex::default() }
+        Self { inner, fault: Some((at, fault)), log: Arc::default() }
+    }
+
+    /// Another storage of the same image: its operations count with this one's, and the fault is the same.
+    pub fn beside(&self, inner: Arc<dyn Storage>) -> Self {
+        Self { inner, fault: self.fault, log: self.log.clone() }
     }
 
     /// What was asked for so far.

@@ -26,7 +26,7 @@ use nix::unistd::{geteuid, linkat};
 use super::file::{self, HostFile, cache_flags};
 use super::lock::Access;
 use super::temporary::{TemporaryName, replace};
-use super::{CacheMode, Error, Kind, Preallocation, Result, Storage, error, host};
+use super::{CacheMode, Error, Identity, Kind, Preallocation, Result, Storage, error, host};
 
 /// What a new file shall be like.
 #[derive(Debug, Clone, Copy, Default)]
@@ -121,6 +121,25 @@ impl Staging {
         Ok(storage)
     }
 
+    /// A new, empty file in place of the one at `path`, which the caller has open and locked as `held`. `None` if
+    /// `path` is not that file, or the file itself has to stay.
+    pub fn replace(&self, path: &Path, held: &dyn Storage) -> Result<Option<Arc<dyn Storage>>> {
+        let failed = |cause: io::Error| named("replace", path, cause);
+        let full = absolute(path).map_err(failed)?;
+        let Ok(file) = File::open(path) else { return Ok(None) };
+        let old = HostFile::from_file(file, self.cache, &path.to_string_lossy())?;
+        if old.identity().is_none() || old.identity() != held.identity() {
+            return Ok(None);
+        }
+        let Some(target) = follow(&full).map_err(failed)? else { return Ok(None) };
+        let Some((file, temporary)) = replacement(&old, &target, self.cache).map_err(failed)? else { return Ok(None) };
+        let storage = Arc::new(HostFile::from_file(file, self.cache, &path.to_string_lossy())?);
+        let way = Way::Replace { _old: old };
+        let kept = storage.clone();
+        self.files().push(Staged { path: full, target, storage, way, temporary, secondary: false, committed: false });
+        Ok(Some(kept))
+    }
+
     /// The file under construction with that name, if there is one.
     pub fn find(&self, path: &Path) -> Option<Arc<dyn Storage>> {
         let path = absolute(path).ok()?;
@@ -142,8 +161,14 @@ impl Staging {
         for staged in &files {
             staged.storage.flush()?;
         }
-        for staged in &mut files {
-            staged.commit(self.cache.flushes())?;
+        for index in 0..files.len() {
+            let (named, rest) = files.split_at_mut(index);
+            let Some(staged) = rest.first_mut() else { break };
+            if let Err(error) = staged.commit(self.cache.flushes()) {
+                // All or none: but what was replaced is gone.
+                named.iter().filter(|staged| matches!(staged.way, Way::Link)).for_each(Staged::take_name);
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -220,6 +245,18 @@ impl Staged {
         }
         self.committed = true;
         Ok(())
+    }
+}
+
+impl Staged {
+    /// Takes the name away again, if it still means this file.
+    fn take_name(&self) {
+        let is_it = fs::symlink_metadata(&self.target)
+            .is_ok_and(|meta| self.storage.identity() == Some(Identity { device: meta.dev(), inode: meta.ino() }));
+        if is_it {
+            // The error that is being told matters more.
+            let _ = fs::remove_file(&self.target);
+        }
     }
 }
 
@@ -389,6 +426,41 @@ mod tests {
         drop(staging);
         assert_eq!(names(dir.path()), ["a"]);
         assert_eq!(fs::read(&path).unwrap(), b"old");
+    }
+
+    #[test]
+    fn names_are_given_to_all_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir(at("gone")).unwrap();
+        let staging = Staging::new(CacheMode::Unsafe);
+        staging.create(&at("gone/main")).unwrap();
+        for name in ["a", "b"] {
+            let how = CreateHow { secondary: true, ..CreateHow::default() };
+            staging.create_with(&at(name), &how).unwrap();
+        }
+        fs::remove_dir_all(at("gone")).unwrap();
+        staging.commit().unwrap_err();
+        assert!(names(dir.path()).is_empty());
+    }
+
+    #[test]
+    fn a_file_in_use_is_replaced_by_who_holds_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in ["a", "b"] {
+            fs::write(at(name), b"old").unwrap();
+        }
+        symlink("a", at("soft")).unwrap();
+        let how = file::OpenHow { write: true, access: Access::WRITE, ..file::OpenHow::default() };
+        let held = HostFile::open(&at("a"), &how).unwrap();
+        let staging = Staging::new(CacheMode::Writeback);
+        assert!(staging.replace(&at("b"), &held).unwrap().is_none(), "another file");
+        staging.replace(&at("soft"), &held).unwrap().unwrap().write_at(0, b"new").unwrap();
+        assert_eq!(fs::read(at("a")).unwrap(), b"old");
+        staging.commit().unwrap();
+        assert_eq!((fs::read(at("a")).unwrap(), fs::read(at("soft")).unwrap()), (b"new".to_vec(), b"new".to_vec()));
+        assert_eq!(names(dir.path()), ["a", "b", "soft"]);
     }
 
     #[test]

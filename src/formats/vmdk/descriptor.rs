@@ -218,6 +218,11 @@ impl NewDescriptor<'_> {
     }
 }
 
+/// The value of `key`, as it is written.
+pub fn value_of<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    text.lines().filter(|line| !line.trim_start().starts_with('#')).find_map(|line| value(line, key))
+}
+
 /// The text with the value of `key` replaced; the line's place and everything else stay.
 pub fn with_value(text: &str, key: &str, new: &str) -> String {
     let mut out = String::with_capacity(text.len() + new.len());

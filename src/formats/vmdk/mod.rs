@@ -3,7 +3,7 @@
 //! A disk is a row of extents, each a file of its own (or the rest of the file that holds the descriptor), each
 //! stored flat, sparse, as zeros, or compressed. What is where: `layout.rs` the structures, `descriptor.rs` the
 //! text, `sparse.rs` grain tables, `sesparse.rs` those of vSphere's snapshots, `stream.rs` the front-to-back writing of stream-optimized extents, `write.rs`
-//! placing, `create.rs`, `resize.rs`.
+//! placing, `text.rs` changes of the text, `create.rs`, `resize.rs`.
 //!
 //! Source: VMware, *Virtual Disk Format 5.0* (technical note).
 
@@ -14,10 +14,11 @@ mod resize;
 mod sesparse;
 mod sparse;
 mod stream;
+mod text;
 mod write;
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Map, Value, json};
 
@@ -78,7 +79,7 @@ enum Body {
 #[derive(Debug)]
 struct Part {
     start: u64,
-    len: u64,
+    len: AtomicU64,
     access: Access,
     /// The type's word in the descriptor; empty where the descriptor is within the extent itself.
     word: String,
@@ -86,6 +87,20 @@ struct Part {
 }
 
 impl Part {
+    fn new(start: u64, len: u64, access: Access, word: &str, body: Body) -> Self {
+        Self { start, len: AtomicU64::new(len), access, word: word.to_owned(), body }
+    }
+
+    /// Its length in bytes.
+    fn len(&self) -> u64 {
+        self.len.load(Ordering::Relaxed)
+    }
+
+    /// Where it ends on the guest's disk. The sum was checked when the image was opened.
+    fn end(&self) -> u64 {
+        self.start.saturating_add(self.len())
+    }
+
     /// Bytes in a grain, where there are grains.
     fn grain(&self) -> Option<u64> {
         match &self.body {
@@ -104,6 +119,8 @@ struct VmdkDriver {
     descriptor: Descriptor,
     /// Where the descriptor's text is in the first file, and how long it may get; `None` for none.
     text_at: Option<(u64, Option<u64>)>,
+    /// The file that has taken the first one's place since the image was opened.
+    replaced: Mutex<Option<Arc<dyn Storage>>>,
     backing: Option<BackingRef>,
     size: AtomicU64,
     write: bool,
@@ -122,22 +139,23 @@ impl VmdkDriver {
         let (descriptor, text_at);
         if head.starts_with(MAGIC) || head.starts_with(COWD_MAGIC) {
             let sparse = Sparse::open(main.clone(), &head)?;
-            let place = sparse.header.and_then(|header| descriptor_place(&header, &head));
+            let sectors = sparse.state().capacity;
+            let header = sparse.state().header;
+            let place = header.and_then(|header| descriptor_place(&header, &head));
             let mut parsed = match place {
                 Some((at, len)) => Descriptor::parse(&read_text(&*main, at, len)?)?,
                 None => Descriptor { parent_cid: descriptor::NO_PARENT, ..Descriptor::default() },
             };
-            if sparse.header.is_some() {
+            if sparse.hosted {
                 // The header says which of the two it is; the text may be missing or copied from elsewhere.
                 let kind = if sparse.shape.compressed { "streamOptimized" } else { "monolithicSparse" };
                 parsed.create_type = kind.to_owned();
             }
             descriptor = parsed;
             text_at = place.map(|(at, len)| (at, Some(len)));
-            let sectors = sparse.capacity;
-            let access = if sparse.header.is_some() { Access::ReadWrite } else { Access::ReadOnly };
+            let access = if sparse.hosted { Access::ReadWrite } else { Access::ReadOnly };
             let body = Body::Sparse { file: 0, sparse: Box::new(sparse) };
-            parts.push(Part { start: 0, len: bytes(sectors)?, access, word: String::new(), body });
+            parts.push(Part::new(0, bytes(sectors)?, access, "", body));
         } else if descriptor::looks_like(&head) {
             let len = main.len().context("Could not get the length of the descriptor")?;
             if len > MAX_DESCRIPTOR {
@@ -153,26 +171,34 @@ impl VmdkDriver {
                 let body = open_extent(index, line, &mut files, related)?;
                 // A sparse extent knows its own length; the line is a copy of it.
                 let len = match &body {
-                    Body::Sparse { sparse, .. } => bytes(sparse.capacity)?,
+                    Body::Sparse { sparse, .. } => bytes(sparse.state().capacity)?,
                     _ => bytes(line.sectors)?,
                 };
-                parts.push(Part { start, len, access: line.access, word: line.word.clone(), body });
+                parts.push(Part::new(start, len, line.access, &line.word, body));
                 start = start.checked_add(len).ok_or_else(|| Error::corrupt("The extents are too long"))?;
             }
         } else {
             return Err(Error::corrupt("invalid VMDK image descriptor"));
         }
-        let size = parts.last().map_or(0, |part| part.start + part.len);
+        let size = parts.last().map_or(0, Part::end);
         let backing =
             descriptor.parent_name().map(|name| BackingRef { name: name.to_owned(), format: Some("vmdk".to_owned()) });
         let renewed = Mutex::new(false);
-        Ok(Self { files, parts, descriptor, text_at, backing, size: AtomicU64::new(size), write, renewed })
+        let (size, replaced) = (AtomicU64::new(size), Mutex::default());
+        Ok(Self { files, parts, descriptor, text_at, replaced, backing, size, write, renewed })
     }
 
     /// The index of the extent that holds `at`.
     fn part_at(&self, at: u64) -> Result<usize> {
-        let index = self.parts.partition_point(|part| part.start + part.len <= at);
-        if index < self.parts.len() { Ok(index) } else { Err(Error::corrupt(format!("no extent at offset {at}"))) }
+        let index = self.parts.partition_point(|part| part.end() <= at);
+        match index < self.parts.len() {
+            true => Ok(index),
+            // Extents that were added by a resize are not opened here.
+            false if at < self.virtual_size() => Err(Error::unsupported(format!(
+                "offset {at} lies in an extent that is new: the image has to be opened again"
+            ))),
+            false => Err(Error::corrupt(format!("no extent at offset {at}"))),
+        }
     }
 }
 
@@ -235,7 +261,7 @@ impl BlockDriver for VmdkDriver {
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let part = &self.parts[self.part_at(at.get())?];
         let inside = at.get() - part.start;
-        let max = max.min(part.len - inside);
+        let max = max.min(part.end().saturating_sub(at.get()));
         let (kind, len) = match &part.body {
             Body::Zero => (ExtentKind::Zero(None), max),
             Body::Forbidden => {
@@ -316,7 +342,7 @@ impl BlockDriver for VmdkDriver {
                 };
                 extent.insert("filename".into(), json!(file.map_or("", |file| file.name.as_str())));
                 extent.insert("format".into(), json!(part.word));
-                extent.insert("virtual-size".into(), json!(part.len));
+                extent.insert("virtual-size".into(), json!(part.len()));
                 if let Some(grain) = part.grain() {
                     extent.insert("cluster-size".into(), json!(grain));
                 }

@@ -1,28 +1,109 @@
 //! Growing and shrinking a vmdk, which the reference cannot do.
 //!
-//! A split image that grows past 2 GiB in its last extent gets further ones: their files are made first.
+//! One write, or one rename, gives the image its new size; what is before it changes nothing that anybody reads, and
+//! what is after it can be missing. Stopped anywhere, the image opens with its old or its new size and all its
+//! content:
 //!
-//! Order of a grow: the new space and the new tables first, then the header that uses them, then the text that
-//! tells of it. Stopped anywhere, the image opens with its old or its new size and all its content.
+//! * sparse, growing: new tables, then the header that uses them, then the text, whose numbers are copies;
+//! * flat, growing: the file, then the text;
+//! * growing past the last extent of a split image: new files, then the text that names them. A sparse last extent
+//!   stays as short as it is then, because its size is in its own header: two files cannot change at once;
+//! * shrinking, sparse: what lies beyond is cleared, then the header; flat: the text, then the file is cut.
 
 use std::sync::atomic::Ordering;
 
 use crate::block::error::Context;
-use crate::block::{BlockDriver, CreateFiles, Error, Resize, Result};
-use crate::storage::{Preallocation, Zeroing};
+use crate::block::{BlockDriver, Error, NoFiles, Resize, ResizeFiles, Result};
+use crate::storage::{Preallocation, Storage, Zeroing};
 
-use super::create::{SPLIT, SUBFORMATS, SparseLayout, extent_name};
+use super::create::{SPLIT, SUBFORMATS, SparseLayout, Subformat, extent_name};
 use super::descriptor::{self, Access};
 use super::layout::*;
-use super::sparse::{Sparse, entry_bytes, sector32};
-use super::{Body, VmdkDriver};
+use super::sparse::{Sparse, State, entry_bytes, sector32};
+use super::{Body, Part, VmdkDriver};
 
 impl Resize for VmdkDriver {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
+        self.plan(size, fill).map(drop)
+    }
+
+    fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
+        self.resize_with(size, fill, &NoFiles)
+    }
+
+    fn resize_with(&self, size: u64, fill: Preallocation, files: &dyn ResizeFiles) -> Result<()> {
+        let plan = self.plan(size, fill)?;
+        self.write_out()?;
+        for extent in &plan.more {
+            let storage = files.beside(&extent.name)?;
+            let failed = || format!("Could not create '{}'", extent.name);
+            match plan.flat {
+                true => storage.set_len(extent.size, fill).with_context(failed)?,
+                false => SparseLayout::new(extent.size, plan.zeroed)?.write(&*storage).with_context(failed)?,
+            }
+        }
+        let Plan { last, len, .. } = plan;
+        match &last.body {
+            Body::Flat { file, offset } => {
+                let storage = &self.files[*file].storage;
+                if len >= last.len() {
+                    grow_flat(&**storage, offset + last.len(), offset + len, fill)?;
+                    self.tell(&plan, files)?;
+                } else {
+                    self.tell(&plan, files)?;
+                    cut_flat(&**storage, offset + last.len(), offset + len)?;
+                }
+            }
+            Body::Sparse { sparse, .. } if len > last.len() => {
+                grow(sparse, len)?;
+                self.tell(&plan, files)?;
+            }
+            Body::Sparse { sparse, .. } if len < last.len() => {
+                // What lies beyond goes first, so that growing again shows zeros, not the old content.
+                clear_beyond(sparse, len)?;
+                set_capacity(sparse, len / SECTOR, None)?;
+                self.tell(&plan, files)?;
+            }
+            _ => self.tell(&plan, files)?,
+        }
+        last.len.store(len, Ordering::Relaxed);
+        self.size.store(size, Ordering::Relaxed);
+        self.write_out()
+    }
+}
+
+/// What a resize will do.
+struct Plan<'a> {
+    /// The last extent.
+    last: &'a Part,
+    /// Its new length.
+    len: u64,
+    /// The disk's new length.
+    size: u64,
+    /// What comes behind the last extent.
+    more: Vec<NewExtent>,
+    /// Whether those are flat.
+    flat: bool,
+    /// Whether those have zeroed grains.
+    zeroed: bool,
+}
+
+/// An extent that a split image gets when it grows.
+struct NewExtent {
+    name: String,
+    size: u64,
+}
+
+impl VmdkDriver {
+    /// Decides, and refuses what cannot be done. Changes nothing.
+    fn plan(&self, size: u64, fill: Preallocation) -> Result<Plan<'_>> {
         let old = self.virtual_size();
         let Some(last) = self.parts.last() else {
             return Err(Error::unsupported("An image without extents cannot be resized"));
         };
+        if last.end() != old {
+            return Err(Error::unsupported("The image has new extents: it has to be opened again"));
+        }
         if !size.is_multiple_of(SECTOR) {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
@@ -36,104 +117,67 @@ impl Resize for VmdkDriver {
                 last.start + SECTOR
             )));
         }
-        let more = self.more_extents(size);
-        if !more.is_empty() && self.backing.is_some() {
-            return Err(Error::unsupported(
-                "A split image with a backing file can only grow to the end of its last extent, of 2 GiB",
-            ));
+        let mut plan = Plan { last, len: size - last.start, size, more: Vec::new(), flat, zeroed: false };
+        if let Body::Sparse { sparse, .. } = &last.body {
+            plan.zeroed = sparse.shape.zeroed;
         }
-        if self.parts.len() + more.len() > MAX_EXTENTS {
-            return Err(Error::unsupported("The image size is too large for file format 'vmdk'"));
-        }
-        let size = if more.is_empty() { size } else { last.start + SPLIT };
-        match (&last.body, last.access) {
-            (Body::Flat { .. } | Body::Zero, Access::ReadWrite) => Ok(()),
-            (Body::Sparse { sparse, .. }, _) if sparse.header.is_some() => {
-                let tables = (size - last.start).div_ceil(sparse.shape.span());
-                if tables > MAX_TABLES {
-                    return Err(Error::unsupported("The image size is too large for file format 'vmdk'"));
-                }
-                Ok(())
-            }
-            _ => Err(Error::unsupported("An extent of this kind cannot be resized")),
-        }
-    }
-
-    fn make_files(&self, size: u64, fill: Preallocation, files: &dyn CreateFiles) -> Result<()> {
-        for extent in self.more_extents(size) {
-            let storage = files.beside(&extent.name)?;
-            let zeroed = match self.parts.last().map(|last| &last.body) {
-                Some(Body::Sparse { sparse, .. }) => sparse.shape.zeroed,
-                _ => {
-                    storage
-                        .set_len(extent.size, fill)
-                        .with_context(|| format!("Could not create '{}'", extent.name))?;
-                    continue;
-                }
-            };
-            SparseLayout::new(extent.size, zeroed)?.write(&*storage)?;
-        }
-        Ok(())
-    }
-
-    fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
-        self.check(size, fill)?;
-        let old = self.virtual_size();
-        self.write_out()?;
-        let Some(last) = self.parts.last() else { return Ok(()) };
-        let more = self.more_extents(size);
-        let len = if more.is_empty() { size - last.start } else { SPLIT };
-        let whole = size;
-        match &last.body {
-            Body::Flat { file, offset } => {
-                let storage = &self.files[*file].storage;
-                let grow = || storage.set_len(offset + len, fill).context("Failed to resize underlying file");
-                if size >= old {
-                    grow()?;
-                    self.tell(len, whole, &more)?;
-                } else {
-                    self.tell(len, whole, &more)?;
-                    grow()?;
-                }
-            }
-            Body::Sparse { sparse, .. } if size >= old => {
-                grow(sparse, len)?;
-                self.tell(len, whole, &more)?;
-            }
-            Body::Sparse { sparse, .. } => {
-                // What lies beyond goes first, so that growing again shows zeros, not the old content.
-                clear_beyond(sparse, len)?;
-                self.tell(len, whole, &more)?;
-                set_capacity(sparse, len / SECTOR, None)?;
-            }
-            _ => self.tell(len, whole, &more)?,
-        }
-        self.size.store(size, Ordering::Relaxed);
-        self.files.iter().try_for_each(|file| file.storage.flush()).context("could not flush")
-    }
-}
-
-/// An extent that a split image gets when it grows.
-struct NewExtent {
-    name: String,
-    size: u64,
-}
-
-impl VmdkDriver {
-    /// What comes behind the last extent of a split image of that size: files of 2 GiB, the last one shorter.
-    fn more_extents(&self, size: u64) -> Vec<NewExtent> {
         let kind = self.descriptor.create_type.to_ascii_lowercase();
         let subformat =
             SUBFORMATS.iter().find(|subformat| subformat.split && subformat.name.to_ascii_lowercase() == kind);
-        let (Some(subformat), Some(last), Some(main)) = (subformat, self.parts.last(), self.files.first()) else {
-            return Vec::new();
+        if let Some(subformat) = subformat.filter(|_| plan.len > SPLIT.max(last.len())) {
+            plan.len = if flat { SPLIT.max(last.len()) } else { last.len() };
+            plan.more = self.more_extents(subformat, size - last.start - plan.len);
+            if self.backing.is_some() {
+                return Err(Error::unsupported(
+                    "A split image with a backing file can only grow to the end of its last extent, of 2 GiB",
+                ));
+            }
+            if self.parts.len() + plan.more.len() > MAX_EXTENTS {
+                return Err(Error::unsupported("The image size is too large for file format 'vmdk'"));
+            }
+        }
+        match (&last.body, last.access) {
+            (Body::Flat { file, .. }, Access::ReadWrite) => self.alone(*file)?,
+            (Body::Zero, Access::ReadWrite) => {}
+            (Body::Sparse { sparse, .. }, Access::ReadWrite) if sparse.hosted => {
+                if plan.len.div_ceil(sparse.shape.span()) > MAX_TABLES {
+                    return Err(Error::unsupported("The image size is too large for file format 'vmdk'"));
+                }
+                if plan.len < last.len() && sparse.shape.compressed {
+                    return Err(Error::unsupported("a stream-optimized image cannot shrink; convert it"));
+                }
+            }
+            _ => return Err(Error::unsupported("An extent of this kind cannot be resized")),
+        }
+        Ok(plan)
+    }
+
+    /// Refuses a file that two extents share: there is no telling what lies behind the last of them.
+    fn alone(&self, file: usize) -> Result<()> {
+        let is = |index: usize| self.files.get(index).map(|child| (&child.name, child.storage.identity()));
+        let shared = self.parts.iter().filter_map(|part| match &part.body {
+            Body::Flat { file, .. } => Some(*file),
+            _ => None,
+        });
+        let same = |other: usize| match (is(other), is(file)) {
+            (Some((_, Some(a))), Some((_, Some(b)))) => a == b,
+            (Some((a, _)), Some((b, _))) => a == b,
+            _ => false,
         };
-        let mut rest = size.saturating_sub(last.start).saturating_sub(SPLIT);
-        let mut more = Vec::new();
+        match shared.filter(|other| *other != file).any(same) {
+            true => Err(Error::unsupported("An extent that shares its file with another one cannot be resized")),
+            false => Ok(()),
+        }
+    }
+
+    /// Files of 2 GiB, the last one shorter, that hold `rest` bytes behind the last extent of a split image.
+    fn more_extents(&self, subformat: &Subformat, rest: u64) -> Vec<NewExtent> {
+        let main = self.files.first().map_or("", |file| &file.name);
+        let last = self.descriptor.extents.last().map_or("", |line| &line.file);
+        let (mut rest, mut more) = (rest, Vec::new());
         while rest > 0 && more.len() <= MAX_EXTENTS {
             let number = self.parts.len() + more.len();
-            let last = self.descriptor.extents.last().map_or("", |line| &line.file);
-            let name = numbered(last, number + 1).unwrap_or_else(|| extent_name(&main.name, subformat, number));
+            let name = numbered(last, number + 1).unwrap_or_else(|| extent_name(main, subformat, number));
             let size = rest.min(SPLIT);
             more.push(NewExtent { name, size });
             rest -= size;
@@ -142,20 +186,21 @@ impl VmdkDriver {
     }
 
     /// Puts the new sizes in the descriptor: the last extent's sectors, new extents behind it, and the cylinders.
-    fn tell(&self, extent_len: u64, size: u64, more: &[NewExtent]) -> Result<()> {
-        let flat = matches!(self.parts.last().map(|last| &last.body), Some(Body::Flat { .. }));
-        let old_sectors = self.descriptor.extents.last().map(|line| line.sectors);
-        self.rewrite_text(|text| {
+    fn tell(&self, plan: &Plan<'_>, files: &dyn ResizeFiles) -> Result<()> {
+        let change = |text: &str| {
             let last = text.lines().enumerate().filter(|(_, line)| is_extent_line(line)).map(|(index, _)| index).last();
             let mut out = String::with_capacity(text.len() + 8);
             for (index, line) in text.split_inclusive('\n').enumerate() {
-                match old_sectors {
-                    Some(old) if Some(index) == last => {
-                        out.push_str(&line.replacen(&old.to_string(), &(extent_len / SECTOR).to_string(), 1));
-                        for extent in more {
-                            let end = if line.ends_with("\r\n") { "\r\n" } else { "\n" };
+                match index {
+                    index if Some(index) == last => {
+                        out.push_str(&with_sectors(line, plan.len / SECTOR));
+                        let end = if line.ends_with("\r\n") { "\r\n" } else { "\n" };
+                        if !plan.more.is_empty() && !line.ends_with('\n') {
+                            out.push_str(end);
+                        }
+                        for extent in &plan.more {
                             let sectors = extent.size / SECTOR;
-                            match flat {
+                            match plan.flat {
                                 true => out.push_str(&format!("RW {sectors} FLAT \"{}\" 0{end}", extent.name)),
                                 false => out.push_str(&format!("RW {sectors} SPARSE \"{}\"{end}", extent.name)),
                             }
@@ -165,9 +210,50 @@ impl VmdkDriver {
                 }
             }
             let heads = if out.contains("ddb.geometry.heads = \"255\"") { 255 } else { 16 };
-            let cylinders = size / (63 * heads * SECTOR);
+            let cylinders = plan.size / (63 * heads * SECTOR);
             descriptor::with_value(&out, "ddb.geometry.cylinders", &cylinders.to_string())
-        })
+        };
+        self.replace_text(change, files)
+    }
+}
+
+/// An extent's line with another number of sectors.
+fn with_sectors(line: &str, new: u64) -> String {
+    let head = line.len() - line.trim_start().len();
+    let word = |at: usize| line.get(at..).map_or(0, |rest| rest.find(char::is_whitespace).unwrap_or(rest.len()));
+    let gap = |at: usize| line.get(at..).map_or(0, |rest| rest.len() - rest.trim_start().len());
+    let start = head + word(head);
+    let start = start + gap(start);
+    let end = start + word(start);
+    match (line.get(..start), line.get(end..)) {
+        (Some(before), Some(after)) => format!("{before}{new}{after}"),
+        _ => line.to_owned(),
+    }
+}
+
+/// Makes the file of a flat extent long enough; what lies there already behind the extent becomes zero.
+fn grow_flat(storage: &dyn Storage, old: u64, new: u64, fill: Preallocation) -> Result<()> {
+    let failed = "Failed to resize underlying file";
+    let len = storage.len().context(failed)?;
+    let how = match fill {
+        Preallocation::Off | Preallocation::Metadata => Zeroing::Punch,
+        Preallocation::Falloc => Zeroing::Allocate,
+        Preallocation::Full => Zeroing::Write,
+    };
+    if len.min(new) > old {
+        storage.zero(old, len.min(new) - old, how).context(failed)?;
+    }
+    if len < new { storage.set_len(new, fill).context(failed) } else { Ok(()) }
+}
+
+/// Cuts the file of a flat extent, unless there is more behind it: then its end becomes zero.
+fn cut_flat(storage: &dyn Storage, old: u64, new: u64) -> Result<()> {
+    let failed = "Failed to resize underlying file";
+    let len = storage.len().context(failed)?;
+    match len {
+        len if len > old || storage.kind().is_device() => storage.zero(new, old - new, Zeroing::Punch).context(failed),
+        len if len > new => storage.set_len(new, Preallocation::Off).context(failed),
+        _ => Ok(()),
     }
 }
 
@@ -186,6 +272,10 @@ fn is_extent_line(line: &str) -> bool {
 
 /// Writes the header's sector with the new capacity, and the directories' new places if they moved.
 fn set_capacity(sparse: &Sparse, sectors: u64, moved: Option<(u64, u64)>) -> Result<()> {
+    put_capacity(sparse, &mut sparse.state(), sectors, moved)
+}
+
+fn put_capacity(sparse: &Sparse, state: &mut State, sectors: u64, moved: Option<(u64, u64)>) -> Result<()> {
     let mut head = [0; SparseHeader::SIZE];
     sparse.storage.read_at(0, &mut head).context("Could not read the header")?;
     let header = SparseHeader::parse(&head).ok_or_else(|| Error::corrupt("Truncated VMDK header"))?;
@@ -193,13 +283,22 @@ fn set_capacity(sparse: &Sparse, sectors: u64, moved: Option<(u64, u64)>) -> Res
     if let Some((rgd_at, gd_at)) = moved {
         (header.rgd_at, header.gd_at) = (rgd_at, gd_at);
     }
-    sparse.storage.write_at(0, &header.to_bytes()).context("Could not write the header")
+    sparse.storage.write_at(0, &header.to_bytes()).context("Could not write the header")?;
+    state.capacity = sectors;
+    if let Some(known) = &mut state.header {
+        known.capacity = sectors;
+        if let Some((rgd_at, gd_at)) = moved {
+            (known.rgd_at, known.gd_at) = (rgd_at, gd_at);
+        }
+    }
+    Ok(())
 }
 
 fn grow(sparse: &Sparse, len: u64) -> Result<()> {
-    let Some(header) = sparse.header else { return Err(Error::unsupported("not a hosted sparse extent")) };
     let storage = &sparse.storage;
-    let mut state = sparse.state();
+    let mut guard = sparse.state();
+    let state = &mut *guard;
+    let Some(header) = state.header else { return Err(Error::unsupported("not a hosted sparse extent")) };
     let tables = usize::try_from(len.div_ceil(sparse.shape.span())).unwrap_or(usize::MAX);
     if state.stream.is_some() {
         // A second tail behind the first, then the header, then the tail in its place: at every moment the last
@@ -210,20 +309,21 @@ fn grow(sparse: &Sparse, len: u64) -> Result<()> {
         let end = storage.len().context("Could not get the length")?.div_ceil(SECTOR);
         let size = super::stream::tail(&new, 0, &state.gd)?.len() as u64;
         let behind = end.max(first + size.div_ceil(SECTOR));
+        let directory = state.gd.clone();
         let put = |at: u64| -> Result<u64> {
-            let tail = super::stream::tail(&new, at, &state.gd)?;
+            let tail = super::stream::tail(&new, at, &directory)?;
             storage.write_at(at * SECTOR, &tail).context("Could not write the footer")?;
             storage.flush().context("Could not flush")?;
             Ok(at * SECTOR + tail.len() as u64)
         };
         put(behind)?;
-        set_capacity(sparse, len / SECTOR, None)?;
+        put_capacity(sparse, state, len / SECTOR, None)?;
         let end = put(first)?;
         return storage.set_len(end, Preallocation::Off).context("Could not set the length");
     }
     let old = state.gd.len();
     if tables <= old {
-        return set_capacity(sparse, len / SECTOR, None);
+        return put_capacity(sparse, state, len / SECTOR, None);
     }
     // New tables at the end of the file, and both directories behind them: the old ones stay what they are until
     // the header points at the new.
@@ -258,7 +358,7 @@ fn grow(sparse: &Sparse, len: u64) -> Result<()> {
         storage.write_at(rgd_at * SECTOR, &entry_bytes(rgd)).context("Could not write the grain directory")?;
     }
     storage.flush().context("Could not flush")?;
-    set_capacity(sparse, len / SECTOR, Some((rgd_at, gd_at)))?;
+    put_capacity(sparse, state, len / SECTOR, Some((rgd_at, gd_at)))?;
     (state.gd, state.rgd, state.next) = (gd, rgd, end);
     Ok(())
 }
@@ -306,7 +406,14 @@ fn clear_beyond(sparse: &Sparse, len: u64) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::numbered;
+    use super::{numbered, with_sectors};
+
+    #[test]
+    fn sectors_are_replaced_in_their_place() {
+        assert_eq!(with_sectors("  RW \t 55 FLAT \"a55\" 55\r\n", 7), "  RW \t 7 FLAT \"a55\" 55\r\n");
+        assert_eq!(with_sectors("RW 1 ZERO", 1234), "RW 1234 ZERO");
+        assert_eq!(with_sectors("RW", 7), "RW7");
+    }
 
     #[test]
     fn extents_are_numbered_on() {

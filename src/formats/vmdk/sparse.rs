@@ -80,16 +80,18 @@ pub struct Sparse {
     pub storage: Arc<dyn Storage>,
     /// Its shape.
     pub shape: Shape,
-    /// Its header, where it is a hosted one.
-    pub header: Option<SparseHeader>,
-    /// Sectors of the guest's disk, as the header has it.
-    pub capacity: u64,
+    /// Whether it is a hosted one.
+    pub hosted: bool,
     state: Mutex<State>,
 }
 
 /// The tables, and where the next grain goes.
 #[derive(Debug)]
 pub struct State {
+    /// Sectors of the guest's disk, as the header has it.
+    pub capacity: u64,
+    /// The header, where it is a hosted one.
+    pub header: Option<SparseHeader>,
     /// Sectors of the grain tables, 0 where there is none.
     pub gd: Vec<u32>,
     /// The same of the redundant directory, if there is one.
@@ -179,8 +181,9 @@ impl Sparse {
                 end.max(header.overhead.min(length.div_ceil(SECTOR)))
             }
         };
-        let state = State { gd, rgd, next, stream, tables: BTreeMap::new(), directory_dirty: false };
-        Ok(Self { storage, shape, capacity: header.capacity, header: Some(header), state: Mutex::new(state) })
+        let (capacity, tables) = (header.capacity, BTreeMap::new());
+        let state = State { capacity, header: Some(header), gd, rgd, next, stream, tables, directory_dirty: false };
+        Ok(Self { storage, shape, hosted: true, state: Mutex::new(state) })
     }
 
     fn open_cowd(storage: Arc<dyn Storage>, header: CowdHeader) -> Result<Self> {
@@ -195,8 +198,17 @@ impl Sparse {
         let tables = u64::from(header.capacity).div_ceil(u64::from(header.grain_sectors) * shape.gtes);
         let gd = read_directory(&*storage, header.gd_at.into(), tables.min(header.gd_entries.into()))?;
         let end = storage.len().context("Could not get the length of the extent")?.div_ceil(SECTOR);
-        let state = State { gd, rgd: None, next: end, stream: None, tables: BTreeMap::new(), directory_dirty: false };
-        Ok(Self { storage, shape, capacity: header.capacity.into(), header: None, state: Mutex::new(state) })
+        let state = State {
+            capacity: header.capacity.into(),
+            header: None,
+            gd,
+            rgd: None,
+            next: end,
+            stream: None,
+            tables: BTreeMap::new(),
+            directory_dirty: false,
+        };
+        Ok(Self { storage, shape, hosted: false, state: Mutex::new(state) })
     }
 
     /// The tables, for the caller alone.
@@ -407,7 +419,7 @@ impl State {
             write_run(extent, run)?;
         }
         if self.directory_dirty
-            && let Some(header) = &extent.header
+            && let Some(header) = self.header
         {
             write_run(extent, Some((header.gd_at * SECTOR, entry_bytes(&self.gd))))?;
             if let Some(rgd) = &self.rgd {

@@ -118,7 +118,7 @@ impl State {
         if !self.stream.as_ref().is_some_and(|stream| stream.dirty) {
             return Ok(());
         }
-        let Some(header) = extent.header else { return Ok(()) };
+        let Some(header) = self.header else { return Ok(()) };
         self.write_open(extent, u64::MAX)?;
         let tail = tail(&header, self.next, &self.gd)?;
         let at = self.next * SECTOR;

@@ -1,17 +1,16 @@
 //! Where new data goes in a vmdk, and how it becomes visible.
 //!
 //! Grains are appended in the order of the calls to `place`. Tables change in memory at `publish` and reach the
-//! file at `flush`, after the grains. The content id is changed once, with the first flush that follows a write,
-//! so that children made before no longer match.
+//! file at `flush`, after the grains. The content id is changed once, before the first write (`text.rs`).
 
 use crate::block::error::Context;
 use crate::block::{
     Action, Compress, Effort, Encoded, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write,
 };
 use crate::codec::deflate::{self, How};
-use crate::storage::{Preallocation, Zeroing};
+use crate::storage::Zeroing;
 
-use super::descriptor::{self, Access};
+use super::descriptor::Access;
 use super::layout::*;
 use super::sparse::{Grain, Sparse, sector32};
 use super::{Body, Part, VmdkDriver};
@@ -123,7 +122,7 @@ impl VmdkDriver {
             for file in &self.files {
                 file.storage.flush().with_context(|| format!("{}: could not flush", file.name))?;
             }
-            Ok(())
+            self.text_file().flush().context("could not flush the descriptor")
         };
         flush_files()?;
         for part in &self.parts {
@@ -132,51 +131,6 @@ impl VmdkDriver {
             }
         }
         flush_files()
-    }
-
-    /// Gives the image a new content id, once: its content is about to differ from what children were made of.
-    /// The new id follows from the old one, so that the same work gives the same bytes.
-    fn renew(&self) -> Result<()> {
-        let mut renewed = self.renewed.lock().unwrap_or_else(|e| e.into_inner());
-        let streaming = self.parts.iter().any(|part| match &part.body {
-            Body::Sparse { sparse, .. } => sparse.state().stream.is_some(),
-            _ => false,
-        });
-        if !*renewed && !streaming && self.text_at.is_some() {
-            let mixed = self.descriptor.cid.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            let cid = if mixed >= u32::MAX - 1 { 1 } else { mixed };
-            self.rewrite_text(|text| descriptor::with_value(text, "CID", &format!("{cid:x}")))?;
-        }
-        *renewed = true;
-        Ok(())
-    }
-
-    /// Changes the descriptor's text in its place, filled with NULs as the reference does.
-    pub(super) fn rewrite_text(&self, change: impl FnOnce(&str) -> String) -> Result<()> {
-        let Some((at, room)) = self.text_at else { return Ok(()) };
-        let storage = &self.files[0].storage;
-        let len = match room {
-            Some(room) => room,
-            None => storage.len().context("Could not get the length of the descriptor")?,
-        };
-        let new = change(&super::read_text(&**storage, at, len)?);
-        let mut bytes = new.into_bytes();
-        match room {
-            Some(room) => {
-                let room = usize::try_from(room.min(MAX_DESCRIPTOR)).unwrap_or(0);
-                if bytes.len() > room {
-                    return Err(Error::unsupported("the descriptor does not fit in its place any more"));
-                }
-                bytes.resize(room, 0);
-            }
-            None => bytes.resize(bytes.len().next_multiple_of(512), 0),
-        }
-        let name = || format!("{}: could not write the descriptor", self.files[0].name);
-        storage.write_at(at, &bytes).with_context(name)?;
-        if room.is_none() && (bytes.len() as u64) < len {
-            storage.set_len(bytes.len() as u64, Preallocation::Off).with_context(name)?;
-        }
-        Ok(())
     }
 }
 
@@ -195,7 +149,7 @@ impl Write for VmdkDriver {
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
         let part = &self.parts[self.part_at(at.get())?];
         let inside = at.get() - part.start;
-        let len = len.min(part.len - inside);
+        let len = len.min(part.end().saturating_sub(at.get()));
         if part.access != Access::ReadWrite
             && !matches!(&part.body, Body::Sparse { sparse, .. } if sparse.shape.compressed)
         {
@@ -267,7 +221,7 @@ impl Write for VmdkDriver {
         let part = &self.parts[self.part_at(at.get())?];
         if let Body::Flat { file, offset } = &part.body {
             let inside = at.get() - part.start;
-            let len = len.min(part.len - inside);
+            let len = len.min(part.end().saturating_sub(at.get()));
             self.files[*file].storage.zero(offset + inside, len, Zeroing::Punch).context("discard")?;
         }
         Ok(())

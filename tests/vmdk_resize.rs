@@ -1,0 +1,271 @@
+//! A resize of a vmdk that is stopped, or fails, at every write in turn: by qemu-img's word the image then has its old
+//! or its new size and all its data, and the resize can be repeated.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use nix::errno::Errno;
+use vimg::block::node::Scratch as Buffers;
+use vimg::block::{
+    BlockDriver, Child, Error, Format, GuestOffset, OpenRequest, OptionTree, Related, ResizeFiles, Result, format,
+};
+use vimg::formats::FORMATS;
+use vimg::storage::fault::{Fault, Faulty, Operation};
+use vimg::storage::file::{HostFile, OpenHow};
+use vimg::storage::memory::Memory;
+use vimg::storage::{CacheMode, Preallocation, Storage};
+
+use crate::common::inside;
+use crate::common::{Scratch, judge, pattern, vimg};
+
+const NAME: &str = "d.vmdk";
+
+/// The files of an image, through storages that count together.
+struct Folder {
+    path: PathBuf,
+    first: Faulty,
+    /// Files made by the resize, with the names that they shall have.
+    made: Mutex<Vec<(String, PathBuf)>>,
+}
+
+impl Folder {
+    fn new(path: &Path, fault: Option<(usize, Fault)>) -> Self {
+        let inner = Arc::new(Memory::default());
+        let first = match fault {
+            Some((at, fault)) => Faulty::new(inner, at, fault),
+            None => Faulty::recording(inner),
+        };
+        Self { path: path.to_owned(), first, made: Mutex::default() }
+    }
+
+    fn storage(&self, path: &Path) -> Arc<dyn Storage> {
+        let file = HostFile::open(path, &OpenHow { write: true, cache: CacheMode::Unsafe, ..OpenHow::default() })
+            .expect("open");
+        Arc::new(self.first.beside(Arc::new(file)))
+    }
+
+    fn child(&self, name: &str) -> Child {
+        Child { role: "file".to_owned(), name: name.to_owned(), storage: self.storage(&self.path.join(name)) }
+    }
+
+    fn open(&self) -> Box<dyn BlockDriver> {
+        let mut options = OptionTree::new();
+        let vmdk: &dyn Format = format::find(FORMATS, "vmdk").expect("vmdk");
+        let file = self.child(NAME);
+        let request = OpenRequest { file, options: &mut options, write: true, look_only: false, related: self };
+        vmdk.open(request).unwrap_or_else(|e| panic!("{}", e.message()))
+    }
+
+    fn new_file(&self, name: &str) -> PathBuf {
+        let path = self.path.join(format!("{name}.tmp"));
+        fs::write(&path, "").expect("new file");
+        self.made.lock().unwrap().push((name.to_owned(), path.clone()));
+        path
+    }
+}
+
+impl Related for Folder {
+    fn open(&self, _role: &str, name: &str) -> Result<Child> {
+        Ok(self.child(name))
+    }
+}
+
+impl ResizeFiles for Folder {
+    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
+        if self.path.join(name).exists() {
+            return Err(Error::invalid(name));
+        }
+        Ok(self.storage(&self.new_file(name)))
+    }
+
+    fn commit(&self, main: &[u8]) -> Result<Option<Arc<dyn Storage>>> {
+        let text = self.storage(&self.new_file(NAME));
+        text.write_at(0, main)?;
+        for (name, path) in std::mem::take(&mut *self.made.lock().unwrap()) {
+            // To give a name is a step like any other.
+            let before = self.first.inner().len()?;
+            self.first.write_at(before, &[1])?;
+            if self.first.inner().len()? > before {
+                fs::rename(path, self.path.join(name)).expect("rename");
+            }
+        }
+        Ok(Some(text))
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    let _ = fs::remove_dir_all(to);
+    crate::common::sh(&format!("cp -r --sparse=always {} {}", from.display(), to.display())).ok();
+}
+
+/// Sizes of the image before and after.
+struct Case {
+    options: &'static str,
+    old: u64,
+    new: u64,
+}
+
+fn model(path: &Path, case: &Case, size: u64) {
+    let file = fs::File::create(path).expect("model");
+    file.set_len(case.old).expect("model");
+    for (seed, at) in [(1, 0), (2, case.old / 2 + 12_345), (3, case.old - 70_000)] {
+        file.write_all_at(&pattern(seed, 70_000), at).expect("model");
+    }
+    file.set_len(size).expect("model");
+}
+
+/// `qemu-img` finds the same in the first bytes of the image and in the model.
+fn same(scratch: &Scratch, model: &str, bytes: u64) -> bool {
+    let image = format!("driver=raw,size={bytes},file.driver=vmdk,file.file.driver=file,file.file.filename=now/{NAME}");
+    let model = format!("driver=raw,size={bytes},file.driver=file,file.filename={model}");
+    judge(&["compare", "--image-opts", &image, &model]).dir(scratch.path()).run().code == Some(0)
+}
+
+fn virtual_size(scratch: &Scratch) -> u64 {
+    let image = format!("now/{NAME}");
+    let out = judge(&["info", "-f", "vmdk", "--output=json", &image]).dir(scratch.path()).ok();
+    out.json()["virtual-size"].as_u64().expect("a size")
+}
+
+fn every_point(case: &Case, floor: usize) {
+    let scratch = Scratch::new();
+    let (start, now) = (scratch.file("start"), scratch.file("now"));
+    fs::create_dir(&start).expect("folder");
+    model(&scratch.file("old"), case, case.old);
+    model(&scratch.file("new"), case, case.new);
+    let options = format!("subformat={}", case.options);
+    scratch.judge(&["convert", "-f", "raw", "-O", "vmdk", "-o", &options, "old", "start/d.vmdk"]);
+    let run = |fault| {
+        copy(&start, &now);
+        let folder = Folder::new(&now, fault);
+        let driver = folder.open();
+        let resizing = driver.resizing().expect("vmdk resizes");
+        let worked = resizing.resize_with(case.new, Preallocation::Off, &folder).and_then(|()| driver.close());
+        for entry in fs::read_dir(&now).expect("folder").flatten() {
+            if entry.path().extension().is_some_and(|extension| extension == "tmp") {
+                fs::remove_file(entry.path()).expect("remove");
+            }
+        }
+        (folder.first.operations(), worked.is_ok())
+    };
+    let (operations, worked) = run(None);
+    let what = format!("{options} {} to {}", case.old, case.new);
+    assert!(worked && operations.len() >= floor, "{what}: {operations:?}");
+    assert!(virtual_size(&scratch) == case.new && same(&scratch, "new", case.new), "{what}");
+    let kept = case.old.min(case.new);
+    for fault in [Fault::Stop, Fault::Shorten, Fault::FailFrom(Errno::ENOSPC)] {
+        for (at, operation) in operations.iter().enumerate() {
+            let what = format!("{what}: {fault:?} at {operation:?}, {at} of {}", operations.len());
+            let (_, worked) = run(Some((at, fault)));
+            assert!(fault == Fault::Stop || !worked, "{what}: not reported");
+            if matches!(fault, Fault::FailFrom(_))
+                || (fault == Fault::Shorten && !matches!(operation, Operation::Write { len: 2.., .. }))
+            {
+                // The files are as after a stop.
+                continue;
+            }
+            let size = virtual_size(&scratch);
+            assert!(size == case.old || size == case.new, "{what}: {size} bytes");
+            let fine = match size == case.new {
+                true => same(&scratch, "new", case.new),
+                false => same(&scratch, "old", kept),
+            };
+            assert!(fine, "{what}: with {size} bytes the content differs");
+            if fault != Fault::Stop {
+                continue;
+            }
+            // Again: it works, or says what to do.
+            let again = |code| {
+                let size = case.new.to_string();
+                vimg(&["resize", "-f", "vmdk", "--shrink", NAME, &size]).dir(&now).fails(code)
+            };
+            let strays = size == case.old && now.join("d-s003.vmdk").exists() | now.join("d-f003.vmdk").exists();
+            if !strays && at % 3 != 0 {
+                continue;
+            }
+            if strays {
+                let out = again(1);
+                assert!(out.stderr.contains("remove it and try again"), "{what}: {out:?}");
+                crate::common::sh("rm -f d-?00[3-9].vmdk").dir(&now).ok();
+            }
+            again(0);
+            assert!(virtual_size(&scratch) == case.new && same(&scratch, "new", case.new), "{what}: repeated");
+        }
+    }
+}
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn a_stopped_resize_of_a_single_file_loses_nothing() {
+    // 32 MiB need a table.
+    every_point(&Case { options: "monolithicSparse", old: 20 * MIB, new: 70 * MIB }, 4);
+    every_point(&Case { options: "monolithicSparse", old: 40 * MIB, new: 30 * MIB - 512 }, 3);
+    every_point(&Case { options: "streamOptimized", old: 20 * MIB, new: 70 * MIB }, 4);
+}
+
+#[test]
+fn a_stopped_resize_of_a_flat_image_loses_nothing() {
+    every_point(&Case { options: "monolithicFlat", old: 20 * MIB, new: 70 * MIB }, 3);
+    every_point(&Case { options: "monolithicFlat", old: 40 * MIB, new: 30 * MIB - 512 }, 3);
+}
+
+#[test]
+fn a_stopped_resize_of_a_split_image_loses_nothing() {
+    every_point(&Case { options: "twoGbMaxExtentSparse", old: 2060 * MIB, new: 2100 * MIB }, 5);
+    every_point(&Case { options: "twoGbMaxExtentSparse", old: 2100 * MIB, new: 2060 * MIB }, 4);
+    every_point(&Case { options: "twoGbMaxExtentFlat", old: 2100 * MIB, new: 2060 * MIB }, 3);
+}
+
+#[test]
+fn a_stopped_growth_by_new_extents_loses_nothing() {
+    every_point(&Case { options: "twoGbMaxExtentSparse", old: 2060 * MIB, new: 4200 * MIB }, 8);
+    every_point(&Case { options: "twoGbMaxExtentFlat", old: 2060 * MIB, new: 4200 * MIB }, 5);
+}
+
+#[test]
+fn an_open_image_goes_on_after_a_resize() {
+    let vmdk = format::find(FORMATS, "vmdk").expect("vmdk");
+    for options in ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"] {
+        let files = inside::create(vmdk, NAME, 20 * MIB, &format!("subformat={options}"));
+        let node = inside::open(&files, vmdk, NAME, true, None).expect("open");
+        let mut model = vec![0; 20 << 20];
+        let mut buffers = Buffers::default();
+        for (seed, size) in [(1, 20 * MIB), (2, 100 * MIB), (3, 33 * MIB), (4, 70 * MIB), (5, 90 * MIB + 512)] {
+            let resizing = node.driver().resizing().expect("vmdk resizes");
+            resizing.resize(size, Preallocation::Off).expect("resize");
+            model.resize(size as usize, 0);
+            for at in [size - 100_000, size / 3, 5 * MIB + seed * 70_000] {
+                let data = pattern(seed, 90_000);
+                node.write(GuestOffset(at), &data, &mut buffers).expect("write");
+                model[at as usize..][..90_000].copy_from_slice(&data);
+            }
+            let mut got = vec![1; model.len()];
+            node.read(GuestOffset(0), &mut got, &mut buffers).expect("read");
+            assert!(got == model, "{options}: {size} bytes");
+        }
+        node.driver().close().expect("close");
+        let scratch = Scratch::new();
+        files.save(scratch.path());
+        fs::write(scratch.file("model"), &model).expect("model");
+        scratch.assert_same_content("vmdk", NAME, "raw", "model");
+        scratch.assert_clean("vmdk", NAME);
+    }
+}
+
+#[test]
+fn an_extent_that_shares_its_file_is_not_resized() {
+    let vmdk = format::find(FORMATS, "vmdk").expect("vmdk");
+    let files = inside::Files::default();
+    let text = "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n\
+                RW 2048 FLAT \"f\" 2048\nRW 2048 FLAT \"f\" 0\n";
+    files.put(NAME, Arc::new(Memory::new(text.as_bytes().to_vec())));
+    files.put("f", Arc::new(Memory::new(pattern(1, 2 << 20))));
+    let node = inside::open(&files, vmdk, NAME, true, None).expect("open");
+    for size in [3 * MIB, MIB + 512] {
+        let error = node.driver().resizing().expect("vmdk resizes").check(size, Preallocation::Off).unwrap_err();
+        assert!(error.message().contains("shares its file with another one"), "{}", error.message());
+    }
+}
