@@ -1,6 +1,7 @@
 //! Options that any node takes, whatever its driver, and what children inherit of them.
 
 use super::keys::{take_switch, take_text};
+use super::name::in_order;
 use super::{Error, OptionTree, Result};
 use crate::storage::CacheMode;
 
@@ -15,6 +16,10 @@ pub struct Settings {
     no_flush: bool,
     write_through: bool,
     unmap: bool,
+    /// Written to, though its own options say that it is not.
+    refused: bool,
+    /// A switch of a parent's that is neither on nor off: it is the child that says so.
+    bad: Option<&'static str>,
 }
 
 impl Settings {
@@ -27,12 +32,14 @@ impl Settings {
             no_flush: !cache.flushes(),
             write_through: cache.write_through(),
             unmap: false,
+            refused: false,
+            bad: None,
         }
     }
 
     /// The same, for reading alone.
     pub fn for_reading(self) -> Self {
-        Self { write: false, ..self }
+        Self { write: false, refused: false, bad: None, ..self }
     }
 
     /// The cache mode that comes out.
@@ -51,30 +58,89 @@ impl Settings {
         self.direct
     }
 
-    /// Takes a node's own options; what it does not say is as `self`, its parent's.
+    /// Takes a node's own options; what it does not say is as `self`, its parent's. What is wrong with them is
+    /// told by [`Claims::settle`], because the file below is opened before.
     ///
     /// `auto-read-only`, `active`, `discard` and `detect-zeroes` mean nothing to an image that is opened for one
     /// command, which says itself what it writes; their values are checked all the same.
-    pub fn take(self, options: &mut OptionTree, names: &mut Names) -> Result<Self> {
-        let mut own = self;
-        if let Some(name) = take_text(options, "node-name") {
-            names.add(name)?;
+    pub fn take(self, options: &mut OptionTree) -> (Self, Claims) {
+        let mut own = Self { refused: false, ..self };
+        let given: Vec<String> = in_order(options).into_iter().map(|(key, _)| key.clone()).collect();
+        let mut bad = None;
+        let mut read_only = None;
+        for key in given {
+            let Some(key) = SWITCHES.iter().copied().find(|switch| **switch == key) else { continue };
+            if own.bad == Some(key) {
+                own.bad = None;
+            }
+            match (key, take_switch(options, key)) {
+                (_, Err(_)) => bad = bad.or(Some(key)),
+                (_, Ok(None)) => {}
+                ("read-only", Ok(on)) => read_only = on,
+                ("force-share", Ok(Some(on))) => own.force_share = on,
+                ("cache.direct", Ok(Some(on))) => own.direct = on,
+                ("cache.no-flush", Ok(Some(on))) => own.no_flush = on,
+                _ => {}
+            }
         }
-        let read_only = take_switch(options, "read-only")?;
-        take_switch(options, "auto-read-only")?;
-        take_switch(options, "active")?;
-        own.force_share = take_switch(options, "force-share")?.unwrap_or(self.force_share);
-        own.direct = take_switch(options, "cache.direct")?.unwrap_or(self.direct);
-        own.no_flush = take_switch(options, "cache.no-flush")?.unwrap_or(self.no_flush);
-        match take_text(options, "discard").as_deref() {
-            None => {}
+        own.bad = bad.or(own.bad);
+        own.refused = own.write && read_only == Some(true);
+        let discard = take_text(options, "discard");
+        match discard.as_deref() {
             Some("unmap" | "on") => own.unmap = true,
             Some("ignore" | "off") => own.unmap = false,
-            Some(_) => return Err(Error::invalid("Invalid discard option")),
+            _ => {}
         }
-        match take_text(options, "detect-zeroes").as_deref() {
+        let claims = Claims {
+            bad: own.bad,
+            shared: own.force_share && (own.write || read_only == Some(false)),
+            discard,
+            detect_zeroes: take_text(options, "detect-zeroes"),
+            unmap: own.unmap,
+            name: take_text(options, "node-name"),
+        };
+        if own.bad == Some("active") {
+            // The one that children do not inherit.
+            own.bad = None;
+        }
+        (own, claims)
+    }
+
+    /// Refuses what shall be written to and may not.
+    pub fn may_write(&self) -> Result<()> {
+        if self.refused { Err(Error::invalid("Block node is read-only")) } else { Ok(()) }
+    }
+}
+
+/// Options that are on or off.
+const SWITCHES: [&str; 6] = ["read-only", "auto-read-only", "active", "force-share", "cache.direct", "cache.no-flush"];
+
+/// What a node's options say, not yet judged.
+#[derive(Debug)]
+pub struct Claims {
+    bad: Option<&'static str>,
+    shared: bool,
+    discard: Option<String>,
+    detect_zeroes: Option<String>,
+    unmap: bool,
+    name: Option<String>,
+}
+
+impl Claims {
+    /// Refuses what is wrong with them, and takes the node's name.
+    pub fn settle(self, names: &mut Names) -> Result<()> {
+        if let Some(key) = self.bad {
+            return Err(Error::invalid(format!("Parameter '{key}' expects 'on' or 'off'")));
+        }
+        if self.shared {
+            return Err(Error::invalid("force-share=on can only be used with read-only images"));
+        }
+        if !matches!(self.discard.as_deref(), None | Some("unmap" | "on" | "ignore" | "off")) {
+            return Err(Error::invalid("Invalid discard option"));
+        }
+        match self.detect_zeroes.as_deref() {
             None | Some("off" | "on") => {}
-            Some("unmap") if own.unmap => {}
+            Some("unmap") if self.unmap => {}
             Some("unmap") => {
                 return Err(Error::invalid(
                     "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
@@ -82,13 +148,7 @@ impl Settings {
             }
             Some(other) => return Err(Error::invalid(format!("invalid parameter value: {other}"))),
         }
-        if own.force_share && (self.write || read_only == Some(false)) {
-            return Err(Error::invalid("force-share=on can only be used with read-only images"));
-        }
-        if self.write && read_only == Some(true) {
-            return Err(Error::invalid("Block node is read-only"));
-        }
-        Ok(own)
+        self.name.map_or(Ok(()), |name| names.add(name))
     }
 }
 

@@ -8,13 +8,13 @@ use serde_json::{Map, Value};
 
 use super::error::Context;
 use super::format::{Child, OpenRequest, Related};
-use super::generic::Settings;
+use super::generic::{Names, Settings};
 use super::keys::{as_text, take_text};
 use super::name::{self, OptionTree, first_key, take_below};
 use super::node::Origin;
 use super::opener::{Notice, Opener, Trail};
 use super::over::{HEAD, NodeStorage, ProbedRaw};
-use super::protocol::{FileOptions, Protocol, check_kind, refuse_rest, wrong_kind};
+use super::protocol::{Protocol, check_kind, file_name, refuse_rest, take_locking, wrong_kind};
 use super::{BlockDriver, Error, Format, Kind, Node, OpenHow, Result};
 use crate::storage::file::{HostFile, OpenHow as FileHow};
 use crate::storage::lock::Access;
@@ -113,17 +113,18 @@ impl Opener<'_> {
             Some(Value::String(name)) => Some(name),
             _ => None,
         };
-        let settings = settings.take(&mut options, &mut trail.names)?;
         if let Some(protocol) = driver.as_deref().and_then(Protocol::find) {
-            return self.bare(protocol, path, options, settings, how);
+            return self.bare(protocol, path, options, settings, how, trail);
         }
         let unknown = |name: &str| Error::invalid(format!("Unknown driver '{name}'"));
         let format = match &driver {
             Some(name) => Some(self.format(name).ok_or_else(|| unknown(name))?),
             None => None,
         };
+        let (settings, claims) = settings.take(&mut options);
         let below = self.below_options(&mut options, how)?;
         let file = self.file_of(path, &mut options, driver.is_some(), &settings, how, trail)?;
+        claims.settle(&mut trail.names)?;
         let probed = format.is_none();
         let format = match format {
             Some(format) => format,
@@ -188,6 +189,7 @@ impl Opener<'_> {
             let text = format!("Block format '{}' does not support the option '{key}'", format.name());
             return Err(Error::invalid(text));
         }
+        settings.may_write()?;
         let named = driver.backing().is_some();
         let overridden = !how.no_backing && (given || (named && matches!(below, Below::Nothing)));
         let below = if how.no_backing { Below::Nothing } else { below };
@@ -229,14 +231,15 @@ impl Opener<'_> {
         &self,
         protocol: Protocol,
         path: Option<OsString>,
-        mut options: OptionTree,
+        options: OptionTree,
         settings: Settings,
         how: &OpenHow,
+        trail: &mut Trail,
     ) -> Result<Layer> {
         if path.is_some() && options.contains_key("filename") {
             return Err(Error::invalid("Can't specify 'file' and 'filename' options at the same time"));
         }
-        let opened = self.host_file(protocol, path, &mut options, &settings, "file")?;
+        let (opened, settings) = self.host_file(protocol, path, options, settings, "file", &mut trail.names)?;
         if settings.write {
             return Err(Error::unsupported(format!(
                 "'{}' is opened as a bare file: to write to it, say that its format is raw",
@@ -309,8 +312,7 @@ impl Opener<'_> {
                 (Protocol::of_path(OsStr::new(name)), None)
             }
         };
-        let settings = parent.take(&mut below, &mut trail.names)?;
-        self.host_file(protocol, path, &mut below, &settings, "file")
+        Ok(self.host_file(protocol, path, below, *parent, "file", &mut trail.names)?.0)
     }
 
     fn nested(
@@ -345,23 +347,28 @@ impl Opener<'_> {
         &self,
         protocol: Protocol,
         path: Option<OsString>,
-        options: &mut OptionTree,
-        settings: &Settings,
+        mut options: OptionTree,
+        parent: Settings,
         role: &str,
-    ) -> Result<Opened> {
-        let FileOptions { path, locking } = FileOptions::take(path, settings, options)?;
-        refuse_rest(protocol, options)?;
-        let storage = match self.storage(&path, settings) {
+        names: &mut Names,
+    ) -> Result<(Opened, Settings)> {
+        let (settings, claims) = parent.take(&mut options);
+        let path = file_name(protocol, path, &mut options)?;
+        claims.settle(names)?;
+        let locking = take_locking(&settings, &mut options)?;
+        let storage = match self.storage(&path, &settings) {
             Err(storage::Error::WrongKind { .. }) => Err(wrong_kind(protocol, &path)),
             other => Ok(other?),
         }?;
         check_kind(protocol, &path, &*storage)?;
+        refuse_rest(protocol, &options)?;
+        settings.may_write()?;
         let name = path.to_string_lossy().into_owned();
         let mut tree = Map::new();
         tree.insert("driver".to_owned(), protocol.name().into());
         tree.insert("filename".to_owned(), name.clone().into());
         let child = Child { role: role.to_owned(), name, storage };
-        Ok(Opened { child, tree, path: Some(path), inner: None, locking })
+        Ok((Opened { child, tree, path: Some(path), inner: None, locking }, settings))
     }
 
     fn storage(&self, path: &OsStr, settings: &Settings) -> storage::Result<Arc<dyn Storage>> {
@@ -442,8 +449,8 @@ impl Related for Beside<'_> {
             Some(driver) => Protocol::find(&driver)
                 .ok_or_else(|| Error::unsupported(format!("The file '{name}' must be a plain file, not '{driver}'")))?,
         };
-        let settings = self.settings.take(&mut given, &mut Default::default())?;
-        let opened = self.opener.host_file(protocol, path, &mut given, &settings, role)?;
+        let (opened, settings) =
+            self.opener.host_file(protocol, path, given, self.settings, role, &mut Names::default())?;
         if self.locking && opened.locking {
             let access = self.how.access(&settings);
             let access = match (self.how.exclusive, role) {

@@ -4,6 +4,8 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use serde_json::Value;
+
 use super::generic::Settings;
 use super::info::ImageInfo;
 use super::keys::{take_number, take_switch, take_text};
@@ -63,46 +65,43 @@ impl Protocol {
     }
 }
 
-/// Options of a file that is to be opened.
-#[derive(Debug)]
-pub struct FileOptions {
-    /// Its name.
-    pub path: OsString,
-    /// Whether it is locked.
-    pub locking: bool,
+/// The name of a file that is to be opened: `path`, where it was not given as an option (that must be text).
+pub fn file_name(protocol: Protocol, path: Option<OsString>, options: &mut OptionTree) -> Result<OsString> {
+    let named = match options.shift_remove("filename") {
+        Some(Value::String(name)) => Some(OsString::from(name)),
+        _ => None,
+    };
+    path.or(named)
+        .filter(|path| !path.is_empty())
+        .ok_or_else(|| Error::invalid(format!("The '{}' block driver requires a file name", protocol.name())))
 }
 
-impl FileOptions {
-    /// Takes them; `path` is the name, where it was not given as an option (those are text).
-    pub fn take(path: Option<OsString>, settings: &Settings, options: &mut OptionTree) -> Result<Self> {
-        let named = take_text(options, "filename").map(OsString::from);
-        let path = path.or(named).filter(|path| !path.is_empty());
-        let path = path.ok_or_else(|| Error::invalid("The 'file' block driver requires a file name"))?;
-        let bad = |value: &str| Error::invalid(format!("invalid parameter value: {value}"));
-        let locking = match take_text(options, "locking").as_deref() {
-            None | Some("auto" | "on") => true,
-            Some("off") => false,
-            Some(other) => return Err(bad(other)),
-        };
-        // How the kernel is asked does not change what is read and written.
-        match take_text(options, "aio").as_deref() {
-            None | Some("threads" | "io_uring") => {}
-            Some("native") if settings.direct() => {}
-            Some("native") => {
-                return Err(Error::invalid(
-                    "aio=native was specified, but it requires cache.direct=on, which was not specified.",
-                ));
-            }
-            Some(other) => return Err(bad(other)),
-        }
-        take_number(options, "aio-max-batch")?;
-        take_switch(options, "drop-cache")?;
-        take_switch(options, "x-check-cache-dropped")?;
-        if let Some(id) = take_text(options, "pr-manager") {
-            return Err(Error::invalid(format!("No persistent reservation manager with id '{id}'")));
-        }
-        Ok(Self { path, locking })
+/// Takes the options of a file that is to be opened: whether it is locked.
+pub fn take_locking(settings: &Settings, options: &mut OptionTree) -> Result<bool> {
+    take_number(options, "aio-max-batch")?;
+    take_switch(options, "drop-cache")?;
+    take_switch(options, "x-check-cache-dropped")?;
+    let bad = |value: &str| Error::invalid(format!("invalid parameter value: {value}"));
+    // How the kernel is asked does not change what is read and written.
+    let native = match take_text(options, "aio").as_deref() {
+        None | Some("threads" | "io_uring") => false,
+        Some("native") => true,
+        Some(other) => return Err(bad(other)),
+    };
+    let locking = match take_text(options, "locking").as_deref() {
+        None | Some("auto" | "on") => true,
+        Some("off") => false,
+        Some(other) => return Err(bad(other)),
+    };
+    if let Some(id) = take_text(options, "pr-manager") {
+        return Err(Error::invalid(format!("No persistent reservation manager with id '{id}'")));
     }
+    if native && !settings.direct() {
+        return Err(Error::invalid(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        ));
+    }
+    Ok(locking)
 }
 
 /// Refuses what is left of a file's options.

@@ -10,6 +10,7 @@ use super::progress::Progress;
 use super::source::Source;
 use super::{Complaint, Program, Subcommand, cache, object, options, size};
 use crate::block::driver::SnapshotKey;
+use crate::block::keys::parse_list;
 use crate::block::{CreateOptions, Effort, Error, Node, OpenHow, Opener, OptionValue};
 use crate::ops::convert::job::{self, Job};
 use crate::ops::convert::{How, MOST_THREADS, Observer};
@@ -19,18 +20,21 @@ use crate::storage::CacheMode;
 /// The options.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// format of the sources, found out if not given
-    #[arg(short = 'f', long = "source-format", value_name = "FMT")]
-    format: Option<String>,
+    /// a QEMU object, such as a secret with a passphrase
+    #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
+    object: Vec<object::Object>,
     /// the names of the sources are lists of options key=value,...
     #[arg(long, alias = "source-image-opts")]
     image_opts: bool,
+    /// format of the sources, found out if not given
+    #[arg(short = 'f', long = "source-format", value_name = "FMT")]
+    format: Option<String>,
     /// how the sources are cached: none, writeback, unsafe, directsync, writethrough
     #[arg(short = 'T', long, value_name = "CACHE")]
     source_cache: Option<String>,
     /// convert an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME
-    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
-    snapshot: Option<String>,
+    #[arg(short = 'l', long, value_name = "SNAPSHOT", value_parser = snapshot)]
+    snapshot: Option<Snapshot>,
     /// format of the target, raw if not given
     #[arg(short = 'O', long, alias = "output-format", value_name = "FMT")]
     target_format: Option<String>,
@@ -85,9 +89,6 @@ pub struct Args {
     /// leave out bitmaps that are inconsistent
     #[arg(long)]
     skip_broken_bitmaps: bool,
-    /// a QEMU object, such as a secret with a passphrase
-    #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
-    object: Vec<object::Object>,
     /// show how far it is
     #[arg(short, long)]
     progress: bool,
@@ -118,6 +119,32 @@ fn rate(text: &str) -> Result<u64, Complaint> {
 fn threads(text: &str) -> Result<usize, Complaint> {
     let number = size::number_within("number of coroutines", text, 1..=MOST_THREADS as u64)?;
     Ok(usize::try_from(number).unwrap_or(MOST_THREADS))
+}
+
+/// The snapshot that `-l` names, and what the user should write instead.
+#[derive(Debug, Clone)]
+struct Snapshot {
+    key: SnapshotKey,
+    warnings: Vec<(String, String)>,
+}
+
+/// `-l`: a list of `snapshot.KEY=VALUE`, or else an id or a name.
+fn snapshot(text: &str) -> Result<Snapshot, Complaint> {
+    if !text.starts_with("snapshot.") {
+        return Ok(Snapshot { key: SnapshotKey::IdOrName(text.to_owned()), warnings: Vec::new() });
+    }
+    let (mut id, mut name) = (None, None);
+    let list = parse_list(text, None);
+    for (key, value) in list.pairs {
+        match key.as_str() {
+            "snapshot.id" => id = Some(value),
+            "snapshot.name" => name = Some(value),
+            _ => {
+                return Err(Complaint::Snapshot { warnings: list.warnings, key, text: text.to_owned() });
+            }
+        }
+    }
+    Ok(Snapshot { key: SnapshotKey::Exact { id, name }, warnings: list.warnings })
 }
 
 /// What is said while it goes on, from all threads.
@@ -162,6 +189,10 @@ impl Subcommand for Args {
         if !object::define(program, &self.object)? {
             return Ok(Exit::Success);
         }
+        for (warning, hint) in self.snapshot.iter().flat_map(|snapshot| &snapshot.warnings) {
+            program.warn(warning);
+            program.line(hint);
+        }
         self.check()?;
         let opener = program.opener();
         let given = options::joined(&self.target_format_options).unwrap_or_default();
@@ -175,8 +206,9 @@ impl Subcommand for Args {
         let Some((name, sources)) = self.operands.split_last().filter(|(_, sources)| !sources.is_empty()) else {
             return Err(Complaint::value("Must specify image file name").into());
         };
+        let source_cache = self.source_cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
         let progress = Progress::start(self.progress && !self.quiet);
-        let sources = self.sources(program, &opener, sources)?;
+        let sources = self.sources(program, &opener, sources, source_cache)?;
         program.notices(&opener);
         let mut new = if self.no_create { None } else { Some(self.decide(&opener, target_format, name, &given)?) };
         let backing = match &new {
@@ -265,8 +297,13 @@ impl Args {
     }
 
     /// Opens everything that is read.
-    fn sources(&self, program: &Program, opener: &Opener<'_>, names: &[OsString]) -> anyhow::Result<Vec<Arc<Node>>> {
-        let cache = self.source_cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
+    fn sources(
+        &self,
+        program: &Program,
+        opener: &Opener<'_>,
+        names: &[OsString],
+        cache: CacheMode,
+    ) -> anyhow::Result<Vec<Arc<Node>>> {
         let source =
             Source { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
         source.check()?;
@@ -275,12 +312,15 @@ impl Args {
             let (image, how) = source.image(program, name)?;
             nodes.push(opener.open(&image, &OpenHow { cache, exclusive: true, ..how })?);
         }
-        let Some(text) = &self.snapshot else { return Ok(nodes) };
-        let key = snapshot_key(program, text)?;
-        let [node] = &nodes[..] else {
+        let Some(snapshot) = &self.snapshot else { return Ok(nodes) };
+        if let (SnapshotKey::IdOrName(_), true) = (&snapshot.key, nodes.len() > 1) {
             return Err(Complaint::value("No support for concatenating multiple snapshot").into());
-        };
-        Ok(vec![job::at_snapshot(node, &key).context("Failed to load snapshot")?])
+        }
+        // Of several sources the first is meant.
+        if let Some(node) = nodes.first_mut() {
+            *node = job::at_snapshot(node, &snapshot.key).context("Failed to load snapshot")?;
+        }
+        Ok(nodes)
     }
 
     /// What the new image shall be, but for its size.
@@ -362,23 +402,4 @@ fn broken_bitmaps(source: &Node) -> Result<Vec<String>, Complaint> {
     let bitmaps = source.driver().bitmaps().ok_or_else(|| Complaint::value("Source lacks bitmap support"))?;
     let broken = bitmaps.list().into_iter().rev().filter(|bitmap| !bitmap.consistent);
     Ok(broken.map(|bitmap| bitmap.name).collect())
-}
-
-/// `-l`: a list of `snapshot.KEY=VALUE`, or else an id or a name.
-fn snapshot_key(program: &Program, text: &str) -> Result<SnapshotKey, Complaint> {
-    if !text.starts_with("snapshot.") {
-        return Ok(SnapshotKey::IdOrName(text.to_owned()));
-    }
-    let (mut id, mut name) = (None, None);
-    for (key, value) in options::pairs(text).pairs {
-        match key.as_str() {
-            "snapshot.id" => id = Some(value),
-            "snapshot.name" => name = Some(value),
-            _ => {
-                program.error(&format!("Invalid parameter '{key}'"));
-                return Err(Complaint::value(format!("Failed in parsing snapshot param '{text}'")));
-            }
-        }
-    }
-    Ok(SnapshotKey::Exact { id, name })
 }

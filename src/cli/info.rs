@@ -6,8 +6,10 @@ use serde_json::Value;
 
 use super::exit::Exit;
 use super::source::Source;
-use super::{Complaint, Program, Subcommand, human, json, object};
+use super::{Complaint, Program, Subcommand, cache, human, json, object};
+use crate::block::OpenHow;
 use crate::ops::info::{self, Info};
+use crate::storage::CacheMode;
 
 /// The options.
 #[derive(Debug, clap::Args)]
@@ -16,10 +18,10 @@ pub struct Args {
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
     /// form of the output: human or json
-    #[arg(long, value_name = "human|json")]
-    output: Option<String>,
+    #[arg(long, value_name = "human|json", value_parser = form)]
+    output: Option<Form>,
     /// show the backing files too
-    #[arg(long)]
+    #[arg(short, long)]
     backing_chain: bool,
     /// the file name is a list of options key=value,...
     #[arg(long)]
@@ -27,6 +29,9 @@ pub struct Args {
     /// bear others that write to the image meanwhile
     #[arg(short = 'U', long)]
     force_share: bool,
+    /// how the image is cached: none, writeback, unsafe, directsync, writethrough
+    #[arg(short = 't', long, value_name = "CACHE")]
+    cache: Option<String>,
     /// a QEMU object, such as a secret with a passphrase
     #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
     object: Vec<object::Object>,
@@ -35,35 +40,46 @@ pub struct Args {
     operands: Vec<OsString>,
 }
 
+/// How it is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Human,
+    Json,
+}
+
+fn form(word: &str) -> Result<Form, Complaint> {
+    match word {
+        "human" => Ok(Form::Human),
+        "json" => Ok(Form::Json),
+        other => Err(Complaint::usage(format!("--output expects 'human' or 'json', not '{other}'"))),
+    }
+}
+
 impl Subcommand for Args {
     const NAME: &'static str = "info";
     const ABOUT: &'static str = "Display information about an image";
-    const USAGE: &'static [&'static str] =
-        &["[-f FMT | --image-opts] [--backing-chain] [-U]", "[--object OBJDEF] [--output human|json] FILENAME"];
+    const USAGE: &'static [&'static str] = &[
+        "[-f FMT | --image-opts] [--backing-chain] [-U] [-t CACHE]",
+        "[--object OBJDEF] [--output human|json] FILENAME",
+    ];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         if !object::define(program, &self.object)? {
             return Ok(Exit::Success);
         }
-        let as_json = match self.output.as_deref() {
-            None | Some("human") => false,
-            Some("json") => true,
-            Some(other) => {
-                return Err(Complaint::usage(format!("--output expects 'human' or 'json', not '{other}'")).into());
-            }
-        };
         let [name] = &self.operands[..] else {
             return Err(Complaint::usage("Expecting one image file name").into());
         };
         let source =
             Source { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
         source.check()?;
+        let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::target)?;
         let (image, how) = source.image(program, name)?;
         let opener = program.opener();
-        let infos = info::chain(&opener, &image, &how, self.backing_chain);
+        let infos = info::chain(&opener, &image, &OpenHow { cache, ..how }, self.backing_chain);
         program.notices(&opener);
         let infos = infos?;
-        match (as_json, self.backing_chain) {
+        match (self.output == Some(Form::Json), self.backing_chain) {
             (true, true) => program.println(&json::pretty(&infos.iter().map(info::to_json).collect())),
             (true, false) => infos.iter().for_each(|info| program.println(&json::pretty(&info::to_json(info)))),
             (false, _) => {

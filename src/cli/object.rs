@@ -151,6 +151,10 @@ pub fn parse(text: &str) -> Result<Object, Complaint> {
             (None, Some(file)) => read(&file)?,
         };
         let base64 = text("format")?.is_some_and(|format| format == "base64");
+        let digit = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=' | b'\n');
+        if base64 && !data.iter().all(digit) {
+            return Err(Complaint::value("Base64 data contains invalid characters"));
+        }
         Object::Secret(Secret { id: id.clone(), data, base64, keyid: text("keyid")?, iv: text("iv")? })
     } else {
         Object::Other { id: id.clone() }
@@ -218,24 +222,39 @@ fn list(text: &str) -> Result<Members, Complaint> {
         let end = rest.find(['=', ',']).unwrap_or(rest.len());
         let (key, after) = rest.split_at(end);
         if let Some(after) = after.strip_prefix('=') {
-            if key.is_empty() {
-                return Err(Complaint::value("Invalid parameter ''"));
-            }
+            check_key(key)?;
             let (value, next) = super::options::value(after);
             members.push((key.to_owned(), Given::Text(value)));
             rest = next;
             continue;
         }
         let member = match key {
-            "" => return Err(Complaint::value("Invalid parameter ''")),
             "help" | "?" => (key.to_owned(), Given::Help),
-            _ if members.is_empty() => ("qom-type".to_owned(), Given::Text(key.to_owned())),
-            _ => return Err(Complaint::value(format!("Expected '=' after parameter '{key}'"))),
+            _ if members.is_empty() && !key.is_empty() => ("qom-type".to_owned(), Given::Text(key.to_owned())),
+            _ => {
+                check_key(key)?;
+                return Err(Complaint::value(format!("Expected '=' after parameter '{key}'")));
+            }
         };
         members.push(member);
         rest = after.strip_prefix(',').unwrap_or(after);
     }
     Ok(members)
+}
+
+/// Refuses what is no key: words that begin with a letter, or behind a dot numbers too.
+fn check_key(key: &str) -> Result<(), Complaint> {
+    let invalid = || Complaint::value(format!("Invalid parameter '{key}'"));
+    for (n, word) in key.split('.').enumerate() {
+        // Vendors' words are `__VENDOR_WORD`.
+        let bare = word.strip_prefix("__").and_then(|rest| rest.split_once('_')).map_or(word, |(_, rest)| rest);
+        let number = n > 0 && bare.starts_with(|c: char| c.is_ascii_digit());
+        if !number && !bare.starts_with(|c: char| c.is_ascii_alphabetic()) {
+            return Err(invalid());
+        }
+    }
+    let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if key.chars().all(known) { Ok(()) } else { Err(invalid()) }
 }
 
 /// Brings the objects of a command line into being. `false`: help was asked for and shown, and nothing else is
@@ -327,8 +346,10 @@ mod tests {
 
     #[test]
     fn good_objects() {
-        let Ok(Object::Secret(secret)) = parse("secret,id=s,data=a,,b,format=base64") else { panic!("a secret") };
-        assert_eq!((secret.id.as_str(), &secret.data[..], secret.base64), ("s", &b"a,b"[..], true));
+        let Ok(Object::Secret(secret)) = parse("secret,id=s,data=a,,b") else { panic!("a secret") };
+        assert_eq!((secret.id.as_str(), &secret.data[..], secret.base64), ("s", &b"a,b"[..], false));
+        let Ok(Object::Secret(secret)) = parse("secret,id=s,data=YQ==,format=base64") else { panic!("a secret") };
+        assert!(secret.base64);
         assert!(parse(r#"{"qom-type":"secret","id":"s","data":"abc"}"#).is_ok());
         assert!(parse("secret,data=x,data=y,id=s,").is_ok());
         assert_eq!(parse("x,help"), Ok(Object::Help(None)));

@@ -14,6 +14,15 @@ pub enum Complaint {
     Usage(String),
     /// A bad value: its text, and lines that follow it.
     Value(String, &'static [&'static str]),
+    /// A bad key in the description of a snapshot.
+    Snapshot {
+        /// What came up before, and the line below it.
+        warnings: Vec<(String, String)>,
+        /// The key.
+        key: String,
+        /// The whole description.
+        text: String,
+    },
 }
 
 impl Complaint {
@@ -32,6 +41,7 @@ impl fmt::Display for Complaint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Getopt(text) | Self::Usage(text) | Self::Value(text, _) => f.write_str(text),
+            Self::Snapshot { text, .. } => write!(f, "Failed in parsing snapshot param '{text}'"),
         }
     }
 }
@@ -57,6 +67,14 @@ pub fn error(program: &Program, error: &anyhow::Error) {
         Some(Complaint::Value(_, lines)) => {
             program.error(&text);
             lines.iter().for_each(|line| program.line(line));
+        }
+        Some(Complaint::Snapshot { warnings, key, .. }) => {
+            for (warning, hint) in warnings {
+                program.warn(warning);
+                program.line(hint);
+            }
+            program.error(&format!("Invalid parameter '{key}'"));
+            program.error(&text);
         }
         None => program.error(&text),
     }

@@ -53,8 +53,6 @@ impl Subcommand for Args {
         if !self.common.define(program)? {
             return Ok(Exit::Success);
         }
-        let source = Source { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
-        source.check()?;
         let (Some(name), Some(new)) = (&self.name, &self.size) else {
             return Err(Complaint::usage("Expecting image file name and size").into());
         };
@@ -63,7 +61,8 @@ impl Subcommand for Args {
         }
         let new = new_size(&new.to_string_lossy())?;
         let fill = self.preallocation.unwrap_or_default();
-
+        let source = Source { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
+        source.check()?;
         let (image, how) = source.image(program, name)?;
         let opener = program.opener();
         let node = opener.open(&image, &OpenHow { write: true, ..how });

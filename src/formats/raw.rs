@@ -11,7 +11,7 @@ use crate::block::{
     BlockDriver, Child, Create, CreateRequest, Error, Extent, Format, GuestOffset, HostPlace, OpenRequest, OptionKind,
     OptionSpec, Placed, Resize, Result, Store, Write,
 };
-use crate::storage::{self, Preallocation, Zeroing};
+use crate::storage::{self, Preallocation, Storage, Zeroing};
 
 /// The format.
 #[derive(Debug)]
@@ -36,7 +36,9 @@ impl Format for Raw {
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
         let OpenRequest { file, options, write, .. } = request;
-        let length = file.storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
+        let end = file.storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
+        // A file counts in whole sectors.
+        let length = end.checked_next_multiple_of(SECTOR).unwrap_or(end);
         let offset = take_size(options, "offset")?.unwrap_or(0);
         let size = take_size(options, "size")?;
         let room = length.checked_sub(offset).ok_or_else(|| {
@@ -54,7 +56,7 @@ impl Format for Raw {
             }
         }
         let fixed = size.is_some();
-        let size = AtomicU64::new(size.unwrap_or(room));
+        let size = AtomicU64::new(size.unwrap_or_else(|| end.saturating_sub(offset)));
         Ok(Box::new(RawDriver { files: [file], offset, fixed, size, write }))
     }
 
@@ -73,18 +75,27 @@ impl Create for Raw {
         let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
         let file = request.files.main()?;
         file.set_len(size, fill)?;
-        // The reference allocates the first block too, for the sake of probing alignment; on a device it takes
-        // away what would still be recognised as something else.
-        let head = match file.kind().is_device() {
-            true => SECTOR,
-            false if fill != Preallocation::Off => 0,
-            false if size < 4096 => SECTOR,
-            false => 4096,
-        };
-        let room = if file.kind().is_device() { file.len().context("Could not get size")? } else { size };
-        let zeros = vec![0; usize::try_from(head.min(room)).unwrap_or(0)];
+        if !file.kind().is_device() {
+            return allocate_start(&*file, size, fill);
+        }
+        // What would still be recognised as something else goes away.
+        let room = file.len().context("Could not get size")?;
+        let zeros = vec![0; usize::try_from(SECTOR.min(room)).unwrap_or(0)];
         file.write_at(0, &zeros).context("Could not write")
     }
+}
+
+/// Allocates the first block of a file that was empty, in whole sectors: the reference does it for the sake of
+/// probing alignment.
+fn allocate_start(file: &dyn Storage, len: u64, fill: Preallocation) -> Result<()> {
+    let head = match len {
+        _ if fill != Preallocation::Off => return Ok(()),
+        0 => return Ok(()),
+        1..4096 => SECTOR,
+        _ => 4096,
+    };
+    let zeros = vec![0; usize::try_from(head).unwrap_or(0)];
+    file.write_at(0, &zeros).context("Could not write")
 }
 
 #[derive(Debug)]
@@ -173,7 +184,11 @@ impl Resize for RawDriver {
         self.check(size, fill)?;
         let storage = &self.files[0].storage;
         let end = self.offset.checked_add(size).ok_or_else(|| Error::invalid("Disk size is too large"))?;
+        let empty = storage.len().context("Could not get size")? == 0;
         storage.set_len(end, fill)?;
+        if empty && !storage.kind().is_device() {
+            allocate_start(&**storage, end, fill)?;
+        }
         self.size.store(size, Ordering::Relaxed);
         Ok(())
     }

@@ -1,6 +1,8 @@
 //! Where the installed qemu-img (dialect D, Debian's 10.0) words a thing as no other version does, vimg prints
 //! upstream's current words (dialect N). The one table of such words; nothing else is normalised.
 
+use crate::common::run::vimg;
+
 /// D's words and N's.
 const WORDS: &[(&str, &str)] = &[
     (" --help' for more info\n", " --help' for more information\n"),
@@ -19,4 +21,44 @@ pub fn normalise(text: &str) -> String {
         _ => line.to_owned(),
     });
     lines.collect()
+}
+
+/// Every option of every dialect (up to 11): a subcommand, its letters, its long names; a colon takes a value.
+const OPTIONS: &[(&str, &str, &str)] = &[
+    (
+        "convert",
+        "hf:O:B:b:CcF:o:l:S:pt:T:qnm:WUr:",
+        "help object: image-opts force-share target-image-opts salvage target-is-zero bitmaps skip-broken-bitmaps \
+         quiet source-image-opts source-format: source-cache: snapshot: sparse-size: output-format: options: \
+         output-cache: backing: backing-format: rate: rate-limit: parallel: oob-writes copy-range-offloading \
+         target-format: target-format-options: target-cache: no-create progress",
+    ),
+    ("create", "F:B:b:f:ho:qu", "help object: quiet format: backing: backing-format: backing-unsafe options:"),
+    ("info", "f:hUbt:", "help format: output: backing-chain object: image-opts force-share cache:"),
+    ("resize", "f:hq", "help object: image-opts preallocation: shrink quiet format:"),
+];
+
+#[test]
+fn the_options_of_all_dialects_are_taken() {
+    let refusal = |command: &str, word: &str| vimg(&[command, word]).run().stderr;
+    for (command, letters, names) in OPTIONS {
+        for name in names.split(' ') {
+            // A bad use of an option shows that it is known, and whether it takes a value.
+            let (word, text) = match name.strip_suffix(':') {
+                Some(name) => (format!("--{name}"), format!("option '--{name}' requires an argument")),
+                None => (format!("--{name}=x"), format!("option '--{name}' doesn't allow an argument")),
+            };
+            let said = refusal(command, &word);
+            assert!(said.contains(&text), "{command} {word}: {said}");
+        }
+        assert_eq!(vimg(&[command, "-h"]).run().code, Some(0), "{command} -h");
+        for (at, letter) in letters.char_indices().filter(|(_, letter)| !matches!(letter, ':' | 'h')) {
+            let (word, text) = match letters[at + 1..].starts_with(':') {
+                true => (format!("-{letter}"), format!("option requires an argument -- '{letter}'")),
+                false => (format!("-{letter}?"), "invalid option -- '?'".to_owned()),
+            };
+            let said = refusal(command, &word);
+            assert!(said.contains(&text), "{command} {word}: {said}");
+        }
+    }
 }

@@ -68,7 +68,11 @@ fn refuse_encryption(request: &CreateRequest<'_>) -> Result<()> {
     let options = request.options;
     let format = options.text("encrypt.format");
     if !options.switch("encryption") && format.is_none() {
-        return Ok(());
+        let given = |spec: &OptionSpec| spec.name.starts_with("encrypt.") && options.given(spec.name).is_some();
+        return match options.specs().iter().any(given) {
+            true => Err(Error::invalid("Parameter 'encrypt.format' is missing")),
+            false => Ok(()),
+        };
     }
     if let Some(format) = format.filter(|format| *format != "aes") {
         return Err(Error::invalid(format!("Parameter 'encrypt.format' does not accept value '{format}'")));

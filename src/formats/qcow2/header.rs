@@ -45,7 +45,7 @@ impl Header {
             return Err(Error::invalid("Image is not in qcow2 format"));
         }
         let fields = HeaderFields::read(&start);
-        if length >= 8 && !(2..=3).contains(&fields.version) {
+        if !(2..=3).contains(&fields.version) {
             return Err(Error::unsupported(format!("Unsupported qcow2 version {}", fields.version)));
         }
         // What a cut file lacks reads as zeros, as it does for the reference.

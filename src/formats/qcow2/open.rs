@@ -5,7 +5,7 @@ use std::sync::{Mutex, RwLock};
 
 use serde_json::Value;
 
-use crate::block::keys::{take_size, take_switch, take_text};
+use crate::block::keys::{take_number, take_size, take_switch, take_text};
 use crate::block::opener::Notice;
 use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Result};
 
@@ -24,6 +24,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         return Err(Error::corrupt("qcow2: Image is corrupt; cannot be opened read/write"));
     }
     let cache_bytes = cache_bytes(options, &header)?;
+    check_tuning(options, &header)?;
     check_lazy(options, &header)?;
     unlock(options, &header, look_only)?;
     let luks = match header.crypto {
@@ -183,6 +184,63 @@ fn check_lazy(options: &mut OptionTree, header: &Header) -> Result<()> {
     }
     Ok(())
 }
+
+/// Options that say how a virtual machine's long use of the image is served: they change nothing in one command.
+/// Their values are checked all the same.
+fn check_tuning(options: &mut OptionTree, header: &Header) -> Result<()> {
+    if let Some(bytes) = take_size(options, "l2-cache-entry-size")? {
+        let cluster = header.geometry().cluster_size();
+        if !bytes.is_power_of_two() || !(512..=cluster).contains(&bytes) {
+            return Err(Error::invalid(format!(
+                "L2 cache entry size must be a power of two between 512 and the cluster size ({cluster})"
+            )));
+        }
+    }
+    if take_number(options, "cache-clean-interval")?.is_some_and(|seconds| u32::try_from(seconds).is_err()) {
+        return Err(Error::invalid("Cache clean interval too big"));
+    }
+    let overall = take_text(options, "overlap-check");
+    let template = take_inner(options, "overlap-check", "template");
+    if let (Some(overall), Some(template)) = (&overall, &template)
+        && overall != template
+    {
+        return Err(Error::invalid(format!(
+            "Conflicting values for qcow2 options 'overlap-check' ('{overall}') and 'overlap-check.template' \
+             ('{template}')"
+        )));
+    }
+    if let Some(value) = overall.or(template)
+        && !["none", "constant", "cached", "all"].contains(&value.as_str())
+    {
+        return Err(Error::invalid(format!(
+            "Unsupported value '{value}' for qcow2 option 'overlap-check'. Allowed are any of the following: none, \
+             constant, cached, all"
+        )));
+    }
+    for table in OVERLAP_CHECKS {
+        take_switch(options, &format!("overlap-check.{table}"))?;
+    }
+    for key in ["pass-discard-request", "pass-discard-snapshot", "pass-discard-other"] {
+        take_switch(options, key)?;
+    }
+    if take_switch(options, "discard-no-unref")? == Some(true) && header.fields.version < 3 {
+        return Err(Error::invalid("discard-no-unref is only supported since qcow2 version 3"));
+    }
+    Ok(())
+}
+
+/// Tables that a write is checked against. All of them are, whatever is asked for.
+const OVERLAP_CHECKS: [&str; 9] = [
+    "main-header",
+    "active-l1",
+    "active-l2",
+    "refcount-table",
+    "refcount-block",
+    "snapshot-table",
+    "inactive-l1",
+    "inactive-l2",
+    "bitmap-directory",
+];
 
 /// Takes an option of a group, be its key dotted or nested.
 fn take_inner(options: &mut OptionTree, group: &str, key: &str) -> Option<String> {

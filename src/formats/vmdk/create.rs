@@ -109,7 +109,7 @@ impl<'a> Plan<'a> {
         if subformat.flat && zeroed {
             return Err(Error::invalid("Flat image can't enable zeroed grain"));
         }
-        if backing.is_some() && options.text("backing_fmt").is_some_and(|format| format != "vmdk") {
+        if options.text("backing_fmt").is_some_and(|format| format != "vmdk") {
             return Err(Error::invalid("backing_file must be a vmdk image"));
         }
         let size = request

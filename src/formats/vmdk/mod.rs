@@ -177,6 +177,8 @@ impl VmdkDriver {
                 parts.push(Part::new(start, len, line.access, &line.word, body));
                 start = start.checked_add(len).ok_or_else(|| Error::corrupt("The extents are too long"))?;
             }
+        } else if main.len().context("Could not get the length of the image")? == 0 {
+            return Err(Error::corrupt("File is too small, not a valid image"));
         } else {
             return Err(Error::corrupt("invalid VMDK image descriptor"));
         }

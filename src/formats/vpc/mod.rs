@@ -91,7 +91,10 @@ fn read_footer(storage: &dyn Storage, at: u64) -> Result<Option<Footer>> {
 /// A dynamic disk has a copy at the start ("Dynamic Hard Disk Image"); the one at the end is asked only where
 /// that one is damaged.
 fn find_footer(storage: &dyn Storage, length: u64) -> Result<(Footer, Option<u64>)> {
-    let invalid = || Error::corrupt("invalid VPC image");
+    let invalid = || match length {
+        0 => Error::corrupt("File too small for a VHD header"),
+        _ => Error::corrupt("invalid VPC image"),
+    };
     let front = read_footer(storage, 0)?;
     if let Some(front) = &front
         && front.is_sound()
