@@ -41,6 +41,10 @@ impl VmdkDriver {
         let mut state = sparse.state();
         if let Store::Compressed { bytes } = store {
             let len = len.min(shape.grain);
+            if state.grain(sparse, first)? != Grain::Unallocated {
+                // A stream holds each grain once, and its readers rely on that.
+                return Err(Error::unsupported("Could not write to allocated cluster for streamOptimized"));
+            }
             let sector = if state.stream.is_some() {
                 state.place_encoded(sparse, first, bytes)?
             } else {
