@@ -34,7 +34,7 @@ fn new_images_are_the_references() {
         }
     }
     let error = create(&scratch.file("ours"), "vpc", "", (2040 << 30) + 1).unwrap_err();
-    assert_eq!(error.message(), "The image size is too large for file format 'vpc'");
+    assert_eq!(error.message(), "Disk size is too large, max size is 2040 GiB");
 }
 
 #[test]

@@ -209,7 +209,7 @@ fn beside(image: &OsStr, name: &str) -> OsString {
 /// Makes an image: whole, or nothing of it. Returns warnings.
 pub fn create(new: &NewImage, opener: &Opener<'_>) -> Result<Vec<String>> {
     let staging = Staging::new(CacheMode::Unsafe);
-    make(new, &staging, opener)?;
+    make(new, &staging, opener).map_err(|error| if error.kind == Kind::TooLarge { too_large(new) } else { error })?;
     let warnings = staging.take_notices();
     staging.commit()?;
     Ok(warnings)
@@ -246,13 +246,13 @@ pub fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<()
         ids: &Ids::of(&shown, new.size),
         related: &Backing { image: &new.name, opener },
     };
-    create.create(&request).map_err(|error| match error.kind {
-        Kind::TooLarge => too_large(format, new.options.number("cluster_size").is_some_and(|size| size > 0)),
-        _ => error,
-    })
+    create.create(&request)
 }
 
-fn too_large(format: &str, clusters: bool) -> Error {
+/// The words of `create` alone: `convert` shows the driver's own.
+fn too_large(new: &NewImage) -> Error {
+    let format = new.format.name();
+    let clusters = new.options.number("cluster_size").is_some_and(|size| size > 0);
     let advice = if clusters { " (try using a larger cluster size)" } else { "" };
     Error::invalid(format!("The image size is too large for file format '{format}'{advice}"))
 }

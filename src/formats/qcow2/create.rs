@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::block::error::Context;
-use crate::block::{Create, CreateOptions, CreateRequest, Effort, Error, OptionKind, OptionSpec, Result};
+use crate::block::{Create, CreateOptions, CreateRequest, Effort, Error, Kind, OptionKind, OptionSpec, Result};
 use crate::formats::effort;
 use crate::storage::{Preallocation, Storage};
 
@@ -134,7 +134,7 @@ fn choice<'a, T>(key: &str, value: &'a str, of: impl FnOnce(&'a str) -> Option<T
 /// Every check, in the reference's order.
 fn decide(options: &CreateOptions, size: u64) -> Result<Decided> {
     let too_large =
-        || Error::invalid("The image size is too large for file format 'qcow2' (try using a larger cluster size)");
+        || Error::new(Kind::TooLarge, "Could not resize image: Failed to grow the L1 table: File too large");
     let newer = |what: &str| {
         Err(Error::invalid(format!("{what} compatibility level 1.1 and above (use version=v3 or greater)")))
     };

@@ -4,7 +4,7 @@ use super::Vpc;
 use super::geometry::Geometry;
 use super::layout::{BLOCK_SIZE, DynamicHeader, FOOTER_BYTES, Footer, MAX_SIZE, SECTOR, TABLE_OFFSET};
 use crate::block::error::Context;
-use crate::block::{Create, CreateRequest, Error, OptionKind, OptionSpec, Result};
+use crate::block::{Create, CreateRequest, Error, Kind, OptionKind, OptionSpec, Result};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 const OPTIONS: &[OptionSpec] = &[
@@ -63,7 +63,7 @@ impl Create for Vpc {
             }
         };
         let shape = Shape::new(request.size, request.options.switch("force_size"))
-            .ok_or_else(|| Error::unsupported("The image size is too large for file format 'vpc'"))?;
+            .ok_or_else(|| Error::new(Kind::TooLarge, "Disk size is too large, max size is 2040 GiB"))?;
         let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
         let (seconds, uuid) = (request.ids.seconds(), request.ids.uuid("image"));
         let footer = Footer::new(shape.size, shape.geometry, fixed, &shape.creator, seconds, uuid);
@@ -89,7 +89,7 @@ fn create_fixed(file: &dyn Storage, size: u64, footer: &Footer, fill: Preallocat
 
 fn create_dynamic(file: &dyn Storage, size: u64, footer: &Footer) -> Result<()> {
     let entries = u32::try_from(size.div_ceil(u64::from(BLOCK_SIZE)));
-    let entries = entries.map_err(|_| Error::unsupported("The image size is too large for file format 'vpc'"))?;
+    let entries = entries.map_err(|_| Error::new(Kind::TooLarge, "Disk size is too large, max size is 2040 GiB"))?;
     let table = (u64::from(entries) * 4).next_multiple_of(SECTOR);
     let mut bytes = footer.bytes().to_vec();
     bytes.extend(DynamicHeader::new(entries).bytes());
