@@ -15,6 +15,7 @@ mod formats;
 mod guard;
 mod hostile;
 mod killed;
+mod kinds;
 mod qcow;
 mod qcow2_create;
 mod qcow2_read;
