@@ -20,6 +20,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::direct::Direct;
 use super::lock::{self, Access};
+use super::pieces::Pieces;
 use super::{CacheMode, Error, HostExtent, Identity, Kind, Preallocation, Result, Storage, Zeroing, host, sparse};
 
 /// How a file is opened.
@@ -56,6 +57,7 @@ pub struct HostFile {
     direct: Option<Direct>,
     locks: Mutex<Access>,
     growth: RwLock<()>,
+    pieces: Pieces,
 }
 
 impl HostFile {
@@ -101,6 +103,7 @@ impl HostFile {
             direct,
             locks: Mutex::default(),
             growth: RwLock::default(),
+            pieces: Pieces::default(),
         })
     }
 
@@ -192,7 +195,7 @@ impl Storage for HostFile {
         let _shared = self.growth.read().unwrap_or_else(|e| e.into_inner());
         match &self.direct {
             Some(direct) => direct.write_at(&self.file, at, buf),
-            None => Ok(self.file.write_all_at(buf, at)?),
+            None => Ok(self.pieces.write_all_at(&self.file, at, buf)?),
         }
     }
 
