@@ -34,7 +34,7 @@ struct Job {
     name: &'static str,
     /// Made once before, by qemu-img, if it is not there: the file and the arguments.
     needs: &'static [(&'static str, &'static str)],
-    /// What is timed.
+    /// What is timed. Words that start with `+` are qemu-img's alone.
     run: &'static str,
 }
 
@@ -55,6 +55,8 @@ const JOBS: &[Job] = &[
     Job { name: "qcow2→raw", needs: &[QCOW2], run: "convert -f qcow2 -O raw disk.qcow2 out" },
     Job { name: "qcow2→qcow2", needs: &[QCOW2], run: "convert -f qcow2 -O qcow2 disk.qcow2 out" },
     Job { name: "raw→qcow2 -c zlib", needs: &[], run: "convert -f raw -O qcow2 -c {disk} out" },
+    Job { name: "zlib, qemu-img -W -m 16", needs: &[], run: "convert -f raw -O qcow2 -c +-W +-m +16 {disk} out" },
+    Job { name: "zlib, clusters of 2M", needs: &[], run: "convert -f raw -O qcow2 -c -o cluster_size=2M {disk} out" },
     Job {
         name: "raw→qcow2 -c zstd",
         needs: &[],
@@ -81,6 +83,8 @@ const JOBS: &[Job] = &[
     Job { name: "create 1T metadata", needs: &[], run: "create -f qcow2 -o preallocation=metadata out 1T" },
     Job { name: "create qcow2 16T", needs: &[], run: "create -f qcow2 out 16T" },
     Job { name: "16T sparse qcow2→qcow2", needs: &[HUGE], run: "convert -f qcow2 -O qcow2 huge.qcow2 out" },
+    Job { name: "16T sparse qcow2→vdi", needs: &[HUGE], run: "convert -f qcow2 -O vdi huge.qcow2 out" },
+    Job { name: "16T sparse qcow2→vmdk", needs: &[HUGE], run: "convert -f qcow2 -O vmdk huge.qcow2 out" },
     Job { name: "info 16T", needs: &[HUGE], run: "info huge.qcow2" },
     Job { name: "resize 8G to 16T", needs: &[], run: "resize -f qcow2 grow.qcow2 16T" },
 ];
@@ -183,18 +187,24 @@ fn main() {
     let _ = std::fs::remove_file(base.join("out"));
 }
 
-fn words(line: &str, disk: &Path) -> Vec<String> {
-    line.split(' ').map(|word| if word == "{disk}" { disk.display().to_string() } else { word.to_owned() }).collect()
+/// The words of a line for one of the two programs.
+fn words(line: &str, disk: &Path, theirs: bool) -> Vec<String> {
+    let word = |word: &str| match (word, word.strip_prefix('+')) {
+        ("{disk}", _) => Some(disk.display().to_string()),
+        (_, Some(word)) => theirs.then(|| word.to_owned()),
+        _ => Some(word.to_owned()),
+    };
+    line.split(' ').filter_map(word).collect()
 }
 
 fn run_job(job: &Job, dir: &Path, disk: &Path, rounds: u64, vimg: &Path, theirs: &Path) -> Result<String, String> {
     for (file, make) in job.needs {
         if !dir.join(file).exists() {
-            let status = Command::new(theirs).args(words(make, disk)).current_dir(dir).status();
+            let status = Command::new(theirs).args(words(make, disk, true)).current_dir(dir).status();
             assert!(status.is_ok_and(|s| s.success()), "failed: qemu-img {make}");
         }
     }
-    let args = words(job.run, disk);
+    let args = [words(job.run, disk, false), words(job.run, disk, true)];
     let mut costs: [Vec<Cost>; 2] = [Vec::new(), Vec::new()];
     let mut sizes = [0, 0];
     // One run of each to warm up, then in turn.
@@ -204,7 +214,7 @@ fn run_job(job: &Job, dir: &Path, disk: &Path, rounds: u64, vimg: &Path, theirs:
             if job.run.contains("grow.qcow2") {
                 shell(dir, "rm -f grow.qcow2; qemu-img create -q -f qcow2 grow.qcow2 8G");
             }
-            let cost = measure(program, &args, dir)?;
+            let cost = measure(program, &args[which], dir)?;
             if round > 0 {
                 costs[which].push(cost);
             }
