@@ -2,6 +2,7 @@
 //! `qemu-io`, block devices and full disks.
 
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -68,7 +69,6 @@ const INSTALL: &[&str] = &[
 fn qemu_io_and_vimg_read_each_other() {
     let scratch = Scratch::new();
     let kinds = [
-        ("raw", ""),
         ("qcow2", ""),
         ("qcow2", "preallocation=metadata"),
         ("qcow2", "preallocation=falloc"),
@@ -251,6 +251,59 @@ fn block_devices_are_sources_and_targets() {
     let args = ["resize", "-f", "raw", &target.device, "40M"];
     let (ours, theirs) = (vimg(&args).dir(scratch.path()).run(), judge(&args).dir(scratch.path()).run());
     assert_eq!((ours.code, ours.stderr), (theirs.code, theirs.stderr));
+}
+
+/// What a device held before shows through nowhere: not in holes, not beside small runs of data, not in what is mapped
+/// from the start.
+#[test]
+fn a_new_image_on_a_used_device_reads_as_its_source() {
+    let scratch = Scratch::new();
+    let raw = scratch.file("disk.raw");
+    fs::File::create(&raw).and_then(|f| f.set_len((24 << 20) + 512)).expect("source");
+    for (at, len) in [(0, 4096), (70 << 10, 512), (3 << 20, 2 << 20), ((9 << 20) + 4096, 8192), (24 << 20, 512)] {
+        write_pattern(&raw, at, at, usize::try_from(len).expect("small"));
+    }
+    fs::write(scratch.file("used"), vec![0xaa; 64 << 20]).expect("used");
+    let device = Loop::new(&scratch.file("used"));
+    let data = format!("data_file={}", device.device);
+    let on_device = [
+        ("qcow2", ""),
+        ("qcow2", "-c"),
+        ("qcow2", "-S 0"),
+        ("qcow2", "-o preallocation=metadata"),
+        ("qcow2", "-o preallocation=metadata,extended_l2=on"),
+        ("qcow2", "-o extended_l2=on"),
+        ("qcow2", "-o cluster_size=2M,extended_l2=on"),
+        ("qcow", ""),
+        ("vdi", ""),
+        ("vdi", "-o static=on"),
+        ("vpc", "-o force_size=on"),
+    ];
+    let in_file = [
+        format!("-o {data}"),
+        format!("-o {data},data_file_raw=on"),
+        format!("-o {data},preallocation=metadata"),
+        format!("-o {data},data_file_raw=on,preallocation=metadata"),
+        format!("-o {data},extended_l2=on"),
+    ];
+    let on_device = on_device.map(|(format, options)| (format, options.to_owned(), &*device.device));
+    let in_file = in_file.map(|options| ("qcow2", options, "image"));
+    for (format, options, target) in on_device.into_iter().chain(in_file) {
+        for threads in ["1", "4"] {
+            write_aa(Path::new(&device.device), 64 << 20);
+            let args = ["convert", "-m", threads, "-f", "raw", "-O", format];
+            let args = [&args[..], &options.split_whitespace().collect::<Vec<_>>(), &["disk.raw", target]].concat();
+            scratch.vimg(&args);
+            let out =
+                judge(&["compare", "-U", "-f", "raw", "-F", format, "disk.raw", target]).dir(scratch.path()).run();
+            assert_eq!(out.code, Some(0), "{args:?}: {out:?}");
+        }
+    }
+}
+
+/// Fills a device with 0xaa.
+fn write_aa(device: &Path, len: usize) {
+    fs::OpenOptions::new().write(true).open(device).and_then(|mut f| f.write_all(&vec![0xaa; len])).expect("fill");
 }
 
 /// A small file system in memory, until it is dropped.

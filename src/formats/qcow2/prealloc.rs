@@ -43,7 +43,7 @@ pub fn preallocate(planner: &mut Planner, file: &Arc<dyn Storage>, layout: &Layo
             let end = (first + clusters) << geometry.cluster_bits;
             // What lies before the area is written first, so that the area is all that grows.
             file.set_len(start, Preallocation::Off).context("Could not resize file")?;
-            file.set_len(end, layout.fill).context("Could not resize image file")?;
+            file.set_len(end, layout.fill).context("Could not resize image: Failed to resize underlying file")?;
             Some(first)
         }
         _ => None,

@@ -139,7 +139,7 @@ impl Qcow2Driver {
             Counts(self).take(first, count)?;
             self.tables.write_back()?;
             storage.set_len(first << bits, Preallocation::Off).context("Could not resize file")?;
-            storage.set_len((first + count) << bits, fill).context("Could not resize image file")?;
+            storage.set_len((first + count) << bits, fill).context("Failed to resize underlying file")?;
             area = Some(first << bits);
         }
         let start = guest;

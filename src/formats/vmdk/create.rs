@@ -10,7 +10,7 @@ use crate::block::error::Context;
 use crate::block::{Create, CreateOptions, CreateRequest, Effort, Error, OptionKind, OptionSpec, Result};
 use crate::codec::deflate;
 use crate::formats::effort;
-use crate::storage::{Preallocation, Storage};
+use crate::storage::{Preallocation, Storage, Zeroing};
 
 use super::descriptor::{Descriptor, NO_PARENT, NewDescriptor};
 use super::layout::*;
@@ -214,10 +214,14 @@ impl SparseLayout {
         Ok(Self { header, rgd: directory(rgd_at)?, gd: directory(gd_at)? })
     }
 
-    /// Writes header and directories; the tables are holes.
+    /// Writes header and directories; the tables are holes, or zeros where there was something before.
     pub fn write(&self, storage: &dyn Storage) -> Result<()> {
         let header = &self.header;
-        storage.set_len(header.overhead * SECTOR, Preallocation::Off).context("Could not resize file")?;
+        let overhead = header.overhead * SECTOR;
+        storage.set_len(overhead, Preallocation::Off).context("Could not resize file")?;
+        if storage.kind().is_device() {
+            storage.zero(0, overhead, Zeroing::Write).context("Could not clear the tables")?;
+        }
         let put = |at: u64, bytes: &[u8]| storage.write_at(at * SECTOR, bytes).context("Could not write the header");
         put(0, &header.to_bytes())?;
         let padded = |directory: &[u32]| {
@@ -247,6 +251,10 @@ fn write_stream(storage: &dyn Storage, size: u64) -> Result<()> {
         compression: COMPRESSION_DEFLATE,
     };
     storage.write_at(0, &header.to_bytes()).context("Could not write the header")?;
+    if storage.kind().is_device() {
+        let room = (header.overhead - 1) * SECTOR;
+        storage.zero(SECTOR, room, Zeroing::Write).context("Could not clear the descriptor")?;
+    }
     let directory = vec![0; usize::try_from(tables(size)).unwrap_or(0)];
     let tail = tail(&header, header.overhead, &directory)?;
     storage.write_at(header.overhead * SECTOR, &tail).context("Could not write the footer")

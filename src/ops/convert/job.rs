@@ -8,7 +8,7 @@ use super::{Above, How, Joined, Observer, bitmaps, convert};
 use crate::block::driver::SnapshotKey;
 use crate::block::error::Context;
 use crate::block::opener::Notice;
-use crate::block::{Effort, Error, ImageRef, Node, OpenHow, Opener, Result};
+use crate::block::{BlockDriver, Effort, Error, ExtentKind, GuestOffset, ImageRef, Node, OpenHow, Opener, Result};
 use crate::ops::create::{self, NewImage};
 use crate::storage::staging::Staging;
 use crate::storage::{CacheMode, Identity, Kind};
@@ -45,11 +45,24 @@ fn layers_above(source: &Node, backing: &Node) -> usize {
     1
 }
 
+/// Whether a layer's tables name no data at all.
+fn stores_nothing(driver: &dyn BlockDriver) -> Result<bool> {
+    let (mut at, size) = (0, driver.virtual_size());
+    while at < size {
+        let extent = driver.extent(GuestOffset(at), size - at)?;
+        if !matches!(extent.kind, ExtentKind::Unallocated(_) | ExtentKind::Zero(_)) || extent.len == 0 {
+            return Ok(false);
+        }
+        at = at.saturating_add(extent.len);
+    }
+    Ok(true)
+}
+
 /// What lies above the target's backing file, where it has one and was asked for it.
-fn above(sources: &[Arc<Node>], target: &Node, new: bool) -> Option<Above> {
+fn above(sources: &[Arc<Node>], target: &Node, blank: bool) -> Option<Above> {
     let (Some(source), Some(backing)) = (sources.first(), target.backing()) else { return None };
     let layers = layers_above(source, backing);
-    Some(Above { layers, backing_len: backing.virtual_size(), blank_past: new })
+    Some(Above { layers, backing_len: backing.virtual_size(), blank_past: blank })
 }
 
 /// Opens the target, and converts.
@@ -86,12 +99,12 @@ impl Job<'_> {
         let target = inner.open(&ImageRef::name(&new.name), &how);
         inner.take_notices().into_iter().for_each(|notice| opener.notice(notice));
         let target = target?;
-        let writing = target.writing()?;
-        // A new file is a hole; a device holds whatever it held, where the format does not map it.
-        let kinds = target.driver().files().iter().map(|child| child.storage.kind());
-        let blank = writing.unit() > 1 || kinds.into_iter().all(|kind| kind == Kind::Regular);
+        // A new file is a hole, and nobody sees it. A device holds whatever it held: what the format maps already
+        // is not zeros, and what is not filled yet must not be mapped.
+        let unnamed = target.driver().files().iter().all(|child| child.storage.kind() == Kind::Regular);
+        let blank = unnamed || stores_nothing(target.driver())?;
         let reads_zero = target.backing().is_none() && blank;
-        self.run(&target, How { unnamed: true, reads_zero, effort, ..self.how.clone() })?;
+        self.run(&target, How { unnamed, reads_zero, effort, ..self.how.clone() }, blank)?;
         drop(target);
         staging.commit().with_context(|| format!("Could not create '{shown}'"))
     }
@@ -100,11 +113,12 @@ impl Job<'_> {
     pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<()> {
         let how = OpenHow { write: true, cache: self.cache, ..how.clone() };
         let target = opener.open(image, &how)?;
-        self.run(&target, self.how.clone())
+        self.run(&target, self.how.clone(), false)
     }
 
-    fn run(&self, target: &Node, how: How) -> Result<()> {
-        let above = if self.backed { above(self.sources, target, how.unnamed) } else { None };
+    /// `blank`: the target's own layer stores nothing but zeros.
+    fn run(&self, target: &Node, how: How, blank: bool) -> Result<()> {
+        let above = if self.backed { above(self.sources, target, blank) } else { None };
         let source = Joined::new(self.sources, above);
         let bitmaps = self.sources.first().filter(|_| self.bitmaps);
         bitmaps.map_or(Ok(()), |source| bitmaps::check(source, target))?;

@@ -30,7 +30,7 @@ pub struct How {
     pub effort: Effort,
     /// Placements need not be in the guest's order.
     pub reorder: bool,
-    /// The target has no name yet, so that nobody can see it half done.
+    /// The target is made of new files: nobody can see it half done, and what was not written to is zeros.
     pub unnamed: bool,
     /// The target reads as zeros now, through all its layers.
     pub reads_zero: bool,
