@@ -182,6 +182,9 @@ impl VmdkDriver {
         } else {
             return Err(Error::corrupt("invalid VMDK image descriptor"));
         }
+        if write && parts.iter().any(|part| part.grain().is_some_and(|grain| !part.start.is_multiple_of(grain))) {
+            return Err(Error::unsupported("An extent that begins within a grain can be read, but not written"));
+        }
         let size = parts.last().map_or(0, Part::end);
         let backing =
             descriptor.parent_name().map(|name| BackingRef { name: name.to_owned(), format: Some("vmdk".to_owned()) });

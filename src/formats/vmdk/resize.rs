@@ -7,7 +7,9 @@
 //! * sparse, growing: new tables, then the header that uses them, then the text, whose numbers are copies;
 //! * flat, growing: the file, then the text;
 //! * growing past the last extent of a split image: new files, then the text that names them. A sparse last extent
-//!   stays as short as it is then, because its size is in its own header: two files cannot change at once;
+//!   stays as short as it is then, because its size is in its own header: two files cannot change at once. If it
+//!   ends within a grain it is brought to the grain's end before (a stop just then leaves the disk longer by that
+//!   much): no grain may lie in two extents;
 //! * shrinking, sparse: what lies beyond is cleared, then the header; flat: the text, then the file is cut.
 
 use std::sync::atomic::Ordering;
@@ -125,7 +127,10 @@ impl VmdkDriver {
         let subformat =
             SUBFORMATS.iter().find(|subformat| subformat.split && subformat.name.to_ascii_lowercase() == kind);
         if let Some(subformat) = subformat.filter(|_| plan.len > SPLIT.max(last.len())) {
-            plan.len = if flat { SPLIT.max(last.len()) } else { last.len() };
+            plan.len = match &last.body {
+                Body::Sparse { sparse, .. } => last.len().next_multiple_of(sparse.shape.grain).min(plan.len),
+                _ => SPLIT.max(last.len()),
+            };
             plan.more = self.more_extents(subformat, size - last.start - plan.len);
             if self.backing.is_some() {
                 return Err(Error::unsupported(
