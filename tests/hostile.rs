@@ -396,3 +396,129 @@ fn backing_loops_end() {
         assert!(!scratch.file("out").exists());
     }
 }
+
+fn put(file: &mut Vec<u8>, at: usize, bytes: &[u8]) {
+    if file.len() < at + bytes.len() {
+        file.resize(at + bytes.len(), 0);
+    }
+    file[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// What a header claims costs nothing where the file has nothing to show for it.
+#[test]
+fn small_files_that_claim_much_cost_little() {
+    let scratch = Scratch::new();
+    let run = |code: i32, args: &[&str]| {
+        let out = vimg_within_memory(MEMORY, args).dir(scratch.path()).within(TIME).run();
+        assert_eq!(out.code, Some(code), "{args:?}: {out:#?}");
+        out
+    };
+    let descriptor = |create_type: &str, lines: &str| {
+        format!("# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"{create_type}\"\n{lines}")
+    };
+
+    // A seSparse extent of 80 sectors, in a line of an exbibyte; a directory as long as it can be, 200 times over.
+    let mut file = vec![0; 4096];
+    for (index, word) in [(0, 0xcafe_babe), (1, 0x2_0000_0001), (2, 80), (3, 8), (4, 64), (10, 1), (16, 2), (17, 1)] {
+        put(&mut file, index * 8, &u64::to_le_bytes(word));
+    }
+    put(&mut file, 512, &u64::to_le_bytes(0xcafe_cafe));
+    std::fs::write(scratch.file("s.bin"), &file).expect("write");
+    let line = format!("RW {} SESPARSE \"s.bin\"\n", 1u64 << 51);
+    std::fs::write(scratch.file("s.vmdk"), descriptor("seSparse", &line)).expect("write");
+    run(0, &["convert", "-f", "vmdk", "-O", "qcow2", "-o", "cluster_size=2M", "s.vmdk", "out"]);
+    put(&mut file, 2 * 8, &u64::to_le_bytes(1 << 38));
+    put(&mut file, 17 * 8, &u64::to_le_bytes(1 << 40));
+    std::fs::write(scratch.file("s.bin"), &file).expect("write");
+    scratch.sh("truncate -s 1G s.bin");
+    std::fs::write(scratch.file("s.vmdk"), descriptor("seSparse", &"RW 80 SESPARSE \"s.bin\"\n".repeat(200)))
+        .expect("write");
+    run(0, &["info", "s.vmdk"]);
+
+    // The directory of one hosted extent, in 200 lines.
+    scratch.judge(&["create", "-q", "-f", "vmdk", "big.vmdk", "60T"]);
+    std::fs::write(
+        scratch.file("many.vmdk"),
+        descriptor("twoGbMaxExtentSparse", &"RW 80 SPARSE \"big.vmdk\"\n".repeat(200)),
+    )
+    .expect("write");
+    let out = run(1, &["info", "many.vmdk"]);
+    assert!(out.stderr.contains("The extents have too many grain tables"), "{out:?}");
+
+    // A COWD extent of 2 TiB with grains of a sector and no directory.
+    let mut file = vec![0; 4096];
+    put(&mut file, 0, b"COWD");
+    for (index, word) in [(1, 1), (2, 3), (3, u32::MAX), (4, 1), (5, 4), (6, 0)] {
+        put(&mut file, index * 4, &u32::to_le_bytes(word));
+    }
+    std::fs::write(scratch.file("c.bin"), &file).expect("write");
+    run(0, &["convert", "-f", "vmdk", "-O", "qcow2", "c.bin", "out"]);
+
+    // Blocks of 512 bytes, one of them where the file ends, 2 TiB away.
+    scratch.judge(&["create", "-q", "-f", "vdi", "d.vdi", "1M"]);
+    let mut file = std::fs::read(scratch.file("d.vdi")).expect("read");
+    let at = |file: &[u8], at: usize| u32::from_le_bytes(file[at..at + 4].try_into().expect("4")) as usize;
+    let (map, data) = (at(&file, 0x154), at(&file, 0x158));
+    for (at, word) in [(0x170, 1 << 10), (0x178, 512), (0x180, 2)] {
+        put(&mut file, at, &u32::to_le_bytes(word));
+    }
+    put(&mut file, map, &[0xff; 8]);
+    put(&mut file, map, &u32::to_le_bytes(0xffff_fff0));
+    std::fs::write(scratch.file("d.vdi"), &file).expect("write");
+    let end = data as u64 + (0xffff_fff1u64 << 9);
+    scratch.sh(&format!("truncate -s {end} d.vdi"));
+    let out = run(1, &["resize", "-f", "vdi", "d.vdi", "2M"]);
+    assert!(out.stderr.contains("too many blocks") || out.stderr.contains("nsupported"), "{out:?}");
+
+    // The longest table of a vpc, all in a hole: every block at the file's start.
+    scratch.judge(&["create", "-q", "-f", "vpc", "v.vhd", "16M"]);
+    let mut file = std::fs::read(scratch.file("v.vhd")).expect("read");
+    put(&mut file, 512 + 28, &u32::to_be_bytes(1 << 24));
+    put(&mut file, 512 + 16, &u64::to_be_bytes(1 << 20));
+    put(&mut file, 512 + 36, &[0; 4]);
+    let sum = !file[512..1536].iter().map(|byte| u32::from(*byte)).sum::<u32>();
+    put(&mut file, 512 + 36, &sum.to_be_bytes());
+    std::fs::write(scratch.file("v.vhd"), &file).expect("write");
+    scratch.sh("truncate -s 128M v.vhd && head -c 512 v.vhd >> v.vhd");
+    let out = run(1, &["resize", "-f", "vpc", "v.vhd", "32M"]);
+    assert!(out.stderr.contains("blocks of the image overlap"), "{out:?}");
+
+    // Extents by the milliard are refused before there is one.
+    let out = run(1, &["create", "-q", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentFlat", "x.vmdk", "7E"]);
+    assert!(out.stderr.contains("The image size is too large for file format 'vmdk'"), "{out:?}");
+    assert!(!scratch.file("x.vmdk").exists());
+}
+
+/// A hundred snapshots that share one table, and an unclean end: each table is read once.
+#[test]
+fn shared_tables_are_repaired_in_a_moment() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on,cluster_size=64k", "d.qcow2", "1T"]);
+    scratch.qemu_io("qcow2", "d.qcow2", &["write 0 64k", "write 600G 64k"]);
+    scratch.judge(&["snapshot", "-c", "s", "d.qcow2"]);
+    let mut file = std::fs::read(scratch.file("d.qcow2")).expect("read");
+    let word = |file: &[u8], at: usize| u64::from_be_bytes(file[at..at + 8].try_into().expect("8")) as usize;
+    let table = word(&file, 64);
+    let l1 = word(&file, table);
+    // Every entry of the snapshot's L1 table names the same L2 table.
+    let l2 = file[l1..l1 + 8].to_vec();
+    for index in 0..2048 {
+        put(&mut file, l1 + index * 8, &l2);
+    }
+    // The entry's fixed part says how long the rest is; the last one in the file is not padded.
+    let short = |at: usize| usize::from(u16::from_be_bytes(file[at..at + 2].try_into().expect("2")));
+    let len = (40 + short(table + 38) + short(table + 12) + short(table + 14)).next_multiple_of(8);
+    file.resize(file.len().max(table + len), 0);
+    let entry = file[table..table + len].to_vec();
+    let end = file.len().next_multiple_of(65536);
+    for n in 0..200 {
+        put(&mut file, end + n * entry.len(), &entry);
+    }
+    put(&mut file, 60, &200u32.to_be_bytes());
+    put(&mut file, 64, &(end as u64).to_be_bytes());
+    put(&mut file, 79, &[1]);
+    std::fs::write(scratch.file("d.qcow2"), &file).expect("write");
+    let out = vimg_within_memory(MEMORY, &["resize", "-f", "qcow2", "d.qcow2", "+1G"]);
+    let out = out.dir(scratch.path()).within(Duration::from_secs(20)).run();
+    assert!(out.code == Some(0) || out.stderr.contains("refcount"), "{out:#?}");
+}

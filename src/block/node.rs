@@ -356,9 +356,24 @@ impl Placement<'_> {
                 let at = place.at.get();
                 child.storage.zero(at, self.placed.len, how).with_context(|| writing(child, at))
             }
-            Action::Write { .. } => {
-                let zeros = vec![0; self.len()];
-                self.write(&zeros, &mut Scratch::default())
+            Action::Write { place, before, after } => {
+                let child = self.node.child(place)?;
+                let (at, len) = (place.at.get(), self.placed.len);
+                let fill = |to: u64, from: u64, bytes: u64| -> Result<()> {
+                    let bytes = usize::try_from(bytes).map_err(|_| Error::corrupt("fill of a unit is too long"))?;
+                    let mut around = vec![0; bytes];
+                    self.node.read(GuestOffset(from), &mut around, &mut Scratch::default())?;
+                    child.storage.write_at(to, &around).with_context(|| writing(child, to))
+                };
+                let start = self.placed.start.get();
+                if before > 0 {
+                    fill(at.saturating_sub(before), start.saturating_sub(before), before)?;
+                }
+                child.storage.zero(at, len, Zeroing::Write).with_context(|| writing(child, at))?;
+                if after > 0 {
+                    fill(at.saturating_add(len), start.saturating_add(len), after)?;
+                }
+                Ok(())
             }
         }
     }

@@ -123,6 +123,17 @@ pub(super) fn directory(list: &[Bitmap]) -> Result<Vec<u8>> {
 pub(super) const ALL_SET: u64 = 1;
 
 impl Qcow2Driver {
+    /// Refuses bitmaps that share a table: each would be counted, copied and freed as its own.
+    pub(super) fn bitmaps_apart(&self) -> Result<()> {
+        let mut places: Vec<u64> = self.bitmap_list().iter().map(|bitmap| bitmap.fields.table_offset).collect();
+        places.retain(|at| *at != 0);
+        places.sort_unstable();
+        match places.windows(2).any(|pair| pair[0] == pair[1]) {
+            true => Err(Error::corrupt("Two bitmaps have the same table")),
+            false => Ok(()),
+        }
+    }
+
     /// Copies of all bitmaps for a disk of `size` bytes (not 0), and where their directory is. New bits are clear.
     /// What the old ones used waits in the allocator to be freed.
     pub(super) fn fit_bitmaps(&self, alloc: &mut Allocator, size: u64) -> Result<Option<BitmapsExtension>> {

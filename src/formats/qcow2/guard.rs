@@ -109,6 +109,7 @@ impl Qcow2Driver {
     pub(super) fn learn_metadata(&self) -> Result<()> {
         let cluster = self.geometry.cluster_size();
         let fixed = self.fixed();
+        self.bitmaps_apart()?;
         let mut found = Places::default();
         let mut still = |at: u64, len: u64, what: &'static str| {
             let start = at - self.geometry.in_cluster(at);

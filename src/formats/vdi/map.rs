@@ -24,6 +24,9 @@ pub struct State {
     space: Option<Space>,
 }
 
+/// The most blocks of a file that are kept track of: 256 TiB of the usual ones, in 32 MiB of bits.
+const MOST_BLOCKS: u64 = 1 << 28;
+
 /// Which blocks of the file are in use.
 #[derive(Debug)]
 pub struct Space {
@@ -148,6 +151,9 @@ impl State {
                 if end > length {
                     return Err(Error::corrupt(format!("block {block} of the map lies past the end of the file")));
                 }
+                if u64::from(entry) + count > MOST_BLOCKS {
+                    return Err(Error::unsupported("the file has too many blocks to be written to"));
+                }
                 for n in 0..count {
                     if !space.mark(u64::from(entry) + n) {
                         let block = block + n;
@@ -170,7 +176,7 @@ impl State {
         while count < max && !space.is_used(first + count) {
             count += 1;
         }
-        let index = u32::try_from(first + count).ok().filter(|end| *end < DISCARDED);
+        let index = u32::try_from(first + count).ok().filter(|end| u64::from(*end) <= MOST_BLOCKS);
         let Some(index) = index.and_then(|end| end.checked_sub(u32::try_from(count).ok()?)) else {
             return Err(Error::corrupt("the file has no room for another block"));
         };
@@ -223,6 +229,7 @@ impl State {
         storage.flush().context("Could not flush")?;
         if self.header_changed {
             storage.write_at(0, self.header.bytes()).context("Could not write the VDI header")?;
+            storage.flush().context("Could not flush")?;
             self.header_changed = false;
         }
         self.map.write_out(storage).context("Could not write the VDI block map")

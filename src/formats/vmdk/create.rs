@@ -117,7 +117,11 @@ impl<'a> Plan<'a> {
             .checked_next_multiple_of(SECTOR)
             .filter(|size| i64::try_from(*size).is_ok())
             .ok_or_else(|| Error::invalid("The image size is too large"))?;
-        if !subformat.flat && !subformat.split && tables(size) > MAX_TABLES {
+        let too_many = match (subformat.split, subformat.flat) {
+            (true, _) => size.div_ceil(SPLIT) > MAX_EXTENTS as u64,
+            (false, flat) => !flat && tables(size) > MAX_TABLES,
+        };
+        if too_many {
             return Err(Error::invalid("The image size is too large for file format 'vmdk'"));
         }
         let parent = match backing {

@@ -166,9 +166,16 @@ impl VmdkDriver {
                 return Err(Error::corrupt("invalid VMDK image descriptor"));
             }
             text_at = Some((0, None));
-            let mut start = 0u64;
+            let (mut start, mut entries) = (0u64, 0);
             for (index, line) in descriptor.extents.iter().enumerate() {
                 let body = open_extent(index, line, &mut files, related)?;
+                if let Body::Sparse { sparse, .. } = &body {
+                    entries += sparse.directory_entries();
+                }
+                // A line costs nothing: the extent that all of them name may be large.
+                if entries > 2 * MAX_TABLES {
+                    return Err(Error::corrupt("The extents have too many grain tables"));
+                }
                 // A sparse extent knows its own length; the line is a copy of it.
                 let len = match &body {
                     Body::Sparse { sparse, .. } => bytes(sparse.state().capacity)?,

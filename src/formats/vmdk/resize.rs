@@ -390,7 +390,7 @@ fn clear_beyond(sparse: &Sparse, len: u64) -> Result<()> {
     let mut grain = first;
     while grain < last {
         if grain.is_multiple_of(shape.gtes) {
-            let empty = state.empty_tables(sparse, grain / shape.gtes, u64::MAX)?;
+            let empty = state.empty_tables(sparse, grain / shape.gtes, (last - grain) / shape.gtes)?;
             if empty > 0 {
                 grain += empty * shape.gtes;
                 continue;

@@ -21,13 +21,13 @@
 //!
 //! Lock order: the cache of tables alone; only metadata is read under it.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use byteorder::{ByteOrder, LittleEndian as LE};
 
 use crate::block::error::Context;
 use crate::block::{Error, Result};
+use crate::formats::table::TableCache;
 use crate::storage::Storage;
 
 use super::layout::{MAX_TABLES, SECTOR};
@@ -38,30 +38,32 @@ const VOLATILE_MAGIC: u64 = 0xcafe_cafe;
 const VERSION: u64 = 0x0000_0002_0000_0001;
 const GRAIN: u64 = 8 * SECTOR;
 const GTES: u64 = 4096;
-/// 8 MiB of tables.
-const MAX_CACHED_TABLES: usize = 256;
+const READING: &str = "Could not read the metadata of a seSparse extent";
+/// Bytes of directory and tables that are kept.
+const CACHED: usize = 1 << 20;
 
 /// One extent.
 #[derive(Debug)]
 pub struct SeSparse {
     storage: Arc<dyn Storage>,
-    gd: Vec<u64>,
+    gd_at: u64,
+    /// Entries of the directory: as many as the file and the extent's length let be.
+    gd_entries: u64,
     tables_at: u64,
     tables: u64,
     grains_at: u64,
-    cache: Mutex<BTreeMap<u64, Vec<u64>>>,
+    cache: Mutex<TableCache>,
 }
 
 fn corrupt(what: &str) -> Error {
     Error::corrupt(format!("seSparse extent: {what}"))
 }
 
-fn words(storage: &dyn Storage, sector: u64, count: u64) -> Result<Vec<u64>> {
+fn words<const N: usize>(storage: &dyn Storage, sector: u64) -> Result<[u64; N]> {
     let at = sector.checked_mul(SECTOR).ok_or_else(|| corrupt("offset past every end"))?;
-    let count = usize::try_from(count).map_err(|_| corrupt("table too long"))?;
-    let mut bytes = vec![0; count * 8];
-    storage.read_at(at, &mut bytes).context("Could not read the metadata of a seSparse extent")?;
-    let mut words = vec![0; count];
+    let mut bytes = vec![0; N * 8];
+    storage.read_at(at, &mut bytes).context(READING)?;
+    let mut words = [0; N];
     LE::read_u64_into(&bytes, &mut words);
     Ok(words)
 }
@@ -72,7 +74,7 @@ impl SeSparse {
 
     /// Reads both headers and the directory.
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
-        let header = words(&*storage, 0, 64)?;
+        let header: [u64; 64] = words(&*storage, 0)?;
         if header[0] != MAGIC {
             return Err(corrupt("no magic number at its start"));
         }
@@ -82,7 +84,7 @@ impl SeSparse {
         if header[3] != GRAIN / SECTOR || header[4] != GTES * 8 / SECTOR {
             return Err(Error::unsupported("seSparse extent: grains of 8 and tables of 64 sectors are expected"));
         }
-        let volatile = words(&*storage, header[10], 8)?;
+        let volatile: [u64; 8] = words(&*storage, header[10])?;
         if volatile[0] != VOLATILE_MAGIC {
             return Err(corrupt("no magic number in the volatile header"));
         }
@@ -93,30 +95,45 @@ impl SeSparse {
         if needed > MAX_TABLES * 8 {
             return Err(corrupt("too many grain tables"));
         }
-        let entries = header[17].saturating_mul(SECTOR / 8).min(needed);
-        let gd = words(&*storage, header[16], entries)?;
-        let tables = header[19] / 64;
-        Ok(Self { storage, gd, tables_at: header[18], tables, grains_at: header[24], cache: Mutex::default() })
+        let length = storage.len().context(READING)?;
+        let gd_at = header[16].checked_mul(SECTOR).ok_or_else(|| corrupt("offset past every end"))?;
+        let gd_entries =
+            header[17].saturating_mul(SECTOR / 8).min(needed).min(length.saturating_sub(gd_at).div_ceil(8));
+        let cache = Mutex::new(TableCache::new(CACHED));
+        Ok(Self {
+            gd_at,
+            gd_entries,
+            tables_at: header[18],
+            tables: header[19] / 64,
+            grains_at: header[24],
+            storage,
+            cache,
+        })
     }
 
-    fn entry(&self, cache: &mut BTreeMap<u64, Vec<u64>>, grain: u64) -> Result<Grain> {
-        let table = match usize::try_from(grain / GTES).ok().and_then(|i| self.gd.get(i)) {
-            Some(0) | None => return Ok(Grain::Unallocated),
-            Some(entry) if entry >> 32 == 0x1000_0000 => entry & 0xffff_ffff,
-            Some(entry) => return Err(corrupt(&format!("invalid directory entry {entry:#x}"))),
+    fn word(&self, cache: &mut TableCache, at: u64) -> Result<u64> {
+        let mut word = [0; 8];
+        cache.read(&*self.storage, at, &mut word).context(READING)?;
+        Ok(u64::from_le_bytes(word))
+    }
+
+    /// The directory's entry for that table; 0 past its end.
+    fn directory(&self, cache: &mut TableCache, index: u64) -> Result<u64> {
+        if index >= self.gd_entries { Ok(0) } else { self.word(cache, self.gd_at.saturating_add(index * 8)) }
+    }
+
+    fn entry(&self, cache: &mut TableCache, grain: u64) -> Result<Grain> {
+        let table = match self.directory(cache, grain / GTES)? {
+            0 => return Ok(Grain::Unallocated),
+            entry if entry >> 32 == 0x1000_0000 => entry & 0xffff_ffff,
+            entry => return Err(corrupt(&format!("invalid directory entry {entry:#x}"))),
         };
         if table >= self.tables {
             return Err(corrupt(&format!("there is no grain table {table}")));
         }
-        if !cache.contains_key(&table) {
-            if cache.len() >= MAX_CACHED_TABLES {
-                cache.clear();
-            }
-            let at = self.tables_at.checked_add(table * 64).ok_or_else(|| corrupt("offset past every end"))?;
-            cache.insert(table, words(&*self.storage, at, GTES)?);
-        }
-        let entries = cache.get(&table).map(Vec::as_slice).unwrap_or_default();
-        let entry = usize::try_from(grain % GTES).ok().and_then(|i| entries.get(i)).copied().unwrap_or(0);
+        let at = self.tables_at.checked_add(table * 64).and_then(|sector| sector.checked_mul(SECTOR));
+        let at = at.ok_or_else(|| corrupt("offset past every end"))?;
+        let entry = self.word(cache, at.saturating_add(grain % GTES * 8))?;
         match entry >> 60 {
             0 if entry == 0 => Ok(Grain::Unallocated),
             1 => Ok(Grain::Unallocated),
@@ -137,10 +154,16 @@ impl SeSparse {
         let first = self.entry(&mut cache, grain)?;
         let mut end = (grain + 1) * GRAIN;
         while end - at < max {
-            let no_table = |i: u64| usize::try_from(i).ok().and_then(|i| self.gd.get(i)).is_none_or(|e| *e == 0);
-            if first == Grain::Unallocated && end.is_multiple_of(GRAIN * GTES) && no_table(end / GRAIN / GTES) {
-                end += GRAIN * GTES;
-                continue;
+            if first == Grain::Unallocated && end.is_multiple_of(GRAIN * GTES) {
+                let table = end / GRAIN / GTES;
+                if table >= self.gd_entries {
+                    end = at.saturating_add(max);
+                    break;
+                }
+                if self.directory(&mut cache, table)? == 0 {
+                    end += GRAIN * GTES;
+                    continue;
+                }
             }
             let next = self.entry(&mut cache, end / GRAIN)?;
             let goes_on = match (first, next) {

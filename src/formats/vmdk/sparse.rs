@@ -211,6 +211,12 @@ impl Sparse {
         Ok(Self { storage, shape, hosted: false, state: Mutex::new(state) })
     }
 
+    /// Entries of all directories.
+    pub fn directory_entries(&self) -> u64 {
+        let state = self.state();
+        (state.gd.len() + state.rgd.as_ref().map_or(0, Vec::len)) as u64
+    }
+
     /// The tables, for the caller alone.
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
@@ -335,7 +341,10 @@ impl State {
             if self.tables.contains_key(&table) || self.stream.as_ref().is_some_and(|s| s.is_open(table)) {
                 break;
             }
-            let Some(sector) = usize::try_from(table).ok().and_then(|i| self.gd.get(i)).copied() else { break };
+            let Some(sector) = usize::try_from(table).ok().and_then(|i| self.gd.get(i)).copied() else {
+                // Past the directory there is nothing, however long that is.
+                return Ok(max);
+            };
             if sector != 0 {
                 let at = u64::from(sector) * SECTOR;
                 let bytes = sectors * SECTOR;

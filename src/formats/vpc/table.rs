@@ -238,10 +238,17 @@ impl State {
         }
         let end = self.header.table() + u64::from(self.header.entries()) * 4;
         let head = self.footer.data_offset().saturating_add(self.header.bytes().len() as u64).max(end);
-        let mut places: Vec<u64> = self.blocks(storage)?.into_iter().map(|(_, at)| at).collect();
+        // By sectors, as they are in the table: it may be long.
+        let (mut places, mut behind) = (Vec::new(), true);
+        self.each(storage, |_, at| {
+            behind &= at >= head;
+            if behind {
+                places.push(u32::try_from(at / SECTOR).unwrap_or(u32::MAX));
+            }
+        })?;
         places.sort_unstable();
-        let apart = places.windows(2).all(|pair| matches!(pair, [a, b] if b - a >= self.stride()));
-        if !apart || places.first().is_some_and(|first| *first < head) {
+        let apart = places.windows(2).all(|pair| u64::from(pair[1] - pair[0]) * SECTOR >= self.stride());
+        if !apart || !behind {
             return Err(Error::corrupt("blocks of the image overlap"));
         }
         // The last footer is about to be overwritten: the copy has to be whole.
