@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::common::{Scratch, assert_same_bytes, judge, need, need_root, pattern, qemu_io, sh, vimg};
+use crate::common::{Scratch, assert_same_bytes, judge, need, need_root, pattern, qemu_io, sh, vimg, write_pattern};
 
 /// A sparse raw disk: runs of noise and of allocated zeros at random places, sometimes to the very end.
 fn disk(path: &Path, size: u64, seed: u64) {
@@ -222,6 +222,37 @@ fn an_existing_target_is_written_to() {
     let refused = vimg(&["convert", "-n", "-f", "raw", "s.raw", "small"]).dir(scratch.path()).fails(1);
     assert_eq!(refused.stderr, "qemu-img: output file is smaller than input file\n");
     assert_eq!(fs::read(scratch.file("small")).unwrap(), [1; 512]);
+}
+
+/// The outer image's threads share units of the inner one.
+#[test]
+fn an_image_in_an_image_is_written_to_by_many_threads() {
+    let scratch = Scratch::new();
+    fs::File::create(scratch.file("s.raw")).and_then(|f| f.set_len(48 << 20)).unwrap();
+    write_pattern(&scratch.file("s.raw"), (1 << 20) + 4096, 1, 44 << 20);
+    for (format, options) in [
+        ("qcow2", "cluster_size=2M"),
+        ("qcow2", "cluster_size=2M,extended_l2=on"),
+        ("vdi", "static=off"),
+        ("vpc", "subformat=dynamic"),
+        ("vmdk", "compat6=off"),
+    ] {
+        for (size, outer) in [("49M", "driver=raw"), ("49M", "driver=raw,offset=512,size=50331648")] {
+            for _ in 0..3 {
+                judge(&["create", "-q", "-f", format, "-o", options, "t", size]).dir(scratch.path()).ok();
+                let target = format!("{outer},file.driver={format},file.file.driver=file,file.file.filename=t");
+                vimg(&["convert", "-n", "-m", "8", "-f", "raw", "--target-image-opts", "s.raw", &target])
+                    .dir(scratch.path())
+                    .ok();
+                let image = target.replace("driver=raw,file", "driver=raw,size=50331648,file");
+                let out =
+                    judge(&["compare", "--image-opts", &image, "driver=raw,file.filename=s.raw,file.driver=file"])
+                        .dir(scratch.path())
+                        .run();
+                assert_eq!(out.code, Some(0), "{target} {options}: {out:?}");
+            }
+        }
+    }
 }
 
 #[test]

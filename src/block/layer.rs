@@ -338,7 +338,7 @@ impl Opener<'_> {
         let child = Child {
             role: "file".to_owned(),
             name: node.name().to_owned(),
-            storage: Arc::new(NodeStorage(node.clone())),
+            storage: Arc::new(NodeStorage::new(node.clone())),
         };
         Ok(Opened { child, tree: origin.tree.clone(), path: None, inner: Some(node), locking: false })
     }

@@ -1,7 +1,7 @@
 //! Storages that are not files of the host: an image inside an image, and the guard before a raw image that
 //! nobody called raw.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 
@@ -10,8 +10,25 @@ use super::{Format, GuestOffset, Node};
 use crate::storage::{Error, HostExtent, Kind, Preallocation, Result, Storage, Zeroing};
 
 /// The guest's disk of one image as the file of another.
+///
+/// Lock order: `changing` before whatever the inner image's driver locks; it is held across data I/O, for the outer
+/// image's writers know nothing of the units of the inner one, which no two of them may share.
 #[derive(Debug)]
-pub struct NodeStorage(pub Arc<Node>);
+pub struct NodeStorage {
+    node: Arc<Node>,
+    changing: Mutex<()>,
+}
+
+impl NodeStorage {
+    /// That image's disk.
+    pub fn new(node: Arc<Node>) -> Self {
+        Self { node, changing: Mutex::default() }
+    }
+
+    fn change(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
 
 fn lower(error: super::Error) -> Error {
     Error::Other(error.message())
@@ -19,43 +36,43 @@ fn lower(error: super::Error) -> Error {
 
 impl Storage for NodeStorage {
     fn len(&self) -> Result<u64> {
-        Ok(self.0.virtual_size())
+        Ok(self.node.virtual_size())
     }
 
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        self.0.read(GuestOffset(at), buf, &mut Scratch::default()).map_err(lower)
+        self.node.read(GuestOffset(at), buf, &mut Scratch::default()).map_err(lower)
     }
 
     fn write_at(&self, at: u64, buf: &[u8]) -> Result<()> {
+        let _alone = self.change();
         self.grow(at, buf.len() as u64)?;
-        self.0.write(GuestOffset(at), buf, &mut Scratch::default()).map_err(lower)
+        self.node.write(GuestOffset(at), buf, &mut Scratch::default()).map_err(lower)
     }
 
     fn extent(&self, at: u64, max: u64) -> Result<HostExtent> {
-        let mapping = self.0.map(GuestOffset(at), max, usize::MAX).map_err(lower)?;
+        let mapping = self.node.map(GuestOffset(at), max, usize::MAX).map_err(lower)?;
         Ok(HostExtent { len: mapping.len, data: !mapping.is_zero() })
     }
 
     fn zero(&self, at: u64, len: u64, how: Zeroing) -> Result<()> {
+        let _alone = self.change();
         self.grow(at, len)?;
         let unmap = how == Zeroing::Punch;
-        self.0.write_zeroes(GuestOffset(at), len, unmap, &mut Scratch::default()).map_err(lower)
+        self.node.write_zeroes(GuestOffset(at), len, unmap, &mut Scratch::default()).map_err(lower)
     }
 
     fn discard(&self, at: u64, len: u64) -> Result<()> {
-        self.0.writing().and_then(|writing| writing.discard(GuestOffset(at), len)).map_err(lower)
+        let _alone = self.change();
+        self.node.writing().and_then(|writing| writing.discard(GuestOffset(at), len)).map_err(lower)
     }
 
     fn set_len(&self, len: u64, fill: Preallocation) -> Result<()> {
-        if len == self.0.virtual_size() {
-            return Ok(());
-        }
-        let resizing = self.0.driver().resizing().ok_or(Errno::ENOTSUP)?;
-        resizing.resize(len.checked_next_multiple_of(512).ok_or(Errno::EFBIG)?, fill).map_err(lower)
+        let _alone = self.change();
+        self.resize(len, fill)
     }
 
     fn flush(&self) -> Result<()> {
-        self.0.driver().flush().map_err(lower)
+        self.node.driver().flush().map_err(lower)
     }
 
     fn kind(&self) -> Kind {
@@ -64,7 +81,7 @@ impl Storage for NodeStorage {
 
     fn allocated(&self) -> Result<Option<u64>> {
         let mut sum = Some(0);
-        for child in self.0.driver().files() {
+        for child in self.node.driver().files() {
             let bytes = child.storage.allocated()?;
             sum = sum.zip(bytes).and_then(|(a, b): (u64, u64)| a.checked_add(b));
         }
@@ -73,18 +90,26 @@ impl Storage for NodeStorage {
 }
 
 impl NodeStorage {
+    fn resize(&self, len: u64, fill: Preallocation) -> Result<()> {
+        if len == self.node.virtual_size() {
+            return Ok(());
+        }
+        let resizing = self.node.driver().resizing().ok_or(Errno::ENOTSUP)?;
+        resizing.resize(len.checked_next_multiple_of(512).ok_or(Errno::EFBIG)?, fill).map_err(lower)
+    }
+
     fn grow(&self, at: u64, len: u64) -> Result<()> {
         let end = at.checked_add(len).ok_or(Errno::EFBIG)?;
-        if end > self.0.virtual_size() { self.set_len(end, Preallocation::Off) } else { Ok(()) }
+        if end > self.node.virtual_size() { self.resize(end, Preallocation::Off) } else { Ok(()) }
     }
 }
 
 impl Drop for NodeStorage {
     /// The last user of an image that was written to takes back its marks.
     fn drop(&mut self) {
-        if self.0.driver().writing().is_some() {
+        if self.node.driver().writing().is_some() {
             // Whoever needs to know has flushed before.
-            let _ = self.0.driver().close();
+            let _ = self.node.driver().close();
         }
     }
 }

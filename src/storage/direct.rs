@@ -13,6 +13,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
 use super::{Kind, Result, file, host};
 
 /// Largest piece that is copied through an aligned buffer.
@@ -32,10 +34,10 @@ impl Direct {
     /// For a file that was opened with `O_DIRECT`.
     pub fn new(file: &File, kind: Kind) -> Result<Self> {
         let same = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let buffered = match OpenOptions::new().read(true).write(true).open(&same) {
-            Ok(buffered) => buffered,
-            Err(_) => OpenOptions::new().read(true).open(&same)?,
-        };
+        // What is only read stays so: whoever watches the file must not see a writer.
+        let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL)?);
+        let write = flags & OFlag::O_ACCMODE != OFlag::O_RDONLY;
+        let buffered = OpenOptions::new().read(true).write(write).open(&same)?;
         let unit = host::direct_unit(file, kind).max(host::page_size()).max(4096).next_power_of_two();
         Ok(Self { unit, buffered, spare: Mutex::default() })
     }
