@@ -158,7 +158,7 @@ pub trait Format: Sync + fmt::Debug {
     /// Its name on the command line.
     fn name(&self) -> &'static str;
 
-    /// How sure we are, from the first bytes (up to 2048) and the file's name, that it is this format: 0 to 100.
+    /// How sure we are, from the first 512 bytes and the file's name, that it is this format: 0 to 100.
     fn probe(&self, head: &[u8], name: &str) -> u32;
 
     /// Options that change what the guest sees: where they are given, a plain name does not name the image.

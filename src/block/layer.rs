@@ -15,7 +15,7 @@ use super::node::Origin;
 use super::opener::{Notice, Opener, Trail};
 use super::over::{HEAD, NodeStorage, ProbedRaw};
 use super::protocol::{Protocol, check_kind, file_name, refuse_rest, take_locking, wrong_kind};
-use super::{BlockDriver, Error, Format, Kind, Node, OpenHow, Result};
+use super::{BlockDriver, Error, Format, Kind, Node, OpenHow, Result, foreign};
 use crate::storage::file::{HostFile, OpenHow as FileHow};
 use crate::storage::lock::Access;
 use crate::storage::{self, Identity, Storage};
@@ -395,6 +395,11 @@ impl Opener<'_> {
             if score > best.1 {
                 best = (format, score);
             }
+        }
+        if let Some(other) = foreign::of(&head).filter(|_| best.0.name() == raw.name()) {
+            return Err(Error::unsupported(format!(
+                "Image is in {other} format, which is not supported (the format raw takes its bytes as they are)"
+            )));
         }
         Ok(best.0)
     }

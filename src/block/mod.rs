@@ -4,11 +4,13 @@
 //! is a layer with what lies below it; the [`Opener`] is the only way to any of them. Drivers answer *where*
 //! data is and *where* new data may go; the reading and writing of guest data is done once, in [`node`].
 //!
-//! This stratum names no format: those that exist are handed to the [`Opener`].
+//! This stratum names no format: those that exist are handed to the [`Opener`]. Only `foreign` knows, by their first
+//! bytes, some that do not exist here.
 
 pub mod driver;
 pub mod error;
 pub mod extent;
+mod foreign;
 pub mod format;
 mod generic;
 pub mod info;

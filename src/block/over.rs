@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use nix::errno::Errno;
 
 use super::node::Scratch;
-use super::{Format, GuestOffset, Node};
+use super::{Format, GuestOffset, Node, foreign};
 use crate::storage::{Error, HostExtent, Kind, Preallocation, Result, Storage, Zeroing};
 
 /// The guest's disk of one image as the file of another.
@@ -146,7 +146,8 @@ impl Storage for ProbedRaw {
             for (old, new) in head.iter_mut().skip(skip).zip(buf) {
                 *old = *new;
             }
-            if self.formats.iter().any(|format| format.probe(&head, &self.name) > 1) {
+            let known = |format: &&dyn Format| format.probe(&head, &self.name) > 1;
+            if self.formats.iter().any(known) || foreign::of(&head).is_some() {
                 return Err(Errno::EPERM.into());
             }
         }

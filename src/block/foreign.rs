@@ -1,0 +1,27 @@
+//! Formats that the reference opens and vimg does not: known by their first bytes alone, so that no such image is
+//! taken for raw and copied, or written over, as if its headers were guest data.
+
+/// A format and how it is known.
+struct Foreign {
+    name: &'static str,
+    /// (offset, bytes): all of them have to be there.
+    marks: &'static [(usize, &'static [u8])],
+}
+
+/// Each from its published header: VHDX (MS-VHDX 2.2.1), QED, Parallels, LUKS version 1 (on-disk format 1.2.3),
+/// Bochs, cloop.
+const FOREIGN: &[Foreign] = &[
+    Foreign { name: "vhdx", marks: &[(0, b"vhdxfile")] },
+    Foreign { name: "qed", marks: &[(0, b"QED\0")] },
+    Foreign { name: "parallels", marks: &[(0, b"WithoutFreeSpace"), (16, &[2, 0, 0, 0])] },
+    Foreign { name: "parallels", marks: &[(0, b"WithouFreSpacExt"), (16, &[2, 0, 0, 0])] },
+    Foreign { name: "luks", marks: &[(0, b"LUKS\xba\xbe\0\x01")] },
+    Foreign { name: "bochs", marks: &[(0, b"Bochs Virtual HD Image"), (32, b"Redolog")] },
+    Foreign { name: "cloop", marks: &[(0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop")] },
+];
+
+/// The format of such an image.
+pub fn of(head: &[u8]) -> Option<&'static str> {
+    let has = |(at, bytes): &(usize, &[u8])| head.get(*at..).is_some_and(|rest| rest.starts_with(bytes));
+    FOREIGN.iter().find(|foreign| foreign.marks.iter().all(has)).map(|foreign| foreign.name)
+}
