@@ -212,3 +212,33 @@ fn an_image_left_dirty_is_put_right_before_it_is_written() {
     scratch.assert_clean("qcow2", "image");
     scratch.qemu_io("qcow2", "image", &["read -P 5 1M 3M"]);
 }
+
+/// Clusters that a resize maps from the start hold nothing of what lay there before.
+#[test]
+fn preallocation_by_resize_shows_nothing_old() {
+    let scratch = Scratch::new();
+    let grown = |name: &str, size: u64| {
+        scratch.vimg(&["resize", "-q", "-f", "qcow2", "--preallocation=metadata", name, &size.to_string()]);
+        scratch.vimg(&["convert", "-f", "qcow2", "-O", "raw", name, "out"]);
+        scratch.judge(&["convert", "-f", "qcow2", "-O", "raw", name, "theirs"]);
+        crate::common::assert_same_bytes(&scratch.file("out"), &scratch.file("theirs"));
+        scratch.assert_clean("qcow2", name);
+    };
+    // The L1 table moves, and what it leaves is given out.
+    scratch.judge(&["create", "-q", "-f", "qcow2", "a", "536805888"]);
+    std::fs::File::create(scratch.file("zeros")).and_then(|f| f.set_len(1_100_000_256)).expect("zeros");
+    grown("a", 1_100_000_256);
+    assert!(crate::common::first_difference(&scratch.file("out"), &scratch.file("zeros")).is_none());
+    // Discarded clusters.
+    scratch.judge(&["create", "-q", "-f", "qcow2", "b", "8M"]);
+    scratch.qemu_io("qcow2", "b", &["write -P 5 0 8M", "discard 0 4M"]);
+    grown("b", 10 << 20);
+    scratch.qemu_io("qcow2", "b", &["read -P 0 8M 2M"]);
+    // What the backing file shows goes on showing, and no more of it.
+    for (options, below) in [("compat=1.1", 1_100_000), ("compat=1.1", 3 << 20), ("extended_l2=on", 3 << 20)] {
+        std::fs::write(scratch.file("base"), vec![7; below]).expect("base");
+        scratch.judge(&["create", "-q", "-f", "qcow2", "-o", options, "-b", "base", "-F", "raw", "c", "1040384"]);
+        grown("c", 2 << 20);
+        scratch.qemu_io("qcow2", "c", &["read -P 7 0 1040384", "read -P 0 1040384 1056768"]);
+    }
+}

@@ -7,7 +7,7 @@
 
 use crate::block::error::Context;
 use crate::block::{Error, Resize, Result};
-use crate::storage::Preallocation;
+use crate::storage::{Preallocation, Zeroing};
 
 use super::Qcow2Driver;
 use super::alloc::Allocator;
@@ -128,7 +128,11 @@ impl Qcow2Driver {
         let cluster = geometry.cluster_size();
         let storage = &self.file().storage;
         let end = size.next_multiple_of(cluster);
-        let mut guest = old - geometry.in_cluster(old);
+        // The cluster in which the disk ended may show the backing file.
+        let mut guest = match &self.backing {
+            Some(_) => old.next_multiple_of(cluster),
+            None => old - geometry.in_cluster(old),
+        };
         let mut area = None;
         if !self.external && matches!(fill, Preallocation::Falloc | Preallocation::Full) {
             guest = old.next_multiple_of(cluster);
@@ -163,7 +167,16 @@ impl Qcow2Driver {
             let host = match area {
                 _ if self.external => guest,
                 Some(area) => area + (guest - start),
-                None => self.allocate(alloc, n)? << bits,
+                None => {
+                    let host = self.allocate(alloc, n)? << bits;
+                    // Without a bitmap that says otherwise it is data at once: what was there must not show.
+                    let (end, len) = (host + n * cluster, storage.len().context("Could not get file size")?);
+                    let used = if storage.kind().is_device() { end } else { len.clamp(host, end) };
+                    if !geometry.extended && used > host {
+                        storage.zero(host, used - host, Zeroing::Punch).context("Could not clear new clusters")?;
+                    }
+                    host
+                }
             };
             for step in 0..n {
                 let (old, bitmap) = self.l2_entry(table, index + step)?;
