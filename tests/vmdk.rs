@@ -314,6 +314,28 @@ fn a_large_directory_moves_when_it_must() {
     s.assert_clean("vmdk", "d.vmdk");
 }
 
+/// Where the source is zero the parent must not show, though a stream has no zero grains.
+#[test]
+fn a_stream_on_a_parent_is_what_its_source_is() {
+    let s = Scratch::new();
+    disk(&s, "a", 4 << 20);
+    s.judge(&["convert", "-f", "raw", "-O", "vmdk", "a", "base.vmdk"]);
+    fs::write(s.file("sm"), pattern(3, 100_000)).unwrap();
+    s.sh("truncate -s 4M sm zeros");
+    for more in ["", "-S 1M", "-S 0", "-o zeroed_grain=on", "-m 8"] {
+        for source in ["sm", "zeros"] {
+            let args = ["convert", "-B", "base.vmdk", "-F", "vmdk", "-f", "raw", "-O", "vmdk"];
+            let options = ["-o", "subformat=streamOptimized"];
+            s.vimg(&[&args[..], &options, &more.split_whitespace().collect::<Vec<_>>(), &[source, "o.vmdk"]].concat());
+            s.assert_same_content("vmdk", "o.vmdk", "raw", source);
+            let options = "subformat=streamOptimized,backing_file=base.vmdk,backing_fmt=vmdk";
+            s.judge(&["create", "-q", "-f", "vmdk", "-o", options, "n.vmdk"]);
+            s.vimg(&["convert", "-n", "-f", "raw", "-O", "vmdk", source, "n.vmdk"]);
+            s.assert_same_content("vmdk", "n.vmdk", "raw", source);
+        }
+    }
+}
+
 #[test]
 fn a_child_knows_its_parent() {
     let s = Scratch::new();

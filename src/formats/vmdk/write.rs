@@ -82,7 +82,11 @@ impl VmdkDriver {
             (Store::Zero { .. }, Grain::Unallocated) if self.backing.is_none() => {
                 Ok(placed(len, Action::Nothing, Ticket::default()))
             }
-            (Store::Zero { .. }, _) if shape.zeroed => {
+            (Store::Zero { .. }, Grain::Unallocated) if shape.compressed => {
+                // Over a parent zeros are data like any other.
+                Err(Error::unsupported("a stream-optimized image takes whole compressed grains only"))
+            }
+            (Store::Zero { .. }, _) if shape.zeroed && !shape.compressed => {
                 state.ensure_table(sparse, first)?;
                 let ticket = Ticket { a: GTE_ZEROED.into(), b: first, c: grains_of(len) };
                 Ok(placed(len, Action::Nothing, ticket))

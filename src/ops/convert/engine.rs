@@ -138,7 +138,10 @@ impl<'a> Engine<'a> {
             compress.begin();
         }
         let unit = writing.unit().max(1);
-        let zeros = match (how.sparse, how.reads_zero) {
+        // Where every unit is encoded there is no other way to hide a backing file.
+        let written = compress.is_some_and(Compress::always) && target.backing().is_some();
+        let least = if written { 0 } else { how.sparse };
+        let zeros = match (least, how.reads_zero) {
             (0, _) => Zeros::Write,
             (_, true) => Zeros::Skip,
             (_, false) => Zeros::Make,
@@ -161,7 +164,7 @@ impl<'a> Engine<'a> {
             // A compressed unit is written as a whole.
             granule: if compress.is_some() { unit } else { writing.fill_unit().max(1) },
             zeros,
-            sparse: Sparse::new(how.sparse),
+            sparse: Sparse::new(least),
             compress,
         })
     }
