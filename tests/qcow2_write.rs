@@ -242,3 +242,19 @@ fn preallocation_by_resize_shows_nothing_old() {
         scratch.qemu_io("qcow2", "c", &["read -P 7 0 1040384", "read -P 0 1040384 1056768"]);
     }
 }
+
+/// A name that is not UTF-8 would be written back as another one.
+#[test]
+fn a_header_with_a_name_that_is_no_text_is_left_alone() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-u", "-f", "qcow2", "-b", "b#se", "-F", "raw", "a", "1M"]);
+    let mut file = std::fs::read(scratch.file("a")).expect("read");
+    let at = file.windows(4).position(|window| window == b"b#se").expect("the name");
+    file[at + 1] = 0xe4;
+    std::fs::write(scratch.file("a"), &file).expect("write");
+    // The name that it would become.
+    std::fs::write(scratch.file("b\u{fffd}se"), [0; 512]).expect("write");
+    let out = crate::common::vimg(&["resize", "-f", "qcow2", "a", "2M"]).dir(scratch.path()).fails(1);
+    assert!(out.stderr.contains("is not UTF-8"), "{out:?}");
+    assert!(std::fs::read(scratch.file("a")).expect("read") == file);
+}

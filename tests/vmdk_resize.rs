@@ -298,3 +298,25 @@ fn an_extent_that_shares_its_file_is_not_resized() {
         assert!(error.message().contains("shares its file with another one"), "{}", error.message());
     }
 }
+
+/// More extents than files that a process may have open unasked, and a descriptor that is not UTF-8.
+#[test]
+fn many_extents_and_other_encodings_are_kept() {
+    let scratch = Scratch::new();
+    let program = crate::common::vimg_path();
+    let line = format!(
+        "ulimit -S -n 40; '{0}' create -q -f vmdk -o subformat=twoGbMaxExtentSparse m.vmdk 200G && '{0}' resize -q m.vmdk 210G",
+        program.display()
+    );
+    scratch.sh(&line);
+    assert_eq!(kinds::virtual_size("vmdk", &scratch.file("m.vmdk")), 210 << 30);
+    scratch.vimg(&["create", "-q", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentFlat", NAME, "1M"]);
+    let mut text = fs::read(scratch.file(NAME)).expect("read");
+    text.truncate(text.iter().position(|byte| *byte == 0).unwrap_or(text.len()));
+    text.extend_from_slice(b"ddb.comment = \"gr\xfc\xdfe\"\n");
+    fs::write(scratch.file(NAME), &text).expect("write");
+    scratch.vimg(&["resize", "-q", "-f", "vmdk", NAME, "2M"]);
+    let now = fs::read(scratch.file(NAME)).expect("read");
+    assert!(now.windows(6).any(|window| window == b"\"gr\xfc\xdfe"), "{}", now.escape_ascii());
+    assert_eq!(kinds::virtual_size("vmdk", &scratch.file(NAME)), 2 << 20);
+}

@@ -212,3 +212,17 @@ fn hostile_images_do_no_harm() {
         }
     }
 }
+
+/// What failed half way into an image that is there leaves one that is closed.
+#[test]
+fn a_failed_write_into_an_image_closes_it() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "vpc", "-o", "force_size=on", "t.vhd", "64M"]);
+    crate::common::write_pattern(&scratch.file("s.raw"), 0, 1, 60 << 20);
+    let program = crate::common::vimg_path();
+    let line =
+        format!("(ulimit -f 30000; '{}' convert -n -f raw -O vpc s.raw t.vhd) && exit 1 || exit 0", program.display());
+    scratch.sh(&line);
+    let file = std::fs::read(scratch.file("t.vhd")).expect("read");
+    assert_eq!(&file[file.len() - 512..file.len() - 504], b"conectix");
+}

@@ -79,6 +79,7 @@ const fn row<S: Subcommand>() -> Row {
 /// Runs the program with these arguments, the first being its own name.
 pub fn main(argv: Vec<OsString>) -> ExitCode {
     crate::storage::host::bear_file_size_limit();
+    crate::storage::host::raise_open_files_limit();
     let mut argv = argv.into_iter();
     let mut program = Program::new(argv.next().unwrap_or_else(|| "vimg".into()));
     let outcome = dispatch(&mut program, argv.collect());

@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{self, c_int, c_long};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::{ioctl_read_bad, ioctl_write_ptr_bad, request_code_none, request_code_read, request_code_write};
 
@@ -140,6 +141,16 @@ pub fn direct_unit(file: &File, kind: Kind) -> usize {
 pub fn bear_file_size_limit() {
     // SAFETY: to ignore a signal runs no code of ours; nothing else here sets this one.
     let _ = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) };
+}
+
+/// As many files at once as the system lets us: an image may have thousands.
+pub fn raise_open_files_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // Where it is refused, what does not fit is told when it is opened.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
 
 /// The size of a page of the cache.

@@ -110,6 +110,7 @@ impl Qcow2Driver {
         let cluster = self.geometry.cluster_size();
         let fixed = self.fixed();
         self.bitmaps_apart()?;
+        self.names_are_text()?;
         let mut found = Places::default();
         let mut still = |at: u64, len: u64, what: &'static str| {
             let start = at - self.geometry.in_cluster(at);

@@ -178,9 +178,21 @@ impl Qcow2Driver {
         self.alloc.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// Refuses a header whose names are not text: written back they would be other names.
+    fn names_are_text(&self) -> Result<()> {
+        let header = self.header();
+        let broken = [&header.backing_file, &header.data_file].into_iter().flatten().find(|n| n.contains('\u{fffd}'));
+        broken.map_or(Ok(()), |name| {
+            Err(crate::block::Error::unsupported(format!(
+                "The file name '{name}' is not UTF-8: the header cannot be written back"
+            )))
+        })
+    }
+
     /// Changes the header in memory and in the file, at once. Tables are not written back first. (A change of a
     /// feature bit needs no allocator lock.)
     fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        self.names_are_text()?;
         let mut header = self.header.write().unwrap_or_else(|e| e.into_inner());
         let mut changed = header.clone();
         change(&mut changed);

@@ -91,6 +91,13 @@ pub fn text(bytes: &[u8]) -> String {
     }
 }
 
+/// A changed text in the encoding of the bytes that [`text`] made it of.
+pub fn encoded(text: &str, old: &[u8]) -> Vec<u8> {
+    let old = old.split(|b| *b == 0).next().unwrap_or_default();
+    let bytes = || text.chars().map(|c| u8::try_from(c).ok()).collect::<Option<Vec<u8>>>();
+    std::str::from_utf8(old).is_err().then(bytes).flatten().unwrap_or_else(|| text.as_bytes().to_vec())
+}
+
 /// The value of `key=value` or `key="value"`, if the line has that key.
 fn value<'a>(line: &'a str, key: &str) -> Option<&'a str> {
     let (name, value) = line.split_once('=')?;

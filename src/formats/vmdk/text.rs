@@ -12,7 +12,7 @@ use crate::storage::{Preallocation, Storage};
 
 use super::descriptor::{self, NO_PARENT};
 use super::layout::*;
-use super::{Body, VmdkDriver, read_text};
+use super::{Body, VmdkDriver};
 
 impl VmdkDriver {
     /// The file that holds the text now.
@@ -52,7 +52,7 @@ impl VmdkDriver {
         let len = len.min(MAX_DESCRIPTOR);
         let mut old = vec![0; usize::try_from(len).unwrap_or(0)];
         storage.read_at(at, &mut old).context("Could not read the descriptor")?;
-        let mut new = change(&read_text(&*storage, at, len)?).into_bytes();
+        let mut new = descriptor::encoded(&change(&descriptor::text(&old)), &old);
         match room {
             Some(_) if new.len() > old.len() => {
                 return Err(Error::unsupported("the descriptor does not fit in its place any more"));

@@ -113,7 +113,12 @@ impl Job<'_> {
     pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<()> {
         let how = OpenHow { write: true, cache: self.cache, ..how.clone() };
         let target = opener.open(image, &how)?;
-        self.run(&target, self.how.clone(), false)
+        let done = self.run(&target, self.how.clone(), false);
+        if done.is_err() {
+            // What was written so far is kept, in an image that is closed; the first error is the one to tell.
+            let _ = target.driver().close();
+        }
+        done
     }
 
     /// `blank`: the target's own layer stores nothing but zeros.
