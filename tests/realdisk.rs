@@ -1,10 +1,12 @@
 //! A real disk: an ext4 file system of the machine's own programs in a sparse 8 GiB file, converted there and back
-//! through every kind of qcow2; equal by `qemu-img compare`, clean by `qemu-img check`, the same bytes at the end,
+//! through every kind of qcow2, and through every other format; equal by `qemu-img compare`, clean by `qemu-img check`, the same bytes at the end,
 //! and a file system that `e2fsck` finds nothing wrong with.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use crate::common::{Scratch, assert_same_bytes, need, sh};
+use crate::kinds::{KINDS, Kind, Program, assert_clean, assert_same};
 
 /// So much real data at most: the disk is sparse, the time is not.
 const DATA_MIB: u64 = 130;
@@ -109,5 +111,40 @@ fn the_same_bytes_whatever_the_number_of_threads() {
             }
         }
         scratch.assert_same_content("qcow2", &first.expect("a first one"), "raw", "disk.raw");
+    }
+}
+
+/// Every kind of image of that disk, made from raw; and from one kind of each format to every other format.
+#[test]
+fn a_real_disk_goes_through_every_format() {
+    let scratch = Scratch::new();
+    build(&scratch, "disk.raw", "8G", DATA_MIB);
+    let raw = scratch.file("disk.raw");
+    let made = |kind: &Kind, from: (&str, &Path), to: &str| {
+        let (folder, what) = (scratch.file(to), format!("{} to {}", from.0, kind.name()));
+        fs::create_dir(&folder).expect("folder");
+        kind.convert(&folder, Program::Vimg, from, "image");
+        let image = folder.join("image");
+        assert_same(&what, (kind.format, &image), ("raw", &raw));
+        assert_clean(&what, kind.format, &image);
+        image
+    };
+    let mut firsts: Vec<(&Kind, PathBuf)> = Vec::new();
+    for (index, kind) in KINDS.iter().enumerate() {
+        let name = format!("kind-{index}");
+        let image = made(kind, ("raw", &raw), &name);
+        if !firsts.iter().any(|(first, _)| first.format == kind.format) {
+            firsts.push((kind, image));
+        } else {
+            scratch.vimg(&["convert", "-f", kind.format, "-O", "raw", &image.to_string_lossy(), "back.raw"]);
+            assert_same(&kind.name(), ("raw", &scratch.file("back.raw")), ("raw", &raw));
+            fs::remove_dir_all(scratch.file(&name)).expect("remove");
+        }
+    }
+    for (from, image) in &firsts {
+        for (to, _) in firsts.iter().filter(|(to, _)| to.format != from.format) {
+            made(to, (from.format, image), "other");
+            fs::remove_dir_all(scratch.file("other")).expect("remove");
+        }
     }
 }
