@@ -115,8 +115,9 @@ impl Job<'_> {
         let target = opener.open(image, &how)?;
         let done = self.run(&target, self.how.clone(), false);
         if done.is_err() {
-            // What was written so far is kept, in an image that is closed; the first error is the one to tell.
-            let _ = target.driver().close();
+            // What was written so far is kept in an image that opens, and marks that all went well are not set; the
+            // first error is the one to tell.
+            let _ = target.driver().flush();
         }
         done
     }
