@@ -188,3 +188,16 @@ fn hostile_images_do_no_harm() {
     let bytes = std::fs::read(pair.path()).unwrap();
     assert_bears_mutations("vdi", &bytes, 0x210);
 }
+
+/// A size that is no whole number of sectors is rounded up for the guest: a resize keeps what it sees.
+#[test]
+fn a_resize_keeps_the_last_sector_of_an_odd_size() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "vdi", "a.vdi", "1024"]);
+    scratch.qemu_io("vdi", "a.vdi", &["write -P 5 0 1024"]);
+    let mut file = std::fs::read(scratch.file("a.vdi")).expect("read");
+    file[0x170..0x178].copy_from_slice(&1000u64.to_le_bytes());
+    std::fs::write(scratch.file("a.vdi"), &file).expect("write");
+    scratch.vimg(&["resize", "-q", "-f", "vdi", "a.vdi", "8192"]);
+    scratch.qemu_io("vdi", "a.vdi", &["read -P 5 0 1024", "read -P 0 1024 7168"]);
+}

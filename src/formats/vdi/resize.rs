@@ -83,7 +83,8 @@ fn plan(state: &mut State, storage: &dyn Storage, blocks: u64) -> Result<Plan> {
 
 /// Grows; `fixed` is how the new space is treated where all blocks are there.
 fn grow(state: &mut State, storage: &dyn Storage, size: u64, fixed: Option<Preallocation>) -> Result<()> {
-    clear_tail(state, storage, state.header.size())?;
+    // The guest sees whole sectors of a disk whose size is none.
+    clear_tail(state, storage, state.header.size().next_multiple_of(512))?;
     let block = u64::from(state.header.block_size());
     let old = u64::from(state.header.blocks());
     let new = size.div_ceil(block).max(old);

@@ -304,6 +304,8 @@ fn grow(sparse: &Sparse, len: u64) -> Result<()> {
     let mut guard = sparse.state();
     let state = &mut *guard;
     let Some(header) = state.header else { return Err(Error::unsupported("not a hosted sparse extent")) };
+    // Whatever somebody left behind the end.
+    clear_rest(sparse, state, state.capacity * SECTOR)?;
     let tables = usize::try_from(len.div_ceil(sparse.shape.span())).unwrap_or(usize::MAX);
     if state.stream.is_some() {
         // A second tail behind the first, then the header, then the tail in its place: at every moment the last
@@ -368,6 +370,18 @@ fn grow(sparse: &Sparse, len: u64) -> Result<()> {
     Ok(())
 }
 
+/// Makes the rest of the grain that `len` cuts zero.
+fn clear_rest(sparse: &Sparse, state: &mut State, len: u64) -> Result<()> {
+    let (grain, skip) = (sparse.shape.grain, len % sparse.shape.grain);
+    if skip != 0
+        && !sparse.shape.compressed
+        && let super::Grain::At(sector) = state.grain(sparse, len / grain)?
+    {
+        sparse.storage.zero(sector * SECTOR + skip, grain - skip, Zeroing::Punch).context("Could not clear the end")?;
+    }
+    Ok(())
+}
+
 /// Makes all grains from `len` on unallocated, and the rest of the grain that `len` cuts zero.
 fn clear_beyond(sparse: &Sparse, len: u64) -> Result<()> {
     let shape = sparse.shape;
@@ -375,16 +389,7 @@ fn clear_beyond(sparse: &Sparse, len: u64) -> Result<()> {
     if state.stream.is_some() {
         return Err(Error::unsupported("a stream-optimized image cannot shrink; convert it"));
     }
-    if !len.is_multiple_of(shape.grain)
-        && let super::Grain::At(sector) = state.grain(sparse, len / shape.grain)?
-    {
-        if shape.compressed {
-            return Err(Error::unsupported("a stream-optimized image can only shrink to a multiple of its grain size"));
-        }
-        let skip = len % shape.grain;
-        let at = sector * SECTOR + skip;
-        sparse.storage.zero(at, shape.grain - skip, Zeroing::Punch).context("Could not clear the end")?;
-    }
+    clear_rest(sparse, &mut state, len)?;
     let first = len.div_ceil(shape.grain);
     let last = state.gd.len() as u64 * shape.gtes;
     let mut grain = first;

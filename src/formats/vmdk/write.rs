@@ -236,7 +236,8 @@ impl Write for VmdkDriver {
     }
 
     fn compressing(&self) -> Option<&dyn Compress> {
-        let compressed = |part: &Part| matches!(&part.body, Body::Sparse { sparse, .. } if sparse.shape.compressed);
+        // Encoded grains begin with a marker: an extent without them is read only.
+        let compressed = |part: &Part| matches!(&part.body, Body::Sparse { sparse, .. } if sparse.shape.compressed && sparse.shape.markers);
         self.parts.iter().all(compressed).then_some(self)
     }
 }
