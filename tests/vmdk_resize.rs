@@ -342,3 +342,27 @@ fn what_lies_behind_the_end_stays_hidden() {
     vimg(&["convert", "-n", "-f", "raw", "-O", "vmdk", "raw", "s.vmdk"]).dir(scratch.path()).fails(1);
     judge(&["convert", "-f", "vmdk", "-O", "raw", "s.vmdk", "back"]).dir(scratch.path()).ok();
 }
+
+/// The text's place is full: nothing is changed.
+#[test]
+fn a_descriptor_without_room_is_found_before_anything_changes() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "vmdk", NAME, "8M"]);
+    let mut file = fs::read(scratch.file(NAME)).expect("read");
+    file[36..44].copy_from_slice(&1u64.to_le_bytes());
+    let text = String::from_utf8(file[512..10752].to_vec()).expect("text");
+    let mut text: String = text
+        .trim_end_matches('\0')
+        .lines()
+        .filter(|line| !line.contains("tools"))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    text.extend(std::iter::repeat_n('#', 511 - text.len()));
+    text.push('\n');
+    file[512..10752].fill(0);
+    file[512..1024].copy_from_slice(text.as_bytes());
+    fs::write(scratch.file(NAME), &file).expect("write");
+    let out = vimg(&["resize", "-f", "vmdk", NAME, "2G"]).dir(scratch.path()).fails(1);
+    assert!(out.stderr.contains("does not fit in its place"), "{out:?}");
+    assert!(fs::read(scratch.file(NAME)).expect("read") == file);
+}

@@ -35,6 +35,8 @@ impl Resize for VmdkDriver {
 
     fn resize_with(&self, size: u64, fill: Preallocation, files: &dyn ResizeFiles) -> Result<()> {
         let plan = self.plan(size, fill)?;
+        // What has no room in the end is refused now.
+        self.changed(|text| plan.text(text))?;
         self.write_out()?;
         for extent in &plan.more {
             let storage = files.beside(&extent.name)?;
@@ -88,6 +90,36 @@ struct Plan<'a> {
     flat: bool,
     /// Whether those have zeroed grains.
     zeroed: bool,
+}
+
+impl Plan<'_> {
+    /// The descriptor's text with the new sizes.
+    fn text(&self, text: &str) -> String {
+        let last = text.lines().enumerate().filter(|(_, line)| is_extent_line(line)).map(|(index, _)| index).last();
+        let mut out = String::with_capacity(text.len() + 8);
+        for (index, line) in text.split_inclusive('\n').enumerate() {
+            match index {
+                index if Some(index) == last => {
+                    out.push_str(&with_sectors(line, self.len / SECTOR));
+                    let end = if line.ends_with("\r\n") { "\r\n" } else { "\n" };
+                    if !self.more.is_empty() && !line.ends_with('\n') {
+                        out.push_str(end);
+                    }
+                    for extent in &self.more {
+                        let sectors = extent.size / SECTOR;
+                        match self.flat {
+                            true => out.push_str(&format!("RW {sectors} FLAT \"{}\" 0{end}", extent.name)),
+                            false => out.push_str(&format!("RW {sectors} SPARSE \"{}\"{end}", extent.name)),
+                        }
+                    }
+                }
+                _ => out.push_str(line),
+            }
+        }
+        let heads = if out.contains("ddb.geometry.heads = \"255\"") { 255 } else { 16 };
+        let cylinders = self.size / (63 * heads * SECTOR);
+        descriptor::with_value(&out, "ddb.geometry.cylinders", &cylinders.to_string())
+    }
 }
 
 /// An extent that a split image gets when it grows.
@@ -192,33 +224,7 @@ impl VmdkDriver {
 
     /// Puts the new sizes in the descriptor: the last extent's sectors, new extents behind it, and the cylinders.
     fn tell(&self, plan: &Plan<'_>, files: &dyn ResizeFiles) -> Result<()> {
-        let change = |text: &str| {
-            let last = text.lines().enumerate().filter(|(_, line)| is_extent_line(line)).map(|(index, _)| index).last();
-            let mut out = String::with_capacity(text.len() + 8);
-            for (index, line) in text.split_inclusive('\n').enumerate() {
-                match index {
-                    index if Some(index) == last => {
-                        out.push_str(&with_sectors(line, plan.len / SECTOR));
-                        let end = if line.ends_with("\r\n") { "\r\n" } else { "\n" };
-                        if !plan.more.is_empty() && !line.ends_with('\n') {
-                            out.push_str(end);
-                        }
-                        for extent in &plan.more {
-                            let sectors = extent.size / SECTOR;
-                            match plan.flat {
-                                true => out.push_str(&format!("RW {sectors} FLAT \"{}\" 0{end}", extent.name)),
-                                false => out.push_str(&format!("RW {sectors} SPARSE \"{}\"{end}", extent.name)),
-                            }
-                        }
-                    }
-                    _ => out.push_str(line),
-                }
-            }
-            let heads = if out.contains("ddb.geometry.heads = \"255\"") { 255 } else { 16 };
-            let cylinders = plan.size / (63 * heads * SECTOR);
-            descriptor::with_value(&out, "ddb.geometry.cylinders", &cylinders.to_string())
-        };
-        self.replace_text(change, files)
+        self.replace_text(|text| plan.text(text), files)
     }
 }
 

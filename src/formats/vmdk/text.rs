@@ -42,7 +42,7 @@ impl VmdkDriver {
     }
 
     /// What is in the text's place now, and what shall be, filled with NULs as the reference does.
-    fn changed(&self, change: impl FnOnce(&str) -> String) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
+    pub(super) fn changed(&self, change: impl FnOnce(&str) -> String) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
         let Some((at, room)) = self.text_at else { return Ok(None) };
         let storage = self.text_file();
         let len = match room {
