@@ -426,3 +426,17 @@ fn space_efficient_extents_are_read_as_qemu_img_reads_them() {
     let (a, b) = (plain("qemu-img", &["info", "d.vmdk"]).dir(s.path()).ok(), s.vimg(&["info", "d.vmdk"]));
     assert_eq!(a.stdout, b.stdout);
 }
+
+/// A parent that is named is never left out in silence.
+#[test]
+fn a_parent_by_name_alone_is_not_left_out() {
+    let s = Scratch::new();
+    s.judge(&["create", "-q", "-f", "vmdk", "b.vmdk", "1M"]);
+    s.judge(&["create", "-q", "-f", "vmdk", "-b", "b.vmdk", "-F", "vmdk", "o.vmdk"]);
+    s.sh("sed -i 's/^parentCID=.*/parentCID=ffffffff/' o.vmdk");
+    let args = ["info", "o.vmdk"];
+    assert_eq!(s.vimg(&args).stdout, s.judge(&args).stdout);
+    let out = vimg(&["convert", "-O", "raw", "o.vmdk", "out"]).dir(s.path()).fails(1);
+    assert!(out.stderr.contains("The parent has changed"), "{out:?}");
+    assert!(!s.file("out").exists());
+}

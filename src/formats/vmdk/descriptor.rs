@@ -136,9 +136,10 @@ impl Descriptor {
         Ok(this)
     }
 
-    /// The parent's name, if it has one.
+    /// The parent's name, if it has one. Named, it is meant, even where the parent's id says that there is none:
+    /// then it is not the one that it was.
     pub fn parent_name(&self) -> Option<&str> {
-        self.parent.as_deref().filter(|name| self.parent_cid != NO_PARENT && !name.is_empty())
+        self.parent.as_deref().filter(|name| !name.is_empty())
     }
 }
 
