@@ -224,6 +224,24 @@ fn an_existing_target_is_written_to() {
     assert_eq!(fs::read(scratch.file("small")).unwrap(), [1; 512]);
 }
 
+/// Only an explicit `-f raw` takes the bytes of a format that vimg does not have.
+#[test]
+fn images_of_other_formats_are_not_copied_as_raw() {
+    let scratch = Scratch::new();
+    let secret = "--object secret,id=s,data=abc -o key-secret=s,iter-time=10";
+    for (format, more) in [("vhdx", ""), ("qed", ""), ("parallels", ""), ("luks", secret)] {
+        sh(&format!("qemu-img create -q -f {format} {more} a 8M")).dir(scratch.path()).ok();
+        for args in [&["convert", "-O", "raw", "a", "b"][..], &["resize", "a", "16M"], &["info", "a"]] {
+            let out = vimg(args).dir(scratch.path()).fails(1);
+            assert!(out.stderr.contains(&format!("Image is in {format} format")), "{out:?}");
+        }
+        assert!(!scratch.file("b").exists(), "{format}");
+        scratch.vimg(&["convert", "-f", "raw", "-O", "raw", "a", "b"]);
+        assert_eq!(fs::read(scratch.file("a")).unwrap(), fs::read(scratch.file("b")).unwrap(), "{format}");
+        fs::remove_file(scratch.file("b")).unwrap();
+    }
+}
+
 /// The outer image's threads share units of the inner one.
 #[test]
 fn an_image_in_an_image_is_written_to_by_many_threads() {

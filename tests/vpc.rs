@@ -213,9 +213,9 @@ fn hostile_images_do_no_harm() {
     }
 }
 
-/// What failed half way into an image that is there leaves one that is closed.
+/// What failed half way into an image that is there leaves one with both its footers.
 #[test]
-fn a_failed_write_into_an_image_closes_it() {
+fn a_failed_write_into_an_image_leaves_its_footer() {
     let scratch = Scratch::new();
     scratch.judge(&["create", "-q", "-f", "vpc", "-o", "force_size=on", "t.vhd", "64M"]);
     crate::common::write_pattern(&scratch.file("s.raw"), 0, 1, 60 << 20);

@@ -150,6 +150,7 @@ impl Direct {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use crate::storage::file::{HostFile, OpenHow};
     use crate::storage::lock::Access;
     use crate::storage::{CacheMode, Storage};
@@ -186,6 +187,18 @@ mod tests {
                 assert!(got == expected, "read {} at {from}", got.len());
             }
             assert!(std::fs::read(&path).unwrap() == model);
+        }
+    }
+
+    #[test]
+    fn what_is_read_has_no_writer() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = dir.path().join("a");
+        std::fs::write(&path, b"text").unwrap();
+        for write in [false, true] {
+            let file = OpenOptions::new().read(true).write(write).open(&path).unwrap();
+            let direct = Direct::new(&file, Kind::Regular).unwrap();
+            assert_eq!(direct.buffered.write_at(b"T", 0).is_ok(), write);
         }
     }
 }

@@ -40,8 +40,8 @@ use crate::block::driver::Bitmaps;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    BackingRef, BlockDriver, Child, CompressedUnit, Create, Extent, Format, GuestOffset, OpenRequest, Resize, Result,
-    Snapshots, Write,
+    BackingRef, BlockDriver, Child, CompressedUnit, Create, Error, Extent, Format, GuestOffset, OpenRequest, Resize,
+    Result, Snapshots, Write,
 };
 use crate::codec::luks;
 
@@ -183,9 +183,7 @@ impl Qcow2Driver {
         let header = self.header();
         let broken = [&header.backing_file, &header.data_file].into_iter().flatten().find(|n| n.contains('\u{fffd}'));
         broken.map_or(Ok(()), |name| {
-            Err(crate::block::Error::unsupported(format!(
-                "The file name '{name}' is not UTF-8: the header cannot be written back"
-            )))
+            Err(Error::unsupported(format!("The file name '{name}' is not UTF-8: the header cannot be written back")))
         })
     }
 

@@ -237,7 +237,10 @@ impl Write for VmdkDriver {
 
     fn compressing(&self) -> Option<&dyn Compress> {
         // Encoded grains begin with a marker: an extent without them is read only.
-        let compressed = |part: &Part| matches!(&part.body, Body::Sparse { sparse, .. } if sparse.shape.compressed && sparse.shape.markers);
+        let compressed = |part: &Part| match &part.body {
+            Body::Sparse { sparse, .. } => sparse.shape.compressed && sparse.shape.markers,
+            _ => false,
+        };
         self.parts.iter().all(compressed).then_some(self)
     }
 }
