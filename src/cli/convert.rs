@@ -13,7 +13,7 @@ use crate::block::driver::SnapshotKey;
 use crate::block::keys::parse_list;
 use crate::block::{CreateOptions, Effort, Error, Node, OpenHow, Opener, OptionValue};
 use crate::ops::convert::job::{self, Job};
-use crate::ops::convert::{How, MOST_THREADS, Observer};
+use crate::ops::copy::{CopyOptions, MOST_THREADS, Observer};
 use crate::ops::create::{NewImage, Target};
 use crate::storage::CacheMode;
 
@@ -147,14 +147,14 @@ fn snapshot(text: &str) -> Result<Snapshot, Complaint> {
     Ok(Snapshot { key: SnapshotKey::Exact { id, name }, warnings: list.warnings })
 }
 
-/// What is said while it goes on, from all threads.
-struct Voice<'a> {
+/// Shows on the console what the copy reports, from all its threads.
+struct ConsoleObserver<'a> {
     progress: &'a Progress,
     /// Prefix of warnings; none under `-q`.
     name: Option<String>,
 }
 
-impl Observer for Voice<'_> {
+impl Observer for ConsoleObserver<'_> {
     fn wants_progress(&self) -> bool {
         self.progress.wanted()
     }
@@ -221,14 +221,15 @@ impl Subcommand for Args {
             new.options.set("size", OptionValue::Size(new.size))?;
         }
         let cache = self.target_cache.as_deref().map_or(Ok(CacheMode::Unsafe), cache::target)?;
-        let voice = Voice { progress: &progress, name: (!self.quiet).then(|| program.name().to_owned()) };
+        let observer = ConsoleObserver { progress: &progress, name: (!self.quiet).then(|| program.name().to_owned()) };
         let job = Job {
             sources: &sources,
-            how: self.how(),
+            options: self.copy_options(),
             cache,
+            target_is_zero: self.target_is_zero,
             backed: backing.is_some(),
             bitmaps: self.bitmaps,
-            observer: &voice,
+            observer: &observer,
         };
         let done = match new {
             Some(new) => job.to_new(&new, &opener),
@@ -281,15 +282,13 @@ impl Args {
         Ok(())
     }
 
-    fn how(&self) -> How {
-        How {
+    fn copy_options(&self) -> CopyOptions {
+        CopyOptions {
             sparse: self.sparse_size.unwrap_or(4096),
             threads: self.parallel,
             compress: self.compress,
             effort: Effort::default(),
             reorder: self.oob_writes,
-            unnamed: false,
-            reads_zero: self.target_is_zero,
             rate: self.rate_limit.filter(|rate| *rate > 0),
             offload: self.copy_range_offloading,
             salvage: self.salvage,

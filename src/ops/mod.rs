@@ -1,6 +1,7 @@
 //! What is done to images. No printing, no exit.
 
 pub mod convert;
+pub mod copy;
 pub mod create;
 pub mod ids;
 pub mod info;

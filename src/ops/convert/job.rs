@@ -4,11 +4,12 @@
 
 use std::sync::Arc;
 
-use super::{Above, How, Joined, Observer, bitmaps, convert};
+use super::bitmaps;
 use crate::block::driver::SnapshotKey;
 use crate::block::error::Context;
 use crate::block::opener::Notice;
 use crate::block::{BlockDriver, Effort, Error, ExtentKind, GuestOffset, ImageRef, Node, OpenHow, Opener, Result};
+use crate::ops::copy::{Above, CopyOptions, Joined, Observer, TargetFacts, copy};
 use crate::ops::create::{self, NewImage};
 use crate::storage::staging::Staging;
 use crate::storage::{CacheMode, Identity, Kind};
@@ -69,12 +70,14 @@ fn above(sources: &[Arc<Node>], target: &Node, blank: bool) -> Option<Above> {
 pub struct Job<'a> {
     /// What is converted, one after the other.
     pub sources: &'a [Arc<Node>],
-    /// How.
-    pub how: How,
+    /// How the user wants it copied.
+    pub options: CopyOptions,
     /// How the target is cached.
     pub cache: CacheMode,
     /// Whether the target has a backing file whose content need not be copied.
     pub backed: bool,
+    /// The user's word that the existing target reads as zeros.
+    pub target_is_zero: bool,
     /// Whether persistent bitmaps are copied, those that are consistent.
     pub bitmaps: bool,
     /// Hears how it goes.
@@ -88,7 +91,7 @@ impl Job<'_> {
         let (shown, format) = (new.name.to_string_lossy(), new.format.name());
         let made = || format!("{shown}: error while converting {format}");
         let effort = match new.format.creating() {
-            Some(create) => create.effort(&new.options, self.how.compress).with_context(made)?,
+            Some(create) => create.effort(&new.options, self.options.compress).with_context(made)?,
             None => Effort::default(),
         };
         let make = create::make(new, &staging, opener).with_context(made);
@@ -104,7 +107,8 @@ impl Job<'_> {
         let unnamed = target.driver().files().iter().all(|child| child.storage.kind() == Kind::Regular);
         let blank = unnamed || stores_nothing(target.driver())?;
         let reads_zero = target.backing().is_none() && blank;
-        self.run(&target, How { unnamed, reads_zero, effort, ..self.how.clone() }, blank)?;
+        let facts = TargetFacts { unnamed, reads_zero, blank };
+        self.run(&target, &CopyOptions { effort, ..self.options.clone() }, facts)?;
         drop(target);
         staging.commit().with_context(|| format!("Could not create '{shown}'"))
     }
@@ -113,7 +117,8 @@ impl Job<'_> {
     pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<()> {
         let how = OpenHow { write: true, cache: self.cache, ..how.clone() };
         let target = opener.open(image, &how)?;
-        let done = self.run(&target, self.how.clone(), false);
+        let facts = TargetFacts { reads_zero: self.target_is_zero, ..TargetFacts::default() };
+        let done = self.run(&target, &self.options, facts);
         if done.is_err() {
             // What was written so far is kept in an image that opens, and marks that all went well are not set; the
             // first error is the one to tell.
@@ -122,13 +127,12 @@ impl Job<'_> {
         done
     }
 
-    /// `blank`: the target's own layer stores nothing but zeros.
-    fn run(&self, target: &Node, how: How, blank: bool) -> Result<()> {
-        let above = if self.backed { above(self.sources, target, blank) } else { None };
+    fn run(&self, target: &Node, options: &CopyOptions, facts: TargetFacts) -> Result<()> {
+        let above = if self.backed { above(self.sources, target, facts.blank) } else { None };
         let source = Joined::new(self.sources, above);
         let bitmaps = self.sources.first().filter(|_| self.bitmaps);
         bitmaps.map_or(Ok(()), |source| bitmaps::check(source, target))?;
-        convert(&source, target, &how, self.observer)?;
+        copy(&source, target, options, facts, self.observer)?;
         bitmaps.map_or(Ok(()), |source| bitmaps::copy(source, target))?;
         target.driver().close()
     }

@@ -146,8 +146,9 @@ fn raw_to_raw_is_equal_with_any_number_of_threads() {
         for reads_zero in [true, false] {
             let old = if reads_zero { vec![0; both.len()] } else { vec![0xaa; both.len()] };
             let target = Arc::new(Patchy { inner: Memory::new(old), ..Patchy::default() });
-            let how = How { threads: Some(threads), sparse, reads_zero, ..How::default() };
-            convert(&source, &node(target.clone(), "target"), &how, &Silent).unwrap();
+            let options = CopyOptions { threads: Some(threads), sparse, ..CopyOptions::default() };
+            let facts = TargetFacts { reads_zero, ..TargetFacts::default() };
+            copy(&source, &node(target.clone(), "target"), &options, facts, &Silent).unwrap();
             assert!(target.inner.to_vec() == both, "{threads} threads, -S {sparse}, zero {reads_zero}");
         }
     }
@@ -159,9 +160,9 @@ fn zeros_are_not_written_where_there_are_some() {
     bytes[5 << 20] = 1;
     let source = Joined::new(&[node(Arc::new(Memory::new(bytes.clone())), "source")], None);
     let target = Arc::new(Patchy { inner: Memory::new(vec![0; bytes.len()]), ..Patchy::default() });
-    let how = How { reads_zero: true, ..How::default() };
+    let facts = TargetFacts { reads_zero: true, ..TargetFacts::default() };
     let ears = Ears::default();
-    convert(&source, &node(target.clone(), "target"), &how, &ears).unwrap();
+    copy(&source, &node(target.clone(), "target"), &CopyOptions::default(), facts, &ears).unwrap();
     assert_eq!(target.written.lock().unwrap().clone().into_iter().collect::<Vec<_>>(), [(5 << 20, 4096)]);
     assert!(target.inner.to_vec() == bytes);
     assert_eq!(*ears.last.lock().unwrap(), (8 << 20, 8 << 20));
@@ -173,12 +174,14 @@ fn failures_say_where_and_stop_everybody() {
     let bad = Patchy { inner: Memory::new(bytes.clone()), bad_read: Some((5 << 20) + 700), ..Patchy::default() };
     let source = Joined::new(&[node(Arc::new(bad), "source")], None);
     let target = Arc::new(Patchy { inner: Memory::new(vec![0; bytes.len()]), ..Patchy::default() });
-    let how = How { threads: Some(4), ..How::default() };
-    let error = convert(&source, &node(target.clone(), "target"), &how, &Silent).unwrap_err();
+    let options = CopyOptions { threads: Some(4), ..CopyOptions::default() };
+    let facts = TargetFacts::default();
+    let error = copy(&source, &node(target.clone(), "target"), &options, facts, &Silent).unwrap_err();
     assert_eq!(error.message(), "error while reading at byte 4194304: Input/output error");
 
     let ears = Ears::default();
-    convert(&source, &node(target.clone(), "target"), &How { salvage: true, ..how.clone() }, &ears).unwrap();
+    copy(&source, &node(target.clone(), "target"), &CopyOptions { salvage: true, ..options.clone() }, facts, &ears)
+        .unwrap();
     let mut salvaged = bytes.clone();
     salvaged[(5 << 20) + 512..(5 << 20) + 1024].fill(0);
     assert!(target.inner.to_vec() == salvaged);
@@ -186,10 +189,10 @@ fn failures_say_where_and_stop_everybody() {
 
     let full = Patchy { bad_write: Some(20 << 20), inner: Memory::new(vec![0; bytes.len()]), ..Patchy::default() };
     let whole = Joined::new(&[node(Arc::new(Memory::new(vec![7; 32 << 20])), "source")], None);
-    let error = convert(&whole, &node(Arc::new(full), "target"), &how, &Silent).unwrap_err();
+    let error = copy(&whole, &node(Arc::new(full), "target"), &options, facts, &Silent).unwrap_err();
     assert_eq!(error.message(), "target: error while writing at byte 20971520: No space left on device");
     let small = node(Arc::new(Memory::new(vec![0; 1 << 20])), "small");
-    let error = convert(&whole, &small, &how, &Silent).unwrap_err();
+    let error = copy(&whole, &small, &options, facts, &Silent).unwrap_err();
     assert_eq!(error.message(), "output file is smaller than input file");
 }
 
@@ -198,7 +201,14 @@ fn a_rate_is_kept() {
     let source = Joined::new(&[node(Arc::new(Memory::new(vec![1; 8 << 20])), "source")], None);
     let target = node(Arc::new(Memory::new(vec![0; 8 << 20])), "target");
     let started = std::time::Instant::now();
-    convert(&source, &target, &How { rate: Some(32 << 20), ..How::default() }, &Silent).unwrap();
+    copy(
+        &source,
+        &target,
+        &CopyOptions { rate: Some(32 << 20), ..CopyOptions::default() },
+        TargetFacts::default(),
+        &Silent,
+    )
+    .unwrap();
     let took = started.elapsed().as_secs_f64();
     assert!((0.15..2.0).contains(&took), "{took}");
 }

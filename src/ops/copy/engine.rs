@@ -14,7 +14,7 @@ use super::plan::{Chunk, Plan, Shape, Zeros};
 use super::source::{self, Content, Joined, Segment};
 use super::target::{self, Kind, Piece, Step};
 use super::zero::{self, SECTOR, Sparse};
-use super::{How, Observer};
+use super::{CopyOptions, Observer, TargetFacts};
 use crate::block::error::Context;
 use crate::block::node::Scratch;
 use crate::block::{Compress, Encoded, Error, GuestOffset, Node, Result, Store};
@@ -78,10 +78,11 @@ impl Rate {
     }
 }
 
-/// One conversion, as all workers see it.
+/// One copy, as all workers see it.
 pub struct Engine<'a> {
     target: &'a Node,
-    how: &'a How,
+    options: &'a CopyOptions,
+    facts: TargetFacts,
     observer: &'a dyn Observer,
     plan: Mutex<Plan<'a>>,
     turn: Turn,
@@ -125,11 +126,17 @@ struct Unit {
 
 impl<'a> Engine<'a> {
     /// Ready to run.
-    pub fn new(source: &'a Joined, target: &'a Node, how: &'a How, observer: &'a dyn Observer) -> Result<Self> {
+    pub fn new(
+        source: &'a Joined,
+        target: &'a Node,
+        options: &'a CopyOptions,
+        facts: TargetFacts,
+        observer: &'a dyn Observer,
+    ) -> Result<Self> {
         let writing = target.writing()?;
         // Asked for, or the only way in (stream-optimized).
         let able = writing.compressing();
-        let compress = if how.compress {
+        let compress = if options.compress {
             Some(able.ok_or_else(|| Error::unsupported("Compression not supported for this file format"))?)
         } else {
             able.filter(|compress| compress.always())
@@ -140,18 +147,19 @@ impl<'a> Engine<'a> {
         let unit = writing.unit().max(1);
         // Where every unit is encoded there is no other way to hide a backing file.
         let written = compress.is_some_and(Compress::always) && target.backing().is_some();
-        let least = if written { 0 } else { how.sparse };
-        let zeros = match (least, how.reads_zero) {
+        let least = if written { 0 } else { options.sparse };
+        let zeros = match (least, facts.reads_zero) {
             (0, _) => Zeros::Write,
             (_, true) => Zeros::Skip,
             (_, false) => Zeros::Make,
         };
-        let rate = how.rate.map(|bytes_per_second| Rate { bytes_per_second, free: Mutex::new(Instant::now()) });
+        let rate = options.rate.map(|bytes_per_second| Rate { bytes_per_second, free: Mutex::new(Instant::now()) });
         Ok(Self {
             target,
-            how,
+            options,
+            facts,
             observer,
-            plan: Mutex::new(Plan::new(source, Shape { unit, zeros }, how.salvage.then_some(observer))),
+            plan: Mutex::new(Plan::new(source, Shape { unit, zeros }, options.salvage.then_some(observer))),
             turn: Turn::default(),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -159,7 +167,7 @@ impl<'a> Engine<'a> {
             done: AtomicU64::new(0),
             source,
             total: OnceLock::new(),
-            offload: AtomicBool::new(how.offload && unit == 1),
+            offload: AtomicBool::new(options.offload && unit == 1),
             unit,
             // A compressed unit is written as a whole.
             granule: if compress.is_some() { unit } else { writing.fill_unit().max(1) },
@@ -253,7 +261,7 @@ impl<'a> Engine<'a> {
         };
         let whole = worker.plain.get(padded);
         whole[len..].fill(0);
-        if padded > len && !self.how.unnamed {
+        if padded > len && !self.facts.unnamed {
             // An image that is there and is longer keeps what lies behind the sources.
             self.target.read(GuestOffset(chunk.at + chunk.len), &mut whole[len..], &mut worker.scratch)?;
         }
@@ -293,7 +301,7 @@ impl<'a> Engine<'a> {
     fn read(&self, segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
         let read = source::read(segment, buf, scratch);
         let Err(error) = read else { return Ok(()) };
-        if !self.how.salvage {
+        if !self.options.salvage {
             return Err(reading(error, segment.at));
         }
         // Sector by sector: whatever cannot be read is zeros.
@@ -330,7 +338,7 @@ impl<'a> Engine<'a> {
                     at += self.unit;
                     continue;
                 }
-                let next = match compress.encode(GuestOffset(at), bytes, self.how.effort, unit)? {
+                let next = match compress.encode(GuestOffset(at), bytes, self.options.effort, unit)? {
                     Encoded::Incompressible if !compress.always() => {
                         Unit { at, len, from, bytes: short_len(len), encoded: false }
                     }
@@ -352,7 +360,7 @@ impl<'a> Engine<'a> {
     fn store(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
         let Worker { chunk, plain, encoded, units, scratch, pieces, steps, .. } = worker;
         let plain = &*plain.get(len);
-        let early = self.how.unnamed;
+        let early = self.facts.unnamed;
         // Pieces that share a unit of a file that others can see are finished one by one.
         let one_by_one = !early && self.granule < self.unit && self.granule > 1;
         let deferred_zeros = !self.ordered();
@@ -419,7 +427,7 @@ impl<'a> Engine<'a> {
             return place();
         }
         let mut next = lock(&self.turn.next);
-        while !self.how.reorder && *next != number {
+        while !self.options.reorder && *next != number {
             if self.stop.load(Ordering::Relaxed) {
                 return Ok(());
             }

@@ -1,0 +1,118 @@
+//! The copy engine: what the sources hold is written to a target, by as many threads as suit it.
+//!
+//! The plan ([`plan`]) walks the sources' maps and cuts chunks; the workers ([`engine`]) move them. Both ends are
+//! open already: who made the target, and whether it has its name yet, is not decided here. What the user wants is
+//! [`CopyOptions`]; what was found out about the target is [`TargetFacts`].
+
+pub mod engine;
+pub mod plan;
+pub mod source;
+pub mod target;
+pub mod zero;
+
+use std::num::NonZero;
+
+pub use source::{Above, Joined};
+
+use crate::block::{Effort, Error, Node, Result};
+
+/// How the user wants it done.
+#[derive(Debug, Clone)]
+pub struct CopyOptions {
+    /// The shortest run of zeros that is left out, in bytes; 0: every byte is written.
+    pub sparse: u64,
+    /// How many threads; `None`: as many as suit the storage.
+    pub threads: Option<usize>,
+    /// Store compressed units.
+    pub compress: bool,
+    /// How hard compression tries.
+    pub effort: Effort,
+    /// Placements need not be in the guest's order.
+    pub reorder: bool,
+    /// At most that many bytes a second.
+    pub rate: Option<u64>,
+    /// Let the host copy where it can.
+    pub offload: bool,
+    /// What cannot be read becomes zeros, with a warning.
+    pub salvage: bool,
+}
+
+impl Default for CopyOptions {
+    fn default() -> Self {
+        Self {
+            sparse: 4096,
+            threads: None,
+            compress: false,
+            effort: Effort::default(),
+            reorder: false,
+            rate: None,
+            offload: false,
+            salvage: false,
+        }
+    }
+}
+
+/// What is known of the target before the first byte is copied.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TargetFacts {
+    /// It is made of new files: nobody can see it half done, and what was not written to is zeros.
+    pub unnamed: bool,
+    /// It reads as zeros now, through all its layers.
+    pub reads_zero: bool,
+    /// Its own layer stores nothing but zeros.
+    pub blank: bool,
+}
+
+/// Hears how it goes. Called from all threads.
+pub trait Observer: Sync {
+    /// Whether a report of progress would be shown now.
+    fn wants_progress(&self) -> bool {
+        false
+    }
+
+    /// `done` of `total` stored bytes have been started on.
+    fn progress(&self, done: u64, total: u64) {
+        let _ = (done, total);
+    }
+
+    /// A line to be shown as it is.
+    fn note(&self, line: &str) {
+        let _ = line;
+    }
+
+    /// Something went wrong, and the copy goes on.
+    fn warn(&self, text: &str) {
+        let _ = text;
+    }
+}
+
+/// Hears nothing.
+#[derive(Debug)]
+pub struct Silent;
+
+impl Observer for Silent {}
+
+/// The most threads that can be asked for.
+pub const MOST_THREADS: usize = 16;
+
+/// Writes everything that the sources hold to the target. Neither flushes nor closes it.
+pub fn copy(
+    source: &Joined,
+    target: &Node,
+    options: &CopyOptions,
+    facts: TargetFacts,
+    observer: &dyn Observer,
+) -> Result<()> {
+    let engine = engine::Engine::new(source, target, options, facts, observer)?;
+    if target.virtual_size() < source.total() {
+        return Err(Error::invalid("output file is smaller than input file"));
+    }
+    let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = options.threads.unwrap_or_else(cores).clamp(1, MOST_THREADS);
+    // Not worth a thread.
+    let chunks = usize::try_from(source.total().div_ceil(plan::CHUNK)).unwrap_or(usize::MAX);
+    engine.run(threads.min(chunks.max(1)))
+}
+
+#[cfg(test)]
+mod tests;
