@@ -156,8 +156,8 @@ fn a_block_device() {
     for cache in [CacheMode::Writeback, CacheMode::None, CacheMode::Directsync] {
         let file = HostFile::open(&device.0, &OpenHow { cache, ..RW }).unwrap();
         assert_eq!((file.len().unwrap(), file.kind()), (size, Kind::BlockDevice));
-        assert_eq!(file.extent(0, u64::MAX).unwrap(), HostExtent { len: size, data: true });
-        assert_eq!(file.extent(size, 9).unwrap(), HostExtent { len: 9, data: false });
+        assert_eq!(file.extent(0, u64::MAX).unwrap(), HostExtent::data(size));
+        assert_eq!(file.extent(size, 9).unwrap(), HostExtent::hole(9));
         let check = |model: &[u8]| {
             let mut got = vec![1; size as usize + 100];
             file.read_at(0, &mut got).unwrap();
@@ -365,7 +365,7 @@ fn xfs_extent_size_hints() {
     let hint = |how: &CreateHow| {
         let staging = Staging::new(CacheMode::Unsafe);
         let file = staging.create_with(&xfs.0.join("a"), how).unwrap();
-        let hint = file.extent_size_hint();
+        let hint = file.host().unwrap().extent_size_hint();
         let warnings = staging.take_notices();
         drop(file);
         staging.commit().unwrap();

@@ -24,7 +24,7 @@ impl Child {
     /// What lies there as it is: data, or a hole.
     pub fn extent(&self, start: GuestOffset, place: HostPlace, max: u64) -> Result<Extent> {
         let host = self.storage.extent(place.at.get(), max).context("error while reading block status")?;
-        let kind = if host.data { ExtentKind::Data(place) } else { ExtentKind::Zero(Some(place)) };
+        let kind = if host.is_zero() { ExtentKind::Zero(Some(place)) } else { ExtentKind::Data(place) };
         Ok(Extent { start, len: host.len, kind })
     }
 

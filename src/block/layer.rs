@@ -63,7 +63,7 @@ impl Layer {
     pub fn identity(&self) -> Option<(Identity, &'static str)> {
         let identity = match self.origin.inner.first() {
             Some((_, node)) => node.identity()?.0,
-            None => self.driver.files().first()?.storage.identity()?,
+            None => self.driver.files().first()?.storage.facts().identity?,
         };
         Some((identity, self.driver.format().name()))
     }
@@ -133,7 +133,7 @@ impl Opener<'_> {
         let raw = format.name() == "raw";
         if file.locking {
             let access = how.access(&settings);
-            file.child.storage.lock(if raw && !how.exclusive { access.of_raw() } else { access })?;
+            storage::lock(&*file.child.storage, if raw && !how.exclusive { access.of_raw() } else { access })?;
         }
         let mut child = file.child;
         if raw && probed && settings.write {
@@ -247,7 +247,7 @@ impl Opener<'_> {
             )));
         }
         if opened.locking {
-            opened.child.storage.lock(how.access(&settings).of_raw())?;
+            storage::lock(&*opened.child.storage, how.access(&settings).of_raw())?;
         }
         let mut none = OptionTree::new();
         let beside =
@@ -462,7 +462,7 @@ impl Related for Beside<'_> {
                 (false, DATA_FILE) => access.of_data_file(),
                 _ => access,
             };
-            opened.child.storage.lock(access)?;
+            storage::lock(&*opened.child.storage, access)?;
         }
         Ok(opened.child)
     }

@@ -112,7 +112,7 @@ impl Node {
     pub fn identity(&self) -> Option<(Identity, &'static str)> {
         let identity = match self.origin.inner.first() {
             Some((_, node)) => node.identity()?.0,
-            None => self.driver.files().first()?.storage.identity()?,
+            None => self.driver.files().first()?.storage.facts().identity?,
         };
         Some((identity, self.driver.format().name()))
     }

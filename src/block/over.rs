@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use nix::errno::Errno;
 
 use super::node::Scratch;
-use super::{Format, GuestOffset, Node, foreign};
-use crate::storage::{Error, HostExtent, Kind, Preallocation, Result, Storage, Zeroing};
+use super::{ExtentKind, Format, GuestOffset, Node, foreign};
+use crate::storage::{Error, Facts, HostExtent, HostFile, HostKind, Preallocation, Result, Storage, Zeroing};
 
 /// The guest's disk of one image as the file of another.
 ///
@@ -51,7 +51,12 @@ impl Storage for NodeStorage {
 
     fn extent(&self, at: u64, max: u64) -> Result<HostExtent> {
         let mapping = self.node.map(GuestOffset(at), max, usize::MAX).map_err(lower)?;
-        Ok(HostExtent { len: mapping.len, data: !mapping.is_zero() })
+        let kind = match mapping.kind {
+            ExtentKind::Data(_) | ExtentKind::Compressed(_) => HostKind::Data,
+            ExtentKind::Zero(Some(_)) => HostKind::Zero,
+            ExtentKind::Zero(None) | ExtentKind::Unallocated(_) => HostKind::Hole,
+        };
+        Ok(HostExtent { len: mapping.len, kind })
     }
 
     fn zero(&self, at: u64, len: u64, how: Zeroing) -> Result<()> {
@@ -75,10 +80,6 @@ impl Storage for NodeStorage {
         self.node.driver().flush().map_err(lower)
     }
 
-    fn kind(&self) -> Kind {
-        Kind::Regular
-    }
-
     fn allocated(&self) -> Result<Option<u64>> {
         let mut sum = Some(0);
         for child in self.node.driver().files() {
@@ -86,6 +87,21 @@ impl Storage for NodeStorage {
             sum = sum.zip(bytes).and_then(|(a, b): (u64, u64)| a.checked_add(b));
         }
         Ok(sum)
+    }
+
+    fn facts(&self) -> Facts {
+        let driver = self.node.driver();
+        let files = || driver.files().iter().map(|child| child.storage.facts());
+        Facts {
+            fixed_len: driver.resizing().is_none(),
+            new_reads_zero: files().all(|facts| facts.new_reads_zero),
+            parallel: files().filter_map(|facts| facts.parallel).max(),
+            ..Facts::PLAIN
+        }
+    }
+
+    fn host(&self) -> Option<&HostFile> {
+        None
     }
 }
 
@@ -174,27 +190,15 @@ impl Storage for ProbedRaw {
         self.storage.flush()
     }
 
-    fn lock(&self, access: crate::storage::lock::Access) -> Result<()> {
-        self.storage.lock(access)
-    }
-
-    fn kind(&self) -> Kind {
-        self.storage.kind()
-    }
-
-    fn alignment(&self) -> u32 {
-        self.storage.alignment()
-    }
-
     fn allocated(&self) -> Result<Option<u64>> {
         self.storage.allocated()
     }
 
-    fn identity(&self) -> Option<crate::storage::Identity> {
-        self.storage.identity()
+    fn facts(&self) -> Facts {
+        Facts { offload: false, ..self.storage.facts() }
     }
 
-    fn extent_size_hint(&self) -> Option<u64> {
-        self.storage.extent_size_hint()
+    fn host(&self) -> Option<&HostFile> {
+        self.storage.host()
     }
 }

@@ -12,7 +12,7 @@ use super::keys::{take_number, take_switch, take_text};
 use super::name::{first_key, protocol as split};
 use super::{BlockDriver, Child, Error, Extent, Format, GuestOffset, HostPlace, OpenRequest, OptionTree, Result};
 use crate::block::error::Context;
-use crate::storage::Storage;
+use crate::storage::{Kind as FileKind, Storage};
 
 /// A way to files of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,8 +116,9 @@ pub fn refuse_rest(protocol: Protocol, options: &OptionTree) -> Result<()> {
 
 /// Refuses a file that is not for that protocol.
 pub fn check_kind(protocol: Protocol, path: &OsStr, storage: &dyn Storage) -> Result<()> {
-    match (protocol, storage.kind().is_device()) {
-        (Protocol::File, false) | (Protocol::HostDevice, true) => Ok(()),
+    let regular = storage.host().is_none_or(|file| file.kind() == FileKind::Regular);
+    match (protocol, regular) {
+        (Protocol::File, true) | (Protocol::HostDevice, false) => Ok(()),
         _ => Err(wrong_kind(protocol, path)),
     }
 }

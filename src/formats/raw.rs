@@ -75,7 +75,7 @@ impl Create for Raw {
         let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
         let file = request.files.main()?;
         file.set_len(size, fill)?;
-        if !file.kind().is_device() {
+        if !file.facts().fixed_len {
             return allocate_start(&*file, size, fill);
         }
         // What would still be recognised as something else goes away.
@@ -166,7 +166,7 @@ impl Write for RawDriver {
 
 impl Resize for RawDriver {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
-        let device = self.files[0].storage.kind().is_device();
+        let device = self.files[0].storage.facts().fixed_len;
         match fill {
             Preallocation::Falloc | Preallocation::Full if device => {
                 Err(storage::Error::DevicePreallocation(fill).into())
@@ -186,7 +186,7 @@ impl Resize for RawDriver {
         let end = self.offset.checked_add(size).ok_or_else(|| Error::invalid("Disk size is too large"))?;
         let empty = storage.len().context("Could not get size")? == 0;
         storage.set_len(end, fill)?;
-        if empty && !storage.kind().is_device() {
+        if empty && !storage.facts().fixed_len {
             allocate_start(&**storage, end, fill)?;
         }
         self.size.store(size, Ordering::Relaxed);

@@ -182,7 +182,7 @@ impl Wanted<'_> {
         let mut layer = Some(&node);
         while let Some(node) = layer {
             let files = node.driver().files();
-            if here.is_some() && files.iter().any(|file| file.storage.identity() == here) {
+            if here.is_some() && files.iter().any(|file| file.storage.facts().identity == here) {
                 return Err(itself());
             }
             layer = node.backing();

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::block::info::SnapshotInfo;
 use crate::block::{Error, ImageRef, Node, OpenHow, Opener, Result};
-use crate::storage::Storage;
+use crate::storage::{HostFile, Kind, Storage};
 
 /// The backing file that an image names.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,10 +106,13 @@ fn of_file(name: &str, storage: &dyn Storage) -> Result<Info> {
     use crate::block::error::Context;
     let length = storage.len().with_context(|| format!("Could not get size of '{name}'"))?;
     let mut specific = Map::new();
-    if let Some(hint) = storage.extent_size_hint() {
+    if let Some(hint) = storage.host().and_then(HostFile::extent_size_hint) {
         specific.insert("extent-size-hint".to_owned(), hint.into());
     }
-    let protocol = storage.kind().protocol();
+    let protocol = match storage.host().map(HostFile::kind) {
+        None | Some(Kind::Regular) => "file",
+        Some(Kind::BlockDevice | Kind::CharDevice) => "host_device",
+    };
     Ok(Info {
         filename: name.to_owned(),
         format: protocol.to_owned(),

@@ -119,7 +119,7 @@ impl ResizeFiles for Beside<'_> {
         staging.commit()?;
         if let Some(storage) = &new {
             // The name means this file now. Who took the lock on it first may keep it: we are about to end.
-            let _ = storage.lock(Access::WRITE);
+            let _ = crate::storage::lock(&**storage, Access::WRITE);
         }
         Ok(new)
     }

@@ -47,6 +47,11 @@ impl Direct {
         u32::try_from(self.unit).unwrap_or(4096)
     }
 
+    /// The largest piece that passes in one system call whatever the caller's buffer.
+    pub fn best_request(&self) -> u32 {
+        u32::try_from(PIECE.max(self.unit)).unwrap_or(u32::MAX)
+    }
+
     fn is_aligned(&self, pointer: *const u8, len: usize) -> bool {
         (pointer as usize).is_multiple_of(self.unit) && len.is_multiple_of(self.unit)
     }
@@ -164,7 +169,7 @@ mod tests {
             let path = dir.path().join("a");
             std::fs::write(&path, b"").unwrap();
             let file = HostFile::open(&path, &OpenHow { write: true, cache, access: Access::NONE }).unwrap();
-            assert!(file.alignment() >= 512);
+            assert!(file.facts().alignment >= 512);
             let mut model = Vec::new();
             let mut random = fastrand::Rng::with_seed(7);
             for round in 0..60 {

@@ -7,8 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 
-use super::lock::Access;
-use super::{HostExtent, Identity, Kind, Preallocation, Result, Storage, Zeroing};
+use super::{Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
 
 /// What goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -169,28 +168,16 @@ impl Storage for Faulty {
         self.run(Operation::Flush, 1, |_| self.inner.flush())
     }
 
-    fn lock(&self, access: Access) -> Result<()> {
-        self.inner.lock(access)
-    }
-
-    fn kind(&self) -> Kind {
-        self.inner.kind()
-    }
-
-    fn alignment(&self) -> u32 {
-        self.inner.alignment()
-    }
-
     fn allocated(&self) -> Result<Option<u64>> {
         self.inner.allocated()
     }
 
-    fn identity(&self) -> Option<Identity> {
-        self.inner.identity()
+    fn facts(&self) -> Facts {
+        Facts { offload: false, ..self.inner.facts() }
     }
 
-    fn extent_size_hint(&self) -> Option<u64> {
-        self.inner.extent_size_hint()
+    fn host(&self) -> Option<&HostFile> {
+        self.inner.host()
     }
 }
 

@@ -1,7 +1,7 @@
 //! Regular files and devices of the host.
 //!
 //! Invariants: no cursor is used (`pread`/`pwrite` alone), so all methods may run at once on disjoint ranges; a
-//! file keeps the locks it was opened with until it is dropped or [`Storage::lock`] changes them. Under `O_DIRECT`
+//! file keeps the locks it was opened with until it is dropped or [`HostFile::lock`] changes them. Under `O_DIRECT`
 //! any offset, length and buffer will do: see [`super::direct`].
 //!
 //! Lock order: `locks`, `growth`; neither is held while the other is taken. `growth` is held shared by every write
@@ -21,7 +21,21 @@ use nix::unistd::{Whence, lseek};
 use super::direct::Direct;
 use super::lock::{self, Access};
 use super::pieces::Pieces;
-use super::{CacheMode, Error, HostExtent, Identity, Kind, Preallocation, Result, Storage, Zeroing, host, sparse};
+use super::{CacheMode, Error, Facts, HostExtent, Identity, Preallocation, Result, Storage, Zeroing, host, sparse};
+
+/// What kind of thing an open file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A regular file: grows and shrinks, may have holes.
+    Regular,
+    /// A block device: fixed size, discard and zero-out by ioctl.
+    BlockDevice,
+    /// A character device; nothing but reading and writing is asked of it.
+    CharDevice,
+}
+
+/// Requests in flight that suit what has a queue of its own: the device, or what is behind it, sorts them.
+const QUEUE: u32 = 8;
 
 /// How a file is opened.
 #[derive(Debug, Clone, Copy, Default)]
@@ -88,7 +102,7 @@ impl HostFile {
         } else {
             return Err(Error::WrongKind { driver: "file", name: name.to_owned(), wanted: "a regular file" });
         };
-        if kind.is_device() {
+        if kind != Kind::Regular {
             // It was set so that opening could not hang; reading and writing shall wait.
             let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
             fcntl(&file, FcntlArg::F_SETFL(flags & !OFlag::O_NONBLOCK))?;
@@ -110,6 +124,29 @@ impl HostFile {
     /// The open file itself.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// What kind of thing it is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Which file it is.
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// The host's extent size hint (XFS), where there is one.
+    pub fn extent_size_hint(&self) -> Option<u64> {
+        host::extent_size_hint(&self.file)
+    }
+
+    /// Goes to other permissions than those it was opened with; on failure it keeps those it has.
+    pub fn lock(&self, access: Access) -> Result<()> {
+        let mut held = self.locks.lock().unwrap_or_else(|e| e.into_inner());
+        lock::change(self.file.as_fd(), *held, access, &self.name)?;
+        *held = access;
+        Ok(())
     }
 
     /// Makes a regular file at least that long; the new part is a hole.
@@ -203,22 +240,22 @@ impl Storage for HostFile {
         if self.kind != Kind::Regular {
             let len = self.len()?;
             return Ok(match len.checked_sub(at) {
-                Some(left) if left > 0 => HostExtent { len: max.min(left), data: true },
-                _ => HostExtent { len: max, data: false },
+                Some(left) if left > 0 => HostExtent::data(max.min(left)),
+                _ => HostExtent::hole(max),
             });
         }
         let data = match self.seek(at, Whence::SeekData) {
             Ok(data) => data,
             // Nothing but a hole, or nothing at all, up to the end and past it.
-            Err(Errno::ENXIO) => return Ok(HostExtent { len: max, data: false }),
-            Err(_) => return Ok(HostExtent { len: max, data: true }),
+            Err(Errno::ENXIO) => return Ok(HostExtent::hole(max)),
+            Err(_) => return Ok(HostExtent::data(max)),
         };
         if data > at {
-            return Ok(HostExtent { len: max.min(data - at), data: false });
+            return Ok(HostExtent::hole(max.min(data - at)));
         }
         let hole = self.seek(at, Whence::SeekHole).unwrap_or(u64::MAX);
         let len = if hole > at { max.min(hole - at) } else { max };
-        Ok(HostExtent { len, data: true })
+        Ok(HostExtent::data(len))
     }
 
     fn zero(&self, at: u64, len: u64, how: Zeroing) -> Result<()> {
@@ -243,35 +280,25 @@ impl Storage for HostFile {
         }
     }
 
-    fn lock(&self, access: Access) -> Result<()> {
-        let mut held = self.locks.lock().unwrap_or_else(|e| e.into_inner());
-        lock::change(self.file.as_fd(), *held, access, &self.name)?;
-        *held = access;
-        Ok(())
-    }
-
-    fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    fn alignment(&self) -> u32 {
-        self.direct.as_ref().map_or(1, Direct::alignment)
-    }
-
     fn allocated(&self) -> Result<Option<u64>> {
         Ok(Some(self.file.metadata()?.blocks().saturating_mul(512)))
     }
 
-    fn identity(&self) -> Option<Identity> {
-        Some(self.identity)
+    fn facts(&self) -> Facts {
+        let regular = self.kind == Kind::Regular;
+        Facts {
+            fixed_len: !regular,
+            new_reads_zero: regular,
+            alignment: self.direct.as_ref().map_or(1, Direct::alignment),
+            best_request: self.direct.as_ref().map(Direct::best_request),
+            parallel: (self.direct.is_some() || !regular).then_some(QUEUE),
+            identity: Some(self.identity),
+            offload: self.direct.is_none(),
+        }
     }
 
-    fn host_file(&self) -> Option<&File> {
-        self.direct.is_none().then_some(&self.file)
-    }
-
-    fn extent_size_hint(&self) -> Option<u64> {
-        host::extent_size_hint(&self.file)
+    fn host(&self) -> Option<&HostFile> {
+        Some(self)
     }
 }
 
@@ -325,10 +352,10 @@ mod tests {
         file.read_at(u64::MAX - 2, &mut buf).unwrap();
         assert_eq!(buf, [0; 5]);
         assert!(file.write_at(u64::MAX - 2, b"abcd").is_err());
-        assert_eq!(file.extent(1 << 40, 7).unwrap(), HostExtent { len: 7, data: false });
+        assert_eq!(file.extent(1 << 40, 7).unwrap(), HostExtent::hole(7));
         file.write_at(1 << 20, b"x").unwrap();
-        assert!(file.extent(0, 1 << 20).unwrap().data);
-        assert!(!file.extent(65536, 1 << 16).unwrap().data);
+        assert!(!file.extent(0, 1 << 20).unwrap().is_zero());
+        assert!(file.extent(65536, 1 << 16).unwrap().is_zero());
     }
 
     /// Zeroing that makes the file longer races with writes that do too: nothing written may be lost.

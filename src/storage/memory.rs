@@ -2,7 +2,7 @@
 
 use std::sync::RwLock;
 
-use super::{HostExtent, Kind, Preallocation, Result, Storage, Zeroing};
+use super::{Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
 
 /// A growable buffer.
 #[derive(Debug, Default)]
@@ -49,11 +49,7 @@ impl Storage for Memory {
 
     fn extent(&self, at: u64, max: u64) -> Result<HostExtent> {
         let len = self.len()?;
-        Ok(if at < len {
-            HostExtent { len: max.min(len - at), data: true }
-        } else {
-            HostExtent { len: max, data: false }
-        })
+        Ok(if at < len { HostExtent::data(max.min(len - at)) } else { HostExtent::hole(max) })
     }
 
     fn zero(&self, at: u64, len: u64, _how: Zeroing) -> Result<()> {
@@ -74,11 +70,15 @@ impl Storage for Memory {
         Ok(())
     }
 
-    fn kind(&self) -> Kind {
-        Kind::Memory
-    }
-
     fn allocated(&self) -> Result<Option<u64>> {
         Ok(None)
+    }
+
+    fn facts(&self) -> Facts {
+        Facts::PLAIN
+    }
+
+    fn host(&self) -> Option<&HostFile> {
+        None
     }
 }

@@ -21,42 +21,45 @@ pub mod staging;
 pub mod temporary;
 
 use std::fmt;
-use std::fs::File;
 
 pub use error::{Error, Result};
+pub use file::{HostFile, Kind};
 
-/// What kind of thing holds the bytes.
+/// What is known of a run of bytes without reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// A regular file: grows and shrinks, may have holes.
-    Regular,
-    /// A block device: fixed size, discard and zero-out by ioctl.
-    BlockDevice,
-    /// A character device; nothing but reading and writing is asked of it.
-    CharDevice,
-    /// A buffer in memory (tests, and images inside images).
-    Memory,
+pub enum HostKind {
+    /// Anything.
+    Data,
+    /// Reads as zeros, and its space is kept.
+    Zero,
+    /// Reads as zeros, and takes no space.
+    Hole,
 }
 
-impl Kind {
-    /// A device's size is its own and not ours to change.
-    pub fn is_device(self) -> bool {
-        matches!(self, Kind::BlockDevice | Kind::CharDevice)
-    }
-
-    /// The name of the protocol that the reference gives to such a file.
-    pub fn protocol(self) -> &'static str {
-        if self.is_device() { "host_device" } else { "file" }
-    }
-}
-
-/// A run of bytes of the same nature, starting where it was asked for.
+/// A run of bytes of the same kind, starting where it was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HostExtent {
     /// Length in bytes; at least 1 unless nothing was asked for.
     pub len: u64,
-    /// False where the host says that the run is a hole and so reads as zeros.
-    pub data: bool,
+    /// What it is.
+    pub kind: HostKind,
+}
+
+impl HostExtent {
+    /// A run of data.
+    pub fn data(len: u64) -> Self {
+        Self { len, kind: HostKind::Data }
+    }
+
+    /// A hole.
+    pub fn hole(len: u64) -> Self {
+        Self { len, kind: HostKind::Hole }
+    }
+
+    /// Whether it need not be read to know that it reads as zeros.
+    pub fn is_zero(&self) -> bool {
+        self.kind != HostKind::Data
+    }
 }
 
 /// How a range is made to read as zeros.
@@ -113,15 +116,48 @@ pub struct Identity {
     pub inode: u64,
 }
 
+/// What suits a storage, and what may be relied on. They do not change while it is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Facts {
+    /// Its length is its own (a device): [`Storage::set_len`] does not change it.
+    pub fixed_len: bool,
+    /// What it gains by growing reads as zeros; a new one reads as zeros. False for a device, which holds whatever
+    /// was there before.
+    pub new_reads_zero: bool,
+    /// What offsets, lengths and buffers should be multiples of, to be fast, in bytes: 1, or the unit of `O_DIRECT`.
+    /// Any will do.
+    pub alignment: u32,
+    /// Bytes at a time that suit it best; `None` where it does not matter.
+    pub best_request: Option<u32>,
+    /// Requests in flight at once that suit it; `None` where one a processor is best (a warm page cache).
+    pub parallel: Option<u32>,
+    /// Which file it is; `None` for what is no file of the host.
+    pub identity: Option<Identity>,
+    /// The kernel may copy from and to [`Storage::host`]: the same bytes are there, at the same offsets, and nothing
+    /// needs to see them pass.
+    pub offload: bool,
+}
+
+impl Facts {
+    /// What holds of bytes that grow, with no wishes.
+    pub const PLAIN: Facts = Facts {
+        fixed_len: false,
+        new_reads_zero: true,
+        alignment: 1,
+        best_request: None,
+        parallel: None,
+        identity: None,
+        offload: false,
+    };
+}
+
 /// Bytes on the host, by position.
+///
+/// No method has a default: a storage before another one (a filter, a guard) says for each what becomes of it.
+#[allow(clippy::len_without_is_empty)]
 pub trait Storage: Send + Sync + fmt::Debug {
     /// Length in bytes.
     fn len(&self) -> Result<u64>;
-
-    /// Whether it has no bytes.
-    fn is_empty(&self) -> Result<bool> {
-        Ok(self.len()? == 0)
-    }
 
     /// Fills `buf` from `at`; what lies past the end reads as zeros.
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()>;
@@ -146,37 +182,20 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Returns once everything written is on stable storage.
     fn flush(&self) -> Result<()>;
 
-    /// Goes to other permissions than those it was opened with; on failure it keeps those it has.
-    fn lock(&self, access: lock::Access) -> Result<()> {
-        let _ = access;
-        Ok(())
-    }
-
-    /// What kind of thing it is.
-    fn kind(&self) -> Kind;
-
-    /// What offsets, lengths and buffers must be multiples of: 1, or the sector size under `O_DIRECT`.
-    fn alignment(&self) -> u32 {
-        1
-    }
-
     /// Bytes that the host has allocated for it; `None` where the host does not tell.
     fn allocated(&self) -> Result<Option<u64>>;
 
-    /// Which file it is; `None` for memory.
-    fn identity(&self) -> Option<Identity> {
-        None
-    }
+    /// What suits it.
+    fn facts(&self) -> Facts;
 
-    /// The open file itself, where it is one of the host's, goes through the page cache, and has these offsets.
-    fn host_file(&self) -> Option<&File> {
-        None
-    }
+    /// The file of the host that the bytes are in, where there is one: for locks and hints. Bytes are moved past a
+    /// storage only where [`Facts::offload`] allows it.
+    fn host(&self) -> Option<&HostFile>;
+}
 
-    /// The host's extent size hint (XFS), where there is one.
-    fn extent_size_hint(&self) -> Option<u64> {
-        None
-    }
+/// Changes the permissions that are held on a storage, if it is a file of the host; on failure those it has stay.
+pub fn lock(storage: &dyn Storage, access: lock::Access) -> Result<()> {
+    storage.host().map_or(Ok(()), |file| file.lock(access))
 }
 
 /// How a file is cached, in the reference's words.

@@ -11,13 +11,16 @@ use super::{Result, Storage};
 /// Copies `len` bytes. False, with the target perhaps partly written, where the host has no way to do it: both
 /// must be files of the host, and the file systems must agree.
 pub fn copy(from: &dyn Storage, from_at: u64, to: &dyn Storage, to_at: u64, len: u64) -> Result<bool> {
-    let (Some(source), Some(target)) = (from.host_file(), to.host_file()) else { return Ok(false) };
+    if !(from.facts().offload && to.facts().offload) {
+        return Ok(false);
+    }
+    let (Some(source), Some(target)) = (from.host(), to.host()) else { return Ok(false) };
     let mut done = 0;
     while done < len {
         let offset = |at: u64| i64::try_from(at + done).map_err(|_| io::Error::from(Errno::EFBIG));
         let (mut source_at, mut target_at) = (offset(from_at)?, offset(to_at)?);
         let wanted = usize::try_from(len - done).unwrap_or(usize::MAX).min(1 << 30);
-        match copy_file_range(source, Some(&mut source_at), target, Some(&mut target_at), wanted) {
+        match copy_file_range(source.file(), Some(&mut source_at), target.file(), Some(&mut target_at), wanted) {
             // The source ends here: what lies past it reads as zeros, which is for the caller to write.
             Ok(0) => return Ok(false),
             Ok(n) => done += n as u64,

@@ -133,7 +133,7 @@ pub fn discard(file: &HostFile, at: u64, len: u64) -> Result<()> {
 /// See [`Storage::set_len`].
 pub fn set_len(file: &HostFile, len: u64, fill: Preallocation) -> Result<()> {
     let old = file.len()?;
-    if file.kind().is_device() {
+    if file.kind() != Kind::Regular {
         return match fill {
             Preallocation::Off if len <= old => Ok(()),
             Preallocation::Off => Err(Error::GrowDevice),

@@ -128,7 +128,7 @@ impl Staging {
         let full = absolute(path).map_err(failed)?;
         let Ok(file) = File::open(path) else { return Ok(None) };
         let old = HostFile::from_file(file, self.cache, &path.to_string_lossy())?;
-        if old.identity().is_none() || old.identity() != held.identity() {
+        if held.facts().identity != Some(old.identity()) {
             return Ok(None);
         }
         let Some(target) = follow(&full).map_err(failed)? else { return Ok(None) };
@@ -252,7 +252,7 @@ impl Staged {
     /// Takes the name away again, if it still means this file.
     fn take_name(&self) {
         let is_it = fs::symlink_metadata(&self.target)
-            .is_ok_and(|meta| self.storage.identity() == Some(Identity { device: meta.dev(), inode: meta.ino() }));
+            .is_ok_and(|meta| self.storage.identity() == Identity { device: meta.dev(), inode: meta.ino() });
         if is_it {
             // The error that is being told matters more.
             let _ = fs::remove_file(&self.target);

@@ -10,7 +10,7 @@ use vimg::block::{
     OptionTree, OptionValue, Related, Result,
 };
 use vimg::storage::memory::Memory;
-use vimg::storage::{HostExtent, Preallocation, Storage, Zeroing};
+use vimg::storage::{Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
 
 /// The files of one image (and of its backing files), by name.
 #[derive(Debug, Default, Clone)]
@@ -223,11 +223,15 @@ impl Storage for Capped {
         Ok(())
     }
 
-    fn kind(&self) -> vimg::storage::Kind {
-        self.inner.kind()
-    }
-
     fn allocated(&self) -> vimg::storage::Result<Option<u64>> {
         Ok(None)
+    }
+
+    fn facts(&self) -> Facts {
+        Facts { offload: false, ..self.inner.facts() }
+    }
+
+    fn host(&self) -> Option<&HostFile> {
+        self.inner.host()
     }
 }

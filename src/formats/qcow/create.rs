@@ -55,7 +55,7 @@ impl Create for Qcow {
         let file = request.files.main()?;
         file.write_at(0, &bytes).context("Could not write the qcow header")?;
         if written < end {
-            if file.kind().is_device() {
+            if !file.facts().new_reads_zero {
                 file.zero(written, end - written, Zeroing::Punch).context("Could not clear the device")?;
             }
             file.set_len(end, Preallocation::Off).context("Could not resize file")?;

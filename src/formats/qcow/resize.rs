@@ -70,7 +70,7 @@ fn move_l1(state: &mut State, storage: &dyn Storage, size: u64) -> Result<u64> {
 
 /// Cuts off the end of the file that nothing names.
 fn shorten(state: &mut State, storage: &dyn Storage) -> Result<()> {
-    if storage.kind().is_device() {
+    if storage.facts().fixed_len {
         return Ok(());
     }
     storage.flush().context("Could not flush")?;

@@ -125,7 +125,7 @@ impl State {
         if let Some(end) = self.end {
             return Ok(end);
         }
-        let end = if storage.kind().is_device() {
+        let end = if !storage.facts().new_reads_zero {
             self.used_end(storage)?
         } else {
             let length = storage.len().context("Could not get the size of the file")?;
@@ -222,7 +222,7 @@ impl State {
             return Ok(());
         }
         if let Some(end) = self.end
-            && !storage.kind().is_device()
+            && !storage.facts().fixed_len
             && storage.len().context("Could not get the size of the file")? < end
         {
             storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;

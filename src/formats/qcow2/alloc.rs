@@ -447,7 +447,7 @@ impl Qcow2Driver {
                 self.finish_bitmaps(&mut alloc)?;
             }
             let storage = &self.file().storage;
-            if last && std::mem::take(&mut alloc.compressed) && !storage.kind().is_device() {
+            if last && std::mem::take(&mut alloc.compressed) && !storage.facts().fixed_len {
                 let len = storage.len().context("Could not get file size")?;
                 let full = len.next_multiple_of(layout::SECTOR);
                 if full != len {

@@ -322,9 +322,7 @@ fn fill_data_file(data: &dyn Storage, size: u64, unit: u64, fill: Preallocation)
     let (at, len) = match how {
         _ if end > size => (size, end - size),
         // The reference allocates the first block of a sparse file, for the sake of probing alignment.
-        Preallocation::Off if !data.kind().is_device() => {
-            (0, size.min(if size < 4096 { layout::SECTOR } else { 4096 }))
-        }
+        Preallocation::Off if !data.facts().fixed_len => (0, size.min(if size < 4096 { layout::SECTOR } else { 4096 })),
         _ => (0, 0),
     };
     if len > 0 {

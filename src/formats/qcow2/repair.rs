@@ -101,7 +101,7 @@ impl References<'_> {
     /// Whether a table is nothing but zeros by the host's word.
     fn is_hole(&self, at: u64, len: u64) -> Result<bool> {
         let extent = self.driver.file().storage.extent(at, len.max(1)).context("Could not get block status")?;
-        Ok(!extent.data && extent.len >= len)
+        Ok(extent.is_zero() && extent.len >= len)
     }
 }
 

@@ -171,7 +171,7 @@ impl Qcow2Driver {
                     let host = self.allocate(alloc, n)? << bits;
                     // Without a bitmap that says otherwise it is data at once: what was there must not show.
                     let (end, len) = (host + n * cluster, storage.len().context("Could not get file size")?);
-                    let used = if storage.kind().is_device() { end } else { len.clamp(host, end) };
+                    let used = if !storage.facts().new_reads_zero { end } else { len.clamp(host, end) };
                     if !geometry.extended && used > host {
                         storage.zero(host, used - host, Zeroing::Punch).context("Could not clear new clusters")?;
                     }

@@ -31,7 +31,7 @@ impl Create for Vdi {
             let start = u64::from(header.data_offset());
             let end = start + u64::from(blocks) * u64::from(BLOCK_SIZE);
             file.set_len(end, fill).context("Could not resize file")?;
-            if file.kind().is_device() && end > start {
+            if !file.facts().new_reads_zero && end > start {
                 file.zero(start, end - start, Zeroing::Punch).context("Could not clear the device")?;
             }
         }

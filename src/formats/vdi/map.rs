@@ -141,7 +141,7 @@ impl State {
     /// What the first `blocks` guest blocks use.
     pub fn scan(&mut self, storage: &dyn Storage, blocks: u64) -> Result<Space> {
         let length = storage.len().context("Could not get the size of the file")?;
-        let fresh = if storage.kind().is_device() { u64::MAX } else { length };
+        let fresh = if storage.facts().new_reads_zero { length } else { u64::MAX };
         let mut space = Space { used: Vec::new(), hint: 0, top: 0, fresh };
         let mut block = 0;
         while block < blocks {
@@ -222,7 +222,7 @@ impl State {
                 self.header.set_allocated(top);
                 self.header_changed = true;
             }
-            if !storage.kind().is_device() && storage.len().context("Could not get the size of the file")? < end {
+            if !storage.facts().fixed_len && storage.len().context("Could not get the size of the file")? < end {
                 storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
             }
         }

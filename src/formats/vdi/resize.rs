@@ -249,7 +249,7 @@ fn shrink(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()> {
     state.replace_header(storage, header)?;
     let end = u64::from(state.header.data_offset()) + count * block;
     let shorter = storage.len().context("Could not get the size of the file")? > end;
-    if shorter && !storage.kind().is_device() {
+    if shorter && !storage.facts().fixed_len {
         storage.set_len(end, Preallocation::Off).context("Failed to resize underlying file")?;
     }
     Ok(())

@@ -223,7 +223,7 @@ impl SparseLayout {
         let header = &self.header;
         let overhead = header.overhead * SECTOR;
         storage.set_len(overhead, Preallocation::Off).context("Could not resize file")?;
-        if storage.kind().is_device() {
+        if !storage.facts().new_reads_zero {
             storage.zero(0, overhead, Zeroing::Write).context("Could not clear the tables")?;
         }
         let put = |at: u64, bytes: &[u8]| storage.write_at(at * SECTOR, bytes).context("Could not write the header");
@@ -255,7 +255,7 @@ fn write_stream(storage: &dyn Storage, size: u64) -> Result<()> {
         compression: COMPRESSION_DEFLATE,
     };
     storage.write_at(0, &header.to_bytes()).context("Could not write the header")?;
-    if storage.kind().is_device() {
+    if !storage.facts().new_reads_zero {
         let room = (header.overhead - 1) * SECTOR;
         storage.zero(SECTOR, room, Zeroing::Write).context("Could not clear the descriptor")?;
     }

@@ -282,7 +282,7 @@ impl BlockDriver for VmdkDriver {
             Body::Flat { file, offset } => {
                 let place = HostPlace { file: *file, at: HostOffset(*offset) + inside };
                 let host = self.files[*file].storage.extent(place.at.get(), max).context("block status")?;
-                (if host.data { ExtentKind::Data(place) } else { ExtentKind::Zero(Some(place)) }, host.len)
+                (if host.is_zero() { ExtentKind::Zero(Some(place)) } else { ExtentKind::Data(place) }, host.len)
             }
             Body::SeSparse { file, sparse } => {
                 let (grain, len) = sparse.map(inside, max)?;

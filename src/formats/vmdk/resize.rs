@@ -191,7 +191,7 @@ impl VmdkDriver {
 
     /// Refuses a file that two extents share: there is no telling what lies behind the last of them.
     fn alone(&self, file: usize) -> Result<()> {
-        let is = |index: usize| self.files.get(index).map(|child| (&child.name, child.storage.identity()));
+        let is = |index: usize| self.files.get(index).map(|child| (&child.name, child.storage.facts().identity));
         let shared = self.parts.iter().filter_map(|part| match &part.body {
             Body::Flat { file, .. } => Some(*file),
             _ => None,
@@ -262,7 +262,7 @@ fn cut_flat(storage: &dyn Storage, old: u64, new: u64) -> Result<()> {
     let failed = "Failed to resize underlying file";
     let len = storage.len().context(failed)?;
     match len {
-        len if len > old || storage.kind().is_device() => storage.zero(new, old - new, Zeroing::Punch).context(failed),
+        len if len > old || storage.facts().fixed_len => storage.zero(new, old - new, Zeroing::Punch).context(failed),
         len if len > new => storage.set_len(new, Preallocation::Off).context(failed),
         _ => Ok(()),
     }

@@ -154,7 +154,7 @@ impl Sparse {
             return Err(Error::unsupported(format!("Unknown compression algorithm {}", header.compression)));
         }
         let least = header.overhead.saturating_mul(SECTOR);
-        if length < least && !storage.kind().is_device() {
+        if length < least && !storage.facts().fixed_len {
             return Err(Error::corrupt(format!("File truncated, expecting at least {least} bytes")));
         }
         let shape = Shape {
@@ -353,7 +353,7 @@ impl State {
                     continue;
                 }
                 let host = extent.storage.extent(at, u64::MAX / 2 - at).context("Could not read a grain table")?;
-                if host.data || host.len < bytes {
+                if !host.is_zero() || host.len < bytes {
                     break;
                 }
                 hole_end = at + host.len;

@@ -79,7 +79,7 @@ impl Create for Vpc {
 fn create_fixed(file: &dyn Storage, size: u64, footer: &Footer, fill: Preallocation) -> Result<()> {
     let end = size + FOOTER_BYTES as u64;
     file.set_len(end, fill).context("Could not resize file")?;
-    if file.kind().is_device() && size > 0 {
+    if !file.facts().new_reads_zero && size > 0 {
         file.zero(0, size, Zeroing::Punch).context("Could not clear the device")?;
     }
     // On a device it goes to the device's end, where readers look for it.

@@ -51,7 +51,7 @@ impl Resize for Fixed {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
         let _ = fill;
         check_size(size)?;
-        if self.files[0].storage.kind().is_device() && size > self.end.load(Ordering::Relaxed) {
+        if self.files[0].storage.facts().fixed_len && size > self.end.load(Ordering::Relaxed) {
             return Err(Error::unsupported("Cannot grow device files"));
         }
         Ok(())
@@ -62,7 +62,7 @@ impl Resize for Fixed {
         let storage = &*self.files[0].storage;
         let mut footer = self.footer();
         set_size(&mut footer, size);
-        let (old, device) = (self.end.load(Ordering::Relaxed), storage.kind().is_device());
+        let (old, device) = (self.end.load(Ordering::Relaxed), storage.facts().fixed_len);
         let end = if device { old } else { size };
         let resizing = "Failed to resize underlying file";
         storage.flush().context("Could not flush")?;

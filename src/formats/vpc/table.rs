@@ -59,7 +59,7 @@ impl State {
         if bytes > MAX_TABLE {
             return Err(Error::unsupported(format!("block allocation table of {bytes} bytes is too long")));
         }
-        let fresh = if storage.kind().is_device() { u64::MAX } else { length };
+        let fresh = if storage.facts().new_reads_zero { length } else { u64::MAX };
         let mut state = Self {
             footer,
             header,
@@ -307,12 +307,12 @@ impl State {
             let end = self.free + FOOTER_BYTES as u64;
             self.fresh = self.fresh.max(end);
             let length = storage.len().context("Could not get the size of the file")?;
-            if length > end && !storage.kind().is_device() {
+            if length > end && !storage.facts().fixed_len {
                 // Nothing that is named lies behind: the footer has to be the last thing in the file.
                 storage.set_len(end, Preallocation::Off).context("Could not shorten the file")?;
             }
             // What is given out next starts with a bitmap where this footer is; behind it there is nothing.
-            if !storage.kind().is_device() {
+            if storage.facts().new_reads_zero {
                 self.fresh = end;
             }
             self.footer_moved = false;

@@ -12,7 +12,7 @@ use crate::block::{BlockDriver, Effort, Error, ExtentKind, GuestOffset, ImageRef
 use crate::ops::copy::{Above, CopyOptions, Joined, Observer, TargetFacts, copy};
 use crate::ops::create::{self, NewImage};
 use crate::storage::staging::Staging;
-use crate::storage::{CacheMode, Identity, Kind};
+use crate::storage::{CacheMode, Identity};
 
 /// The same image as it was at an internal snapshot, with the backing chain that it has now.
 pub fn at_snapshot(node: &Arc<Node>, key: &SnapshotKey) -> Result<Arc<Node>> {
@@ -27,7 +27,7 @@ pub fn at_snapshot(node: &Arc<Node>, key: &SnapshotKey) -> Result<Arc<Node>> {
 }
 
 fn identity(node: &Node) -> Option<Identity> {
-    node.driver().files().first().and_then(|child| child.storage.identity())
+    node.driver().files().first().and_then(|child| child.storage.facts().identity)
 }
 
 /// How many layers of the source lie above the target's backing file: those that have to be copied. One where it
@@ -104,7 +104,7 @@ impl Job<'_> {
         let target = target?;
         // A new file is a hole, and nobody sees it. A device holds whatever it held: what the format maps already
         // is not zeros, and what is not filled yet must not be mapped.
-        let unnamed = target.driver().files().iter().all(|child| child.storage.kind() == Kind::Regular);
+        let unnamed = target.driver().files().iter().all(|child| child.storage.facts().new_reads_zero);
         let blank = unnamed || stores_nothing(target.driver())?;
         let reads_zero = target.backing().is_none() && blank;
         let facts = TargetFacts { unnamed, reads_zero, blank };

@@ -10,7 +10,7 @@ use crate::block::format::Related;
 use crate::block::{Child, Format, OpenRequest, OptionTree};
 use crate::formats::raw::Raw;
 use crate::storage::memory::Memory;
-use crate::storage::{Error as StorageError, HostExtent, Kind, Preallocation, Storage, Zeroing};
+use crate::storage::{Error as StorageError, Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
 
 /// A buffer with holes where nothing was written, with sectors that cannot be read or written.
 #[derive(Debug, Default)]
@@ -43,7 +43,7 @@ impl Storage for Patchy {
     }
     fn extent(&self, at: u64, max: u64) -> crate::storage::Result<HostExtent> {
         let extent = self.inner.extent(at, max)?;
-        if !self.holes || !extent.data {
+        if !self.holes || extent.is_zero() {
             return Ok(extent);
         }
         // A hole is a page of zeros.
@@ -56,7 +56,8 @@ impl Storage for Patchy {
         while end < at + extent.len && page(end)? == hole {
             end += 4096;
         }
-        Ok(HostExtent { len: extent.len.min(end - at), data: !hole })
+        let len = extent.len.min(end - at);
+        Ok(if hole { HostExtent::hole(len) } else { HostExtent::data(len) })
     }
     fn zero(&self, at: u64, len: u64, how: Zeroing) -> crate::storage::Result<()> {
         self.inner.zero(at, len, how)
@@ -70,11 +71,14 @@ impl Storage for Patchy {
     fn flush(&self) -> crate::storage::Result<()> {
         Ok(())
     }
-    fn kind(&self) -> Kind {
-        Kind::Memory
-    }
     fn allocated(&self) -> crate::storage::Result<Option<u64>> {
         Ok(None)
+    }
+    fn facts(&self) -> Facts {
+        self.inner.facts()
+    }
+    fn host(&self) -> Option<&HostFile> {
+        None
     }
 }
 
