@@ -1,9 +1,7 @@
 //! `convert`: copies images, joined, to a new or an existing one, in any format.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
-
-use anyhow::Context;
 
 use super::exit::Exit;
 use super::progress::Progress;
@@ -11,8 +9,8 @@ use super::source::Source;
 use super::{Complaint, Program, Subcommand, cache, object, options, size};
 use crate::block::driver::SnapshotKey;
 use crate::block::keys::parse_list;
-use crate::block::{CreateOptions, Effort, Error, Node, OpenHow, Opener, OptionValue};
-use crate::ops::convert::job::{self, Job};
+use crate::block::{Effort, ImageRef, Node, OpenHow, Opener};
+use crate::ops::convert::{ConvertRequest, Job};
 use crate::ops::copy::{CopyOptions, MOST_THREADS, Observer};
 use crate::ops::create::{NewImage, Target};
 use crate::storage::CacheMode;
@@ -65,7 +63,7 @@ pub struct Args {
     /// store compressed
     #[arg(short = 'c')]
     compress: bool,
-    /// bear others that write to the sources meanwhile
+    /// allow other writers: do not lock the sources
     #[arg(short = 'U', long)]
     force_share: bool,
     /// write at most that many bytes a second
@@ -193,106 +191,77 @@ impl Subcommand for Args {
             program.warn(warning);
             program.line(hint);
         }
-        self.check()?;
+        let request = self.request();
+        request.check()?;
         let opener = program.opener();
-        let given = options::joined(&self.target_format_options).unwrap_or_default();
-        let target_format = self.target_format.as_deref().unwrap_or("raw");
-        if given.help {
-            let name = if self.operands.len() > 1 { self.operands.last() } else { None };
-            let target = Target::find(opener.formats(), target_format, name.map(OsString::as_os_str))?;
-            options::help(program, target.options().specs(), name.is_none().then_some(target_format));
-            return Ok(Exit::Success);
+        let create_options = options::joined(&self.target_format_options).unwrap_or_default();
+        if create_options.help {
+            return self.help(program, &opener);
         }
         let Some((name, sources)) = self.operands.split_last().filter(|(_, sources)| !sources.is_empty()) else {
             return Err(Complaint::value("Must specify image file name").into());
         };
         let source_cache = self.source_cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
         let progress = Progress::start(self.progress && !self.quiet);
-        let sources = self.sources(program, &opener, sources, source_cache)?;
+        let sources = request.at_snapshot(self.sources(program, &opener, sources, source_cache)?)?;
         program.notices(&opener);
-        let mut new = if self.no_create { None } else { Some(self.decide(&opener, target_format, name, &given)?) };
-        let backing = match &new {
-            Some(new) => new.options.text("backing_file").map(str::to_owned),
-            None => self.backing.clone(),
-        };
-        self.check_target(&sources, new.as_ref(), backing.is_some())?;
-        if let Some(new) = &mut new {
-            new.size = sources.iter().fold(0, |sum, node| sum.saturating_add(node.virtual_size()));
-            new.options.set("size", OptionValue::Size(new.size))?;
-        }
+        let new = if self.no_create { None } else { Some(self.new_image(&opener, name, &create_options)?) };
+        let conversion = request.decide(sources, new)?;
         let cache = self.target_cache.as_deref().map_or(Ok(CacheMode::Unsafe), cache::target)?;
         let observer = ConsoleObserver { progress: &progress, name: (!self.quiet).then(|| program.name().to_owned()) };
-        let job = Job {
-            sources: &sources,
-            options: self.copy_options(),
-            cache,
-            target_is_zero: self.target_is_zero,
-            backed: backing.is_some(),
-            bitmaps: self.bitmaps,
-            observer: &observer,
-        };
-        let done = match new {
-            Some(new) => job.to_new(&new, &opener),
+        let job = Job { conversion: &conversion, cache, observer: &observer };
+        let done = match &conversion.new {
+            Some(new) => job.to_new(new, &opener),
             None => {
-                let format = if self.target_image_opts { self.target_format.as_deref() } else { Some(target_format) };
-                let target = Source { format, image_opts: self.target_image_opts, force_share: false };
-                target.check()?;
-                let (image, how) = target.image(program, name)?;
+                let (image, how) = self.existing_image(program, name)?;
                 job.to_existing(&image, &how, &opener)
             }
         };
         program.notices(&opener);
         done?;
-        if let (Some(source), true) = (sources.first(), self.bitmaps) {
-            for name in broken_bitmaps(source)? {
-                program.warn(&format!("Skipping inconsistent bitmap '{name}'"));
-            }
+        for name in &conversion.skipped_bitmaps {
+            program.warn(&format!("Skipping inconsistent bitmap '{name}'"));
         }
         Ok(Exit::Success)
     }
 }
 
 impl Args {
-    /// What does not go together, before anything is looked at.
-    fn check(&self) -> Result<(), Complaint> {
-        let refuse = |text: &str| Err(Complaint::value(text));
-        if self.skip_broken_bitmaps && !self.bitmaps {
-            return refuse("Use of --skip-broken-bitmaps requires --bitmaps");
-        }
-        if self.copy_range_offloading {
-            if self.compress {
-                return refuse("Cannot enable copy offloading when -c is used");
-            }
-            if self.sparse_size.is_some() {
-                return refuse("Cannot enable copy offloading when -S is used");
-            }
-            if self.salvage {
-                return refuse("Cannot use copy offloading in salvaging mode");
-            }
-        }
-        if self.target_image_opts && !self.no_create {
-            return refuse("--target-image-opts requires use of -n flag");
-        }
-        if self.no_create && !self.target_format_options.is_empty() {
-            return refuse("-o has no effect when skipping image creation");
-        }
-        if self.target_is_zero && !self.no_create {
-            return refuse("--target-is-zero requires use of -n flag");
-        }
-        Ok(())
+    fn target_format(&self) -> &str {
+        self.target_format.as_deref().unwrap_or("raw")
     }
 
-    fn copy_options(&self) -> CopyOptions {
-        CopyOptions {
-            sparse: self.sparse_size.unwrap_or(4096),
-            threads: self.parallel,
-            compress: self.compress,
-            effort: Effort::default(),
-            reorder: self.oob_writes,
-            rate: self.rate_limit.filter(|rate| *rate > 0),
-            offload: self.copy_range_offloading,
-            salvage: self.salvage,
+    fn request(&self) -> ConvertRequest {
+        ConvertRequest {
+            copy: CopyOptions {
+                sparse: self.sparse_size.unwrap_or(4096),
+                threads: self.parallel,
+                compress: self.compress,
+                effort: Effort::default(),
+                reorder: self.oob_writes,
+                rate: self.rate_limit.filter(|rate| *rate > 0),
+                offload: self.copy_range_offloading,
+                salvage: self.salvage,
+            },
+            sparse_given: self.sparse_size.is_some(),
+            no_create: self.no_create,
+            target_is_zero: self.target_is_zero,
+            target_image_opts: self.target_image_opts,
+            create_options_given: !self.target_format_options.is_empty(),
+            backing: self.backing.clone(),
+            backing_format: self.backing_format.clone(),
+            snapshot: self.snapshot.as_ref().map(|snapshot| snapshot.key.clone()),
+            bitmaps: self.bitmaps,
+            skip_broken_bitmaps: self.skip_broken_bitmaps,
         }
+    }
+
+    /// `-o help`: the options of the target's format, and of its protocol where the target is named.
+    fn help(&self, program: &Program, opener: &Opener<'_>) -> anyhow::Result<Exit> {
+        let name = if self.operands.len() > 1 { self.operands.last() } else { None };
+        let target = Target::find(opener.formats(), self.target_format(), name.map(OsString::as_os_str))?;
+        options::help(program, target.options().specs(), name.is_none().then_some(self.target_format()));
+        Ok(Exit::Success)
     }
 
     /// Opens everything that is read.
@@ -311,94 +280,22 @@ impl Args {
             let (image, how) = source.image(program, name)?;
             nodes.push(opener.open(&image, &OpenHow { cache, exclusive: true, ..how })?);
         }
-        let Some(snapshot) = &self.snapshot else { return Ok(nodes) };
-        if let (SnapshotKey::IdOrName(_), true) = (&snapshot.key, nodes.len() > 1) {
-            return Err(Complaint::value("No support for concatenating multiple snapshot").into());
-        }
-        // Of several sources the first is meant.
-        if let Some(node) = nodes.first_mut() {
-            *node = job::at_snapshot(node, &snapshot.key).context("Failed to load snapshot")?;
-        }
         Ok(nodes)
     }
 
-    /// What the new image shall be, but for its size.
-    fn decide(
-        &self,
-        opener: &Opener<'_>,
-        format: &str,
-        name: &OsString,
-        given: &options::Pairs,
-    ) -> anyhow::Result<NewImage> {
-        let target = Target::find(opener.formats(), format, Some(name))?;
+    /// The new image as typed: what follows from the sources is not filled in yet.
+    fn new_image(&self, opener: &Opener<'_>, name: &OsStr, given: &options::Pairs) -> anyhow::Result<NewImage> {
+        let target = Target::find(opener.formats(), self.target_format(), Some(name))?;
         let mut options = target.options();
         options::apply(given, &mut options)?;
-        let unsupported = |what: &str| Complaint::value(format!("{what} not supported for file format '{format}'"));
-        let text = |value: &String| OptionValue::Text(value.clone());
-        if let Some(backing) = &self.backing {
-            options.set("backing_file", text(backing)).map_err(|_| unsupported("Backing file"))?;
-        }
-        if let Some(backing_format) = &self.backing_format {
-            options.set("backing_fmt", text(backing_format)).map_err(|_| unsupported("Backing file format"))?;
-        }
-        Ok(NewImage { name: name.clone(), format: target.format, size: 0, options })
+        Ok(NewImage { name: name.to_owned(), format: target.format, size: 0, options })
     }
 
-    /// What does not go together with what the sources and the target are.
-    fn check_target(&self, sources: &[Arc<Node>], new: Option<&NewImage>, backed: bool) -> anyhow::Result<()> {
-        let refuse = |text: &str| Err(Complaint::value(text).into());
-        if self.target_is_zero && backed {
-            return refuse("Cannot use --target-is-zero when the destination image has a backing file");
-        }
-        if backed && sources.len() > 1 {
-            return refuse(
-                "Having a backing file for the target makes no sense when concatenating multiple input images",
-            );
-        }
-        if let Some(new) = new {
-            if backed && new.options.text("backing_fmt").is_none() {
-                return refuse("Use of backing file requires explicit backing format");
-            }
-            if self.compress {
-                self.check_compression(new)?;
-            }
-        }
-        if self.bitmaps {
-            let [source] = sources else {
-                return refuse("Copying bitmaps only possible with single source");
-            };
-            if let (Some(name), false) = (broken_bitmaps(source)?.first(), self.skip_broken_bitmaps) {
-                let error = Error::unsupported(format!("Cannot copy inconsistent bitmap '{name}'"));
-                let hint = "Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it";
-                return Err(error.hint(hint).into());
-            }
-        }
-        Ok(())
+    /// The image that is there (`-n`), and how it is opened.
+    fn existing_image(&self, program: &Program, name: &OsStr) -> anyhow::Result<(ImageRef, OpenHow)> {
+        let format = if self.target_image_opts { self.target_format.as_deref() } else { Some(self.target_format()) };
+        let target = Source { format, image_opts: self.target_image_opts, force_share: false };
+        target.check()?;
+        target.image(program, name)
     }
-
-    fn check_compression(&self, new: &NewImage) -> Result<(), Complaint> {
-        let refuse = |text: &str| Err(Complaint::value(text));
-        if !new.format.creating().is_some_and(|create| create.compresses()) {
-            return refuse("Compression not supported for this file format");
-        }
-        let encrypted = new.options.switch("encryption") || new.options.text("encrypt.format").is_some();
-        if encrypted {
-            return refuse("Compression and encryption not supported at the same time");
-        }
-        if preallocates(&new.options) {
-            return refuse("Compression and preallocation not supported at the same time");
-        }
-        Ok(())
-    }
-}
-
-fn preallocates(options: &CreateOptions) -> bool {
-    options.text("preallocation").is_some_and(|mode| mode != "off")
-}
-
-/// The names of inconsistent bitmaps, in the reference's order.
-fn broken_bitmaps(source: &Node) -> Result<Vec<String>, Complaint> {
-    let bitmaps = source.driver().bitmaps().ok_or_else(|| Complaint::value("Source lacks bitmap support"))?;
-    let broken = bitmaps.list().into_iter().rev().filter(|bitmap| !bitmap.consistent);
-    Ok(broken.map(|bitmap| bitmap.name).collect())
 }

@@ -26,7 +26,7 @@ pub struct Args {
     /// the file name is a list of options key=value,...
     #[arg(long)]
     image_opts: bool,
-    /// bear others that write to the image meanwhile
+    /// allow other writers: do not lock the image
     #[arg(short = 'U', long)]
     force_share: bool,
     /// how the image is cached: none, writeback, unsafe, directsync, writethrough

@@ -125,6 +125,13 @@ pub struct NewImage {
     pub options: CreateOptions,
 }
 
+impl NewImage {
+    /// What is being done, for errors of a conversion.
+    pub fn converting(&self) -> String {
+        format!("{}: error while converting {}", self.name.to_string_lossy(), self.format.name())
+    }
+}
+
 impl Wanted<'_> {
     /// Checks what can be checked before anything is made. The size comes from the backing file if need be.
     pub fn decide(mut self, opener: &Opener<'_>) -> Result<NewImage> {

@@ -1,30 +1,17 @@
-//! A whole conversion: from opened sources to an image that is there, or is not.
+//! The conversion itself: from opened sources to an image that is there, or is not.
 //!
 //! Invariant: nothing is changed before everything that can be refused has been refused.
 
 use std::sync::Arc;
 
-use super::bitmaps;
-use crate::block::driver::SnapshotKey;
+use super::{Conversion, bitmaps};
 use crate::block::error::Context;
 use crate::block::opener::Notice;
-use crate::block::{BlockDriver, Effort, Error, ExtentKind, GuestOffset, ImageRef, Node, OpenHow, Opener, Result};
-use crate::ops::copy::{Above, CopyOptions, Joined, Observer, TargetFacts, copy};
+use crate::block::{BlockDriver, ExtentKind, GuestOffset, ImageRef, Node, OpenHow, Opener, Result};
+use crate::ops::copy::{self, Above, Joined, Observer, TargetFacts};
 use crate::ops::create::{self, NewImage};
 use crate::storage::staging::Staging;
 use crate::storage::{CacheMode, Identity};
-
-/// The same image as it was at an internal snapshot, with the backing chain that it has now.
-pub fn at_snapshot(node: &Arc<Node>, key: &SnapshotKey) -> Result<Arc<Node>> {
-    let snapshots = node.driver().snapshots().ok_or_else(|| {
-        let format = node.driver().format().name();
-        Error::unsupported(format!(
-            "Block format '{format}' used by device '' does not support temporarily loading internal snapshots"
-        ))
-    })?;
-    let driver = snapshots.open(key)?;
-    Ok(Arc::new(Node::new(driver, node.backing().cloned(), node.name().to_owned())))
-}
 
 fn identity(node: &Node) -> Option<Identity> {
     node.driver().files().first().and_then(|child| child.storage.facts().identity)
@@ -68,18 +55,10 @@ fn above(sources: &[Arc<Node>], target: &Node, blank: bool) -> Option<Above> {
 
 /// Opens the target, and converts.
 pub struct Job<'a> {
-    /// What is converted, one after the other.
-    pub sources: &'a [Arc<Node>],
-    /// How the user wants it copied.
-    pub options: CopyOptions,
+    /// What was decided.
+    pub conversion: &'a Conversion,
     /// How the target is cached.
     pub cache: CacheMode,
-    /// Whether the target has a backing file whose content need not be copied.
-    pub backed: bool,
-    /// The user's word that the existing target reads as zeros.
-    pub target_is_zero: bool,
-    /// Whether persistent bitmaps are copied, those that are consistent.
-    pub bitmaps: bool,
     /// Hears how it goes.
     pub observer: &'a dyn Observer,
 }
@@ -89,12 +68,7 @@ impl Job<'_> {
     pub fn to_new(&self, new: &NewImage, opener: &Opener<'_>) -> Result<()> {
         let staging = Staging::new(self.cache);
         let (shown, format) = (new.name.to_string_lossy(), new.format.name());
-        let made = || format!("{shown}: error while converting {format}");
-        let effort = match new.format.creating() {
-            Some(create) => create.effort(&new.options, self.options.compress).with_context(made)?,
-            None => Effort::default(),
-        };
-        let make = create::make(new, &staging, opener).with_context(made);
+        let make = create::make(new, &staging, opener).with_context(|| new.converting());
         staging.take_notices().into_iter().for_each(|text| opener.notice(Notice::Warning(text)));
         make?;
         let inner = Opener::new(opener.formats(), opener.policy()).with_staging(&staging);
@@ -108,7 +82,7 @@ impl Job<'_> {
         let blank = unnamed || stores_nothing(target.driver())?;
         let reads_zero = target.backing().is_none() && blank;
         let facts = TargetFacts { unnamed, reads_zero, blank };
-        self.run(&target, &CopyOptions { effort, ..self.options.clone() }, facts)?;
+        self.run(&target, facts)?;
         drop(target);
         staging.commit().with_context(|| format!("Could not create '{shown}'"))
     }
@@ -117,8 +91,8 @@ impl Job<'_> {
     pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<()> {
         let how = OpenHow { write: true, cache: self.cache, ..how.clone() };
         let target = opener.open(image, &how)?;
-        let facts = TargetFacts { reads_zero: self.target_is_zero, ..TargetFacts::default() };
-        let done = self.run(&target, &self.options, facts);
+        let facts = TargetFacts { reads_zero: self.conversion.target_is_zero, ..TargetFacts::default() };
+        let done = self.run(&target, facts);
         if done.is_err() {
             // What was written so far is kept in an image that opens, and marks that all went well are not set; the
             // first error is the one to tell.
@@ -127,12 +101,13 @@ impl Job<'_> {
         done
     }
 
-    fn run(&self, target: &Node, options: &CopyOptions, facts: TargetFacts) -> Result<()> {
-        let above = if self.backed { above(self.sources, target, facts.blank) } else { None };
-        let source = Joined::new(self.sources, above);
-        let bitmaps = self.sources.first().filter(|_| self.bitmaps);
+    fn run(&self, target: &Node, facts: TargetFacts) -> Result<()> {
+        let Conversion { sources, copy: options, .. } = self.conversion;
+        let above = if self.conversion.backed { above(sources, target, facts.blank) } else { None };
+        let source = Joined::new(sources, above);
+        let bitmaps = sources.first().filter(|_| self.conversion.bitmaps);
         bitmaps.map_or(Ok(()), |source| bitmaps::check(source, target))?;
-        copy(&source, target, options, facts, self.observer)?;
+        copy::copy(&source, target, options, facts, self.observer)?;
         bitmaps.map_or(Ok(()), |source| bitmaps::copy(source, target))?;
         target.driver().close()
     }

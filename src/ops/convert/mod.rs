@@ -1,4 +1,10 @@
 //! Converting: the sources are copied to a new image, or to one that is there.
+//!
+//! [`ConvertRequest`] is what is asked for, [`Conversion`] what was decided, [`Job`] does it.
 
 pub mod bitmaps;
+pub mod decide;
 pub mod job;
+
+pub use decide::{Conversion, ConvertRequest};
+pub use job::Job;
