@@ -36,7 +36,8 @@ fn bitmaps(file: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
 
 #[test]
 fn they_follow_a_resize() {
-    for cluster in ["512", "64k"] {
+    // The reference takes long to shrink many small clusters.
+    for (cluster, large) in [("512", "20M"), ("64k", "700M")] {
         let s = Scratch::new();
         let option = format!("cluster_size={cluster}");
         s.judge(&["create", "-q", "-f", "qcow2", "-o", &option, "ours", "3M"]);
@@ -45,7 +46,7 @@ fn they_follow_a_resize() {
         s.judge(&["bitmap", "--add", "--disable", "ours", "still"]);
         s.qemu_io("qcow2", "ours", &["write 0 700k", "write 2900k 100k", "write 1M 512"]);
         fs::copy(s.file("ours"), s.file("theirs")).unwrap();
-        for (size, shrink) in [("9M", false), ("2997248", true), ("1049088", true), ("700M", false), ("5M", true)] {
+        for (size, shrink) in [("9M", false), ("2997248", true), ("1049088", true), (large, false), ("5M", true)] {
             let mut args = vec!["resize", "-q", "-f", "qcow2"];
             if shrink {
                 args.push("--shrink");

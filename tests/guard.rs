@@ -156,3 +156,137 @@ fn snapshots_and_bitmaps_do_not_stand_in_the_way() {
     }
     scratch.assert_clean("qcow2", "i");
 }
+
+/// An image of two guest clusters with a snapshot, bitmaps and a LUKS-free header: what lies where, for a refcount
+/// block to be put there.
+fn places_for_a_block(scratch: &Scratch) -> Vec<(u64, &'static str)> {
+    let mut places = with_everything(scratch);
+    let file = fs::read(scratch.file("i")).unwrap();
+    let offset = |at: u64| word(&file, at) & 0x00ff_ffff_ffff_fe00;
+    let l1 = word(&file, 40);
+    let (l2, inactive) = (offset(l1), offset(places[1].0));
+    places.extend([
+        (0, "qcow2_header"),
+        (l1, "active L1 table"),
+        (word(&file, 48), "refcount table"),
+        (l2, "active L2 table"),
+        (inactive, "inactive L2 table"),
+        (offset(places[4].0), "bitmap data"),
+        (offset(l2), "refcount block"),
+        (offset(inactive), "refcount block"),
+        (1 << 30, "past the end of the file"),
+        (2 * CLUSTER + 512, "unaligned"),
+        (0xffff_ffff_ffff_0000, "past the end of the file"),
+    ]);
+    places
+}
+
+/// A refcount block that lies somewhere else is not written there: after an unclean end new ones are made.
+#[test]
+fn repair_writes_no_refcounts_where_something_else_is() {
+    let scratch = Scratch::new();
+    let places = places_for_a_block(&scratch);
+    let honest = fs::read(scratch.file("i")).unwrap();
+    for twice in [false, true] {
+        for (place, what) in &places {
+            fs::write(scratch.file("i"), &honest).unwrap();
+            poke(&scratch, 72, 1);
+            // The only block, or one more. (An entry of 0 is no block.)
+            poke(&scratch, word(&honest, 48) + if twice { 8 } else { 0 }, *place);
+            scratch.vimg(&["resize", "-q", "-f", "qcow2", "i", "3M"]);
+            scratch.assert_clean("qcow2", "i");
+            scratch.qemu_io("qcow2", "i", &["read -P 3 0 64k", "read -P 0 64k 64k", "read -P 4 128k 64k"]);
+            scratch.judge(&["convert", "-l", "snapshot.name=older", "-O", "raw", "i", "o"]);
+            let old = fs::read(scratch.file("o")).unwrap();
+            assert!(old[..65536].iter().all(|byte| *byte == 1), "{what}");
+            assert!(old[131_072..196_608].iter().all(|byte| *byte == 2), "{what}");
+            let listed = scratch.judge(&["info", "i"]).stdout;
+            assert!(listed.contains("name: still") && listed.contains("name: b"), "{what}: {listed}");
+        }
+    }
+}
+
+/// The same block twice, in an image that was left dirty.
+#[test]
+fn repair_sees_a_refcount_block_that_is_entered_twice() {
+    let scratch = Scratch::new();
+    for options in ["cluster_size=512", "cluster_size=512,refcount_bits=64", "cluster_size=64k,refcount_bits=1"] {
+        scratch.judge(&["create", "-q", "-f", "qcow2", "-o", options, "i", "4M"]);
+        scratch.qemu_io("qcow2", "i", &["write -P 1 0 1M", "write -P 2 2M 1M"]);
+        let file = fs::read(scratch.file("i")).unwrap();
+        let table = word(&file, 48);
+        for (from, to) in [(0, 8), (8, 0), (0, 56)] {
+            fs::write(scratch.file("i"), &file).unwrap();
+            poke(&scratch, 72, 1);
+            poke(&scratch, table + to, word(&file, table + from));
+            scratch.vimg(&["resize", "-q", "-f", "qcow2", "i", "9M"]);
+            scratch.assert_clean("qcow2", "i");
+            scratch.qemu_io("qcow2", "i", &["read -P 1 0 1M", "read -P 0 1M 1M", "read -P 2 2M 1M", "read -P 0 3M 6M"]);
+        }
+    }
+}
+
+/// Tables of other kinds that share a place cannot be put right: nothing is changed, not even a mark.
+#[test]
+fn repair_changes_nothing_where_tables_share_a_place() {
+    let scratch = Scratch::new();
+    let places = with_everything(&scratch);
+    let honest = fs::read(scratch.file("i")).unwrap();
+    for (place, what) in places {
+        for (at, word) in [(word(&honest, 40), COPIED | place), (40, place)] {
+            fs::write(scratch.file("i"), &honest).unwrap();
+            poke(&scratch, 72, 1);
+            poke(&scratch, at, word);
+            let before = fs::read(scratch.file("i")).unwrap();
+            let out = vimg(&["resize", "i", "2G"]).dir(scratch.path()).fails(1);
+            assert!(out.stderr.contains("cannot be repaired"), "{what}: {out:?}");
+            assert!(fs::read(scratch.file("i")).unwrap() == before, "{at:#x} {word:#x}");
+        }
+    }
+}
+
+/// The same, closed cleanly: refused before a refcount is written.
+#[test]
+fn refcounts_are_not_written_where_something_else_is() {
+    let scratch = Scratch::new();
+    let places = places_for_a_block(&scratch);
+    let honest = fs::read(scratch.file("i")).unwrap();
+    for (place, what) in places.into_iter().filter(|(at, _)| *at != 0) {
+        for more in [0, 8] {
+            fs::write(scratch.file("i"), &honest).unwrap();
+            poke(&scratch, word(&honest, 48) + more, place);
+            let before = fs::read(scratch.file("i")).unwrap();
+            let out = vimg(&["resize", "i", "2G"]).dir(scratch.path()).fails(1);
+            assert!(out.stderr.contains("image marked as corrupt"), "{what}: {out:?}");
+            assert!(out.stderr.contains(what), "{what}: {out:?}");
+            let mut after = fs::read(scratch.file("i")).unwrap();
+            after[79] &= !2;
+            assert!(after == before, "{place:#x} {what}");
+        }
+    }
+}
+
+/// After an unclean end the marks of entries say what the refcounts say, and a cluster past the end of the file that
+/// an entry names is given to nobody else.
+#[test]
+fn repair_mends_marks_and_keeps_clusters_past_the_end() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", "i", "1M"]);
+    scratch.qemu_io("qcow2", "i", &["write -P 1 0 192k"]);
+    let file = fs::read(scratch.file("i")).unwrap();
+    let l2 = word(&file, word(&file, 40)) & 0x00ff_ffff_ffff_fe00;
+    // Guest cluster 1 lies where 0 does, marked as its own; 2 is not marked; 8 and on were cut off.
+    poke(&scratch, l2 + 8, word(&file, l2));
+    poke(&scratch, l2 + 16, word(&file, l2 + 16) & !COPIED);
+    poke(&scratch, 72, 1);
+    let file_end = (word(&file, l2 + 64) & 0x00ff_ffff_ffff_fe00) & !0xffff;
+    fs::OpenOptions::new().write(true).open(scratch.file("i")).unwrap().set_len(file_end).unwrap();
+    scratch.vimg(&["resize", "-q", "i", "2G"]);
+    scratch.qemu_io("qcow2", "i", &["write -P 7 1G 128k", "write -P 8 1M 640k"]);
+    scratch.assert_clean("qcow2", "i");
+    scratch.qemu_io("qcow2", "i", &["write -P 9 64k 64k"]);
+    let reads =
+        ["read -P 1 0 64k", "read -P 9 64k 64k", "read -P 1 128k 64k", "read -P 7 1G 128k", "read -P 8 1M 640k"];
+    scratch.qemu_io("qcow2", "i", &reads);
+    scratch.qemu_io("qcow2", "i", &["read -P 0 192k 832k"]);
+}

@@ -18,7 +18,7 @@ const PIECE: u64 = 512;
 
 impl Qcow2Driver {
     /// The block that has a cluster's refcount, if it exists.
-    fn block_of(&self, index: u64) -> Result<Option<Table>> {
+    pub(super) fn block_of(&self, index: u64) -> Result<Option<Table>> {
         let table = self.refcount_table();
         if index >= table.len / layout::ENTRY {
             return Ok(None);

@@ -3,20 +3,25 @@
 //!
 //! Invariants: from the first change on ([`Qcow2Driver::learn_metadata`]) the places of every active L2 table and
 //! refcount block are known, and of what else does not move with the header: the snapshots' table and L1 tables, the
-//! bitmaps' tables. What moves adds its new place before it writes there. The lock is a leaf.
+//! bitmaps' tables, the LUKS header. What moves adds its new place before it writes there. The lock is a leaf.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{MutexGuard, PoisonError};
 
+use crate::block::error::Context;
 use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
-use super::layout::{self, ENTRY, OFFSET_MASK, REFCOUNT_OFFSET_MASK};
+use super::layout::{self, ENTRY, Geometry};
+use super::walk::{Found, Part, Visitor};
 
 /// Marks an L2 table's offset.
 pub const L2: u64 = 0;
 /// Marks a refcount block's offset (whose low bits are always clear).
 pub const BLOCK: u64 = 1;
+/// Marks the offset of an L2 table of snapshots alone.
+const INACTIVE: u64 = 2;
+const MARKS: u64 = BLOCK | INACTIVE;
 
 /// Where tables are, beside those that the header places.
 #[derive(Debug, Default)]
@@ -48,8 +53,9 @@ impl Places {
 
     /// A cluster is no table's any more.
     fn forget(&mut self, at: u64, len: u64) {
-        self.clusters.remove(&(at | L2));
-        self.clusters.remove(&(at | BLOCK));
+        for mark in [L2, BLOCK, INACTIVE] {
+            self.clusters.remove(&(at | mark));
+        }
         let end = at.saturating_add(len);
         if let Some((start, (until, what))) = self.run(at, end) {
             self.runs.remove(&start);
@@ -67,7 +73,11 @@ impl Places {
             return Some(what);
         }
         let known = self.clusters.range(start..end).next()?;
-        Some(if known & BLOCK != 0 { "refcount block" } else { "active L2 table" })
+        Some(match known & MARKS {
+            L2 => Part::ActiveL2.name(),
+            BLOCK => Part::RefcountBlock.name(),
+            _ => Part::InactiveL2.name(),
+        })
     }
 }
 
@@ -105,53 +115,26 @@ impl Qcow2Driver {
     }
 
     /// Looks up where tables are, once, before the first change. Refuses an image in which a table that is going to
-    /// be changed lies in the place of another kind: a change to one would be a change to the other.
+    /// be changed lies in the place of another kind: a change to one would be a change to the other; and one whose
+    /// refcount blocks cannot be what they are said to be.
     pub(super) fn learn_metadata(&self) -> Result<()> {
-        let cluster = self.geometry.cluster_size();
-        let fixed = self.fixed();
         self.bitmaps_apart()?;
         self.names_are_text()?;
-        let mut found = Places::default();
-        let mut still = |at: u64, len: u64, what: &'static str| {
-            let start = at - self.geometry.in_cluster(at);
-            if len > 0 && at > 0 {
-                found.add_run(start, self.whole(at, len), what);
-            }
-        };
-        still(self.header().fields.snapshots_offset, self.snapshots.iter().map(|s| s.bytes()).sum(), "snapshot table");
-        for snapshot in &self.snapshots {
-            let fields = snapshot.fields;
-            still(fields.l1_table_offset, u64::from(fields.l1_size) * ENTRY, "inactive L1 table");
+        let mut survey = Survey::new(self, DEEP)?;
+        self.walk(&mut survey)?;
+        if let Some(what) = survey.clash.or(survey.refcounts_clash) {
+            return Err(self.overlaps(what));
         }
-        for bitmap in self.bitmap_list() {
-            still(bitmap.fields.table_offset, u64::from(bitmap.fields.table_size) * ENTRY, "bitmap table");
+        if let Some(text) = survey.refcounts_wrong {
+            return Err(self.corrupt(text));
         }
-        for (n, (at, len, what)) in fixed.iter().enumerate() {
-            let other = fixed.iter().skip(n + 1).find(|other| overlap((*at, *len), (other.0, other.1)));
-            let run = found.run(*at, at.saturating_add(*len)).map(|(_, (_, name))| name);
-            if let Some(what) = other.map(|part| part.2).or(if *at == 0 { run.and(Some(*what)) } else { run }) {
-                return Err(self.overlaps(what));
+        for at in survey.blocks() {
+            let count = self.refcount(at >> self.geometry.cluster_bits)?;
+            if count != 1 {
+                return Err(self.corrupt(format!("Refblock at offset {at:#x} has a refcount of {count}")));
             }
         }
-        let tables = [(self.l1(), OFFSET_MASK, L2), (self.refcount_table(), REFCOUNT_OFFSET_MASK, BLOCK)];
-        for (table, mask, mark) in tables {
-            for index in 0..table.len / ENTRY {
-                let at = self.tables.get(table, index)? & mask;
-                if at == 0 {
-                    continue;
-                }
-                let run = found.run(at, at.saturating_add(cluster)).map(|(_, (_, what))| what);
-                let part = fixed.iter().find(|other| overlap((at, cluster), (other.0, other.1))).map(|part| part.2);
-                if let Some(what) = part.or(run) {
-                    return Err(self.overlaps(what));
-                }
-                if mark == BLOCK && found.clusters.contains(&(at | L2)) {
-                    return Err(self.overlaps("active L2 table"));
-                }
-                found.clusters.insert(at | mark);
-            }
-        }
-        *self.places() = found;
+        *self.places() = survey.places;
         Ok(())
     }
 
@@ -164,10 +147,10 @@ impl Qcow2Driver {
         let bitmaps = header.bitmaps.filter(|_| fields.autoclear & layout::BITMAPS != 0);
         let (directory, len) = bitmaps.map_or((0, 0), |place| (place.directory_offset, place.directory_size));
         [
-            (0, 1, "qcow2_header"),
-            (fields.l1_table_offset, u64::from(fields.l1_size) * ENTRY, "active L1 table"),
-            (fields.refcount_table_offset, table, "refcount table"),
-            (directory, len, "bitmap directory"),
+            (0, 1, Part::Header.name()),
+            (fields.l1_table_offset, u64::from(fields.l1_size) * ENTRY, Part::ActiveL1.name()),
+            (fields.refcount_table_offset, table, Part::RefcountTable.name()),
+            (directory, len, Part::BitmapDirectory.name()),
         ]
     }
 
@@ -202,6 +185,156 @@ impl Qcow2Driver {
             Some(what) => Err(self.corrupt(format!("Preventing invalid allocation of {what} at offset {first:#x}"))),
             None => Ok(()),
         }
+    }
+}
+
+/// The most L2 tables, in bytes, whose entries are looked at before the first change of an image that was closed
+/// cleanly: those of 64 GiB in clusters of 64 KiB.
+const DEEP: u64 = 8 << 20;
+
+/// What a walk learns of where tables are, and of those that lie where they cannot.
+pub(super) struct Survey<'a> {
+    driver: &'a Qcow2Driver,
+    fixed: [(u64, u64, &'static str); 4],
+    file: u64,
+    deep: u64,
+    places: Places,
+    /// Bits of bitmaps: tables of another kind as far as refcount blocks are concerned.
+    bits: BTreeSet<u64>,
+    /// A table, other than refcounts, that lies where another one does: the other one.
+    pub clash: Option<&'static str>,
+    /// What the refcount table, or a refcount block, lies in.
+    pub refcounts_clash: Option<&'static str>,
+    /// What else is wrong with where they are.
+    pub refcounts_wrong: Option<String>,
+}
+
+impl<'a> Survey<'a> {
+    /// Of an image whose L2 tables are looked into if they have at most `deep` bytes.
+    pub fn new(driver: &'a Qcow2Driver, deep: u64) -> Result<Self> {
+        let fixed = driver.fixed();
+        let mut survey = Self {
+            driver,
+            fixed,
+            file: driver.file().storage.len().context("Could not get file size")?,
+            deep,
+            places: Places::default(),
+            bits: BTreeSet::new(),
+            clash: None,
+            refcounts_clash: None,
+            refcounts_wrong: None,
+        };
+        let table = Part::RefcountTable.name();
+        for (n, (at, len, what)) in fixed.iter().enumerate() {
+            for other in fixed.iter().skip(n + 1).filter(|other| overlap((*at, *len), (other.0, other.1))) {
+                survey.clashes(table == *what || table == other.2, other.2);
+            }
+        }
+        Ok(survey)
+    }
+
+    /// Whether the refcounts can be changed where they are.
+    pub fn refcounts_sound(&self) -> bool {
+        self.refcounts_clash.is_none() && self.refcounts_wrong.is_none()
+    }
+
+    /// The image's.
+    pub fn geometry(&self) -> Geometry {
+        self.driver.geometry
+    }
+
+    /// The refcount blocks.
+    pub fn blocks(&self) -> impl Iterator<Item = u64> + '_ {
+        self.places.clusters.iter().filter(|at| **at & BLOCK != 0).map(|at| at & !MARKS)
+    }
+
+    fn clashes(&mut self, refcounts: bool, what: &'static str) {
+        let slot = if refcounts { &mut self.refcounts_clash } else { &mut self.clash };
+        slot.get_or_insert(what);
+    }
+
+    /// The place of what the header places, if it shares a byte with a range.
+    fn placed(&self, at: u64, len: u64) -> Option<&'static str> {
+        self.fixed.iter().find(|part| overlap((at, len), (part.0, part.1))).map(|part| part.2)
+    }
+
+    /// Something that stays where it is.
+    fn still(&mut self, found: &Found) {
+        let start = found.at - self.driver.geometry.in_cluster(found.at);
+        let end = self.driver.whole(found.at, found.len);
+        if let Some(what) = self.placed(start, end.saturating_sub(start)) {
+            let name = if what == Part::Header.name() { what } else { found.part.name() };
+            self.clashes(what == Part::RefcountTable.name(), name);
+        }
+        self.places.add_run(start, end, found.part.name());
+    }
+
+    fn l2(&mut self, found: &Found, mark: u64) {
+        let (at, len) = (found.at, found.len);
+        let end = at.saturating_add(len);
+        let run = self.places.run(at, end).map(|(_, (_, what))| what);
+        if let Some(what) = self.placed(at, len).or(run.filter(|_| found.active)) {
+            self.clashes(what == Part::RefcountTable.name(), what);
+        }
+        if self.driver.geometry.in_cluster(at) == 0 {
+            self.places.clusters.insert(at | mark);
+        }
+    }
+
+    fn block(&mut self, found: &Found) {
+        let (at, len) = (found.at, found.len);
+        let end = at.saturating_add(len);
+        let index = found.entry.map_or(0, |entry| entry.index);
+        if self.driver.geometry.in_cluster(at) != 0 {
+            let text = format!("Refblock offset {at:#x} unaligned (reftable index: {index:#x})");
+            self.refcounts_wrong.get_or_insert(text);
+        } else if at >= self.file {
+            let text = format!("Refblock offset {at:#x} is past the end of the file (reftable index: {index:#x})");
+            self.refcounts_wrong.get_or_insert(text);
+        } else if let Some(what) = self.placed(at, len).or_else(|| self.places.at(at, end)) {
+            self.clashes(true, what);
+        } else if self.bits.range(at..end).next().is_some() {
+            self.clashes(true, Part::BitmapData.name());
+        } else {
+            self.places.clusters.insert(at | BLOCK);
+        }
+    }
+
+    fn data(&mut self, found: &Found) {
+        let start = found.at - self.driver.geometry.in_cluster(found.at);
+        let end = self.driver.whole(found.at, found.len);
+        let table = self.driver.refcount_table();
+        // Which of the two is wrong cannot be told.
+        if self.places.clusters.range(start..end).any(|known| known & BLOCK != 0) {
+            self.clashes(true, Part::RefcountBlock.name());
+        } else if overlap((start, end.saturating_sub(start)), (table.at, table.len)) {
+            self.clashes(true, Part::RefcountTable.name());
+        }
+    }
+}
+
+impl Visitor for Survey<'_> {
+    fn found(&mut self, found: &Found) -> Result<()> {
+        match found.part {
+            Part::Header | Part::ActiveL1 | Part::RefcountTable | Part::BitmapDirectory => {}
+            Part::SnapshotTable | Part::LuksHeader | Part::InactiveL1 | Part::BitmapTable => self.still(found),
+            Part::BitmapData => {
+                self.bits.insert(found.at);
+            }
+            Part::ActiveL2 => self.l2(found, L2),
+            Part::InactiveL2 => self.l2(found, INACTIVE),
+            Part::RefcountBlock => self.block(found),
+            Part::Data | Part::Compressed => self.data(found),
+        }
+        Ok(())
+    }
+
+    fn contents(&self, tables: u64) -> bool {
+        tables.saturating_mul(self.driver.geometry.cluster_size()) <= self.deep
+    }
+
+    fn too_many(&self) -> Result<()> {
+        Ok(())
     }
 }
 

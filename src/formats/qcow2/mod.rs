@@ -4,7 +4,9 @@
 //! bytes; `open.rs` opening: checks, refusals, options; `tables.rs` the cache of L1, L2 and refcount tables and the
 //! order in which changes reach the file; `map.rs` guest offset → extent; `codec.rs` compressed clusters;
 //! `snapshot.rs` and `bitmap.rs` their directories; `tracking.rs` bitmaps that follow what is written; `info.rs` what info shows; `create.rs` new images; `alloc.rs`
-//! and `refcount.rs` the giving out of clusters; `resize.rs` the changing of the size.
+//! and `refcount.rs` the giving out of clusters; `resize.rs` the changing of the size; `walk.rs` everything that the
+//! metadata refers to, one after the other, for `guard.rs` (where tables are) and `repair.rs` (after an unclean end,
+//! with `references.rs`).
 //!
 //! Lock order: `alloc` → `header` → the cache's own. Whoever changes a table or the header holds `alloc`. No lock is
 //! held across data I/O; mapping takes `header` for reading, for a moment, and the cache's locks.
@@ -23,12 +25,14 @@ pub mod open;
 pub mod plan;
 pub mod prealloc;
 pub mod refcount;
+pub mod references;
 pub mod repair;
 pub mod resize;
 pub mod snapshot;
 pub mod space;
 pub mod tables;
 pub mod tracking;
+pub mod walk;
 pub mod window;
 
 use std::sync::atomic::AtomicBool;
