@@ -30,7 +30,7 @@
 //! How much of an image is data, and what is in its first sector:
 //!
 //! ```
-//! use vimg::block::{GuestOffset, ImageRef, OpenHow, Opener, Policy, node::Scratch};
+//! use vimg::block::{GuestOffset, ImageRef, OpenHow, Opener, Policy, io::Scratch};
 //! use vimg::formats::FORMATS;
 //!
 //! # let folder = std::env::temp_dir().join(format!("vimg-doc-{}", std::process::id()));

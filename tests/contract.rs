@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::thread;
 
-use vimg::block::node::Scratch as Buffers;
+use vimg::block::io::Scratch as Buffers;
 use vimg::block::{Effort, Encoded, Format, GuestOffset, Node, Store};
 use vimg::formats::FORMATS;
 use vimg::storage::Preallocation;

@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
-use vimg::block::node::Scratch as Buffers;
+use vimg::block::io::Scratch as Buffers;
 use vimg::block::{Format, GuestOffset, Node, Result, format};
 use vimg::formats::FORMATS;
 use vimg::storage::fault::{Fault, Faulty, Operation};

@@ -13,7 +13,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vimg::block::node::Scratch as Buffers;
+use vimg::block::io::Scratch as Buffers;
 use vimg::block::{Format, GuestOffset, Node};
 use vimg::formats::FORMATS;
 use vimg::storage::Preallocation;

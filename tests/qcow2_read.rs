@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use vimg::block::driver::SnapshotKey;
-use vimg::block::node::Scratch as Buffers;
+use vimg::block::io::Scratch as Buffers;
 use vimg::block::{ExtentKind, GuestOffset, ImageRef, Node, OpenHow, Opener, Policy};
 use vimg::formats::FORMATS;
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use vimg::block::node::Scratch as Buffers;
+use vimg::block::io::Scratch as Buffers;
 use vimg::block::{Effort, GuestOffset, ImageRef, Node, OpenHow, Opener, Policy, Store};
 use vimg::formats::FORMATS;
 use vimg::storage::Preallocation;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fastrand::Rng;
-use vimg::block::node::Scratch as Buffers;
+use vimg::block::io::Scratch as Buffers;
 use vimg::block::{
     Child, CreateFiles, CreateOptions, CreateRequest, Effort, Encoded, Error, GuestOffset, Ids, Node, OpenRequest,
     OptionKind, OptionTree, OptionValue, Related, Store, format,
@@ -337,7 +337,7 @@ pub fn walk(node: &Node) {
     if size >= 512 {
         for at in [0, size / 2 / 512 * 512, size - 512] {
             // A far place in a sparse image would need as much memory here as it needs disk there.
-            let far = |placement: &vimg::block::node::Placement<'_>| match placement.placed().action {
+            let far = |placement: &vimg::block::io::Placement<'_>| match placement.placed().action {
                 vimg::block::Action::Write { place, .. } => place.at.get() > 64 << 20,
                 vimg::block::Action::Zero { place } => place.at.get() > 64 << 20,
                 vimg::block::Action::Nothing => true,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
-use vimg::block::node::Scratch as Buffers;
+use vimg::block::io::Scratch as Buffers;
 use vimg::block::{
     BlockDriver, Child, Error, Format, GuestOffset, OpenRequest, OptionTree, Related, ResizeFiles, Result, format,
 };

@@ -4,12 +4,12 @@
 //! own lock and never holds that lock across data I/O.
 
 use std::fmt;
+use std::num::NonZero;
 
-use super::error::Context;
 use super::format::{BackingRef, Child, Format, ResizeFiles};
 use super::info::{ImageInfo, SnapshotInfo};
-use super::{CompressedUnit, Error, Extent, ExtentKind, GuestOffset, HostPlace, Result};
-use crate::storage::{Preallocation, Zeroing};
+use super::{CompressedUnit, Error, Extent, GuestOffset, HostOffset, HostPlace, Result};
+use crate::storage::Preallocation;
 
 /// One opened layer of an image. Knows nothing of its backing file except the name written in its header.
 pub trait BlockDriver: Send + Sync + fmt::Debug {
@@ -78,6 +78,26 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
     fn bitmaps(&self) -> Option<&dyn Bitmaps> {
         None
     }
+
+    /// Keeps guest data encrypted, and has the key.
+    fn cipher(&self) -> Option<&dyn Cipher> {
+        None
+    }
+}
+
+/// What encrypts a layer's plain data. Compressed units do not pass here.
+///
+/// Both places are given because what a sector's bytes depend on differs: its number on the guest's disk, or in the
+/// file. A unit's place in the file and on the disk are the same, counted within a sector.
+pub trait Cipher: Send + Sync {
+    /// Bytes that are encrypted on their own; what is given is whole ones.
+    fn sector(&self) -> NonZero<u32>;
+
+    /// Decrypts what was read.
+    fn decrypt(&self, guest: GuestOffset, host: HostOffset, buf: &mut [u8]) -> Result<()>;
+
+    /// Encrypts what is about to be written.
+    fn encrypt(&self, guest: GuestOffset, host: HostOffset, buf: &mut [u8]) -> Result<()>;
 }
 
 /// What is to be stored.
@@ -216,22 +236,6 @@ pub trait Write: Send + Sync {
     fn compressing(&self) -> Option<&dyn Compress> {
         None
     }
-}
-
-/// Gives the space of a range's data back to the host, where a format has no other way to discard: the tables
-/// stay as they are, and the range reads as zeros.
-pub fn punch(driver: &dyn BlockDriver, at: GuestOffset, len: u64) -> Result<()> {
-    let (mut at, end) = (at, at.get().saturating_add(len).min(driver.virtual_size()));
-    while at.get() < end {
-        let extent = driver.extent(at, end - at.get())?;
-        if let ExtentKind::Data(place) = extent.kind
-            && let Some(file) = driver.files().get(place.file)
-        {
-            file.storage.zero(place.at.get(), extent.len, Zeroing::Punch).context("discard")?;
-        }
-        at = at + extent.len.max(1);
-    }
-    Ok(())
 }
 
 /// The outcome of encoding.

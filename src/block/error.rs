@@ -4,7 +4,9 @@
 //! then prints the hints, each on a line of its own.
 
 use std::error::Error as StdError;
+use std::fmt;
 
+use super::{GuestOffset, HostOffset};
 use crate::storage;
 
 /// Result of an operation on images.
@@ -31,6 +33,42 @@ pub enum Kind {
     Forbidden,
 }
 
+/// What was being done with the bytes of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// They were read.
+    Read,
+    /// They were written, or made zeros.
+    Write,
+    /// They were asked about: data, or a hole.
+    Status,
+}
+
+/// What was being done, with which file, and where in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// What was being done.
+    pub operation: Operation,
+    /// The file's name, as it is shown.
+    pub file: String,
+    /// Where on the guest's disk.
+    pub guest: GuestOffset,
+    /// Where in the file, if that is known.
+    pub host: Option<HostOffset>,
+}
+
+impl fmt::Display for Place {
+    /// In the reference's words, which know the guest's offset alone; but with the name of the file.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let doing = match self.operation {
+            Operation::Read => "error while reading at byte",
+            Operation::Write => "error while writing at byte",
+            Operation::Status => "error while reading block status at offset",
+        };
+        write!(f, "{}: {doing} {}", self.file, self.guest.get())
+    }
+}
+
 /// See the module.
 #[derive(Debug, thiserror::Error)]
 #[error("{context}")]
@@ -48,12 +86,22 @@ pub struct Error {
     pub source: Option<Box<dyn StdError + Send + Sync>>,
     /// The storage error whose own text the context is.
     pub host: Option<Box<storage::Error>>,
+    /// Where it happened, if this error is what says so.
+    pub place: Option<Box<Place>>,
 }
 
 impl Error {
     /// An error with no further cause.
     pub fn new(kind: Kind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), notes: Vec::new(), hints: Vec::new(), source: None, host: None }
+        Self {
+            kind,
+            context: context.into(),
+            notes: Vec::new(),
+            hints: Vec::new(),
+            source: None,
+            host: None,
+            place: None,
+        }
     }
 
     /// The image's own bytes are wrong.
@@ -92,7 +140,31 @@ impl Error {
             hints: Vec::new(),
             source: Some(Box::new(self)),
             host: None,
+            place: None,
         }
+    }
+
+    /// Puts what was being done, and where, before this error.
+    pub fn at(self, place: Place) -> Self {
+        Self { place: Some(Box::new(place.clone())), ..self.context(place.to_string()) }
+    }
+
+    /// Where it happened, as far as that is known: the innermost place of the chain.
+    pub fn place(&self) -> Option<&Place> {
+        self.inner().and_then(Self::place).or(self.place.as_deref())
+    }
+
+    /// What the host said, or what is wrong, without what was being done and where.
+    pub fn cause(&self) -> String {
+        match (self.storage(), self.inner(), &self.place) {
+            (Some(host), ..) => host.to_string(),
+            (None, Some(inner), _) if self.place.is_some() || inner.place().is_some() => inner.cause(),
+            _ => self.message(),
+        }
+    }
+
+    fn inner(&self) -> Option<&Error> {
+        self.source.as_ref()?.downcast_ref::<Error>()
     }
 
     /// The whole message on one line: every text of the chain, joined with `": "`.
@@ -109,7 +181,7 @@ impl Error {
 
     /// The notes of the whole chain, innermost first.
     pub fn all_notes(&self) -> Vec<String> {
-        let mut notes = match self.source.as_ref().and_then(|source| source.downcast_ref::<Error>()) {
+        let mut notes = match self.inner() {
             Some(inner) => inner.all_notes(),
             None => Vec::new(),
         };
@@ -119,7 +191,7 @@ impl Error {
 
     /// The hints of the whole chain, innermost first.
     pub fn all_hints(&self) -> Vec<String> {
-        let mut hints = match self.source.as_ref().and_then(|source| source.downcast_ref::<Error>()) {
+        let mut hints = match self.inner() {
             Some(inner) => inner.all_hints(),
             None => Vec::new(),
         };
@@ -146,6 +218,8 @@ pub trait Context<T> {
     fn context(self, what: impl Into<String>) -> Result<T>;
     /// The same, made only when needed.
     fn with_context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T>;
+    /// Puts the operation, file and place before the error.
+    fn at(self, place: impl FnOnce() -> Place) -> Result<T>;
 }
 
 impl<T> Context<T> for Result<T> {
@@ -155,6 +229,10 @@ impl<T> Context<T> for Result<T> {
 
     fn with_context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T> {
         self.map_err(|e| e.context(what()))
+    }
+
+    fn at(self, place: impl FnOnce() -> Place) -> Result<T> {
+        self.map_err(|e| e.at(place()))
     }
 }
 
@@ -166,22 +244,33 @@ impl<T> Context<T> for storage::Result<T> {
     fn with_context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T> {
         self.map_err(|e| from_storage(e, what().into()))
     }
+
+    fn at(self, place: impl FnOnce() -> Place) -> Result<T> {
+        self.map_err(|e| {
+            let place = place();
+            Error { place: Some(Box::new(place.clone())), ..from_storage(e, place.to_string()) }
+        })
+    }
 }
 
 /// For a storage error that says it all by itself.
 impl From<storage::Error> for Error {
     fn from(error: storage::Error) -> Self {
         let (kind, hints) = kind_of(&error);
-        Self { kind, context: error.to_string(), notes: Vec::new(), hints, source: None, host: Some(Box::new(error)) }
+        let context = error.to_string();
+        Self { kind, context, notes: Vec::new(), hints, source: None, host: Some(Box::new(error)), place: None }
     }
 }
 
 fn from_storage(error: storage::Error, context: String) -> Error {
     let (kind, hints) = kind_of(&error);
-    Error { kind, context, notes: Vec::new(), hints, source: Some(Box::new(error)), host: None }
+    Error { kind, context, notes: Vec::new(), hints, source: Some(Box::new(error)), host: None, place: None }
 }
 
 fn kind_of(error: &storage::Error) -> (Kind, Vec<String>) {
+    if let Some(inner) = inner_image(error) {
+        return (inner.kind, inner.all_hints());
+    }
     let kind = match error {
         storage::Error::Locked { .. } | storage::Error::LockByte(_) => Kind::Locked,
         _ => match error.errno() {
@@ -195,4 +284,71 @@ fn kind_of(error: &storage::Error) -> (Kind, Vec<String>) {
         _ => Vec::new(),
     };
     (kind, hints)
+}
+
+/// The error of the image in whose disk the bytes lie.
+fn inner_image(error: &storage::Error) -> Option<&Error> {
+    match error {
+        storage::Error::Image { cause, .. } => cause.downcast_ref::<Error>(),
+        _ => None,
+    }
+}
+
+/// The error of an image whose disk is the file of another one, as that one's storage tells it.
+impl From<Error> for storage::Error {
+    fn from(error: Error) -> Self {
+        let errno = error.storage().and_then(storage::Error::errno).or(match error.kind {
+            Kind::Unsupported => Some(nix::errno::Errno::ENOTSUP),
+            Kind::TooLarge => Some(nix::errno::Errno::EFBIG),
+            Kind::Forbidden => Some(nix::errno::Errno::EPERM),
+            _ => None,
+        });
+        storage::Error::Image { text: error.message(), errno, cause: Box::new(error) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place() -> Place {
+        let (guest, host) = (GuestOffset(7), Some(HostOffset(9)));
+        Place { operation: Operation::Read, file: "a.img".to_owned(), guest, host }
+    }
+
+    #[test]
+    fn an_error_says_what_was_done_to_which_file_and_where() {
+        let full = storage::Error::from(nix::errno::Errno::EIO);
+        let error = Err::<(), _>(full).at(place).context("Could not open backing file").unwrap_err();
+        assert_eq!(
+            error.message(),
+            "Could not open backing file: a.img: error while reading at byte 7: Input/output error"
+        );
+        assert_eq!(
+            (error.place(), error.kind, error.cause().as_str()),
+            (Some(&place()), Kind::Io, "Input/output error")
+        );
+        let error = Error::corrupt("torn").at(place());
+        assert_eq!(
+            (error.message().as_str(), error.cause().as_str()),
+            ("a.img: error while reading at byte 7: torn", "torn")
+        );
+        assert_eq!(Error::corrupt("torn").place(), None);
+    }
+
+    #[test]
+    fn the_error_of_an_image_in_an_image_keeps_its_kind_and_number() {
+        for errno in [nix::errno::Errno::ENOSPC, nix::errno::Errno::EIO] {
+            let inner = Err::<(), _>(storage::Error::from(errno)).at(place).unwrap_err();
+            let lowered = storage::Error::from(inner);
+            assert_eq!(lowered.errno(), Some(errno));
+            let outer = Err::<(), _>(lowered).context("outer").unwrap_err();
+            assert_eq!((outer.kind, outer.storage().and_then(storage::Error::errno)), (Kind::Io, Some(errno)));
+        }
+        let lowered = storage::Error::from(Error::corrupt("torn").hint("mend it"));
+        assert_eq!((lowered.errno(), lowered.to_string().as_str()), (None, "torn"));
+        let outer = Error::from(lowered);
+        assert_eq!((outer.kind, outer.all_hints()), (Kind::Corrupt, vec!["mend it".to_owned()]));
+        assert!(storage::Error::from(Error::unsupported("no such thing")).is_unsupported());
+    }
 }

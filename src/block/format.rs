@@ -3,10 +3,10 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::error::Context;
+use super::error::{Context, Operation, Place};
 use super::opener::Notice;
 use super::options::{CreateOptions, OptionSpec};
-use super::{BlockDriver, Effort, Error, Extent, ExtentKind, GuestOffset, HostPlace, OptionTree, Result};
+use super::{BlockDriver, Effort, Error, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace, OptionTree, Result};
 use crate::storage::Storage;
 
 /// A file that a layer is made of.
@@ -23,9 +23,14 @@ pub struct Child {
 impl Child {
     /// What lies there as it is: data, or a hole.
     pub fn extent(&self, start: GuestOffset, place: HostPlace, max: u64) -> Result<Extent> {
-        let host = self.storage.extent(place.at.get(), max).context("error while reading block status")?;
+        let host = self.storage.extent(place.at.get(), max).at(|| self.doing(Operation::Status, start, place.at))?;
         let kind = if host.is_zero() { ExtentKind::Zero(Some(place)) } else { ExtentKind::Data(place) };
         Ok(Extent { start, len: host.len, kind })
+    }
+
+    /// What was being done, should it fail.
+    pub(super) fn doing(&self, operation: Operation, guest: GuestOffset, host: HostOffset) -> Place {
+        Place { operation, file: self.name.clone(), guest, host: Some(host) }
     }
 
     /// Returns once everything written to it is on stable storage.

@@ -2,7 +2,7 @@
 //!
 //! A [`Format`] is what is known of a format without an image; a [`BlockDriver`] is one opened layer; a [`Node`]
 //! is a layer with what lies below it; the [`Opener`] is the only way to any of them. Drivers answer *where*
-//! data is and *where* new data may go; the reading and writing of guest data is done once, in [`node`].
+//! data is and *where* new data may go; guest bytes move in one place, [`io`].
 //!
 //! This stratum names no format: those that exist are handed to the [`Opener`]. Only `foreign` knows, by their first
 //! bytes, some that do not exist here.
@@ -14,6 +14,7 @@ mod foreign;
 pub mod format;
 mod generic;
 pub mod info;
+pub mod io;
 pub mod jsonish;
 pub mod keys;
 mod layer;
@@ -25,7 +26,9 @@ pub mod options;
 mod over;
 mod protocol;
 
-pub use driver::{Action, BlockDriver, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write};
+pub use driver::{
+    Action, BlockDriver, Cipher, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write,
+};
 pub use error::{Error, Kind, Result};
 pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace};
 pub use format::{

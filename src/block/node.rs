@@ -1,7 +1,7 @@
-//! A layer with what lies below it: the backing chain, and the one place where guest data is read and written.
+//! A layer with what lies below it: the backing chain.
 //!
-//! The walk down the chain, short backing files (past their end reads zero) and the fill of a partly written
-//! unit are each written once, here. No lock is held: drivers are asked, then data moves.
+//! The walk down the chain, and short backing files (past their end reads zero), are written once, here; the moving of
+//! guest bytes is [`io`](super::io)'s. No lock is held.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -9,10 +9,11 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::driver::{Action, Placed, Store, Write};
-use super::error::Context;
-use super::{BlockDriver, Child, CompressedUnit, Error, ExtentKind, GuestOffset, HostPlace, Result, name};
-use crate::storage::{Identity, Storage, Zeroing};
+use super::driver::{Store, Write};
+use super::error::{Operation, Place};
+use super::io::{LastUnit, Placement};
+use super::{BlockDriver, Child, Error, ExtentKind, GuestOffset, HostPlace, Result, name};
+use crate::storage::Identity;
 
 /// Where a node came from.
 #[derive(Debug, Clone, Default)]
@@ -35,6 +36,7 @@ pub struct Node {
     backing: Option<Arc<Node>>,
     name: String,
     origin: Origin,
+    last_unit: LastUnit,
 }
 
 impl fmt::Debug for Node {
@@ -75,26 +77,23 @@ impl Mapping<'_> {
         matches!(self.kind, ExtentKind::Zero(_) | ExtentKind::Unallocated(_))
     }
 
-    /// The file and offset of plain data.
-    pub fn data(&self) -> Option<(&dyn Storage, u64)> {
-        match self.kind {
-            ExtentKind::Data(place) => self.node.storage(place).ok().map(|storage| (storage, place.at.get())),
-            _ => None,
+    /// What is left of the run without its first `n` bytes.
+    pub fn after(mut self, n: u64) -> Self {
+        self.start = self.start + n;
+        self.len = self.len.saturating_sub(n);
+        if let ExtentKind::Data(place) | ExtentKind::Zero(Some(place)) | ExtentKind::Unallocated(Some(place)) =
+            &mut self.kind
+        {
+            place.at = place.at + n;
         }
+        self
     }
-}
-
-/// Buffers that are used again from read to read.
-#[derive(Debug, Default)]
-pub struct Scratch {
-    encoded: Vec<u8>,
-    decoded: Vec<u8>,
 }
 
 impl Node {
     /// A layer on top of `backing`.
     pub fn new(driver: Box<dyn BlockDriver>, backing: Option<Arc<Node>>, name: String) -> Self {
-        Self { driver, backing, name, origin: Origin::default() }
+        Self { driver, backing, name, origin: Origin::default(), last_unit: LastUnit::default() }
     }
 
     /// The same, with the knowledge of where it came from.
@@ -138,18 +137,24 @@ impl Node {
         &self.name
     }
 
+    /// Where on its disk something failed, for what is not known to lie in a file.
+    pub fn place_of(&self, operation: Operation, guest: GuestOffset) -> Place {
+        Place { operation, file: self.name.clone(), guest, host: None }
+    }
+
     /// The guest's disk size in bytes.
     pub fn virtual_size(&self) -> u64 {
         self.driver.virtual_size()
     }
 
-    fn child(&self, place: HostPlace) -> Result<&Child> {
-        let files = self.driver.files();
-        files.get(place.file).ok_or_else(|| Error::corrupt(format!("{}: no file {}", self.name, place.file)))
+    pub(super) fn last_unit(&self) -> &LastUnit {
+        &self.last_unit
     }
 
-    fn storage(&self, place: HostPlace) -> Result<&dyn Storage> {
-        self.child(place).map(|child| &*child.storage)
+    /// The file that a place lies in.
+    pub(super) fn child(&self, place: HostPlace) -> Result<&Child> {
+        let files = self.driver.files();
+        files.get(place.file).ok_or_else(|| Error::corrupt(format!("{}: no file {}", self.name, place.file)))
     }
 
     /// The run at `at`, looking down at most `layers` layers (1: this one alone). Past the virtual size: zeros.
@@ -177,23 +182,6 @@ impl Node {
         }
     }
 
-    /// Fills `buf` with guest data from `at`, through the whole chain; past the virtual size with zeros.
-    pub fn read(&self, at: GuestOffset, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
-        self.read_layers(at, buf, usize::MAX, scratch)
-    }
-
-    /// The same, through at most `layers` layers.
-    pub fn read_layers(&self, at: GuestOffset, buf: &mut [u8], layers: usize, scratch: &mut Scratch) -> Result<()> {
-        let mut done = 0;
-        while done < buf.len() {
-            let mapping = self.map(at + done as u64, (buf.len() - done) as u64, layers)?;
-            let n = usize::try_from(mapping.len).unwrap_or(usize::MAX).min(buf.len() - done);
-            mapping.read(&mut buf[done..done + n], scratch)?;
-            done += n;
-        }
-        Ok(())
-    }
-
     /// The ability to write, or the error that says it is not there.
     pub fn writing(&self) -> Result<&dyn Write> {
         self.driver.writing().ok_or_else(|| Error::unsupported(format!("'{}' is read-only", self.name)))
@@ -202,220 +190,7 @@ impl Node {
     /// Room for the start of a range; given back when dropped without [`Placement::publish`].
     pub fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placement<'_>> {
         let placed = self.writing()?.place(at, len, store)?;
-        Ok(Placement { node: self, placed, open: true })
-    }
-
-    /// Writes guest data. Concurrent writes must not share a unit.
-    pub fn write(&self, at: GuestOffset, buf: &[u8], scratch: &mut Scratch) -> Result<()> {
-        let mut done = 0;
-        while done < buf.len() {
-            let placement = self.place(at + done as u64, (buf.len() - done) as u64, Store::Data)?;
-            let n = placement.len();
-            placement.write(&buf[done..done + n], scratch)?;
-            placement.publish()?;
-            done += n;
-        }
-        Ok(())
-    }
-
-    /// Makes a range read as zeros; `unmap` allows its space to be given back. Writes zeros where the format
-    /// has no other way.
-    pub fn write_zeroes(&self, at: GuestOffset, len: u64, unmap: bool, scratch: &mut Scratch) -> Result<()> {
-        let unit = self.writing()?.fill_unit().max(1);
-        let end = at.get().saturating_add(len);
-        let mut pos = at.get();
-        while pos < end {
-            let whole = pos.is_multiple_of(unit) && (end - pos >= unit || end >= self.virtual_size());
-            let n = if whole { self.whole_units(pos, end, unit) } else { (end - pos).min(unit - pos % unit) };
-            if whole {
-                let placement = self.place(GuestOffset(pos), n, Store::Zero { unmap })?;
-                pos += placement.len() as u64;
-                placement.zero()?;
-                placement.publish()?;
-            } else {
-                let mapping = self.map(GuestOffset(pos), n, usize::MAX)?;
-                if !mapping.is_zero() {
-                    let zeros = vec![0; usize::try_from(mapping.len).unwrap_or(usize::MAX)];
-                    self.write(GuestOffset(pos), &zeros, scratch)?;
-                } else {
-                    self.writing()?.wrote_the_same(GuestOffset(pos), mapping.len)?;
-                }
-                pos += mapping.len;
-            }
-        }
-        Ok(())
-    }
-
-    fn whole_units(&self, pos: u64, end: u64, unit: u64) -> u64 {
-        if end >= self.virtual_size() { end - pos } else { (end - pos) / unit * unit }
-    }
-}
-
-impl Mapping<'_> {
-    /// Reads the start of the run (`buf` is at most as long as the run).
-    pub fn read(&self, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
-        match self.kind {
-            ExtentKind::Zero(_) | ExtentKind::Unallocated(_) => buf.fill(0),
-            ExtentKind::Data(place) => {
-                let child = self.node.child(place)?;
-                child.storage.read_at(place.at.get(), buf).with_context(|| reading(child, place.at.get()))?;
-            }
-            ExtentKind::Compressed(unit) => self.read_compressed(&unit, buf, scratch)?,
-        }
-        Ok(())
-    }
-
-    fn read_compressed(&self, unit: &CompressedUnit, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
-        let too_long = || Error::corrupt(format!("{}: compressed unit at {} is too long", self.node.name, unit.start));
-        let child = self.node.child(unit.place)?;
-        let encoded = usize::try_from(unit.host_len).map_err(|_| too_long())?;
-        let decoded = usize::try_from(unit.len).map_err(|_| too_long())?;
-        let skip = usize::try_from(self.start.get().saturating_sub(unit.start.get())).map_err(|_| too_long())?;
-        scratch.encoded.resize(encoded, 0);
-        let at = unit.place.at.get();
-        child.storage.read_at(at, &mut scratch.encoded).with_context(|| reading(child, at))?;
-        if skip == 0 && buf.len() == decoded {
-            return self.node.driver.decode(unit, &scratch.encoded, buf);
-        }
-        scratch.decoded.resize(decoded, 0);
-        self.node.driver.decode(unit, &scratch.encoded, &mut scratch.decoded)?;
-        let end = skip.checked_add(buf.len()).filter(|end| *end <= decoded).ok_or_else(too_long)?;
-        buf.copy_from_slice(&scratch.decoded[skip..end]);
-        Ok(())
-    }
-}
-
-fn reading(child: &Child, at: u64) -> String {
-    format!("{}: error while reading at byte {at}", child.name)
-}
-
-fn writing(child: &Child, at: u64) -> String {
-    format!("{}: error while writing at byte {at}", child.name)
-}
-
-/// Room in an image that is not visible yet: fill it, then publish it; dropped, it is given back.
-#[derive(Debug)]
-pub struct Placement<'a> {
-    node: &'a Node,
-    placed: Placed,
-    open: bool,
-}
-
-impl Placement<'_> {
-    /// How many guest bytes of the range asked for it covers.
-    pub fn len(&self) -> usize {
-        usize::try_from(self.placed.len).unwrap_or(usize::MAX)
-    }
-
-    /// Never: a placement covers at least a byte.
-    pub fn is_empty(&self) -> bool {
-        self.placed.len == 0
-    }
-
-    /// What the driver said.
-    pub fn placed(&self) -> &Placed {
-        &self.placed
-    }
-
-    /// Writes guest data (exactly the range's length) and fills the rest of a new unit from the chain.
-    pub fn write(&self, data: &[u8], scratch: &mut Scratch) -> Result<()> {
-        let Action::Write { place, before, after } = self.placed.action else { return Ok(()) };
-        let child = self.node.child(place)?;
-        let put = |at: u64, bytes: &[u8]| child.storage.write_at(at, bytes).with_context(|| writing(child, at));
-        if before == 0 && after == 0 {
-            return put(place.at.get(), data);
-        }
-        let short = |n: u64| usize::try_from(n).map_err(|_| Error::corrupt("fill of a unit is too long"));
-        let (head, tail) = (short(before)?, short(after)?);
-        let mut whole = vec![0; head + data.len() + tail];
-        let start = self.placed.start.get().saturating_sub(before);
-        self.node.read(GuestOffset(start), &mut whole[..head], scratch)?;
-        whole[head..head + data.len()].copy_from_slice(data);
-        let end = self.placed.start + self.placed.len;
-        self.node.read(end, &mut whole[head + data.len()..], scratch)?;
-        put(place.at.get().saturating_sub(before), &whole)
-    }
-
-    /// Writes the encoded bytes of a [`Store::Compressed`] placement.
-    pub fn write_encoded(&self, encoded: &[u8]) -> Result<()> {
-        let Action::Write { place, .. } = self.placed.action else { return Ok(()) };
-        let child = self.node.child(place)?;
-        child.storage.write_at(place.at.get(), encoded).with_context(|| writing(child, place.at.get()))
-    }
-
-    /// Does what a [`Store::Zero`] placement asks of the files.
-    pub fn zero(&self) -> Result<()> {
-        let how = match self.placed.store {
-            Store::Zero { unmap: true } => Zeroing::Punch,
-            _ => Zeroing::Allocate,
-        };
-        match self.placed.action {
-            Action::Nothing => Ok(()),
-            Action::Zero { place } => {
-                let child = self.node.child(place)?;
-                let at = place.at.get();
-                child.storage.zero(at, self.placed.len, how).with_context(|| writing(child, at))
-            }
-            Action::Write { place, before, after } => {
-                let child = self.node.child(place)?;
-                let (at, len) = (place.at.get(), self.placed.len);
-                let fill = |to: u64, from: u64, bytes: u64| -> Result<()> {
-                    let bytes = usize::try_from(bytes).map_err(|_| Error::corrupt("fill of a unit is too long"))?;
-                    let mut around = vec![0; bytes];
-                    self.node.read(GuestOffset(from), &mut around, &mut Scratch::default())?;
-                    child.storage.write_at(to, &around).with_context(|| writing(child, to))
-                };
-                let start = self.placed.start.get();
-                if before > 0 {
-                    fill(at.saturating_sub(before), start.saturating_sub(before), before)?;
-                }
-                child.storage.zero(at, len, Zeroing::Write).with_context(|| writing(child, at))?;
-                if after > 0 {
-                    fill(at.saturating_add(len), start.saturating_add(len), after)?;
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// Where the range's bytes go, if they can be written there as they are: nothing around them to fill.
-    pub fn spot(&self) -> Result<Option<Spot<'_>>> {
-        let Action::Write { place, before: 0, after: 0 } = self.placed.action else { return Ok(None) };
-        let child = self.node.child(place)?;
-        Ok(Some(Spot { storage: &*child.storage, name: &child.name, at: place.at.get() }))
-    }
-
-    /// Makes it visible before its bytes are there: only for images that nobody else can see yet. The tables are
-    /// then the same whatever the order in which the writes end.
-    pub fn publish_early(&mut self) -> Result<()> {
-        self.open = false;
-        self.node.writing()?.publish(&self.placed)
-    }
-
-    /// Makes it visible, unless it is.
-    pub fn publish(mut self) -> Result<()> {
-        if self.open { self.publish_early() } else { Ok(()) }
-    }
-}
-
-/// A place in a file that can be written to directly.
-#[derive(Debug, Clone, Copy)]
-pub struct Spot<'a> {
-    /// The file's bytes.
-    pub storage: &'a dyn Storage,
-    /// Its name, for messages.
-    pub name: &'a str,
-    /// Where in it.
-    pub at: u64,
-}
-
-impl Drop for Placement<'_> {
-    fn drop(&mut self) {
-        if self.open
-            && let Some(writing) = self.node.driver.writing()
-        {
-            writing.withdraw(&self.placed);
-        }
+        Ok(Placement::new(self, placed))
     }
 }
 

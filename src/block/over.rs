@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 
-use super::node::Scratch;
+use super::io::Scratch;
 use super::{ExtentKind, Format, GuestOffset, Node, foreign};
 use crate::storage::{Error, Facts, HostExtent, HostFile, HostKind, Preallocation, Result, Storage, Zeroing};
 
@@ -30,27 +30,23 @@ impl NodeStorage {
     }
 }
 
-fn lower(error: super::Error) -> Error {
-    Error::Other(error.message())
-}
-
 impl Storage for NodeStorage {
     fn len(&self) -> Result<u64> {
         Ok(self.node.virtual_size())
     }
 
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        self.node.read(GuestOffset(at), buf, &mut Scratch::default()).map_err(lower)
+        self.node.read(GuestOffset(at), buf, &mut Scratch::default()).map_err(Error::from)
     }
 
     fn write_at(&self, at: u64, buf: &[u8]) -> Result<()> {
         let _alone = self.change();
         self.grow(at, buf.len() as u64)?;
-        self.node.write(GuestOffset(at), buf, &mut Scratch::default()).map_err(lower)
+        self.node.write(GuestOffset(at), buf, &mut Scratch::default()).map_err(Error::from)
     }
 
     fn extent(&self, at: u64, max: u64) -> Result<HostExtent> {
-        let mapping = self.node.map(GuestOffset(at), max, usize::MAX).map_err(lower)?;
+        let mapping = self.node.map(GuestOffset(at), max, usize::MAX).map_err(Error::from)?;
         let kind = match mapping.kind {
             ExtentKind::Data(_) | ExtentKind::Compressed(_) => HostKind::Data,
             ExtentKind::Zero(Some(_)) => HostKind::Zero,
@@ -63,12 +59,12 @@ impl Storage for NodeStorage {
         let _alone = self.change();
         self.grow(at, len)?;
         let unmap = how == Zeroing::Punch;
-        self.node.write_zeroes(GuestOffset(at), len, unmap, &mut Scratch::default()).map_err(lower)
+        self.node.write_zeroes(GuestOffset(at), len, unmap, &mut Scratch::default()).map_err(Error::from)
     }
 
     fn discard(&self, at: u64, len: u64) -> Result<()> {
         let _alone = self.change();
-        self.node.writing().and_then(|writing| writing.discard(GuestOffset(at), len)).map_err(lower)
+        self.node.writing().and_then(|writing| writing.discard(GuestOffset(at), len)).map_err(Error::from)
     }
 
     fn set_len(&self, len: u64, fill: Preallocation) -> Result<()> {
@@ -77,7 +73,7 @@ impl Storage for NodeStorage {
     }
 
     fn flush(&self) -> Result<()> {
-        self.node.driver().flush().map_err(lower)
+        self.node.driver().flush().map_err(Error::from)
     }
 
     fn allocated(&self) -> Result<Option<u64>> {
@@ -111,7 +107,7 @@ impl NodeStorage {
             return Ok(());
         }
         let resizing = self.node.driver().resizing().ok_or(Errno::ENOTSUP)?;
-        resizing.resize(len.checked_next_multiple_of(512).ok_or(Errno::EFBIG)?, fill).map_err(lower)
+        resizing.resize(len.checked_next_multiple_of(512).ok_or(Errno::EFBIG)?, fill).map_err(Error::from)
     }
 
     fn grow(&self, at: u64, len: u64) -> Result<()> {

@@ -6,12 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
+use crate::block::io::punch_at;
 use crate::block::keys::take_size;
 use crate::block::{
     BlockDriver, Child, Create, CreateRequest, Error, Extent, Format, GuestOffset, HostPlace, OpenRequest, OptionKind,
     OptionSpec, Placed, Resize, Result, Store, Write,
 };
-use crate::storage::{self, Preallocation, Storage, Zeroing};
+use crate::storage::{self, Preallocation, Storage};
 
 /// The format.
 #[derive(Debug)]
@@ -160,7 +161,7 @@ impl Write for RawDriver {
     }
 
     fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
-        self.files[0].storage.zero(self.place_of(at).at.get(), len, Zeroing::Punch).context("discard")
+        punch_at(self, self.place_of(at), len)
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::block::error::Context;
-use crate::block::node::Scratch;
+use crate::block::io::Scratch;
 use crate::block::{Error, GuestOffset, Node, Resize, ResizeFiles, Result, name};
 use crate::storage::lock::Access;
 use crate::storage::staging::{CreateHow, Staging};

@@ -65,6 +65,16 @@ pub enum Error {
     /// A mode that a device cannot have.
     #[error("Preallocation mode '{}' unsupported for this non-regular file", .0.name())]
     DevicePreallocation(Preallocation),
+    /// The image in whose disk the bytes lie says why.
+    #[error("{text}")]
+    Image {
+        /// All that it says.
+        text: String,
+        /// The host's reason, or the one that fits.
+        errno: Option<Errno>,
+        /// The error itself.
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// Anything else, in full.
     #[error("{0}")]
     Other(String),
@@ -80,6 +90,7 @@ impl Error {
             Error::Locked { .. } | Error::LockByte(_) => Some(Errno::EAGAIN),
             Error::WrongKind { .. } | Error::GrowDevice => Some(Errno::EINVAL),
             Error::UnsupportedPreallocation(_) | Error::DevicePreallocation(_) => Some(Errno::ENOTSUP),
+            Error::Image { errno, .. } => *errno,
             Error::Other(_) => None,
         }
     }

@@ -18,9 +18,9 @@ use byteorder::{ByteOrder, LittleEndian as Le};
 
 use self::layout::{DISCARDED, HEADER_BYTES, Header, STATIC};
 use self::map::State;
-use crate::block::driver::punch;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
+use crate::block::io::punch;
 use crate::block::{
     Action, BlockDriver, Child, Create, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed,
     Resize, Result, Store, Ticket, Write,

@@ -4,11 +4,11 @@
 //! file at `flush`, after the grains. The content id is changed once, before the first write (`text.rs`).
 
 use crate::block::error::Context;
+use crate::block::io::punch_at;
 use crate::block::{
     Action, Compress, Effort, Encoded, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write,
 };
 use crate::codec::deflate::{self, How};
-use crate::storage::Zeroing;
 
 use super::descriptor::Access;
 use super::layout::*;
@@ -230,7 +230,7 @@ impl Write for VmdkDriver {
         if let Body::Flat { file, offset } = &part.body {
             let inside = at.get() - part.start;
             let len = len.min(part.end().saturating_sub(at.get()));
-            self.files[*file].storage.zero(offset + inside, len, Zeroing::Punch).context("discard")?;
+            punch_at(self, HostPlace { file: *file, at: HostOffset(offset.saturating_add(inside)) }, len)?;
         }
         Ok(())
     }

@@ -6,8 +6,8 @@ use std::sync::{Mutex, MutexGuard};
 use super::Vpc;
 use super::layout::{DynamicHeader, Footer, SECTOR};
 use super::table::State;
-use crate::block::driver::punch;
 use crate::block::info::ImageInfo;
+use crate::block::io::punch;
 use crate::block::{
     Action, BlockDriver, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed, Resize, Result,
     Store, Ticket, Write,

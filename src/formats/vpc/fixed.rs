@@ -5,12 +5,11 @@ use std::sync::{Mutex, MutexGuard};
 
 use super::Vpc;
 use super::layout::Footer;
-use crate::block::error::Context;
 use crate::block::info::ImageInfo;
+use crate::block::io::punch_at;
 use crate::block::{
     BlockDriver, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed, Resize, Result, Store, Write,
 };
-use crate::storage::Zeroing;
 
 /// A fixed disk.
 #[derive(Debug)]
@@ -97,6 +96,6 @@ impl Write for Fixed {
         if len == 0 {
             return Ok(());
         }
-        self.files[0].storage.zero(at.get(), len, Zeroing::Punch).context("discard")
+        punch_at(self, HostPlace::main(at.get()), len)
     }
 }

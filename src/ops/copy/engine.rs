@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 
 use super::plan::{Chunk, Plan, Shape, Zeros};
 use super::source::{self, Content, Joined, Segment};
-use super::target::{self, Kind, Piece, Step};
+use super::target::{self, Kind, Piece};
 use super::zero::{self, SECTOR, Sparse};
 use super::{CopyOptions, Observer, TargetFacts};
-use crate::block::error::Context;
-use crate::block::node::Scratch;
+use crate::block::error::Operation;
+use crate::block::io::{Scratch, Step, write_steps};
 use crate::block::{Compress, Encoded, Error, GuestOffset, Node, Result, Store};
 
 /// What buffers are aligned to: the page, which is also what `O_DIRECT` wants.
@@ -302,15 +302,17 @@ impl<'a> Engine<'a> {
         let read = source::read(segment, buf, scratch);
         let Err(error) = read else { return Ok(()) };
         if !self.options.salvage {
-            return Err(reading(error, segment.at));
+            return Err(match (error.place(), &segment.content) {
+                (None, Content::Stored(mapping)) => error.at(mapping.node.place_of(Operation::Read, mapping.start)),
+                _ => error,
+            });
         }
         // Sector by sector: whatever cannot be read is zeros.
         let mut rest = *segment;
         for sector in buf.chunks_mut(SECTOR as usize) {
             if let Err(error) = source::read(&Segment { len: sector.len() as u64, ..rest }, sector, scratch) {
                 sector.fill(0);
-                let why = error.storage().map_or_else(|| error.message(), ToString::to_string);
-                self.observer.warn(&format!("error while reading offset {}: {why}", rest.at));
+                self.observer.warn(&format!("error while reading offset {}: {}", rest.at, error.cause()));
             }
             if rest.len > sector.len() as u64 {
                 rest = rest.split(sector.len() as u64).1;
@@ -370,7 +372,7 @@ impl<'a> Engine<'a> {
                 match piece.kind {
                     Kind::Data if one_by_one => {
                         target::place(self.target, piece, from, false, steps)?;
-                        target::write(steps, plain, encoded, scratch)?;
+                        write_steps(steps, plain, encoded, scratch)?;
                         steps.drain(..).try_for_each(|step| step.placement.publish())?;
                     }
                     Kind::Data => target::place(self.target, piece, from, early, steps)?,
@@ -385,7 +387,7 @@ impl<'a> Engine<'a> {
                     if early {
                         placement.publish_early()?;
                     }
-                    let step = Step { placement, at: unit.at, from: unit.from, len: unit.bytes, encoded: true };
+                    let step = Step { placement, from: unit.from, len: unit.bytes, encoded: true };
                     steps.push(step);
                 } else {
                     let piece = Piece { at: unit.at, len: unit.len, kind: Kind::Data };
@@ -399,7 +401,7 @@ impl<'a> Engine<'a> {
         if let Some(rate) = &self.rate {
             rate.wait(steps.iter().map(|step| step.len as u64).sum(), &self.stop);
         }
-        target::write(steps, plain, encoded, scratch)?;
+        write_steps(steps, plain, encoded, scratch)?;
         if deferred_zeros {
             for piece in pieces.iter().filter(|piece| piece.kind == Kind::Zero) {
                 self.make_zero(piece.at, piece.len)?;
@@ -410,10 +412,10 @@ impl<'a> Engine<'a> {
 
     /// Which file, and where: unless that is said already.
     fn wrote(&self, error: Error, at: u64) -> Error {
-        if error.message().contains("error while writing at byte") {
-            return error;
+        match error.place() {
+            Some(_) => error,
+            None => error.at(self.target.place_of(Operation::Write, GuestOffset(at))),
         }
-        error.context(target::writing(self.target.name(), at))
     }
 
     fn make_zero(&self, at: u64, len: u64) -> Result<()> {
@@ -446,19 +448,15 @@ impl<'a> Engine<'a> {
     fn copy_offloaded(&self, chunk: &Chunk<'_>) -> Result<bool> {
         for segment in &chunk.segments {
             let Content::Stored(mapping) = &segment.content else { return Ok(false) };
-            let Some((from, from_at)) = mapping.data() else { return Ok(false) };
             let mut done = 0;
             while done < segment.len {
                 let at = segment.at + done;
                 let placement = self.target.place(GuestOffset(at), segment.len - done, Store::Data)?;
-                let Some(spot) = placement.spot()? else { return Ok(false) };
                 let len = placement.len() as u64;
                 if let Some(rate) = &self.rate {
                     rate.wait(len, &self.stop);
                 }
-                let copied = crate::storage::offload::copy(from, from_at + done, spot.storage, spot.at, len)
-                    .with_context(|| target::writing(spot.name, at))?;
-                if !copied {
+                if !placement.copy_from(&mapping.after(done))? {
                     self.offload.store(false, Ordering::Relaxed);
                     return Ok(false);
                 }
@@ -472,25 +470,4 @@ impl<'a> Engine<'a> {
 
 fn short_len(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
-}
-
-/// In the reference's words: the guest's offset, and the host's reason.
-fn reading(error: Error, at: u64) -> Error {
-    let what = format!("error while reading at byte {at}");
-    match error.storage() {
-        Some(_) => {
-            let mut inner = error;
-            // The driver's own place of failure is of no use to the guest's owner: the cause alone is kept.
-            while let Some(source) = inner.source.take() {
-                match source.downcast::<Error>() {
-                    Ok(error) => inner = *error,
-                    Err(source) => {
-                        return Error { context: what, source: Some(source), ..inner };
-                    }
-                }
-            }
-            inner.context(what)
-        }
-        None => error.context(what),
-    }
 }

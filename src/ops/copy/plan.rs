@@ -105,9 +105,7 @@ impl<'a> Plan<'a> {
             if !std::mem::replace(&mut self.noted, true) {
                 error.all_notes().iter().for_each(|line| observer.note(line));
             }
-            let why = error.storage().map_or_else(|| error.message(), ToString::to_string);
-            let what = format!("error while reading block status at offset {at}");
-            observer.warn(&if why.starts_with(&what) { why } else { format!("{what}: {why}") });
+            observer.warn(&format!("error while reading block status at offset {at}: {}", error.cause()));
             at = at.saturating_add(SECTOR).min(end);
             if at >= end || at - start >= CHUNK {
                 break;

@@ -5,8 +5,9 @@
 use std::sync::Arc;
 
 use super::zero::SECTOR;
-use crate::block::node::{Mapping, Scratch};
-use crate::block::{Error, ExtentKind, GuestOffset, Node, Result};
+use crate::block::error::Operation;
+use crate::block::io::Scratch;
+use crate::block::{ExtentKind, GuestOffset, Mapping, Node, Result};
 
 /// What a run of the target is to hold.
 #[derive(Debug, Clone, Copy)]
@@ -40,11 +41,7 @@ impl<'a> Segment<'a> {
     pub fn split(self, len: u64) -> (Self, Self) {
         let mut rest = Self { at: self.at + len, len: self.len - len, content: self.content };
         if let Content::Stored(mapping) = &mut rest.content {
-            mapping.start = mapping.start + len;
-            mapping.len -= len;
-            if let ExtentKind::Data(place) = &mut mapping.kind {
-                place.at = place.at + len;
-            }
+            *mapping = mapping.after(len);
         }
         (Self { len, ..self }, rest)
     }
@@ -119,7 +116,7 @@ impl Joined {
         let max = max.min(part.len - inside);
         if let Some(above) = self.above.filter(|above| at < above.backing_len) {
             let max = max.min(above.backing_len - at);
-            let mapping = part.node.map(GuestOffset(inside), max, above.layers).map_err(|e| status(e, inside))?;
+            let mapping = status(&part.node, GuestOffset(inside), max, above.layers)?;
             let (content, len) = match mapping.kind {
                 // What no layer of the source says is zeros, whatever the target's backing file holds there.
                 ExtentKind::Unallocated(_) => {
@@ -133,7 +130,7 @@ impl Joined {
             };
             return Ok(Segment { at, len, content });
         }
-        let mapping = part.node.map(GuestOffset(inside), max, usize::MAX).map_err(|e| status(e, inside))?;
+        let mapping = status(&part.node, GuestOffset(inside), max, usize::MAX)?;
         let content = match mapping.is_zero() {
             true if self.above.is_some_and(|above| above.blank_past) => Content::Keep,
             true => Content::Zero,
@@ -173,10 +170,10 @@ pub fn read(segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch) -> Res
     }
 }
 
-/// What the host refused says itself what was being done; what is wrong with an image does not.
-fn status(error: Error, at: u64) -> Error {
-    match error.storage() {
+/// The run at `at`; what is wrong with a map is said with its place.
+fn status(node: &Node, at: GuestOffset, max: u64, layers: usize) -> Result<Mapping<'_>> {
+    node.map(at, max, layers).map_err(|error| match error.place() {
         Some(_) => error,
-        None => error.context(format!("error while reading block status at offset {at}")),
-    }
+        None => error.at(node.place_of(Operation::Status, at)),
+    })
 }

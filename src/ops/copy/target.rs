@@ -1,4 +1,4 @@
-//! Where guest data goes: what of a chunk is written, in which pieces, and the writing itself.
+//! Where guest data goes: what of a chunk is written, and in which pieces.
 //!
 //! Invariants: pieces are in guest order and do not overlap; a piece starts and ends at a multiple of the
 //! granule (or the end of the disk), so that no other piece shares one with it.
@@ -6,10 +6,8 @@
 use super::plan::{Chunk, Zeros};
 use super::source::Content;
 use super::zero::Sparse;
-use crate::block::error::Context;
-use crate::block::node::{Placement, Scratch};
+use crate::block::io::{Scratch, Step};
 use crate::block::{GuestOffset, Node, Result, Store};
-use crate::storage::Storage;
 
 /// What is done with a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,21 +132,6 @@ pub fn fill_kept(
     Ok(())
 }
 
-/// A placement, and where its bytes are in the buffer.
-#[derive(Debug)]
-pub struct Step<'a> {
-    /// Where it goes.
-    pub placement: Placement<'a>,
-    /// Where it starts on the target.
-    pub at: u64,
-    /// Where its bytes start in the buffer.
-    pub from: usize,
-    /// How many there are.
-    pub len: usize,
-    /// Whether they are in the buffer of encoded bytes.
-    pub encoded: bool,
-}
-
 /// Finds room for a piece of data, call by call as the target gives it.
 pub fn place<'a>(target: &'a Node, piece: &Piece, from: usize, early: bool, steps: &mut Vec<Step<'a>>) -> Result<()> {
     let mut done = 0;
@@ -161,71 +144,9 @@ pub fn place<'a>(target: &'a Node, piece: &Piece, from: usize, early: bool, step
         let len = placement.len();
         let from = from + usize::try_from(done).unwrap_or(usize::MAX);
         done += len as u64;
-        steps.push(Step { placement, at, from, len, encoded: false });
+        steps.push(Step { placement, from, len, encoded: false });
     }
     Ok(())
-}
-
-/// A write that may still grow.
-struct Run<'a> {
-    storage: &'a dyn Storage,
-    name: &'a str,
-    host: u64,
-    guest: u64,
-    from: usize,
-    len: usize,
-    encoded: bool,
-}
-
-impl Run<'_> {
-    fn write(&self, plain: &[u8], encoded: &[u8]) -> Result<()> {
-        let bytes = if self.encoded { encoded } else { plain };
-        let bytes = bytes.get(self.from..self.from + self.len).unwrap_or_default();
-        self.storage.write_at(self.host, bytes).with_context(|| writing(self.name, self.guest))
-    }
-}
-
-/// What failed, with the name: a full disk has to say which file it was.
-pub fn writing(name: &str, at: u64) -> String {
-    format!("{name}: error while writing at byte {at}")
-}
-
-/// Writes all steps; what is adjacent in the file and in the buffer goes out in one write.
-pub fn write(steps: &[Step<'_>], plain: &[u8], encoded: &[u8], scratch: &mut Scratch) -> Result<()> {
-    let mut run: Option<Run<'_>> = None;
-    for step in steps {
-        let Some(spot) = step.placement.spot()? else {
-            // It shares a new unit with what lies beside it.
-            if let Some(run) = run.take() {
-                run.write(plain, encoded)?;
-            }
-            let bytes = plain.get(step.from..step.from + step.len).unwrap_or_default();
-            step.placement.write(bytes, scratch)?;
-            continue;
-        };
-        if let Some(run) = &mut run
-            && run.encoded == step.encoded
-            && std::ptr::addr_eq(run.storage, spot.storage)
-            && run.host + run.len as u64 == spot.at
-            && run.from + run.len == step.from
-        {
-            run.len += step.len;
-            continue;
-        }
-        let next = Run {
-            storage: spot.storage,
-            name: spot.name,
-            host: spot.at,
-            guest: step.at,
-            from: step.from,
-            len: step.len,
-            encoded: step.encoded,
-        };
-        if let Some(run) = run.replace(next) {
-            run.write(plain, encoded)?;
-        }
-    }
-    run.map_or(Ok(()), |run| run.write(plain, encoded))
 }
 
 #[cfg(test)]

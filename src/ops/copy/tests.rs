@@ -181,7 +181,7 @@ fn failures_say_where_and_stop_everybody() {
     let options = CopyOptions { threads: Some(4), ..CopyOptions::default() };
     let facts = TargetFacts::default();
     let error = copy(&source, &node(target.clone(), "target"), &options, facts, &Silent).unwrap_err();
-    assert_eq!(error.message(), "error while reading at byte 4194304: Input/output error");
+    assert_eq!(error.message(), "source: error while reading at byte 4194304: Input/output error");
 
     let ears = Ears::default();
     copy(&source, &node(target.clone(), "target"), &CopyOptions { salvage: true, ..options.clone() }, facts, &ears)
