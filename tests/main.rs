@@ -23,6 +23,7 @@ mod qcow2_write;
 mod realdisk;
 mod rig;
 mod storage;
+mod streams;
 mod vdi;
 mod vmdk;
 mod vmdk_resize;

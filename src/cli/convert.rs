@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 
 use super::exit::Exit;
+use super::program::stderr_line;
 use super::progress::Progress;
 use super::source::Source;
 use super::{Complaint, Program, Subcommand, cache, object, options, size};
@@ -162,12 +163,12 @@ impl Observer for ConsoleObserver<'_> {
     }
 
     fn note(&self, line: &str) {
-        eprintln!("{line}");
+        stderr_line(line);
     }
 
     fn warn(&self, text: &str) {
         if let Some(name) = &self.name {
-            eprintln!("{name}: warning: {text}");
+            stderr_line(&format!("{name}: warning: {text}"));
         }
     }
 }

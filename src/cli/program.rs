@@ -5,7 +5,7 @@
 
 use std::cell::RefCell;
 use std::ffi::OsString;
-use std::io::{self, BufWriter, IsTerminal, LineWriter, Stderr, Stdout, Write};
+use std::io::{self, BufWriter, IsTerminal, LineWriter, Stdout, Write};
 use std::path::Path;
 
 use super::exit::Exit;
@@ -15,6 +15,11 @@ use crate::formats::FORMATS;
 enum Out {
     Terminal(LineWriter<Stdout>),
     Other(BufWriter<Stdout>),
+}
+
+/// A line on standard error, from any thread. Where it cannot be written there is nobody to tell.
+pub(super) fn stderr_line(text: &str) {
+    let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
 /// See the module.
@@ -102,9 +107,7 @@ impl Program {
 
     /// A line on standard error, as it is.
     pub fn line(&self, text: &str) {
-        // Where standard error is closed there is nobody to tell.
-        let mut err: Stderr = io::stderr();
-        let _ = err.write_all(format!("{text}\n").as_bytes());
+        stderr_line(text);
     }
 
     /// `PROG: text` on standard error.

@@ -10,6 +10,8 @@ use std::sync::{Mutex, PoisonError};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::{SigSet, Signal};
 
+use super::program::stderr_line;
+
 /// A report is made when it has moved by more than this, in percent.
 const STEP: f64 = 1.0;
 
@@ -40,8 +42,8 @@ impl Progress {
             let asked = Arc::new(AtomicBool::new(false));
             if blocked {
                 let flag = asked.clone();
-                // Ends with the program.
-                std::thread::spawn(move || {
+                // Ends with the program. Where no thread is to be had nobody hears the signal.
+                let _ = std::thread::Builder::new().spawn(move || {
                     while signal.wait().is_ok() {
                         flag.store(true, Ordering::Relaxed);
                     }
@@ -87,7 +89,7 @@ impl Progress {
             }
             Form::Silent(asked) => {
                 if asked.swap(false, Ordering::Relaxed) {
-                    let _ = writeln!(io::stderr(), "    ({percent:3.2}/100%)");
+                    stderr_line(&format!("    ({percent:3.2}/100%)"));
                 }
             }
         }
@@ -96,7 +98,7 @@ impl Progress {
     fn show(&self, percent: f64) {
         if let Form::Plain = self.form {
             let mut out = io::stdout().lock();
-            // Who closes the pipe does not want to know.
+            // What could not be written is found when the program ends.
             let _ = write!(out, "    ({percent:3.2}/100%)\r").and_then(|()| out.flush());
         }
     }

@@ -177,18 +177,16 @@ impl<'a> Engine<'a> {
         })
     }
 
-    /// Does all of it.
+    /// Does all of it, by this thread and as many others as can be had, `threads` in all at most.
     pub fn run(&self, threads: usize) -> Result<()> {
-        if threads <= 1 {
-            self.work();
-        } else {
-            std::thread::scope(|scope| {
-                for _ in 1..threads {
-                    scope.spawn(|| self.work());
+        std::thread::scope(|scope| {
+            for _ in 1..threads {
+                if std::thread::Builder::new().spawn_scoped(scope, || self.work()).is_err() {
+                    break;
                 }
-                self.work();
-            });
-        }
+            }
+            self.work();
+        });
         match lock(&self.failure).take() {
             Some((_, error)) => Err(error),
             None => {

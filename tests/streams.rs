@@ -1,0 +1,94 @@
+//! What the host refuses to the program itself: threads, and output that can be written.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use crate::common::run::{links, sh_with};
+use crate::common::{Scratch, need, need_root, sh, write_pattern};
+
+/// A user that may have one process, which is the program itself: its one thread does the work.
+#[test]
+fn no_thread_to_be_had_is_no_error() {
+    need("prlimit");
+    need("setpriv");
+    need_root("running as another user");
+    let dir = Scratch::new();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).expect("chmod");
+    fs::copy(crate::common::vimg_path(), dir.file("vimg")).expect("copy");
+    write_pattern(&dir.file("disk.raw"), 0, 3, 9 << 20);
+    // A user id of its own: the limit counts all processes of a user.
+    let alone = "prlimit --nproc=1 setpriv --reuid 54321 --regid 54321 --clear-groups ./vimg";
+    for options in ["-O qcow2", "-O qcow2 -c", "-O raw -m 16", "-O vdi -p"] {
+        let line = format!("rm -f out; {alone} convert -f raw {options} disk.raw out");
+        let out = sh(&line).dir(dir.path()).ok();
+        assert_eq!(out.stderr, "", "{options}");
+        let format = options.split(' ').nth(1).expect("a format");
+        dir.assert_same_content("raw", "disk.raw", format, "out");
+    }
+    // An older file is replaced without the process that makes that sure.
+    let out = sh(&format!("{alone} convert -f raw -O qcow2 disk.raw out && {alone} resize -q out 32M")).dir(dir.path());
+    out.ok();
+}
+
+/// Each line is run with standard error that cannot be written, and one that is closed: the same code and files.
+#[test]
+fn standard_error_that_cannot_be_written_changes_nothing() {
+    let dir = Scratch::new();
+    dir.sh("seq 1 500000 | head -c 3000000 > disk.raw; qemu-img convert -c -f raw -O qcow2 disk.raw broken.qcow2");
+    // The compressed clusters are damaged: --salvage warns of each sector.
+    dir.sh("dd if=/dev/zero of=broken.qcow2 bs=1 seek=400000 count=20000 conv=notrunc status=none");
+    dir.sh("qemu-img create -q -f qcow2 -b disk.raw -F raw top.qcow2");
+    let run = |line: &str| {
+        let line = format!("rm -f out; {line}; code=$?; cat out 2>/dev/null | md5sum; exit $code");
+        sh_with(links(), &line).dir(dir.path()).run()
+    };
+    for (line, code) in [
+        ("qemu-img convert --salvage -f qcow2 -O raw broken.qcow2 out", 0),
+        ("qemu-img convert -f qcow2 -O raw broken.qcow2 out", 1),
+        ("qemu-img convert --bogus", 1),
+        ("qemu-img bogus", 1),
+        ("qemu-img info missing", 1),
+        ("qemu-img convert -l snapshot.id=1,snapshot.name -O raw top.qcow2 out", 1),
+        ("qemu-img create -f bogus out 1M", 1),
+        ("qemu-img resize top.qcow2 1k", 1),
+        ("qemu-img info --trace '*' top.qcow2", 1),
+        ("qemu-img -T bogus info top.qcow2", 0),
+    ] {
+        let plain = run(line);
+        assert_eq!(plain.code, Some(code), "{plain:?}");
+        assert_ne!(plain.stderr, "", "{line} says something");
+        for redirection in ["2>/dev/full", "2>&-"] {
+            let out = run(&format!("{line} {redirection}"));
+            assert_eq!((out.code, &out.stdout, &*out.stderr), (plain.code, &plain.stdout, ""), "{line} {redirection}");
+        }
+    }
+}
+
+/// What was printed and got nowhere is a failure; a reader that went away, and a closed output, are the caller's wish.
+#[test]
+fn standard_output_that_cannot_be_written_is_a_failure() {
+    let dir = Scratch::new();
+    dir.sh("qemu-img create -q -f qcow2 a.qcow2 1M");
+    let run = |line: &str| sh_with(links(), line).dir(dir.path()).run();
+    for line in ["info a.qcow2", "--help", "--version", "create -f raw b 1M", "create -o help", "resize a.qcow2 2M"] {
+        let full = run(&format!("qemu-img {line} >/dev/full"));
+        let text = "qemu-img: Could not write to standard output: No space left on device\n";
+        assert_eq!((full.code, &*full.stderr), (Some(1), text), "{line}");
+        let both = run(&format!("qemu-img {line} >/dev/full 2>/dev/full"));
+        assert_eq!(both.code, Some(1), "{line}");
+        for line in [
+            format!("qemu-img {line} >&-"),
+            format!("{{ sleep 0.1; qemu-img {line}; echo $? >code; }} | true; exit $(cat code)"),
+        ] {
+            let out = run(&line);
+            assert_eq!((out.code, &*out.stdout, &*out.stderr), (Some(0), "", ""), "{line}");
+        }
+    }
+    // None of the files of a conversion takes the place of a closed stream; the image is whole in any case.
+    dir.sh("head -c 3000000 /dev/urandom > disk.raw");
+    for (streams, code) in [(">/dev/full", 1), (">&-", 0), (">&- 2>&-", 0), ("<&- >&- 2>&-", 0)] {
+        let out = run(&format!("rm -f out; qemu-img convert -p -f raw -O qcow2 disk.raw out {streams}"));
+        assert_eq!(out.code, Some(code), "{streams}: {out:?}");
+        dir.assert_same_content("raw", "disk.raw", "qcow2", "out");
+    }
+}
