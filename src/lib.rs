@@ -56,6 +56,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+// A line that cannot be written would be a panic: `cli::program` writes them all.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod block;
 pub mod cli;
 pub mod codec;
