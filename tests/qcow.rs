@@ -1,5 +1,7 @@
 //! qcow against qemu-img.
 
+use vimg::storage::Preallocation;
+
 use crate::common::{Scratch, assert_same_bytes, judge, write_pattern};
 use crate::rig::{Pair, assert_bears_mutations, create, open_bytes};
 
@@ -101,9 +103,9 @@ fn a_stop_in_a_resize_loses_nothing() {
     let scratch = Scratch::new();
     let mut pair = Pair::new(&scratch, "qcow", "", 9 * M + 512);
     pair.exercise(20, M / 4);
-    pair.assert_resize_is_safe(2000 * M, false);
-    pair.assert_resize_is_safe(9 * M + 4096, false);
-    pair.assert_resize_is_safe(3 * M + 512, false);
+    pair.assert_resize_is_safe(2000 * M, Preallocation::Off);
+    pair.assert_resize_is_safe(9 * M + 4096, Preallocation::Off);
+    pair.assert_resize_is_safe(3 * M + 512, Preallocation::Off);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! vdi against qemu-img and 7z.
 
+use vimg::storage::Preallocation;
+
 use crate::common::{Scratch, assert_same_bytes, judge};
 use crate::rig::{Pair, assert_bears_mutations, create, open_bytes};
 
@@ -140,10 +142,10 @@ fn a_stop_in_a_resize_loses_nothing() {
     }
     node.driver().close().unwrap();
     drop(node);
-    pair.assert_resize_is_safe(300 * M, false);
-    pair.assert_resize_is_safe(101 * M, false);
+    pair.assert_resize_is_safe(300 * M, Preallocation::Off);
+    pair.assert_resize_is_safe(101 * M, Preallocation::Off);
     pair.resize(51 * M);
-    pair.assert_resize_is_safe(80 * M, false);
+    pair.assert_resize_is_safe(80 * M, Preallocation::Off);
 }
 
 #[test]

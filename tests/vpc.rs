@@ -3,6 +3,8 @@
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use vimg::storage::Preallocation;
+
 use crate::common::{Scratch, assert_same_bytes, judge};
 use crate::rig::{Pair, assert_bears_mutations, create, open_bytes};
 
@@ -98,7 +100,7 @@ fn a_stop_in_a_resize_loses_nothing() {
     for options in ["force_size=on", "subformat=fixed,force_size=on"] {
         let scratch = Scratch::new();
         let fixed = options.contains("fixed");
-        let (start, grown) = if fixed { (6 * M + 512, 8 * M) } else { (200 * M + 512, 700 * M) };
+        let (start, grown) = if fixed { (2 * M + 512, 3 * M) } else { (200 * M + 512, 700 * M) };
         let mut pair = Pair::new(&scratch, "vpc", options, start);
         let node = pair.open();
         for at in [0, start / 2 / 512 * 512 + 5, start - 512] {
@@ -106,11 +108,39 @@ fn a_stop_in_a_resize_loses_nothing() {
         }
         node.driver().close().unwrap();
         drop(node);
-        pair.assert_resize_is_safe(grown, fixed);
-        if !fixed {
-            pair.assert_resize_is_safe(start / 2 / 512 * 512 + 1024, false);
-            pair.assert_resize_is_safe(M, false);
+        pair.assert_resize_is_safe(grown, Preallocation::Off);
+        pair.assert_resize_is_safe(start / 2 / 512 * 512 + 1024, Preallocation::Off);
+        pair.assert_resize_is_safe(M, Preallocation::Off);
+        if fixed {
+            pair.assert_resize_is_safe(start + 512, Preallocation::Off);
+            pair.assert_resize_is_safe(start - 512, Preallocation::Off);
+            pair.assert_resize_is_safe(grown, Preallocation::Falloc);
+            pair.assert_resize_is_safe(grown, Preallocation::Full);
         }
+    }
+}
+
+/// A resize that was stopped leaves the old disk in a file that is longer than it: another one shows nothing of what
+/// lies between.
+#[test]
+fn a_fixed_disk_in_a_longer_file_is_resized() {
+    for size in [2 * M + 512, 3 * M, 4 * M - 512, 4 * M, 5 * M, M] {
+        let scratch = Scratch::new();
+        let mut pair = Pair::new(&scratch, "vpc", "subformat=fixed,force_size=on", 2 * M);
+        let node = pair.open();
+        pair.write(&node, 0, 2 << 20);
+        node.driver().close().unwrap();
+        drop(node);
+        let mut file = std::fs::read(pair.path()).unwrap();
+        let footer = file.split_off(2 << 20);
+        file.resize(4 << 20, 0xee);
+        file.extend(footer);
+        std::fs::write(pair.path(), &file).unwrap();
+        pair.assert_good();
+        pair.assert_resize_is_safe(size, Preallocation::Off);
+        pair.resize(size);
+        pair.assert_good();
+        assert_eq!(pair.path().metadata().unwrap().len(), size + 512);
     }
 }
 

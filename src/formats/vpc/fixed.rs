@@ -33,6 +33,15 @@ impl Fixed {
         self.footer.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// The refusal of an image that has less data than its footer says.
+    pub(super) fn too_short(&self) -> Error {
+        let (size, end) = (self.size.load(Ordering::Relaxed), self.end.load(Ordering::Relaxed));
+        Error::corrupt(format!(
+            "'{}' has {end} bytes of data before its footer, which says that the disk has {size}",
+            self.files[0].name
+        ))
+    }
+
     /// How much data there is from `at` on, at most `max`. A footer may promise more than the file has.
     fn there(&self, at: u64, max: u64) -> u64 {
         max.min(self.end.load(Ordering::Relaxed).saturating_sub(at))
@@ -86,7 +95,7 @@ impl Write for Fixed {
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
         let len = self.there(at.get(), len);
         if len == 0 {
-            return Err(Error::corrupt("the image is shorter than its footer says"));
+            return Err(self.too_short());
         }
         Placed::over(at, len, store, HostPlace::main(at.get()))
     }

@@ -1,16 +1,16 @@
 //! The virtual size of a VHD: grow and shrink, both kinds.
 //!
-//! A footer is written where it will be before the old one goes (a stop just then leaves the old one in the new
-//! part of a fixed disk); a table grows only over blocks that were copied
-//! away and named at their new place; the size in the copy at the start, which readers of a dynamic disk trust
-//! first, changes last when it grows and first when it shrinks.
+//! However a resize ends, the image is the old disk or the new one. Of a fixed disk one write of a footer decides:
+//! the one that ends the file. Of a dynamic one the copy at the start does, which readers trust first: it changes
+//! last when the disk grows and first when it shrinks. A table grows only over blocks that were copied away and named
+//! at their new place.
 
 use std::sync::atomic::Ordering;
 
 use super::dynamic::Dynamic;
 use super::fixed::Fixed;
 use super::geometry::{Geometry, SizeRule};
-use super::layout::{FOOTER_BYTES, Footer, MAX_SIZE, MAX_TABLE, SECTOR};
+use super::layout::{FOOTER_BYTES, Footer, MAX_SIZE, MAX_TABLE, SECTOR, UNALLOCATED};
 use super::table::State;
 use crate::block::error::Context;
 use crate::block::{Error, Resize, Result};
@@ -18,6 +18,7 @@ use crate::formats::table;
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 const LONG_FOOTER: u64 = FOOTER_BYTES as u64;
+const RESIZING: &str = "Failed to resize underlying file";
 
 fn check_size(size: u64) -> Result<()> {
     if !size.is_multiple_of(SECTOR) {
@@ -51,7 +52,11 @@ impl Resize for Fixed {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
         let _ = fill;
         check_size(size)?;
-        if self.files[0].storage.facts().fixed_len && size > self.end.load(Ordering::Relaxed) {
+        let end = self.end.load(Ordering::Relaxed);
+        if self.size.load(Ordering::Relaxed) > end {
+            return Err(self.too_short());
+        }
+        if self.files[0].storage.facts().fixed_len && size > end {
             return Err(Error::unsupported("Cannot grow device files"));
         }
         Ok(())
@@ -59,29 +64,97 @@ impl Resize for Fixed {
 
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
         self.check(size, fill)?;
-        let storage = &*self.files[0].storage;
+        let file = FixedFile {
+            storage: &*self.files[0].storage,
+            old: self.size.load(Ordering::Relaxed),
+            end: self.end.load(Ordering::Relaxed),
+        };
         let mut footer = self.footer();
-        set_size(&mut footer, size);
-        let (old, device) = (self.end.load(Ordering::Relaxed), storage.facts().fixed_len);
-        let end = if device { old } else { size };
-        let resizing = "Failed to resize underlying file";
-        storage.flush().context("Could not flush")?;
-        storage.write_at(end, footer.bytes()).context("Could not write the VHD footer")?;
-        storage.flush().context("Could not flush")?;
-        if end > old {
-            let stale = LONG_FOOTER.min(end - old);
-            storage.zero(old, stale, Zeroing::Write).context(resizing)?;
-            match fill {
-                Preallocation::Off | Preallocation::Metadata => {}
-                Preallocation::Falloc => storage.zero(old, end - old, Zeroing::Allocate).context(resizing)?,
-                Preallocation::Full => storage.zero(old, end - old, Zeroing::Write).context(resizing)?,
-            }
-        } else if !device {
-            storage.set_len(end + LONG_FOOTER, Preallocation::Off).context(resizing)?;
-        }
+        let mut new = footer.clone();
+        set_size(&mut new, size);
+        let end = if size > file.old { file.grow(size, fill, &footer, &new)? } else { file.shrink(size, &new)? };
+        *footer = new;
         self.end.store(end, Ordering::Relaxed);
         self.size.store(size, Ordering::Relaxed);
-        storage.flush().context("Could not flush")
+        Ok(())
+    }
+}
+
+/// A fixed disk on its way to another size. What a reader goes by is the footer that ends the file, so it alone
+/// makes the old disk the new one, by the write of its sector; before that it says the old size wherever it is.
+struct FixedFile<'a> {
+    storage: &'a dyn Storage,
+    /// The virtual size.
+    old: u64,
+    /// Where the footer is: at the virtual size, or (on a device, or after a resize was stopped) behind it.
+    end: u64,
+}
+
+impl FixedFile<'_> {
+    fn write_footer(&self, at: u64, footer: &Footer) -> Result<()> {
+        self.storage.flush().context("Could not flush")?;
+        self.storage.write_at(at, footer.bytes()).context("Could not write the VHD footer")?;
+        self.storage.flush().context("Could not flush")
+    }
+
+    /// Gives the disk its new size; returns where the footer is then.
+    fn grow(&self, size: u64, fill: Preallocation, old: &Footer, new: &Footer) -> Result<u64> {
+        if size <= self.end {
+            // There is room before the footer. Nobody knows what lies in it.
+            self.clear(size, Zeroing::Write)?;
+            self.write_footer(self.end, new)?;
+            return self.cut(size, new);
+        }
+        let done = self.extend(size, fill, old).and_then(|()| self.write_footer(size, new));
+        match done {
+            Ok(()) => Ok(size),
+            Err(error) => {
+                // The old footer comes back to its place first, then to the file's end. Where that fails too, the
+                // one behind it says the same.
+                let _ = self.write_footer(self.end, old).and_then(|()| self.set_end(self.end));
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes a longer file of it, of which the disk is still the old one.
+    fn extend(&self, size: u64, fill: Preallocation, old: &Footer) -> Result<()> {
+        self.write_footer(size, old)?;
+        match fill {
+            Preallocation::Off | Preallocation::Metadata => {
+                self.clear(size.min(self.end + LONG_FOOTER), Zeroing::Write)
+            }
+            Preallocation::Falloc => self.clear(size, Zeroing::Allocate),
+            Preallocation::Full => self.clear(size, Zeroing::Write),
+        }
+    }
+
+    /// Makes all from the old disk's end to `end` zeros, but for what is new in the file and so reads as zeros.
+    fn clear(&self, end: u64, how: Zeroing) -> Result<()> {
+        let len = end.saturating_sub(self.old);
+        self.storage.zero(self.old, len, how).context(RESIZING)
+    }
+
+    fn shrink(&self, size: u64, new: &Footer) -> Result<u64> {
+        self.write_footer(self.end, new)?;
+        self.cut(size, new)
+    }
+
+    /// Cuts off what lies behind the new disk, once the footer at the file's end tells its size.
+    fn cut(&self, size: u64, new: &Footer) -> Result<u64> {
+        // Where the two would overlap, a stop between would leave none that is whole.
+        if self.storage.facts().fixed_len || size.saturating_add(LONG_FOOTER) > self.end {
+            return Ok(self.end);
+        }
+        self.write_footer(size, new)?;
+        self.set_end(size)?;
+        Ok(size)
+    }
+
+    /// Makes a footer at that place the last thing in the file.
+    fn set_end(&self, footer: u64) -> Result<()> {
+        self.storage.set_len(footer + LONG_FOOTER, Preallocation::Off).context(RESIZING)?;
+        self.storage.flush().context("Could not flush")
     }
 }
 
@@ -161,19 +234,25 @@ fn grow(state: &mut State, storage: &dyn Storage, old: u64, size: u64) -> Result
     state.write_tables(storage)
 }
 
-/// Copies blocks away that begin before `end`, and names the copies.
+/// Copies blocks away that lie where the table shall be, up to `end`, and names the copies.
+///
+/// The last footer goes behind all of them first: some readers know no other.
 fn make_way(state: &mut State, storage: &dyn Storage, end: u64) -> Result<()> {
-    let stride = state.stride();
-    for (block, at) in state.blocks(storage)?.into_iter().filter(|(_, at)| *at < end) {
-        if state.free < end {
-            state.move_footer(end);
-        }
-        let (to, _) = state.take(storage)?;
+    let (table, stride) = (state.header.table(), state.stride());
+    let mut moves = state.blocks(storage)?;
+    moves.retain(|(_, at)| *at < end && at.saturating_add(stride) > table);
+    let first = state.free.max(end);
+    let last = first.saturating_add(stride.saturating_mul(moves.len() as u64));
+    if last / SECTOR >= u64::from(UNALLOCATED) {
+        return Err(Error::unsupported("the file has no room for another block"));
+    }
+    state.move_footer(last);
+    state.write_tables(storage)?;
+    storage.flush().context("Could not flush")?;
+    for (n, (block, at)) in moves.into_iter().enumerate() {
+        let to = first + stride * n as u64;
         table::copy(storage, at, to, stride).context("Could not move a block")?;
         state.set(storage, block, Some(to))?;
-    }
-    if state.free < end {
-        state.move_footer(end);
     }
     state.write_tables(storage)?;
     storage.flush().context("Could not flush")
