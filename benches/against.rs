@@ -1,4 +1,4 @@
-//! Times vimg and qemu-img in turn on the same work, with a warm cache, and prints ratios.
+//! Times vimg and qemu-img, and if wanted an older vimg, in turn on the same work, with a warm cache, and prints ratios.
 //!
 //! `cargo bench --bench against [-- FILTER]`. The disk is a real one: an ext4 file system of this machine's own
 //! `/usr/bin` and `/usr/share` in a sparse 8 GiB raw file, made once in the scratch folder.
@@ -8,6 +8,7 @@
 //! | `VIMG_BENCH_DIR` | where the disk and the outputs lie | the temporary folder |
 //! | `VIMG_BENCH_GIB` | the disk's size | 8 |
 //! | `VIMG_BENCH_ROUNDS` | how often each job is run by each program | 5 |
+//! | `VIMG_BASE` | another vimg that is measured too, say that of the commit before | none |
 //!
 //! Where the time goes (`perf record`, two cores, 0.9 GiB of data):
 //!
@@ -19,7 +20,8 @@
 //! * Reading compressed images: a third to a half of the processor time is the kernel's, as above; the rest is the decoder
 //!   (libdeflate or zstd). Seen as user against system time, not profiled.
 //!
-//! Ratio = qemu-img's time / vimg's time: above 1 vimg is faster. Time and CPU are medians, memory is the largest.
+//! Ratio = the other's time / vimg's time: above 1 vimg is faster. Of times there are the ratio of the medians and that of
+//! the best runs, which the machine's other work disturbs the least. Seconds and CPU are medians, memory is the largest.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::os::unix::fs::MetadataExt;
@@ -126,9 +128,38 @@ fn measure(program: &Path, args: &[String], dir: &Path) -> Result<Cost, String> 
     Ok(Cost { seconds: next(), cpu: next(), peak_kib: next() as i64 })
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+/// A program that is measured.
+struct Contender {
+    name: &'static str,
+    path: PathBuf,
+}
+
+/// What all runs of one job by one program took.
+#[derive(Default)]
+struct Runs {
+    costs: Vec<Cost>,
+    /// Bytes that the file `out` takes on the host.
+    size: u64,
+}
+
+impl Runs {
+    fn sorted(&self, what: fn(&Cost) -> f64) -> Vec<f64> {
+        let mut values: Vec<f64> = self.costs.iter().map(what).collect();
+        values.sort_by(f64::total_cmp);
+        values
+    }
+
+    fn median(&self, what: fn(&Cost) -> f64) -> f64 {
+        self.sorted(what)[self.costs.len() / 2]
+    }
+
+    fn best(&self, what: fn(&Cost) -> f64) -> f64 {
+        self.sorted(what)[0]
+    }
+
+    fn peak_mib(&self) -> f64 {
+        self.costs.iter().map(|cost| cost.peak_kib).max().unwrap_or(0) as f64 / 1024.0
+    }
 }
 
 fn shell(dir: &Path, line: &str) {
@@ -171,23 +202,26 @@ fn main() {
     std::fs::create_dir_all(&base).expect("scratch folder");
     let disk = real_disk(&base, number("VIMG_BENCH_GIB", 8));
     let rounds = number("VIMG_BENCH_ROUNDS", 5);
-    let vimg = PathBuf::from(env!("CARGO_BIN_EXE_vimg"));
-    let theirs = PathBuf::from("qemu-img");
-    println!("ratio = qemu-img's time / vimg's: above 1.00 vimg is faster; {rounds} rounds, medians, warm cache");
-    println!(
-        "{:<24}{:>7} {:>9} {:>9} {:>7} {:>9} {:>9} {:>10} {:>10}",
-        "job", "ratio", "vimg s", "qemu s", "cpu", "vimg MiB", "qemu MiB", "vimg out", "qemu out"
-    );
+    let mut contenders = vec![
+        Contender { name: "vimg", path: PathBuf::from(env!("CARGO_BIN_EXE_vimg")) },
+        Contender { name: "qemu", path: PathBuf::from("qemu-img") },
+    ];
+    if let Some(path) = std::env::var_os("VIMG_BASE") {
+        let path = std::fs::canonicalize(path).expect("VIMG_BASE is a program");
+        contenders.push(Contender { name: "base", path });
+    }
+    println!("ratio = the other's time / vimg's: above 1.00 vimg is faster; {rounds} rounds, in turn, warm cache");
+    println!("{}", head(&contenders));
     for job in JOBS.iter().filter(|job| job.name.contains(&filter)) {
-        match run_job(job, &base, &disk, rounds, &vimg, &theirs) {
-            Ok(line) => println!("{line}"),
+        match run_job(job, &base, &disk, rounds, &contenders) {
+            Ok(runs) => println!("{}", row(job, &runs)),
             Err(why) => println!("{:<24} not measured: {}", job.name, why.lines().next().unwrap_or_default()),
         }
     }
     let _ = std::fs::remove_file(base.join("out"));
 }
 
-/// The words of a line for one of the two programs.
+/// The words of a line for one of the programs.
 fn words(line: &str, disk: &Path, theirs: bool) -> Vec<String> {
     let word = |word: &str| match (word, word.strip_prefix('+')) {
         ("{disk}", _) => Some(disk.display().to_string()),
@@ -197,45 +231,71 @@ fn words(line: &str, disk: &Path, theirs: bool) -> Vec<String> {
     line.split(' ').filter_map(word).collect()
 }
 
-fn run_job(job: &Job, dir: &Path, disk: &Path, rounds: u64, vimg: &Path, theirs: &Path) -> Result<String, String> {
+/// Runs a job by each contender, in turn; one [`Runs`] each.
+fn run_job(job: &Job, dir: &Path, disk: &Path, rounds: u64, contenders: &[Contender]) -> Result<Vec<Runs>, String> {
     for (file, make) in job.needs {
         if !dir.join(file).exists() {
-            let status = Command::new(theirs).args(words(make, disk, true)).current_dir(dir).status();
+            let status = Command::new("qemu-img").args(words(make, disk, true)).current_dir(dir).status();
             assert!(status.is_ok_and(|s| s.success()), "failed: qemu-img {make}");
         }
     }
-    let args = [words(job.run, disk, false), words(job.run, disk, true)];
-    let mut costs: [Vec<Cost>; 2] = [Vec::new(), Vec::new()];
-    let mut sizes = [0, 0];
+    let mut all: Vec<Runs> = contenders.iter().map(|_| Runs::default()).collect();
     // One run of each to warm up, then in turn.
     for round in 0..=rounds {
-        for (which, program) in [vimg, theirs].into_iter().enumerate() {
+        for (contender, runs) in contenders.iter().zip(&mut all) {
             let _ = std::fs::remove_file(dir.join("out"));
             if job.run.contains("grow.qcow2") {
                 shell(dir, "rm -f grow.qcow2; qemu-img create -q -f qcow2 grow.qcow2 8G");
             }
-            let cost = measure(program, &args[which], dir)?;
+            let args = words(job.run, disk, contender.name == "qemu");
+            let cost = measure(&contender.path, &args, dir)?;
             if round > 0 {
-                costs[which].push(cost);
+                runs.costs.push(cost);
             }
-            sizes[which] = std::fs::metadata(dir.join("out")).map_or(0, |m| m.blocks() * 512);
+            runs.size = std::fs::metadata(dir.join("out")).map_or(0, |m| m.blocks() * 512);
         }
     }
-    let of = |which: usize, what: fn(&Cost) -> f64| median(costs[which].iter().map(what).collect());
-    let peak = |which: usize| costs[which].iter().map(|cost| cost.peak_kib).max().unwrap_or(0) as f64 / 1024.0;
-    let seconds = [of(0, |c| c.seconds), of(1, |c| c.seconds)];
-    let cpu = [of(0, |c| c.cpu), of(1, |c| c.cpu)];
-    let mib = |bytes: u64| format!("{:.1}M", bytes as f64 / 1048576.0);
-    Ok(format!(
-        "{:<24}{:>7.2} {:>9.4} {:>9.4} {:>7.2} {:>9.1} {:>9.1} {:>10} {:>10}",
-        job.name,
-        seconds[1] / seconds[0],
-        seconds[0],
-        seconds[1],
-        cpu[1] / cpu[0],
-        peak(0),
-        peak(1),
-        mib(sizes[0]),
-        mib(sizes[1])
-    ))
+    Ok(all)
+}
+
+/// The head of the table: see [`row`].
+fn head(contenders: &[Contender]) -> String {
+    let mut line = format!("{:<24}", "job");
+    for contender in &contenders[1..] {
+        line.push_str(&format!("{:>8} {:>7}", format!("vs {}", contender.name), "best"));
+    }
+    for contender in contenders {
+        line.push_str(&format!(" {:>9}", format!("{} s", contender.name)));
+    }
+    line.push_str(&format!(" {:>7}", "cpu"));
+    for contender in contenders {
+        line.push_str(&format!(" {:>9}", format!("{} MiB", contender.name)));
+    }
+    for contender in contenders {
+        line.push_str(&format!(" {:>10}", format!("{} out", contender.name)));
+    }
+    line
+}
+
+/// For each other program the ratio of the medians and of the best runs; then for each program seconds; the ratio of
+/// qemu-img's processor time; memory; and the size of the result.
+fn row(job: &Job, all: &[Runs]) -> String {
+    let mut line = format!("{:<24}", job.name);
+    let (ours, others) = (&all[0], &all[1..]);
+    for theirs in others {
+        let ratio = theirs.median(|c| c.seconds) / ours.median(|c| c.seconds);
+        let best = theirs.best(|c| c.seconds) / ours.best(|c| c.seconds);
+        line.push_str(&format!("{ratio:>8.2} {best:>7.2}"));
+    }
+    for runs in all {
+        line.push_str(&format!(" {:>9.4}", runs.median(|c| c.seconds)));
+    }
+    line.push_str(&format!(" {:>7.2}", all[1].median(|c| c.cpu) / ours.median(|c| c.cpu)));
+    for runs in all {
+        line.push_str(&format!(" {:>9.1}", runs.peak_mib()));
+    }
+    for runs in all {
+        line.push_str(&format!(" {:>10}", format!("{:.1}M", runs.size as f64 / 1048576.0)));
+    }
+    line
 }
