@@ -19,6 +19,7 @@ mod kinds;
 mod qcow;
 mod qcow2_create;
 mod qcow2_read;
+mod qcow2_resize;
 mod qcow2_write;
 mod realdisk;
 mod rig;

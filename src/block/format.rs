@@ -96,6 +96,11 @@ pub trait CreateFiles {
 
 /// Makes files while an image is resized.
 pub trait ResizeFiles {
+    /// Bytes of the disk that the backing file covers: what it holds past the old end must not show.
+    fn covered(&self) -> u64 {
+        0
+    }
+
     /// Makes a file beside the main one. It has no name yet; one that is taken is refused.
     fn beside(&self, name: &str) -> Result<Arc<dyn Storage>>;
     /// Gives the files made so far their names, then makes `main` the content of the main file: all of it, or none.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::block::error::Context;
 use crate::block::io::Scratch;
-use crate::block::{Error, GuestOffset, Node, Resize, ResizeFiles, Result, name};
+use crate::block::{Error, ExtentKind, GuestOffset, Node, Resize, ResizeFiles, Result, name};
 use crate::storage::lock::Access;
 use crate::storage::staging::{CreateHow, Staging};
 use crate::storage::{CacheMode, Preallocation, Storage};
@@ -63,6 +63,7 @@ fn resizing(node: &Node) -> Result<&dyn Resize> {
 /// Gives the disk that many bytes. New ones read as zeros, whatever a longer backing file holds there.
 pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
     let old = node.virtual_size();
+    own_the_end(node, old, size)?;
     resizing(node)?.resize_with(size, fill, &Beside { node, staging: Mutex::default() })?;
     let covered = node.backing().map_or(0, |below| below.virtual_size()).min(size);
     if covered > old {
@@ -70,6 +71,21 @@ pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
             .context("Failed to zero out the new area")?;
     }
     node.driver().close()
+}
+
+/// Where a longer backing file shows in the unit in which the disk ends, that unit gets a place of its own: the driver
+/// can then clear the rest of it before the size changes.
+fn own_the_end(node: &Node, old: u64, size: u64) -> Result<()> {
+    let covered = node.backing().map_or(0, |below| below.virtual_size()).min(size);
+    let Some(last) = old.checked_sub(512).filter(|_| covered > old) else { return Ok(()) };
+    let extent = node.driver().extent(GuestOffset(last), 512)?;
+    let unit = node.writing().map_or(1, |writing| writing.fill_unit().max(1));
+    if !matches!(extent.kind, ExtentKind::Unallocated(_)) || old.is_multiple_of(unit) {
+        return Ok(());
+    }
+    let (mut sector, mut scratch) = ([0; 512], Scratch::default());
+    node.read(GuestOffset(last), &mut sector, &mut scratch)?;
+    node.write(GuestOffset(last), &sector, &mut scratch)
 }
 
 /// Makes files beside an image that is there, and replaces its own.
@@ -90,6 +106,10 @@ fn path_of(name: &OsStr) -> PathBuf {
 }
 
 impl ResizeFiles for Beside<'_> {
+    fn covered(&self) -> u64 {
+        self.node.backing().map_or(0, |below| below.virtual_size())
+    }
+
     fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let base = self.node.origin().base.as_deref();
         let full = base.and_then(|base| name::beside(Some(base), name.as_ref()));

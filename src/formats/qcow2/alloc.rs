@@ -260,20 +260,33 @@ impl Qcow2Driver {
         Ok(host)
     }
 
+    /// Refuses an entry that points at a table.
+    pub(super) fn check_entry(&self, entry: u64) -> Result<()> {
+        if self.external {
+            Ok(())
+        } else if entry & COMPRESSED != 0 {
+            let (at, len) = self.geometry.compressed(entry);
+            self.check_data(at, len)
+        } else if entry & OFFSET_MASK != 0 {
+            self.check_data(entry & OFFSET_MASK, self.geometry.cluster_size())
+        } else {
+            Ok(())
+        }
+    }
+
     /// What an entry points to loses a reference, later.
     pub(super) fn free_entry(&self, alloc: &mut Allocator, entry: u64, punch: bool) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         if self.external {
             return Ok(());
         }
+        self.check_entry(entry)?;
         if entry & COMPRESSED != 0 {
             let (at, len) = self.geometry.compressed(entry);
-            self.check_data(at, len)?;
             let first = at >> bits;
             let last = at.saturating_add(len).saturating_sub(1) >> bits;
             alloc.freed.push((first, last - first + 1, punch));
         } else if entry & OFFSET_MASK != 0 {
-            self.check_data(entry & OFFSET_MASK, self.geometry.cluster_size())?;
             match alloc.freed.last_mut() {
                 Some((first, n, p)) if *p == punch && *first + *n == (entry & OFFSET_MASK) >> bits => *n += 1,
                 _ => alloc.freed.push(((entry & OFFSET_MASK) >> bits, 1, punch)),

@@ -4,7 +4,7 @@
 //! bytes; `open.rs` opening: checks, refusals, options; `tables.rs` the cache of L1, L2 and refcount tables and the
 //! order in which changes reach the file; `map.rs` guest offset → extent; `codec.rs` compressed clusters;
 //! `snapshot.rs` and `bitmap.rs` their directories; `tracking.rs` bitmaps that follow what is written; `info.rs` what info shows; `create.rs` new images; `alloc.rs`
-//! and `refcount.rs` the giving out of clusters; `resize.rs` the changing of the size; `walk.rs` everything that the
+//! and `refcount.rs` the giving out of clusters; `resize.rs` the changing of the size, `tail.rs` what lies past the end; `walk.rs` everything that the
 //! metadata refers to, one after the other, for `guard.rs` (where tables are) and `repair.rs` (after an unclean end,
 //! with `references.rs`).
 //!
@@ -31,6 +31,7 @@ pub mod resize;
 pub mod snapshot;
 pub mod space;
 pub mod tables;
+pub mod tail;
 pub mod tracking;
 pub mod walk;
 pub mod window;

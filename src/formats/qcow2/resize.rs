@@ -1,12 +1,13 @@
 //! Changing the virtual size.
 //!
-//! Growing: a longer L1 table in a new place, then the new part's clusters if they are wanted ahead, then the size.
-//! Shrinking: entries beyond the new end are taken back, what they pointed to is freed and punched, refcount blocks
-//! that count nothing are freed, the file is cut after its last used cluster. Wherever it stops the image is
-//! consistent: the size in the header is changed last when growing, and what is lost was asked to be lost.
+//! Growing: a longer L1 table in a new place; what lies past the old end cleared (see `tail.rs`); the new part's
+//! clusters if they are wanted ahead; then the size. Shrinking: the size first; then entries beyond the new end are
+//! taken back, what they pointed to is freed and punched, refcount blocks that count nothing are freed, the file is cut
+//! after its last used cluster. Wherever it stops the disk is the old one or the new one, and the image consistent,
+//! with leaks at worst. What cannot be done is refused before the first write.
 
 use crate::block::error::Context;
-use crate::block::{Error, Resize, Result};
+use crate::block::{Error, Resize, ResizeFiles, Result};
 use crate::storage::{Preallocation, Zeroing};
 
 use super::Qcow2Driver;
@@ -17,6 +18,7 @@ use super::prealloc::PIECE;
 use super::refcount;
 use super::space::Space;
 use super::tables::{Kind, Table};
+use super::tail::Tail;
 
 impl Resize for Qcow2Driver {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
@@ -48,19 +50,41 @@ impl Resize for Qcow2Driver {
     }
 
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
-        self.check(size, fill)?;
-        let mut alloc = self.lock_alloc();
-        self.before_resize(&mut alloc)?;
-        let old = self.header().fields.size;
-        if size < old { self.shrink(&mut alloc, size) } else { self.grow(&mut alloc, old, size, fill) }
+        self.resize_over(size, fill, 0)
+    }
+
+    fn resize_with(&self, size: u64, fill: Preallocation, files: &dyn ResizeFiles) -> Result<()> {
+        self.resize_over(size, fill, files.covered())
     }
 }
 
 impl Qcow2Driver {
-    fn grow(&self, alloc: &mut Allocator, old: u64, size: u64, fill: Preallocation) -> Result<()> {
+    /// The backing file covers the first `covered` bytes.
+    fn resize_over(&self, size: u64, fill: Preallocation, covered: u64) -> Result<()> {
+        self.check(size, fill)?;
+        let mut alloc = self.lock_alloc();
+        self.before_resize(&mut alloc)?;
+        let old = self.header().fields.size;
+        if size < old {
+            return self.shrink(&mut alloc, size);
+        }
+        self.grow(&mut alloc, old, size, fill, covered.min(size))
+    }
+
+    fn grow(&self, alloc: &mut Allocator, old: u64, size: u64, fill: Preallocation, covered: u64) -> Result<()> {
+        self.check_beyond(old)?;
         let entries = self.geometry.l1_entries_for(size);
         if entries > self.l1().len / ENTRY {
             self.grow_l1(alloc, entries)?;
+        }
+        if size > old {
+            self.drop_beyond(alloc, old)?;
+            let tail = match fill {
+                Preallocation::Falloc if !self.external => Tail::Reserve,
+                Preallocation::Full if !self.external => Tail::Write,
+                _ => Tail::Clear,
+            };
+            self.clear_tail(alloc, old, tail)?;
         }
         let raw = self.header().fields.autoclear & layout::DATA_FILE_RAW != 0;
         let tables = if raw && fill == Preallocation::Off { Preallocation::Metadata } else { fill };
@@ -73,9 +97,16 @@ impl Qcow2Driver {
             let how = if fill == Preallocation::Metadata { Preallocation::Off } else { fill };
             let unit = self.geometry.subcluster_size();
             let end = if tables == Preallocation::Off { size } else { size.next_multiple_of(unit) };
+            let stale = data.storage.len().context("Could not get file size")?.min(end).saturating_sub(old);
+            if tables != Preallocation::Off && stale > 0 {
+                data.storage.zero(old, stale, Zeroing::Punch).context("Could not clear the end of the data file")?;
+            }
             if data.storage.len().context("Could not get file size")? < end {
                 data.storage.set_len(end, how).context("Failed to resize underlying file")?;
             }
+        }
+        if covered > old && self.backing.is_some() {
+            self.hide_backing(alloc, old, covered)?;
         }
         self.set_size(alloc, size)
     }
@@ -85,6 +116,7 @@ impl Qcow2Driver {
         let bitmaps = self.fit_bitmaps(alloc, size)?;
         let waiting = std::mem::take(&mut alloc.freed);
         self.settle(alloc)?;
+        self.file().storage.flush().context("Could not flush")?;
         self.update_header(|header| {
             header.fields.size = size;
             header.bitmaps = bitmaps.or(header.bitmaps);
@@ -128,14 +160,14 @@ impl Qcow2Driver {
         let cluster = geometry.cluster_size();
         let storage = &self.file().storage;
         let end = size.next_multiple_of(cluster);
-        // The cluster in which the disk ended may show the backing file.
+        // The cluster in which the disk ended may show the backing file, or have room already.
+        let last = old - geometry.in_cluster(old);
         let mut guest = match &self.backing {
-            Some(_) => old.next_multiple_of(cluster),
-            None => old - geometry.in_cluster(old),
+            None if !self.has_room(last)? => last,
+            _ => old.next_multiple_of(cluster),
         };
         let mut area = None;
         if !self.external && matches!(fill, Preallocation::Falloc | Preallocation::Full) {
-            guest = old.next_multiple_of(cluster);
             let count = (end - guest) >> bits;
             let tables = count.div_ceil(geometry.l2_entries());
             let used = storage.len().context("Could not get file size")?.div_ceil(cluster).max(self.last_used()? + 1);
@@ -194,6 +226,17 @@ impl Qcow2Driver {
             storage.set_len(host_end, Preallocation::Off).context("Could not resize file")?;
         }
         Ok(())
+    }
+
+    /// Whether a guest cluster has room in the file.
+    fn has_room(&self, guest: u64) -> Result<bool> {
+        let (l1, index) = (self.l1(), self.geometry.l1_index(guest));
+        let at = if index < l1.len / ENTRY { self.tables.get(l1, index)? & OFFSET_MASK } else { 0 };
+        if at == 0 {
+            return Ok(false);
+        }
+        let (entry, _) = self.l2_entry(self.l2(at), self.geometry.l2_index(guest))?;
+        Ok(entry & (OFFSET_MASK | COMPRESSED) != 0 || (self.external && entry & COPIED != 0))
     }
 
     /// The last cluster with a refcount.
@@ -263,46 +306,14 @@ impl Qcow2Driver {
     }
 
     fn shrink(&self, alloc: &mut Allocator, size: u64) -> Result<()> {
-        let geometry = self.geometry;
-        let (cluster, covers) = (geometry.cluster_size(), geometry.l1_covers());
-        let keep = size.next_multiple_of(cluster);
         // The file is as long as its tables say only once they are in it.
         self.settle(alloc)?;
         self.check_refcount_table()?;
-        let file = self.file().storage.len().context("Could not get file size")?;
-        let l1 = self.l1();
-        for l1_index in size / covers..l1.len / ENTRY {
-            let entry = self.tables.get(l1, l1_index)?;
-            if entry & OFFSET_MASK == 0 {
-                continue;
-            }
-            let at = entry & OFFSET_MASK;
-            if geometry.in_cluster(at) != 0 || at >= file {
-                return Err(self.corrupt(format!("L2 table offset {at:#x} is wrong (L1 index: {l1_index:#x})")));
-            }
-            let start = l1_index * covers;
-            let whole = start >= keep;
-            let table = if whole { self.l2(at) } else { self.writable_l2(alloc, start)? };
-            if whole {
-                self.tables.set(l1, l1_index, 0)?;
-                // A table is in the image itself, wherever the data is.
-                alloc.freed.push((at >> geometry.cluster_bits, 1, true));
-            }
-            let first = keep.saturating_sub(start) / cluster;
-            for index in first..geometry.l2_entries() {
-                let (old, bitmap) = self.l2_entry(table, index)?;
-                if (old, bitmap) == (0, 0) {
-                    continue;
-                }
-                self.free_entry(alloc, old, true)?;
-                if !whole {
-                    self.set_l2_entry(table, index, 0, 0)?;
-                }
-            }
-            self.settle_if_due(alloc)?;
-        }
-        self.settle(alloc)?;
+        self.check_beyond(size)?;
         self.set_size(alloc, size)?;
+        self.drop_beyond(alloc, size)?;
+        self.clear_tail(alloc, size, Tail::Clear)?;
+        self.settle(alloc)?;
         self.shrink_refcounts(alloc)?;
         self.settle(alloc)?;
         if self.external
@@ -311,7 +322,7 @@ impl Qcow2Driver {
         {
             data.storage.set_len(size, Preallocation::Off).context("Failed to resize underlying file")?;
         }
-        let end = (self.last_used()? + 1) << geometry.cluster_bits;
+        let end = (self.last_used()? + 1) << self.geometry.cluster_bits;
         let storage = &self.file().storage;
         if storage.len().context("Could not get file size")? > end {
             self.tables.forget(end, u64::MAX - end);

@@ -92,8 +92,7 @@ pub fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot
         if total > MAX_SNAPSHOT_TABLE_BYTES {
             let rest = fields.nb_snapshots - n;
             return Err(Error::corrupt("Snapshot table is too big")
-                .hint(format!("You can force-remove all {rest} overhanging snapshots with qemu-img check -r all"))
-                .hint(""));
+                .hint(format!("You can force-remove all {rest} overhanging snapshots with qemu-img check -r all")));
         }
         found.push(Snapshot { fields: entry, extra, id, name });
     }

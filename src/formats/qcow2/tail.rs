@@ -1,0 +1,243 @@
+//! What lies past the end of the disk: nothing of it may ever show.
+//!
+//! The last cluster goes on past the end of a disk that does not end with it, and a resize that was stopped, or that
+//! another program did, can leave entries there. When the disk grows these parts become the guest's: they are made to
+//! read as zeros before the header has the new size, and once more after it has a smaller one, for programs that do
+//! not look when they grow an image.
+
+use crate::block::error::Context;
+use crate::block::{CompressedUnit, Error, GuestOffset, HostOffset, HostPlace, Result};
+use crate::storage::{Storage, Zeroing};
+
+use super::Qcow2Driver;
+use super::alloc::Allocator;
+use super::layout::{self, COMPRESSED, COPIED, ENTRY, OFFSET_MASK, ZERO};
+
+const FAILED: &str = "Could not clear the end of the last cluster";
+
+/// Whether space that reads as zeros already is reserved too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tail {
+    /// Only what does not read as zeros is written.
+    Clear,
+    /// Room is reserved.
+    Reserve,
+    /// Zeros are written.
+    Write,
+}
+
+impl Qcow2Driver {
+    /// Makes the last cluster read as zeros from the end of a disk of `size` bytes on. Nothing before it changes.
+    pub(super) fn clear_tail(&self, alloc: &mut Allocator, size: u64, tail: Tail) -> Result<()> {
+        let geometry = self.geometry;
+        let (within, l1) = (geometry.in_cluster(size), self.l1());
+        let first = size - within;
+        if within == 0 || geometry.l1_index(first) >= l1.len / ENTRY {
+            return Ok(());
+        }
+        let at = self.tables.get(l1, geometry.l1_index(first))? & OFFSET_MASK;
+        if at == 0 {
+            return Ok(());
+        }
+        let index = geometry.l2_index(first);
+        let (entry, bitmap) = self.l2_entry(self.l2(at), index)?;
+        if entry & COMPRESSED != 0 {
+            return self.clear_compressed(alloc, first, within, entry);
+        }
+        let host = entry & OFFSET_MASK;
+        let there = host != 0 || (self.external && entry & COPIED != 0);
+        // Which bytes hold data there, and what the entry becomes.
+        let (end, marks) = if geometry.extended {
+            let unit = geometry.subcluster_size();
+            let (part, whole) = (within / unit, within.div_ceil(unit));
+            let beyond = u64::from(u32::MAX) & !((1u64 << whole) - 1);
+            let data = bitmap >> part & 1 != 0 && whole > part;
+            let shown = bitmap & beyond != 0;
+            let marks = if shown { (bitmap & !beyond) | (beyond << 32) } else { bitmap };
+            (if data { whole * unit } else { within }, marks)
+        } else {
+            (if entry & ZERO == 0 { geometry.cluster_size() } else { within }, bitmap)
+        };
+        let own = self.external || entry & COPIED != 0;
+        if there && own {
+            let place = if self.external { first } else { host };
+            if !self.external {
+                self.check_data(host, geometry.cluster_size())?;
+            }
+            let file = self.files.get(self.data_file()).unwrap_or(self.file());
+            clear(&*file.storage, place + within, end - within, Tail::Clear)?;
+            clear(&*file.storage, place + within, geometry.cluster_size() - within, tail)?;
+        } else if there && end > within {
+            let mut bytes = self.bytes(geometry.cluster_size())?;
+            self.check_data(host, geometry.cluster_size())?;
+            self.file().storage.read_at(host, &mut bytes).context(FAILED)?;
+            return self.replace(alloc, first, bytes, within, end, marks);
+        }
+        if marks != bitmap {
+            let table = self.writable_l2(alloc, first)?;
+            self.set_l2_entry(table, index, entry, marks)?;
+        }
+        Ok(())
+    }
+
+    fn clear_compressed(&self, alloc: &mut Allocator, first: u64, within: u64, entry: u64) -> Result<()> {
+        let cluster = self.geometry.cluster_size();
+        let (at, host_len) = self.geometry.compressed(entry);
+        self.check_data(at, host_len)?;
+        let place = HostPlace { file: 0, at: HostOffset(at) };
+        let unit = CompressedUnit { start: GuestOffset(first), len: cluster, place, host_len };
+        let (mut input, mut bytes) = (self.bytes(host_len)?, self.bytes(cluster)?);
+        self.file().storage.read_at(at, &mut input).context(FAILED)?;
+        self.decode_unit(&unit, &input, &mut bytes)?;
+        let marks = if self.geometry.extended { u64::from(u32::MAX) } else { 0 };
+        self.replace(alloc, first, bytes, within, cluster, marks)
+    }
+
+    /// Puts a cluster's bytes, cleared from `from` to `to`, in a new place, unless they are clear.
+    fn replace(
+        &self,
+        alloc: &mut Allocator,
+        guest: u64,
+        mut bytes: Vec<u8>,
+        from: u64,
+        to: u64,
+        marks: u64,
+    ) -> Result<()> {
+        let range = usize::try_from(from).ok().zip(usize::try_from(to).ok());
+        let Some(part) = range.and_then(|(from, to)| bytes.get_mut(from..to)) else { return Ok(()) };
+        if part.iter().all(|byte| *byte == 0) {
+            return Ok(());
+        }
+        part.fill(0);
+        let table = self.writable_l2(alloc, guest)?;
+        let index = self.geometry.l2_index(guest);
+        let (old, _) = self.l2_entry(table, index)?;
+        let host = self.allocate(alloc, 1)? << self.geometry.cluster_bits;
+        self.file().storage.write_at(host, &bytes).context(FAILED)?;
+        self.set_l2_entry(table, index, COPIED | host, marks)?;
+        self.free_entry(alloc, old, false)
+    }
+
+    fn bytes(&self, len: u64) -> Result<Vec<u8>> {
+        Ok(vec![0; usize::try_from(len).map_err(|_| Error::corrupt("a cluster is too large"))?])
+    }
+
+    /// Refuses entries past the end of a disk of `size` bytes that cannot be taken back. Changes nothing.
+    pub(super) fn check_beyond(&self, size: u64) -> Result<()> {
+        self.each_beyond(size, &mut |_, _, _| Ok(()))
+    }
+
+    /// Takes back all entries past the end of a disk of `size` bytes; what they refer to waits to be freed.
+    pub(super) fn drop_beyond(&self, alloc: &mut Allocator, size: u64) -> Result<()> {
+        let geometry = self.geometry;
+        let (l1, keep) = (self.l1(), size.next_multiple_of(geometry.cluster_size()));
+        self.each_beyond(size, &mut |l1_index, at, first| {
+            let start = l1_index * geometry.l1_covers();
+            let whole = start >= keep;
+            let table = if whole { self.l2(at) } else { self.writable_l2(alloc, start)? };
+            if whole {
+                self.tables.set(l1, l1_index, 0)?;
+                // A table is in the image itself, wherever the data is.
+                alloc.freed.push((at >> geometry.cluster_bits, 1, true));
+            }
+            for index in first..geometry.l2_entries() {
+                let (old, bitmap) = self.l2_entry(table, index)?;
+                if (old, bitmap) == (0, 0) {
+                    continue;
+                }
+                self.free_entry(alloc, old, true)?;
+                if !whole {
+                    self.set_l2_entry(table, index, 0, 0)?;
+                }
+            }
+            self.settle_if_due(alloc)
+        })
+    }
+
+    /// Shows each L2 table that has entries past the end: L1 index, place, the first such entry. All of them are
+    /// looked at before.
+    fn each_beyond(&self, size: u64, act: &mut dyn FnMut(u64, u64, u64) -> Result<()>) -> Result<()> {
+        let geometry = self.geometry;
+        let (cluster, covers) = (geometry.cluster_size(), geometry.l1_covers());
+        let keep = size.next_multiple_of(cluster);
+        let file = self.file().storage.len().context("Could not get file size")?;
+        let l1 = self.l1();
+        for l1_index in keep / covers..l1.len / ENTRY {
+            let at = self.tables.get(l1, l1_index)? & OFFSET_MASK;
+            if at == 0 {
+                continue;
+            }
+            if geometry.in_cluster(at) != 0 || at >= file {
+                return Err(self.corrupt(format!("L2 table offset {at:#x} is wrong (L1 index: {l1_index:#x})")));
+            }
+            let first = keep.saturating_sub(l1_index * covers) / cluster;
+            let mut any = first == 0;
+            for index in first..geometry.l2_entries() {
+                let (entry, bitmap) = self.l2_entry(self.l2(at), index)?;
+                any |= (entry, bitmap) != (0, 0);
+                self.check_entry(entry)?;
+            }
+            if any {
+                act(l1_index, at, first)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes what has no data between two offsets (the first a multiple of the cluster, or of the subcluster) read as
+    /// zeros, whatever the backing file holds there.
+    pub(super) fn hide_backing(&self, alloc: &mut Allocator, from: u64, to: u64) -> Result<()> {
+        let geometry = self.geometry;
+        let cluster = geometry.cluster_size();
+        let mut guest = from - geometry.in_cluster(from);
+        while guest < to {
+            let table = self.writable_l2(alloc, guest)?;
+            let index = geometry.l2_index(guest);
+            let (entry, bitmap) = self.l2_entry(table, index)?;
+            if geometry.extended {
+                let unit = geometry.subcluster_size();
+                let part = from.saturating_sub(guest).div_ceil(unit).min(u64::from(layout::SUBCLUSTERS));
+                let beyond = u64::from(u32::MAX) & !((1u64 << part) - 1);
+                // Those that hold data, and those that are zeros, stay so.
+                let hidden = beyond & !bitmap & !(bitmap >> 32);
+                self.set_l2_entry(table, index, entry, bitmap | (hidden << 32))?;
+            } else if guest >= from && entry & (OFFSET_MASK | COMPRESSED | ZERO) == 0 {
+                let word = if geometry.version < 3 { self.zeros(alloc)? } else { entry | ZERO };
+                self.set_l2_entry(table, index, word, 0)?;
+            }
+            guest += cluster;
+            self.settle_if_due(alloc)?;
+        }
+        Ok(())
+    }
+
+    /// The entry of a new cluster of zeros.
+    fn zeros(&self, alloc: &mut Allocator) -> Result<u64> {
+        let host = self.allocate(alloc, 1)? << self.geometry.cluster_bits;
+        let storage = &self.file().storage;
+        storage.zero(host, self.geometry.cluster_size(), Zeroing::Allocate).context("Could not write zeros")?;
+        Ok(COPIED | host)
+    }
+}
+
+/// Makes a range of a file, as far as it reaches, read as zeros.
+fn clear(storage: &dyn Storage, at: u64, len: u64, how: Tail) -> Result<()> {
+    if len == 0 {
+        return Ok(());
+    }
+    if how != Tail::Clear {
+        let how = if how == Tail::Write { Zeroing::Write } else { Zeroing::Allocate };
+        return storage.zero(at, len, how).context(FAILED);
+    }
+    let end = storage.len().context("Could not get file size")?.min(at.saturating_add(len));
+    let mut from = at;
+    while from < end {
+        let extent = storage.extent(from, end - from).context("Could not get block status")?;
+        let run = extent.len.clamp(1, end - from);
+        if !extent.is_zero() {
+            storage.zero(from, run, Zeroing::Allocate).context(FAILED)?;
+        }
+        from += run;
+    }
+    Ok(())
+}
