@@ -70,7 +70,7 @@ pub struct Args {
     /// write at most that many bytes a second
     #[arg(short = 'r', long, alias = "rate", value_name = "RATE", value_parser = rate)]
     rate_limit: Option<u64>,
-    /// number of threads, 1 to 16; one per core if not given
+    /// number of threads, 1 to 16; if not given one per core, or more where devices or uncached files (cache mode none) gain by it
     #[arg(short = 'm', long, value_name = "NUM", value_parser = threads)]
     parallel: Option<usize>,
     /// place data in the order in which it comes: may be faster, and the layout is not the same every time

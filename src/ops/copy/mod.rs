@@ -107,11 +107,21 @@ pub fn copy(
     if target.virtual_size() < source.total() {
         return Err(Error::invalid("output file is smaller than input file"));
     }
-    let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
-    let threads = options.threads.unwrap_or_else(cores).clamp(1, MOST_THREADS);
+    let threads = options.threads.unwrap_or_else(|| suitable_threads(source, target)).clamp(1, MOST_THREADS);
     // Not worth a thread.
     let chunks = usize::try_from(source.total().div_ceil(plan::CHUNK)).unwrap_or(usize::MAX);
     engine.run(threads.min(chunks.max(1)))
+}
+
+/// One thread a core, or as many as the storage on either side wants requests in flight: each has one at a time.
+fn suitable_threads(source: &Joined, target: &Node) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let layers = source
+        .nodes()
+        .chain([target])
+        .flat_map(|node| std::iter::successors(Some(node), |node| node.backing().map(|below| &**below)));
+    let wishes = layers.flat_map(|node| node.driver().files()).filter_map(|file| file.storage.facts().parallel);
+    wishes.max().map_or(cores, |most| cores.max(usize::try_from(most).unwrap_or(MOST_THREADS)))
 }
 
 #[cfg(test)]

@@ -101,6 +101,11 @@ impl Joined {
         Self { parts, len: start, above }
     }
 
+    /// What is joined, in order.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.parts.iter().map(|part| &*part.node)
+    }
+
     /// The length of all together.
     pub fn total(&self) -> u64 {
         self.len

@@ -18,6 +18,7 @@ struct Patchy {
     inner: Memory,
     holes: bool,
     bad_read: Option<u64>,
+    parallel: Option<u32>,
     bad_write: Option<u64>,
     written: Mutex<BTreeMap<u64, u64>>,
 }
@@ -75,7 +76,7 @@ impl Storage for Patchy {
         Ok(None)
     }
     fn facts(&self) -> Facts {
-        self.inner.facts()
+        Facts { parallel: self.parallel, ..self.inner.facts() }
     }
     fn host(&self) -> Option<&HostFile> {
         None
@@ -91,6 +92,10 @@ impl Related for Nothing {
 }
 
 fn node(storage: Arc<dyn Storage>, name: &str) -> Arc<Node> {
+    layer(storage, None, name)
+}
+
+fn layer(storage: Arc<dyn Storage>, backing: Option<Arc<Node>>, name: &str) -> Arc<Node> {
     let driver = Raw
         .open(OpenRequest {
             file: Child { role: "file".to_owned(), name: name.to_owned(), storage },
@@ -100,7 +105,7 @@ fn node(storage: Arc<dyn Storage>, name: &str) -> Arc<Node> {
             related: &Nothing,
         })
         .unwrap();
-    Arc::new(Node::new(driver, None, name.to_owned()))
+    Arc::new(Node::new(driver, backing, name.to_owned()))
 }
 
 fn noise(len: usize, seed: u64) -> Vec<u8> {
@@ -201,6 +206,21 @@ fn failures_say_where_and_stop_everybody() {
 }
 
 #[test]
+fn storage_with_latency_gets_a_thread_for_each_request_it_wants_in_flight() {
+    let disk = |parallel| Arc::new(Patchy { parallel, ..Patchy::default() });
+    let suits = |parallel| node(disk(parallel), "disk");
+    let threads =
+        |source: &Arc<Node>, target: &Node| suitable_threads(&Joined::new(std::slice::from_ref(source), None), target);
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let (cached, deep) = (suits(None), suits(Some(200)));
+    assert_eq!(threads(&cached, &cached), cores);
+    assert_eq!(threads(&cached, &suits(Some(1))), cores);
+    assert_eq!((threads(&deep, &cached), threads(&cached, &deep)), (cores.max(200), cores.max(200)));
+    let over = layer(disk(None), Some(deep), "top");
+    assert_eq!(threads(&over, &cached), cores.max(200), "a backing file counts too");
+}
+
+#[test]
 fn a_rate_is_kept() {
     let source = Joined::new(&[node(Arc::new(Memory::new(vec![1; 8 << 20])), "source")], None);
     let target = node(Arc::new(Memory::new(vec![0; 8 << 20])), "target");
@@ -213,6 +233,7 @@ fn a_rate_is_kept() {
         &Silent,
     )
     .unwrap();
+    // The last chunk does not wait for what follows it. However slow the machine is, it cannot be faster than that.
     let took = started.elapsed().as_secs_f64();
-    assert!((0.15..2.0).contains(&took), "{took}");
+    assert!(took >= 0.15, "{took}");
 }
