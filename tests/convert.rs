@@ -4,7 +4,6 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
 
 use crate::common::{Scratch, assert_same_bytes, judge, need, need_root, pattern, qemu_io, sh, vimg, write_pattern};
 
@@ -22,13 +21,6 @@ fn disk(path: &Path, size: u64, seed: u64) {
     if seed.is_multiple_of(2) {
         file.write_all_at(&[7], size - 1).unwrap();
     }
-}
-
-fn names(scratch: &Scratch) -> Vec<String> {
-    let mut names: Vec<_> =
-        fs::read_dir(scratch.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
 }
 
 #[test]
@@ -270,24 +262,6 @@ fn an_image_in_an_image_is_written_to_by_many_threads() {
                 assert_eq!(out.code, Some(0), "{target} {options}: {out:?}");
             }
         }
-    }
-}
-
-#[test]
-fn nothing_is_left_of_a_conversion_that_is_killed() {
-    let scratch = Scratch::new();
-    let file = fs::File::create(scratch.file("s.raw")).unwrap();
-    file.write_all_at(&pattern(1, 24 << 20), 0).unwrap();
-    fs::write(scratch.file("old"), b"old").unwrap();
-    for (n, target) in ["new", "old", "new", "old", "new", "old"].iter().enumerate() {
-        // Slow enough to be caught in the act.
-        let args = ["convert", "-f", "raw", "-r", "16M", "s.raw", target];
-        let mut child = vimg(&args).dir(scratch.path()).spawn();
-        std::thread::sleep(Duration::from_millis(40 + 90 * n as u64));
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert_eq!(fs::read(scratch.file("old")).unwrap(), b"old");
-        assert_eq!(names(&scratch), ["old", "s.raw"]);
     }
 }
 

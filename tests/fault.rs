@@ -1,6 +1,10 @@
-//! Storage that fails, shortens or stops at the n-th write, for every n: afterwards the judge finds the image clean
-//! (leaks at worst), or there is no image.
+//! Storage that fails, shortens or stops at the n-th write, or fails at the n-th read, for every n and in every kind of
+//! image that can be written to: afterwards the judge finds the image clean (leaks at worst) with all data that
+//! nothing wrote to, or there is no image.
 
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
@@ -17,8 +21,8 @@ const NAME: &str = "image";
 
 const FAULTS: &[Fault] = &[Fault::Fail(Errno::EIO), Fault::FailFrom(Errno::ENOSPC), Fault::Shorten, Fault::Stop];
 
-fn qcow2() -> &'static dyn Format {
-    format::find(FORMATS, "qcow2").expect("qcow2")
+fn find(format: &str) -> &'static dyn Format {
+    format::find(FORMATS, format).expect("a format of ours")
 }
 
 /// What is done to an image that is open for writing.
@@ -37,115 +41,213 @@ fn write_a_lot(node: &Node) -> Result<()> {
 }
 
 fn grow(node: &Node) -> Result<()> {
-    resize(node, 400 << 20)
+    resize(node, 400 << 20, Preallocation::Off)
 }
 
 fn shrink(node: &Node) -> Result<()> {
-    resize(node, 300 << 10)
+    resize(node, 300 << 10, Preallocation::Off)
 }
 
 fn grow_with_metadata(node: &Node) -> Result<()> {
-    let resizing = node.driver().resizing().expect("qcow2 resizes");
-    resizing.resize(8 << 20, Preallocation::Metadata)?;
+    resize(node, 8 << 20, Preallocation::Metadata)
+}
+
+fn grow_a_little(node: &Node) -> Result<()> {
+    resize(node, 7 << 20, Preallocation::Off)
+}
+
+fn resize(node: &Node, size: u64, preallocation: Preallocation) -> Result<()> {
+    node.driver().resizing().expect("it resizes").resize(size, preallocation)?;
     node.driver().close()
 }
 
-fn resize(node: &Node, size: u64) -> Result<()> {
-    node.driver().resizing().expect("qcow2 resizes").resize(size, Preallocation::Off)?;
-    node.driver().close()
+/// A kind of image, and what is done to it.
+struct Case {
+    format: &'static str,
+    options: &'static str,
+    work: Work,
+    /// Guest data that the work does not touch.
+    kept: Range<usize>,
 }
 
-/// An image with some data in it, and where.
-fn prepared(options: &str) -> Files {
-    let files = inside::create(qcow2(), NAME, 2 << 20, options);
-    let node = inside::open(&files, qcow2(), NAME, true, None).expect("open");
-    node.write(GuestOffset(64 << 10), &pattern(1, 700_000), &mut Buffers::default()).expect("write");
-    node.driver().close().expect("close");
-    files
-}
+/// The data of [`Case::prepared`] begins here.
+const DATA: usize = 64 << 10;
 
-/// Runs `work` on a copy of the image with a fault; returns how many operations there were, and the files.
-fn run(files: &Files, fault: Option<(usize, Fault)>, work: Work) -> (Vec<Operation>, bool, Files) {
-    let files = files.copy();
-    let plain = files.get(NAME).expect("image");
-    let faulty = Arc::new(match fault {
-        Some((at, fault)) => Faulty::new(plain.clone(), at, fault),
-        None => Faulty::recording(plain.clone()),
-    });
-    files.put(NAME, faulty.clone());
-    let worked = match inside::open(&files, qcow2(), NAME, true, None) {
-        Ok(node) => work(&node).is_ok(),
-        Err(_) => false,
-    };
-    files.put(NAME, plain);
-    (faulty.operations(), worked, files)
-}
+impl Case {
+    fn new(format: &'static str, options: &'static str, work: Work) -> Self {
+        // A shrunk disk ends at 300 KiB; what writes leaves this out.
+        Self { format, options, work, kept: 450_048..599_552 }
+    }
 
-/// Errors that the judge finds: nothing, or leaks.
-fn judged(scratch: &Scratch, files: &Files, what: &str) {
-    files.save(scratch.path());
-    let out = judge(&["check", "-f", "qcow2", NAME]).dir(scratch.path()).run();
-    assert!(matches!(out.code, Some(0 | 3)), "{what}: {out:#?}");
-}
+    fn shrinking(format: &'static str, options: &'static str) -> Self {
+        Self { format, options, work: shrink, kept: DATA..300 << 10 }
+    }
 
-fn every_point(label: &str, options: &str, work: Work, floor: usize) {
-    let files = prepared(options);
-    let (operations, worked, after) = run(&files, None, work);
-    let count = operations.len();
-    assert!(worked, "{label}: fails without a fault");
-    assert!(count >= floor, "{label}: only {count} operations");
-    let scratch = Scratch::new();
-    judged(&scratch, &after, label);
-    for fault in FAULTS {
-        for (at, operation) in operations.iter().enumerate() {
-            let what = format!("{label} {options}: {fault:?} at {operation:?}, {at} of {count}");
-            let (_, worked, after) = run(&files, Some((at, *fault)), work);
-            // To give space back is an offer: that it is refused is no failure of the work.
-            let offer = matches!(operation, Operation::Discard { .. });
-            let must_tell = *fault != Fault::Stop && !offer;
-            assert!(!(worked && must_tell), "{what}: the failure is not reported");
-            judged(&scratch, &after, &what);
-            if label != "shrinking" {
-                assert_untouched(&scratch, &what);
+    /// An image with some data in it.
+    fn prepared(&self) -> Files {
+        let files = inside::create(find(self.format), NAME, 2 << 20, self.options);
+        let node = inside::open(&files, find(self.format), NAME, true, None).expect("open");
+        node.write(GuestOffset(DATA as u64), &pattern(1, 700_000), &mut Buffers::default()).expect("write");
+        node.driver().close().expect("close");
+        files
+    }
+
+    /// Does the work on a copy of the image with a fault; returns what was done, whether it went well, and the files.
+    fn run(&self, files: &Files, faulty: impl Fn(Arc<dyn Storage>) -> Faulty) -> (Faulty, bool, Files) {
+        let plain = files.copy();
+        let first = faulty(plain.get(NAME).expect("image"));
+        let wrapped = Files::default();
+        for name in plain.names() {
+            wrapped.put(&name, Arc::new(first.beside(plain.get(&name).expect("file"))));
+        }
+        let worked = match inside::open(&wrapped, find(self.format), NAME, true, None) {
+            Ok(node) => (self.work)(&node).is_ok(),
+            Err(_) => false,
+        };
+        (first, worked, plain)
+    }
+
+    /// Every fault at every change.
+    fn every_point(&self, floor: usize) {
+        let files = self.prepared();
+        let (recorded, worked, after) = self.run(&files, Faulty::recording);
+        let (operations, label) = (recorded.operations(), format!("{} {}", self.format, self.options));
+        let count = operations.len();
+        assert!(worked, "{label}: fails without a fault");
+        assert!(count >= floor, "{label}: only {count} operations");
+        let mut judge = Judge::default();
+        judge.judged(self, &after, &label);
+        for fault in FAULTS {
+            for (at, operation) in operations.iter().enumerate() {
+                if *fault == Fault::Shorten && matches!(operation, Operation::Write { len: ..512, .. }) {
+                    // No disk writes half a table's entry.
+                    continue;
+                }
+                let what = format!("{label}: {fault:?} at {operation:?}, {at} of {count}");
+                let (_, worked, after) = self.run(&files, |inner| Faulty::new(inner, at, *fault));
+                // To give space back is an offer: that it is refused is no failure of the work.
+                let offer = matches!(operation, Operation::Discard { .. });
+                let must_tell = *fault != Fault::Stop && !offer;
+                assert!(!(worked && must_tell), "{what}: the failure is not reported");
+                judge.judged(self, &after, &what);
             }
         }
     }
+
+    /// A fault at every read: it is reported, or the outcome is the same without what could not be read.
+    fn every_read(&self) {
+        let files = self.prepared();
+        let (recorded, worked, whole) = self.run(&files, Faulty::recording);
+        let (count, label) = (recorded.reads(), format!("{} {}", self.format, self.options));
+        assert!(worked && count >= 1, "{label}: {count} reads");
+        let content = |files: &Files| {
+            let node = inside::open(files, find(self.format), NAME, false, None).expect("open");
+            let mut bytes = vec![0xee; usize::try_from(node.virtual_size()).expect("small")];
+            node.read(GuestOffset(0), &mut bytes, &mut Buffers::default()).expect("read");
+            bytes
+        };
+        let wanted = content(&whole);
+        let mut judge = Judge::default();
+        let mut reported = 0;
+        for at in 0..count {
+            let what = format!("{label}: read {at} of {count} fails");
+            let (_, worked, after) = self.run(&files, |inner| Faulty::failing_read(inner, at));
+            reported += usize::from(!worked);
+            assert!(!worked || content(&after) == wanted, "{what}: not reported");
+            judge.judged(self, &after, &what);
+        }
+        assert!(reported > 0, "{label}: none of {count} failures is reported");
+    }
 }
 
-/// Data that nothing wrote to is still there.
-fn assert_untouched(scratch: &Scratch, what: &str) {
-    let out = judge(&["convert", "-f", "qcow2", "-O", "raw", NAME, "raw"]).dir(scratch.path()).run();
-    assert_eq!(out.code, Some(0), "{what}: {out:#?}");
-    let raw = std::fs::read(scratch.file("raw")).expect("raw");
-    let data = pattern(1, 700_000);
-    // No work writes here.
-    let before = 64 << 10;
-    assert!(raw[450_000..600_000] == data[450_000 - before..600_000 - before], "{what}: data is lost");
+/// The judge, who looks at the same files once.
+#[derive(Default)]
+struct Judge {
+    seen: HashSet<u64>,
+    scratch: Option<Scratch>,
+}
+
+impl Judge {
+    /// Errors that the judge finds: nothing, or leaks. Data that nothing wrote to is still there.
+    fn judged(&mut self, case: &Case, files: &Files, what: &str) {
+        let mut hasher = DefaultHasher::new();
+        for name in files.names() {
+            (&name, inside::bytes_of(&*files.get(&name).expect("file"))).hash(&mut hasher);
+        }
+        if !self.seen.insert(hasher.finish()) {
+            return;
+        }
+        let scratch = self.scratch.get_or_insert_with(Scratch::new);
+        files.save(scratch.path());
+        let out = judge(&["check", "-f", case.format, NAME]).dir(scratch.path()).run();
+        // How many blocks a vdi says it has is for people to read: it is written last.
+        let uncounted =
+            out.stdout.starts_with("\n1 errors") && out.stderr.starts_with("ERROR: allocated blocks mismatch");
+        // 63: the format has no check.
+        assert!(uncounted || matches!(out.code, Some(0 | 3 | 63)), "{what}: {out:#?}");
+        let part = format!("driver=raw,size={},file.driver={},file.file.filename={NAME}", case.kept.end, case.format);
+        let out = judge(&["convert", "--image-opts", "-O", "raw", &part, "raw"]).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(0), "{what}: {out:#?}");
+        let raw = std::fs::read(scratch.file("raw")).expect("raw");
+        let kept = case.kept.start - DATA..case.kept.end - DATA;
+        assert!(raw[case.kept.clone()] == pattern(1, 700_000)[kept], "{what}: data is lost");
+    }
+}
+
+/// Every other format that can be written to in any order.
+const OTHERS: &[(&str, &str)] = &[
+    ("qcow", ""),
+    ("vdi", ""),
+    ("vdi", "static=on"),
+    ("vpc", ""),
+    ("vpc", "subformat=fixed"),
+    ("vmdk", ""),
+    ("vmdk", "subformat=twoGbMaxExtentSparse"),
+    ("vmdk", "subformat=monolithicFlat"),
+];
+
+#[test]
+fn failed_writes_leave_a_consistent_qcow2() {
+    for options in ["", "cluster_size=4096"] {
+        Case::new("qcow2", options, write_a_lot).every_point(10);
+    }
 }
 
 #[test]
-fn writes_leave_a_consistent_image() {
-    every_point("writing", "", write_a_lot, 10);
+fn failed_writes_leave_a_consistent_image_of_any_other_format() {
+    for (format, options) in OTHERS {
+        Case::new(format, options, write_a_lot).every_point(6);
+    }
 }
 
 #[test]
-fn writes_with_small_clusters_leave_a_consistent_image() {
-    every_point("writing", "cluster_size=4096", write_a_lot, 10);
+fn a_failed_growth_leaves_a_consistent_qcow2() {
+    Case::new("qcow2", "cluster_size=4096", grow).every_point(3);
+    Case::new("qcow2", "cluster_size=4096", grow_with_metadata).every_point(5);
 }
 
 #[test]
-fn growing_leaves_a_consistent_image() {
-    every_point("growing", "cluster_size=4096", grow, 3);
+fn a_failed_growth_leaves_a_consistent_image_of_any_other_format() {
+    for (format, options) in OTHERS {
+        Case::new(format, options, grow_a_little).every_point(1);
+    }
 }
 
 #[test]
-fn growing_with_metadata_leaves_a_consistent_image() {
-    every_point("growing", "cluster_size=4096", grow_with_metadata, 5);
+fn a_failed_shrinking_leaves_a_consistent_image_of_any_format() {
+    Case::shrinking("qcow2", "cluster_size=4096").every_point(3);
+    for (format, options) in OTHERS {
+        Case::shrinking(format, options).every_point(1);
+    }
 }
 
 #[test]
-fn shrinking_leaves_a_consistent_image() {
-    every_point("shrinking", "cluster_size=4096", shrink, 3);
+fn a_failed_read_is_reported_and_leaves_a_consistent_image() {
+    for (format, options) in [("qcow2", ""), ("qcow2", "cluster_size=4096,compat=0.10")].iter().chain(OTHERS) {
+        Case::new(format, options, write_a_lot).every_read();
+        Case::new(format, options, grow_a_little).every_read();
+        Case::shrinking(format, options).every_read();
+    }
 }
 
 #[test]
@@ -155,7 +257,7 @@ fn creation_leaves_an_image_or_an_error() {
         let recorded: Arc<Mutex<Vec<Arc<Faulty>>>> = Arc::default();
         let keep = recorded.clone();
         let files = Files::default();
-        inside::create_wrapped(&files, qcow2(), NAME, 2 << 20, options, &|storage| {
+        inside::create_wrapped(&files, find("qcow2"), NAME, 2 << 20, options, &|storage| {
             let faulty = Arc::new(Faulty::recording(storage));
             keep.lock().unwrap().push(faulty.clone());
             faulty
@@ -166,7 +268,7 @@ fn creation_leaves_an_image_or_an_error() {
         for at in 0..count {
             for fault in [Fault::Fail(Errno::EIO), Fault::FailFrom(Errno::ENOSPC), Fault::Shorten] {
                 let files = Files::default();
-                let result = inside::create_wrapped(&files, qcow2(), NAME, 2 << 20, options, &|storage| {
+                let result = inside::create_wrapped(&files, find("qcow2"), NAME, 2 << 20, options, &|storage| {
                     Arc::new(Faulty::new(storage, at, fault)) as Arc<dyn Storage>
                 });
                 assert!(result.is_err(), "create {options}: {fault:?} at {at} of {count} is not reported");
@@ -177,10 +279,10 @@ fn creation_leaves_an_image_or_an_error() {
 
 #[test]
 fn a_failing_disk_is_named_with_its_reason() {
-    let files = prepared("");
+    let files = Case::new("qcow2", "", write_a_lot).prepared();
     let plain = files.get(NAME).expect("image");
     files.put(NAME, Arc::new(Faulty::new(plain, 0, Fault::FailFrom(Errno::ENOSPC))));
-    let node = inside::open(&files, qcow2(), NAME, true, None).expect("open");
+    let node = inside::open(&files, find("qcow2"), NAME, true, None).expect("open");
     let error = node.write(GuestOffset(1_500_000), &pattern(1, 5000), &mut Buffers::default()).unwrap_err();
     assert!(error.message().contains("No space left on device"), "{}", error.message());
     assert!(error.message().contains(NAME), "{}", error.message());

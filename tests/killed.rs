@@ -1,24 +1,22 @@
 //! SIGKILL, which no program can answer: what it leaves is a whole image or nothing, and an older file as it was.
 //!
-//! Once at random moments of a long job, and once at each system call of a short one, so that no gap between two of
-//! them is too short to be seen.
+//! Once at each system call of a short job, so that no gap between two of them is too short to be seen, and at some
+//! calls all along longer ones with several threads.
 
 use std::fs;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::ptrace::{self, Options};
-use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use crate::common::trace::{Ended, killed_at};
+use crate::common::{Scratch, write_pattern};
 
-use crate::common::run::plain;
-use crate::common::{Scratch, vimg, vimg_path, write_pattern};
+/// What goes on after a kill hangs if it takes longer.
+const WATCHDOG: Duration = Duration::from_secs(5 * 60);
 
 /// Waits until the folder holds that many files: the last step may be under way in a process of its own.
 fn settles(folder: &Path, files: usize, when: &str) {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + WATCHDOG;
     loop {
         let left: Vec<_> = fs::read_dir(folder).expect("list").flatten().map(|e| e.file_name()).collect();
         if left.len() == files {
@@ -30,82 +28,42 @@ fn settles(folder: &Path, files: usize, when: &str) {
 }
 
 #[test]
-fn killed_at_any_moment_leaves_nothing() {
+fn a_conversion_killed_at_any_point_leaves_nothing() {
     let scratch = Scratch::new();
-    write_pattern(&scratch.file("disk.raw"), 0, 1, 96 << 20);
-    fs::write(scratch.file("older"), "precious").expect("write");
-    let mut rng = fastrand::Rng::with_seed(9);
-    let args = |target: &'static str| ["convert", "-f", "raw", "-O", "qcow2", "-c", "disk.raw", target];
-    let mut killed = 0;
-    for round in 0..24 {
-        let target = if round % 2 == 0 { "new" } else { "older" };
-        let mut child = vimg(&args(target)).dir(scratch.path()).spawn();
-        thread::sleep(Duration::from_micros(rng.u64(500..120_000)));
-        let _ = child.kill();
-        if child.wait().expect("wait").success() {
-            // It was done before: then it is whole.
-            scratch.assert_same_content("qcow2", target, "raw", "disk.raw");
-            let _ = fs::remove_file(scratch.file("new"));
-            fs::write(scratch.file("older"), "precious").expect("write");
-            continue;
-        }
-        killed += 1;
-        let new = usize::from(scratch.file("new").exists());
-        settles(scratch.path(), 2 + new, &format!("in round {round}"));
-        // The name may have been given just before the kill; then too it is whole.
-        if new == 1 {
-            scratch.assert_same_content("qcow2", "new", "raw", "disk.raw");
-            fs::remove_file(scratch.file("new")).expect("remove");
-        }
-        if fs::read(scratch.file("older")).expect("read") != b"precious" {
-            scratch.assert_same_content("qcow2", "older", "raw", "disk.raw");
-            fs::write(scratch.file("older"), "precious").expect("write");
-        }
-    }
-    assert!(killed >= 8, "only {killed} of 24 were killed in time");
-}
-
-/// Runs vimg and kills it when its first thread enters or leaves a system call for the `n`th time. False if it came
-/// to its end before.
-fn killed_at(folder: &Path, args: &[&str], n: usize) -> bool {
-    let program = vimg_path();
-    let line = ["-c", "kill -STOP $$; exec \"$@\"", "sh", program.to_str().expect("a path")];
-    #[allow(clippy::zombie_processes, reason = "tracing waits for it by its number")]
-    let child = plain("sh", &[&line, args].concat()).dir(folder).spawn();
-    let pid = Pid::from_raw(i32::try_from(child.id()).expect("a process number"));
-    waitpid(pid, Some(WaitPidFlag::WUNTRACED)).expect("it stops itself");
-    let options = Options::PTRACE_O_TRACESYSGOOD | Options::PTRACE_O_TRACEEXEC | Options::PTRACE_O_EXITKILL;
-    ptrace::seize(pid, options).expect("tracing is allowed");
-    kill(pid, Signal::SIGCONT).expect("it goes on");
-    let mut calls = None;
-    loop {
-        match waitpid(pid, None).expect("wait") {
-            WaitStatus::PtraceEvent(_, _, event) if event == ptrace::Event::PTRACE_EVENT_EXEC as i32 => {
-                calls = Some(0);
-                ptrace::syscall(pid, None).expect("go on");
+    write_pattern(&scratch.file("disk.raw"), 0, 1, 12 << 20);
+    for (format, options) in [("qcow2", &["-c"][..]), ("raw", &[])] {
+        let args = |target| [&["convert", "-f", "raw", "-O", format][..], options, &["../disk.raw", target]].concat();
+        let folder = scratch.file(format);
+        fs::create_dir(&folder).expect("a folder");
+        let Ended::Done(calls) = killed_at(&folder, &args("new"), usize::MAX) else { panic!("nothing kills it") };
+        fs::remove_file(folder.join("new")).expect("remove");
+        fs::write(folder.join("older"), "precious").expect("write");
+        let mut killed = 0;
+        for (point, target) in (1..24).zip(["new", "older"].into_iter().cycle()) {
+            // The threads' calls are not the same in number each time: some runs may come to their end before.
+            let when = format!("{format} at call {} of {calls}", calls * point / 24);
+            let done = killed_at(&folder, &args(target), calls * point / 24) != Ended::Killed;
+            killed += usize::from(!done);
+            let new = folder.join("new").exists();
+            settles(&folder, 1 + usize::from(new), &when);
+            let whole = |name| scratch.assert_same_content(format, &format!("{format}/{name}"), "raw", "disk.raw");
+            // The name may have been given just before the kill; then too it is whole.
+            if new {
+                whole("new");
+                fs::remove_file(folder.join("new")).expect("remove");
             }
-            WaitStatus::PtraceSyscall(_) => {
-                calls = calls.map(|calls| calls + 1);
-                if calls == Some(n) {
-                    kill(pid, Signal::SIGKILL).expect("kill");
-                    while !matches!(waitpid(pid, None), Ok(WaitStatus::Signaled(..)) | Err(_)) {}
-                    return true;
-                }
-                ptrace::syscall(pid, None).expect("go on");
+            assert!(new || !done || target != "new", "{when}");
+            if fs::read(folder.join("older")).expect("read") != b"precious" {
+                whole("older");
+                fs::write(folder.join("older"), "precious").expect("write");
             }
-            WaitStatus::Exited(_, code) => {
-                assert_eq!(code, 0, "{args:?}");
-                return false;
-            }
-            WaitStatus::Stopped(_, Signal::SIGCHLD) => ptrace::syscall(pid, Signal::SIGCHLD).expect("go on"),
-            WaitStatus::Signaled(_, signal, _) => panic!("{args:?} was ended by {signal}"),
-            _ => ptrace::syscall(pid, None).expect("go on"),
         }
+        assert!(killed >= 8, "only {killed} of 23 were killed in time");
     }
 }
 
 #[test]
-fn killed_at_each_system_call_leaves_nothing() {
+fn a_creation_killed_at_each_system_call_leaves_nothing() {
     let scratch = Scratch::new();
     scratch.judge(&["create", "-q", "-f", "qcow2", "image", "1M"]);
     let whole = fs::read(scratch.file("image")).expect("read");
@@ -118,7 +76,7 @@ fn killed_at_each_system_call_leaves_nothing() {
             let folder = scratch.file(&format!("{target}-{n}"));
             fs::create_dir(&folder).expect("a folder");
             fs::write(folder.join("older"), "precious").expect("write");
-            if !killed_at(&folder, &args, n) {
+            if killed_at(&folder, &args, n) != Ended::Killed {
                 break;
             }
             let new = usize::from(folder.join("new").exists());

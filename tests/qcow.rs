@@ -90,7 +90,7 @@ fn sizes_change() {
     let mut pair = Pair::new(&scratch, "qcow", "", 9 * M + 512);
     pair.exercise(30, M);
     pair.write_compressed(9 * M, 1, 77);
-    for size in [9 * M + 1024, 10 * M, 700 * M, 3000 * M + 512, 20 * M, 3 * M + 512, 4 * M, 20 << 30, 5 * M] {
+    for size in [9 * M + 1024, 10 * M, 70 * M, 1100 * M + 512, 20 * M, 3 * M + 512, 4 * M, 5 * M] {
         pair.resize(size);
         pair.assert_good();
         pair.exercise(10, M);

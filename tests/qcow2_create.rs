@@ -1,112 +1,15 @@
 //! New qcow2 images are, byte for byte and block for block, those of `qemu-img create`.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
-use vimg::block::{
-    Child, Create, CreateFiles, CreateOptions, CreateRequest, Error, Ids, OptionKind, OptionSpec, OptionValue, Related,
-};
 use vimg::formats::qcow2::Qcow2;
-use vimg::storage::Storage;
-use vimg::storage::file::{HostFile, OpenHow};
 
+use crate::common::inside::{self, size};
 use crate::common::{Scratch, assert_same_bytes, judge};
-
-/// Makes plain files.
-pub struct Files {
-    dir: PathBuf,
-    name: String,
-}
-
-impl Files {
-    /// The image `name` in `dir`.
-    pub fn new(dir: &Path, name: &str) -> Self {
-        Self { dir: dir.to_owned(), name: name.to_owned() }
-    }
-
-    fn make(&self, name: &str) -> vimg::block::Result<Arc<dyn Storage>> {
-        let path = self.dir.join(name);
-        let missing = |_| Error::invalid(format!("Could not create '{name}': No such file or directory"));
-        std::fs::File::create(&path).map_err(missing)?;
-        let file = HostFile::open(&path, &OpenHow { write: true, ..OpenHow::default() });
-        Ok(Arc::new(file.map_err(|error| Error::invalid(error.to_string()))?))
-    }
-}
-
-impl CreateFiles for Files {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn main(&self) -> vimg::block::Result<Arc<dyn Storage>> {
-        self.make(&self.name)
-    }
-
-    fn beside(&self, name: &str) -> vimg::block::Result<Arc<dyn Storage>> {
-        self.make(name)
-    }
-}
-
-#[derive(Debug)]
-struct NoIds;
-
-impl Ids for NoIds {
-    fn seconds(&self) -> u64 {
-        0
-    }
-
-    fn uuid(&self, _purpose: &str) -> [u8; 16] {
-        [0; 16]
-    }
-
-    fn word(&self, _purpose: &str) -> u32 {
-        0
-    }
-}
-
-struct NoFiles;
-
-impl Related for NoFiles {
-    fn open(&self, _role: &str, name: &str) -> vimg::block::Result<Child> {
-        Err(Error::invalid(name))
-    }
-}
-
-/// `key=value,...` as options of a format.
-pub fn options(specs: &[OptionSpec], text: &str) -> CreateOptions {
-    let mut options = CreateOptions::new(&[specs]);
-    for pair in text.split(',').filter(|pair| !pair.is_empty()) {
-        let (key, value) = pair.split_once('=').unwrap();
-        let value = match options.spec(key).unwrap().kind {
-            OptionKind::Text => OptionValue::Text(value.to_owned()),
-            OptionKind::Size => OptionValue::Size(size(value)),
-            OptionKind::Number => OptionValue::Number(value.parse().unwrap()),
-            OptionKind::Switch => OptionValue::Switch(value == "on"),
-        };
-        options.set(key, value).unwrap();
-    }
-    options
-}
-
-/// A size with a suffix.
-pub fn size(text: &str) -> u64 {
-    let shift = match text.as_bytes().last() {
-        Some(b'k') => 10,
-        Some(b'M') => 20,
-        Some(b'G') => 30,
-        Some(b'T') => 40,
-        Some(b'P') => 50,
-        Some(b'E') => 60,
-        _ => 0,
-    };
-    text.trim_end_matches(char::is_alphabetic).parse::<u64>().unwrap() << shift
-}
 
 /// Makes a qcow2 image through the library.
 pub fn create(dir: &Path, name: &str, text: &str, bytes: u64) -> vimg::block::Result<()> {
-    let options = options(Qcow2.options(), text);
-    let files = Files::new(dir, name);
-    Qcow2.create(&CreateRequest { size: bytes, options: &options, files: &files, ids: &NoIds, related: &NoFiles })
+    inside::create_in(dir, &Qcow2, name, bytes, text)
 }
 
 fn disk_usage(path: &Path) -> u64 {

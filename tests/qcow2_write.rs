@@ -7,8 +7,9 @@ use vimg::block::{Effort, GuestOffset, ImageRef, Node, OpenHow, Opener, Policy, 
 use vimg::formats::FORMATS;
 use vimg::storage::Preallocation;
 
+use crate::common::inside::size;
 use crate::common::{Scratch, assert_same_bytes, judge, pattern};
-use crate::qcow2_create::{create, size};
+use crate::qcow2_create::create;
 
 fn open(path: &Path) -> std::sync::Arc<Node> {
     let opener = Opener::new(FORMATS, Policy::Follow);

@@ -9,7 +9,7 @@ use crate::common::{Scratch, assert_same_bytes, need, sh};
 use crate::kinds::{KINDS, Kind, Program, assert_clean, assert_same};
 
 /// So much real data at most: the disk is sparse, the time is not.
-const DATA_MIB: u64 = 130;
+const DATA_MIB: u64 = 64;
 
 /// A file system with part of `/usr/bin` and `/usr/share` in it.
 fn build(scratch: &Scratch, name: &str, size: &str, mib: u64) {

@@ -9,87 +9,23 @@ use std::sync::Arc;
 
 use fastrand::Rng;
 use vimg::block::io::Scratch as Buffers;
-use vimg::block::{
-    Child, CreateFiles, CreateOptions, CreateRequest, Effort, Encoded, Error, GuestOffset, Ids, Node, OpenRequest,
-    OptionKind, OptionTree, OptionValue, Related, Store, format,
-};
+use vimg::block::{Effort, Encoded, GuestOffset, Node, Store, format};
 use vimg::formats::FORMATS;
-use vimg::storage::file::{HostFile, OpenHow};
 use vimg::storage::memory::Memory;
 use vimg::storage::{Preallocation, Storage};
 
+use crate::common::inside::{self, host_file};
 use crate::common::{Scratch, judge};
-
-struct OneFile(PathBuf);
-
-impl CreateFiles for OneFile {
-    fn name(&self) -> &str {
-        self.0.to_str().unwrap()
-    }
-
-    fn main(&self) -> vimg::block::Result<Arc<dyn Storage>> {
-        File::create(&self.0).unwrap();
-        Ok(storage(&self.0))
-    }
-
-    fn beside(&self, name: &str) -> vimg::block::Result<Arc<dyn Storage>> {
-        Err(Error::invalid(name))
-    }
-}
-
-struct Nothing;
-
-impl Related for Nothing {
-    fn open(&self, _role: &str, name: &str) -> vimg::block::Result<Child> {
-        Err(Error::invalid(name))
-    }
-}
-
-/// Identifiers that a test can tell.
-#[derive(Debug)]
-struct Known;
-
-impl Ids for Known {
-    fn seconds(&self) -> u64 {
-        1_700_000_000
-    }
-
-    fn uuid(&self, purpose: &str) -> [u8; 16] {
-        [purpose.len() as u8; 16]
-    }
-
-    fn word(&self, _purpose: &str) -> u32 {
-        7
-    }
-}
-
-/// A file, for writing.
-pub fn storage(path: &Path) -> Arc<dyn Storage> {
-    Arc::new(HostFile::open(path, &OpenHow { write: true, ..OpenHow::default() }).unwrap())
-}
 
 /// Makes an image; options as `key=value,...`.
 pub fn create(path: &Path, format: &str, text: &str, size: u64) -> vimg::block::Result<()> {
-    let creating = format::find(FORMATS, format)?.creating().unwrap();
-    let mut options = CreateOptions::new(&[creating.options()]);
-    for pair in text.split(',').filter(|pair| !pair.is_empty()) {
-        let (key, value) = pair.split_once('=').unwrap();
-        let value = match options.spec(key).unwrap().kind {
-            OptionKind::Switch => OptionValue::Switch(value == "on"),
-            _ => OptionValue::Text(value.to_owned()),
-        };
-        options.set(key, value).unwrap();
-    }
-    let files = OneFile(path.to_owned());
-    creating.create(&CreateRequest { size, options: &options, files: &files, ids: &Known, related: &Nothing })
+    let (folder, name) = (path.parent().unwrap(), path.file_name().unwrap().to_str().unwrap());
+    inside::create_in(folder, format::find(FORMATS, format)?, name, size, text)
 }
 
 /// Opens one layer that lies in `storage`.
 pub fn open_on(storage: Arc<dyn Storage>, format: &str, write: bool) -> vimg::block::Result<Node> {
-    let file = Child { role: "file".to_owned(), name: "image".to_owned(), storage };
-    let mut options = OptionTree::new();
-    let request = OpenRequest { file, options: &mut options, write, look_only: false, related: &Nothing };
-    Ok(Node::new(format::find(FORMATS, format)?.open(request)?, None, "image".to_owned()))
+    inside::open_alone(storage, format::find(FORMATS, format)?, write)
 }
 
 /// The same for a file's bytes.
@@ -135,7 +71,7 @@ impl<'a> Pair<'a> {
 
     /// Opens it for writing.
     pub fn open(&self) -> Node {
-        open_on(storage(&self.path()), self.format, true).unwrap()
+        open_on(host_file(&self.path()), self.format, true).unwrap()
     }
 
     fn model(&self) -> File {

@@ -17,12 +17,12 @@ use crate::common::{Scratch, judge, need, need_root, pattern, sh, vimg};
 const RW: OpenHow = OpenHow { write: true, cache: CacheMode::Writeback, access: Access::NONE };
 
 /// A program that another test is just starting holds our descriptors for a moment, until it is that program: so
-/// what ought to be free is tried for a while.
+/// what ought to be free is tried for minutes.
 fn hold(path: &Path, access: Access) -> HostFile {
     let mut tries = 0;
     loop {
         match HostFile::open(path, &OpenHow { access, ..RW }) {
-            Err(error) if error.errno() == Some(Errno::EAGAIN) && tries < 100 => tries += 1,
+            Err(error) if error.errno() == Some(Errno::EAGAIN) && tries < 10_000 => tries += 1,
             other => return other.unwrap(),
         }
         std::thread::sleep(std::time::Duration::from_millis(20));
@@ -413,7 +413,7 @@ fn a_signal_takes_the_temporary_file_along() {
     fs::write(dir.file("src"), pattern(3, 8 << 20)).unwrap();
     let program = crate::common::vimg_path();
     let line = format!(
-        "unshare -m sh -c 'mount -t tmpfs none /proc && exec {} convert -r 1M -f raw -O raw src dst' & p=$!; \
+        "unshare -m sh -c 'mount -t tmpfs none /proc && exec {} convert -r 4k -f raw -O raw src dst' & p=$!; \
          until ls .vimg-*.tmp 2>/dev/null; do sleep 0.05; done; kill -TERM $p; wait $p; echo $?; ls -A",
         program.display()
     );

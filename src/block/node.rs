@@ -197,18 +197,10 @@ impl Node {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::format::Alone;
     use crate::block::protocol::Protocol;
-    use crate::block::{Format, OpenRequest, OptionTree, Related};
+    use crate::block::{Format, OpenRequest, OptionTree};
     use crate::storage::memory::Memory;
-
-    #[derive(Debug)]
-    struct Nothing;
-
-    impl Related for Nothing {
-        fn open(&self, _role: &str, name: &str) -> Result<Child> {
-            Err(Error::unsupported(name.to_owned()))
-        }
-    }
 
     #[test]
     fn a_chain_of_any_length_is_dropped_without_recursion() {
@@ -217,8 +209,7 @@ mod tests {
             let storage = Arc::new(Memory::default());
             let file = Child { role: "file".to_owned(), name: n.to_string(), storage };
             let mut options = OptionTree::new();
-            let request =
-                OpenRequest { file, options: &mut options, write: false, look_only: false, related: &Nothing };
+            let request = OpenRequest { file, options: &mut options, write: false, look_only: false, related: &Alone };
             let driver = Protocol::File.open(request);
             #[allow(clippy::unwrap_used)]
             let driver = driver.unwrap();

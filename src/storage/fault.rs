@@ -1,8 +1,10 @@
 //! A storage that records what is done to it and fails on purpose, for tests of what a crash leaves behind.
 //!
 //! Operations are counted from 0: `write_at`, `zero`, `discard`, `set_len` and `flush`, in the order in which they
-//! begin. The count goes on after a fault, so a run without a fault tells how many points there are.
+//! begin. The count goes on after a fault, so a run without a fault tells how many points there are. What reads
+//! (`read_at`, `extent`) is counted apart from that, and fails apart from that.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
@@ -58,6 +60,9 @@ pub struct Faulty {
     inner: Arc<dyn Storage>,
     fault: Option<(usize, Fault)>,
     log: Arc<Mutex<Vec<Operation>>>,
+    /// The read that fails.
+    bad_read: Option<usize>,
+    reads: Arc<AtomicUsize>,
 }
 
 enum Verdict {
@@ -70,22 +75,38 @@ enum Verdict {
 impl Faulty {
     /// Records and never fails.
     pub fn recording(inner: Arc<dyn Storage>) -> Self {
-        Self { inner, fault: None, log: Arc::default() }
+        Self { inner, fault: None, log: Arc::default(), bad_read: None, reads: Arc::default() }
+    }
+
+    /// Records; that read fails with `EIO`.
+    pub fn failing_read(inner: Arc<dyn Storage>, at: usize) -> Self {
+        Self { bad_read: Some(at), ..Self::recording(inner) }
     }
 
     /// Records, and fails in that way at that operation.
     pub fn new(inner: Arc<dyn Storage>, at: usize, fault: Fault) -> Self {
-        Self { inner, fault: Some((at, fault)), log: Arc::default() }
+        Self { fault: Some((at, fault)), ..Self::recording(inner) }
     }
 
     /// Another storage of the same image: its operations count with this one's, and the fault is the same.
     pub fn beside(&self, inner: Arc<dyn Storage>) -> Self {
-        Self { inner, fault: self.fault, log: self.log.clone() }
+        let (log, reads) = (self.log.clone(), self.reads.clone());
+        Self { inner, fault: self.fault, log, bad_read: self.bad_read, reads }
     }
 
     /// What was asked for so far.
     pub fn operations(&self) -> Vec<Operation> {
         self.log().clone()
+    }
+
+    /// How often there was a read so far.
+    pub fn reads(&self) -> usize {
+        self.reads.load(Ordering::Relaxed)
+    }
+
+    fn begin_read(&self) -> Result<()> {
+        let number = self.reads.fetch_add(1, Ordering::Relaxed);
+        if self.bad_read == Some(number) { Err(Errno::EIO.into()) } else { Ok(()) }
     }
 
     /// Whether the fault has come.
@@ -137,6 +158,7 @@ impl Storage for Faulty {
     }
 
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        self.begin_read()?;
         self.inner.read_at(at, buf)
     }
 
@@ -148,6 +170,7 @@ impl Storage for Faulty {
     }
 
     fn extent(&self, at: u64, max: u64) -> Result<HostExtent> {
+        self.begin_read()?;
         self.inner.extent(at, max)
     }
 
@@ -206,5 +229,15 @@ mod tests {
         assert_eq!(after(2, Fault::Shorten), (b"aaaabbbbcc".to_vec(), 1));
         assert_eq!(after(1, Fault::Stop), (b"aaaa".to_vec(), 0));
         assert_eq!(after(3, Fault::Fail(Errno::EIO)).1, 1);
+    }
+
+    #[test]
+    fn one_read_fails() {
+        let faulty = Faulty::failing_read(Arc::new(Memory::new(vec![7; 4])), 1);
+        let beside = faulty.beside(faulty.inner().clone());
+        let mut buf = [0; 4];
+        let read = [&faulty, &beside, &faulty].map(|storage| storage.read_at(0, &mut buf).is_ok());
+        assert_eq!((read, faulty.reads(), buf), ([true, false, true], 3, [7; 4]));
+        assert!(faulty.write_at(0, &buf).is_ok() && !faulty.tripped());
     }
 }

@@ -1,14 +1,16 @@
-//! Images made and opened through the library, in memory: for tests that need thousands of them, or storage that
-//! misbehaves.
+//! Images made and opened through the library, and the test doubles for it: files in memory and in a folder, no other
+//! files, identifiers, memory with a limit and counters.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vimg::block::{
     Child, CreateFiles, CreateOptions, CreateRequest, Error, Format, Ids, Node, OpenRequest, OptionKind, OptionSpec,
     OptionTree, OptionValue, Related, Result,
 };
+use vimg::storage::file::OpenHow;
 use vimg::storage::memory::Memory;
 use vimg::storage::{Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
 
@@ -41,14 +43,14 @@ impl Files {
 
     /// A copy, in memory.
     pub fn copy(&self) -> Self {
-        self.copy_capped(u64::MAX)
+        self.copy_capped(u64::MAX, &Arc::default())
     }
 
-    /// The same; no file can grow beyond `cap`.
-    pub fn copy_capped(&self, cap: u64) -> Self {
+    /// The same; no file can grow beyond `cap`, and what is read is counted.
+    pub fn copy_capped(&self, cap: u64, reads: &Arc<Reads>) -> Self {
         let copied = Self::default();
         for (name, storage) in self.0.lock().expect("files").iter() {
-            copied.put(name, Arc::new(Capped::new(bytes_of(&**storage), cap)));
+            copied.put(name, Arc::new(Capped::counted(bytes_of(&**storage), cap, reads.clone())));
         }
         copied
     }
@@ -90,6 +92,51 @@ impl CreateFiles for Making<'_> {
     }
 }
 
+/// New files in a folder of the host.
+pub struct Folder {
+    path: PathBuf,
+    name: String,
+}
+
+impl Folder {
+    /// For the image `name` in that folder.
+    pub fn new(path: &Path, name: &str) -> Self {
+        Self { path: path.to_owned(), name: name.to_owned() }
+    }
+}
+
+impl CreateFiles for Folder {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn main(&self) -> Result<Arc<dyn Storage>> {
+        self.beside(&self.name)
+    }
+
+    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
+        let path = self.path.join(name);
+        let missing = |_| Error::invalid(format!("Could not create '{name}': No such file or directory"));
+        std::fs::File::create(&path).map_err(missing)?;
+        Ok(host_file(&path))
+    }
+}
+
+/// A file of the host, for writing.
+pub fn host_file(path: &Path) -> Arc<dyn Storage> {
+    Arc::new(HostFile::open(path, &OpenHow { write: true, ..OpenHow::default() }).expect("open"))
+}
+
+/// There are no other files.
+#[derive(Debug)]
+pub struct Alone;
+
+impl Related for Alone {
+    fn open(&self, _role: &str, name: &str) -> Result<Child> {
+        Err(Error::invalid(name))
+    }
+}
+
 /// Identifiers that are always the same.
 #[derive(Debug)]
 pub struct SameIds;
@@ -116,18 +163,32 @@ const FILE_OPTIONS: &[OptionSpec] =
 pub fn options(format: &dyn Format, text: &str) -> CreateOptions {
     let create = format.creating().expect("a format that can be created");
     let mut options = CreateOptions::new(&[create.options(), FILE_OPTIONS]);
-    for (key, value) in text.split(',').filter_map(|pair| pair.split_once('=')) {
+    for pair in text.split(',').filter(|pair| !pair.is_empty()) {
+        let (key, value) = pair.split_once('=').unwrap_or_else(|| panic!("no value: {pair}"));
         let kind = options.spec(key).unwrap_or_else(|| panic!("no option {key}")).kind;
-        let number = || value.parse().expect("a number");
         let value = match kind {
             OptionKind::Text => OptionValue::Text(value.to_owned()),
-            OptionKind::Size => OptionValue::Size(number()),
-            OptionKind::Number => OptionValue::Number(number()),
+            OptionKind::Size => OptionValue::Size(size(value)),
+            OptionKind::Number => OptionValue::Number(value.parse().expect("a number")),
             OptionKind::Switch => OptionValue::Switch(value == "on"),
         };
         options.set(key, value).expect("option");
     }
     options
+}
+
+/// A size in bytes, or with a suffix.
+pub fn size(text: &str) -> u64 {
+    let shift = match text.as_bytes().last() {
+        Some(b'k') => 10,
+        Some(b'M') => 20,
+        Some(b'G') => 30,
+        Some(b'T') => 40,
+        Some(b'P') => 50,
+        Some(b'E') => 60,
+        _ => 0,
+    };
+    text.trim_end_matches(char::is_alphabetic).parse::<u64>().expect("a size") << shift
 }
 
 /// Makes an image in `files`; every new file goes through `wrap`.
@@ -146,6 +207,14 @@ pub fn create_wrapped(
     format.creating().expect("a format that can be created").create(&request)
 }
 
+/// Makes an image in a folder of the host, by itself.
+pub fn create_in(folder: &Path, format: &dyn Format, name: &str, size: u64, text: &str) -> Result<()> {
+    let options = options(format, text);
+    let files = Folder::new(folder, name);
+    let request = CreateRequest { size, options: &options, files: &files, ids: &SameIds, related: &Alone };
+    format.creating().expect("a format that can be created").create(&request)
+}
+
 /// Makes an image in memory.
 pub fn create(format: &dyn Format, name: &str, size: u64, text: &str) -> Files {
     let files = Files::default();
@@ -156,27 +225,69 @@ pub fn create(format: &dyn Format, name: &str, size: u64, text: &str) -> Files {
 
 /// Opens one layer of `files`, with that backing layer.
 pub fn open(files: &Files, format: &dyn Format, name: &str, write: bool, backing: Option<Arc<Node>>) -> Result<Node> {
-    let driver = format.open(OpenRequest {
-        file: files.open("file", name)?,
-        options: &mut OptionTree::new(),
-        write,
-        look_only: false,
-        related: files,
-    })?;
-    Ok(Node::new(driver, backing, name.to_owned()))
+    open_child(files.open("file", name)?, format, write, files, backing)
 }
 
-/// Memory that is no larger than it may be: a far offset is an error, not an allocation.
+/// Opens one layer that lies in `storage` and has no other files.
+pub fn open_alone(storage: Arc<dyn Storage>, format: &dyn Format, write: bool) -> Result<Node> {
+    let file = Child { role: "file".to_owned(), name: "image".to_owned(), storage };
+    open_child(file, format, write, &Alone, None)
+}
+
+fn open_child(
+    file: Child,
+    format: &dyn Format,
+    write: bool,
+    related: &dyn Related,
+    backing: Option<Arc<Node>>,
+) -> Result<Node> {
+    let name = file.name.clone();
+    let mut options = OptionTree::new();
+    let request = OpenRequest { file, options: &mut options, write, look_only: false, related };
+    Ok(Node::new(format.open(request)?, backing, name))
+}
+
+/// What was read of some storages.
 #[derive(Debug, Default)]
+pub struct Reads {
+    calls: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Reads {
+    /// Calls of `read_at` and of `extent`.
+    pub fn calls(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that were asked for.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, bytes: usize) {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// Memory that is no larger than it may be (a far offset is an error, not an allocation), and whose reads are counted.
+#[derive(Debug)]
 pub struct Capped {
     inner: Memory,
     cap: u64,
+    reads: Arc<Reads>,
 }
 
 impl Capped {
     /// That content, and no more than `cap` bytes ever.
     pub fn new(bytes: Vec<u8>, cap: u64) -> Self {
-        Self { inner: Memory::new(bytes), cap }
+        Self::counted(bytes, cap, Arc::default())
+    }
+
+    /// The same, counted there.
+    pub fn counted(bytes: Vec<u8>, cap: u64, reads: Arc<Reads>) -> Self {
+        Self { inner: Memory::new(bytes), cap, reads }
     }
 
     fn fits(&self, at: u64, len: u64) -> vimg::storage::Result<()> {
@@ -193,6 +304,7 @@ impl Storage for Capped {
     }
 
     fn read_at(&self, at: u64, buf: &mut [u8]) -> vimg::storage::Result<()> {
+        self.reads.add(buf.len());
         self.inner.read_at(at, buf)
     }
 
@@ -202,6 +314,7 @@ impl Storage for Capped {
     }
 
     fn extent(&self, at: u64, max: u64) -> vimg::storage::Result<HostExtent> {
+        self.reads.add(0);
         self.inner.extent(at, max)
     }
 

@@ -7,6 +7,7 @@
 pub mod files;
 pub mod inside;
 pub mod run;
+pub mod trace;
 
 use std::path::{Path, PathBuf};
 

@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 
 use super::{need, vimg_path};
 
+/// A program that has not ended by then hangs: far beyond what any test takes on a loaded machine.
+const WATCHDOG: Duration = Duration::from_secs(20 * 60);
+
 /// What a program said.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Output {
@@ -39,7 +42,6 @@ impl Output {
 pub struct Run {
     command: Command,
     shown: String,
-    limit: Duration,
     input: Option<Vec<u8>>,
 }
 
@@ -54,7 +56,7 @@ impl Run {
             shown.push(' ');
             shown.push_str(&arg.as_ref().to_string_lossy());
         }
-        Self { command, shown, limit: Duration::from_secs(120), input: None }
+        Self { command, shown, input: None }
     }
 
     /// In that folder.
@@ -74,12 +76,6 @@ impl Run {
         self.env("PATH", path)
     }
 
-    /// Killed after that time.
-    pub fn within(mut self, limit: Duration) -> Self {
-        self.limit = limit;
-        self
-    }
-
     /// With that on its standard input.
     pub fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.input = Some(bytes.into());
@@ -97,10 +93,10 @@ impl Run {
         self.once()
     }
 
-    /// The same, again while it complains of a lock, for a second or two: a test that starts a program while another
+    /// The same, again while it complains of a lock, for a minute or two: a test that starts a program while another
     /// one holds an image open in this process hands that lock to a child for a moment, between `fork` and `exec`.
     pub fn patiently(mut self) -> Output {
-        for _ in 0..20 {
+        for _ in 0..2000 {
             let out = self.once();
             if out.code == Some(0) || !out.stderr.contains("Is another process using the image") {
                 return out;
@@ -120,7 +116,7 @@ impl Run {
         }
         let stdout = gather(child.stdout.take());
         let stderr = gather(child.stderr.take());
-        let end = Instant::now() + self.limit;
+        let end = Instant::now() + WATCHDOG;
         let mut pause = Duration::from_micros(300);
         let mut timed_out = false;
         let status = loop {

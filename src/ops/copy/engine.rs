@@ -59,15 +59,18 @@ struct Rate {
 }
 
 impl Rate {
+    /// When `bytes` more may go: now, or when what went before has had its time.
+    fn due(&self, bytes: u64, now: Instant) -> Instant {
+        let cost = Duration::from_secs_f64(bytes as f64 / self.bytes_per_second.max(1) as f64);
+        let mut free = lock(&self.free);
+        let at = (*free).max(now);
+        *free = at.checked_add(cost).unwrap_or(at);
+        at
+    }
+
     /// Waits until `bytes` more may go; gives up when `stop` is set.
     fn wait(&self, bytes: u64, stop: &AtomicBool) {
-        let cost = Duration::from_secs_f64(bytes as f64 / self.bytes_per_second.max(1) as f64);
-        let at = {
-            let mut free = lock(&self.free);
-            let at = (*free).max(Instant::now());
-            *free = at.checked_add(cost).unwrap_or(at);
-            at
-        };
+        let at = self.due(bytes, Instant::now());
         while !stop.load(Ordering::Relaxed) {
             let left = at.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -468,4 +471,20 @@ impl<'a> Engine<'a> {
 
 fn short_len(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_lets_bytes_go_when_those_before_have_had_their_time() {
+        let start = Instant::now();
+        let rate = Rate { bytes_per_second: 1 << 20, free: Mutex::new(start) };
+        let after = |millis| start + Duration::from_millis(millis);
+        // At once, after what went before, and at once again when nothing has gone for a while.
+        for (now, bytes, due) in [(0, 1 << 20, 0), (0, 1 << 19, 1000), (700, 1, 1500), (5000, 1 << 20, 5000)] {
+            assert_eq!(rate.due(bytes, after(now)), after(due));
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::block::format::Related;
+use crate::block::format::Alone;
 use crate::block::{Child, Format, OpenRequest, OptionTree};
 use crate::formats::raw::Raw;
 use crate::storage::memory::Memory;
@@ -83,14 +83,6 @@ impl Storage for Patchy {
     }
 }
 
-struct Nothing;
-
-impl Related for Nothing {
-    fn open(&self, _role: &str, _name: &str) -> Result<Child> {
-        Err(Error::unsupported("no other files"))
-    }
-}
-
 fn node(storage: Arc<dyn Storage>, name: &str) -> Arc<Node> {
     layer(storage, None, name)
 }
@@ -102,7 +94,7 @@ fn layer(storage: Arc<dyn Storage>, backing: Option<Arc<Node>>, name: &str) -> A
             options: &mut OptionTree::new(),
             write: true,
             look_only: false,
-            related: &Nothing,
+            related: &Alone,
         })
         .unwrap();
     Arc::new(Node::new(driver, backing, name.to_owned()))
