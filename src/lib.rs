@@ -7,14 +7,17 @@
 //! ```text
 //! cli       what the user typed and what the user sees: clap, anyhow, text, JSON, exit codes, progress
 //! ops       what is done: create, info, convert, resize; no printing, no exit
+//! drivers   the table of drivers
 //! formats   raw, qcow2, vmdk, ...: each knows its own on-disk layout and nothing of the others
-//! block     one vocabulary for every image: BlockDriver, Format, Extent, Node, Opener, options, error
+//! protocols file, host_device, null-co, ...: names to bytes
+//! block     one vocabulary for every image: BlockDriver, Format, Protocol, Extent, Node, Opener, options, error
 //! codec     deflate, zstd: bytes in, bytes out; no files
 //! storage   bytes on the host by position: file, block device, memory; sparse files and preallocation
 //! ```
 //!
-//! [`block`] names no format: the list, [`formats::FORMATS`], is handed to the [`block::Opener`]. So to add a
-//! format is one folder and one line.
+//! [`block`] names no driver: the table, [`drivers::DRIVERS`], is handed to the [`block::Opener`]. Help, `-o help`,
+//! names, create and open read it and nothing else. So to add a format is one folder and one line of
+//! [`formats::FORMATS`], to add a protocol one file and one line of [`protocols::PROTOCOLS`].
 //!
 //! # Map, then act
 //!
@@ -31,13 +34,13 @@
 //!
 //! ```
 //! use vimg::block::{GuestOffset, ImageRef, OpenHow, Opener, Policy, io::Scratch};
-//! use vimg::formats::FORMATS;
+//! use vimg::drivers::DRIVERS;
 //!
 //! # let folder = std::env::temp_dir().join(format!("vimg-doc-{}", std::process::id()));
 //! # std::fs::create_dir_all(&folder)?;
 //! # let path = folder.join("disk.img");
 //! # std::fs::write(&path, vec![7u8; 4096])?;
-//! let opener = Opener::new(FORMATS, Policy::Refuse);
+//! let opener = Opener::new(DRIVERS, Policy::Refuse);
 //! let node = opener.open(&ImageRef::name(&path), &OpenHow::default())?;
 //!
 //! let (mut at, mut data) = (0, 0);
@@ -62,7 +65,9 @@
 pub mod block;
 pub mod cli;
 pub mod codec;
+pub mod drivers;
 pub mod formats;
 pub mod ops;
+pub mod protocols;
 #[allow(unsafe_code)]
 pub mod storage;

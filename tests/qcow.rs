@@ -73,7 +73,7 @@ fn a_backing_file_shows_through() {
     scratch.qemu_io("raw", "model", &writes);
 
     use vimg::block::{GuestOffset, ImageRef, OpenHow, Opener, Policy};
-    let opener = Opener::new(vimg::formats::FORMATS, Policy::Follow);
+    let opener = Opener::new(vimg::drivers::DRIVERS, Policy::Follow);
     let how = OpenHow { format: Some("qcow".to_owned()), write: true, ..OpenHow::default() };
     let node = opener.open(&ImageRef::name(scratch.file("a.qcow")), &how).unwrap();
     let mut buffers = Default::default();

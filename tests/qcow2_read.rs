@@ -9,7 +9,7 @@ use std::sync::Arc;
 use vimg::block::driver::SnapshotKey;
 use vimg::block::io::Scratch as Buffers;
 use vimg::block::{ExtentKind, GuestOffset, ImageRef, Node, OpenHow, Opener, Policy};
-use vimg::formats::FORMATS;
+use vimg::drivers::DRIVERS;
 
 use crate::common::inside::{self, Capped, Reads};
 use crate::common::{Scratch, judge, vimg};
@@ -18,7 +18,7 @@ const MIB: u64 = 1 << 20;
 
 fn open(path: &Path, format: &str) -> Arc<Node> {
     let how = OpenHow { format: Some(format.to_owned()), ..OpenHow::default() };
-    Opener::new(FORMATS, Policy::Follow).open(&ImageRef::name(path), &how).unwrap()
+    Opener::new(DRIVERS, Policy::Follow).open(&ImageRef::name(path), &how).unwrap()
 }
 
 /// All guest bytes, read in pieces of odd lengths.
@@ -331,7 +331,7 @@ fn info_of_everything_there_is() {
         assert_same_info(&t, name, format);
         let how = OpenHow { format: Some("qcow2".into()), ..OpenHow::default() };
         let image = ImageRef::name(t.file(name));
-        let error = Opener::new(FORMATS, Policy::Follow).open(&image, &how).unwrap_err();
+        let error = Opener::new(DRIVERS, Policy::Follow).open(&image, &how).unwrap_err();
         assert!(error.message().ends_with("Parameter 'encrypt.key-secret' is required for cipher"), "{error:?}");
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use vimg::block::io::Scratch as Buffers;
 use vimg::block::{Effort, GuestOffset, ImageRef, Node, OpenHow, Opener, Policy, Store};
-use vimg::formats::FORMATS;
+use vimg::drivers::DRIVERS;
 use vimg::storage::Preallocation;
 
 use crate::common::inside::size;
@@ -12,7 +12,7 @@ use crate::common::{Scratch, assert_same_bytes, judge, pattern};
 use crate::qcow2_create::create;
 
 fn open(path: &Path) -> std::sync::Arc<Node> {
-    let opener = Opener::new(FORMATS, Policy::Follow);
+    let opener = Opener::new(DRIVERS, Policy::Follow);
     let how = OpenHow { format: Some("qcow2".to_owned()), write: true, ..OpenHow::default() };
     opener.open(&ImageRef::name(path.as_os_str()), &how).unwrap()
 }

@@ -48,7 +48,12 @@ impl Folder {
     }
 
     fn child(&self, name: &str) -> Child {
-        Child { role: "file".to_owned(), name: name.to_owned(), storage: self.storage(&self.path.join(name)) }
+        Child {
+            role: "file".to_owned(),
+            name: name.to_owned(),
+            driver: "file",
+            storage: self.storage(&self.path.join(name)),
+        }
     }
 
     fn open(&self) -> Box<dyn BlockDriver> {

@@ -6,15 +6,15 @@
 use std::fmt;
 use std::num::NonZero;
 
-use super::format::{BackingRef, Child, Format, ResizeFiles};
+use super::format::{BackingRef, Child, ResizeFiles};
 use super::info::{ImageInfo, SnapshotInfo};
 use super::{CompressedUnit, Error, Extent, GuestOffset, HostOffset, HostPlace, Result};
 use crate::storage::Preallocation;
 
 /// One opened layer of an image. Knows nothing of its backing file except the name written in its header.
 pub trait BlockDriver: Send + Sync + fmt::Debug {
-    /// Its format.
-    fn format(&self) -> &'static dyn Format;
+    /// The name of its driver.
+    fn format(&self) -> &'static str;
 
     /// The guest's disk size in bytes; a multiple of 512.
     fn virtual_size(&self) -> u64;

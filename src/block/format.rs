@@ -16,6 +16,8 @@ pub struct Child {
     pub role: String,
     /// Its name, as it is shown.
     pub name: String,
+    /// The name of the driver that gives its bytes.
+    pub driver: &'static str,
     /// Its bytes.
     pub storage: Arc<dyn Storage>,
 }

@@ -53,11 +53,6 @@ impl Settings {
         }
     }
 
-    /// Whether the page cache is passed by.
-    pub fn direct(&self) -> bool {
-        self.direct
-    }
-
     /// Takes a node's own options; what it does not say is as `self`, its parent's. What is wrong with them is
     /// told by [`Claims::settle`], because the file below is opened before.
     ///

@@ -1,11 +1,11 @@
 //! Opening one layer: from a flat tree of options, or a name and such a tree, to a driver.
 
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Map, Value};
 
+use super::bare::Bare;
 use super::error::Context;
 use super::format::{Child, OpenRequest, Related};
 use super::generic::{Names, Settings};
@@ -14,10 +14,8 @@ use super::name::{self, OptionTree, first_key, take_below};
 use super::node::Origin;
 use super::opener::{Notice, Opener, Trail};
 use super::over::{HEAD, NodeStorage, ProbedRaw};
-use super::protocol::{Protocol, check_kind, file_name, refuse_rest, take_locking, wrong_kind};
-use super::{BlockDriver, Error, Format, Kind, Node, OpenHow, Result, foreign};
-use crate::storage::file::{HostFile, OpenHow as FileHow};
-use crate::storage::lock::Access;
+use super::protocol::{FileRequest, Protocol, Spelt};
+use super::{BlockDriver, Driver, Error, Format, Kind, Node, OpenHow, Result, foreign};
 use crate::storage::{self, Identity, Storage};
 
 /// Images in images in images: nobody needs as many.
@@ -65,7 +63,7 @@ impl Layer {
             Some((_, node)) => node.identity()?.0,
             None => self.driver.files().first()?.storage.facts().identity?,
         };
-        Some((identity, self.driver.format().name()))
+        Some((identity, self.driver.format()))
     }
 
     /// On top of that.
@@ -96,11 +94,20 @@ pub(super) fn no_such_node(name: &str, alone: bool) -> Error {
     }
 }
 
+/// Adds what a name says to what was said by options, which rule.
+fn add(options: &mut OptionTree, more: OptionTree) {
+    for (key, value) in more {
+        options.entry(key).or_insert(value);
+    }
+}
+
 /// The file of a layer, and where it came from.
 struct Opened {
     child: Child,
     tree: Map<String, Value>,
     path: Option<OsString>,
+    /// Names found in the image are relative to it.
+    base: Option<OsString>,
     inner: Option<Arc<Node>>,
     locking: bool,
 }
@@ -113,12 +120,12 @@ impl Opener<'_> {
             Some(Value::String(name)) => Some(name),
             _ => None,
         };
-        if let Some(protocol) = driver.as_deref().and_then(Protocol::find) {
-            return self.bare(protocol, path, options, settings, how, trail);
-        }
-        let unknown = |name: &str| Error::invalid(format!("Unknown driver '{name}'"));
-        let format = match &driver {
-            Some(name) => Some(self.format(name).ok_or_else(|| unknown(name))?),
+        let format = match driver.as_deref().map(|name| (name, self.drivers.find(name))) {
+            Some((_, Some(Driver::Protocol(protocol)))) => {
+                return self.bare(protocol, path, options, settings, how, trail);
+            }
+            Some((_, Some(Driver::Format(format)))) => Some(format),
+            Some((name, None)) => return Err(Error::invalid(format!("Unknown driver '{name}'"))),
             None => None,
         };
         let (settings, claims) = settings.take(&mut options);
@@ -150,7 +157,7 @@ impl Opener<'_> {
         tree.insert("file".to_owned(), Value::Object(file.tree));
         let origin = Origin {
             path: file.path.clone().filter(|_| plain),
-            base: file.path.or_else(|| file.inner.as_ref().and_then(|node| node.origin().base.clone())),
+            base: file.base,
             tree,
             protocol: false,
             inner: file.inner.into_iter().map(|node| ("file".to_owned(), node)).collect(),
@@ -196,10 +203,6 @@ impl Opener<'_> {
         Ok(Layer { driver, origin, settings, below, overridden })
     }
 
-    fn format(&self, name: &str) -> Option<&'static dyn Format> {
-        self.formats.iter().copied().find(|format| format.name() == name)
-    }
-
     /// Takes what is said of the layer below.
     fn below_options(&self, options: &mut OptionTree, how: &OpenHow) -> Result<Below> {
         match options.get("backing") {
@@ -229,9 +232,9 @@ impl Opener<'_> {
     /// A bare file as an image.
     fn bare(
         &self,
-        protocol: Protocol,
+        protocol: &'static dyn Protocol,
         path: Option<OsString>,
-        options: OptionTree,
+        mut options: OptionTree,
         settings: Settings,
         how: &OpenHow,
         trail: &mut Trail,
@@ -239,33 +242,16 @@ impl Opener<'_> {
         if path.is_some() && options.contains_key("filename") {
             return Err(Error::invalid("Can't specify 'file' and 'filename' options at the same time"));
         }
-        let (opened, settings) = self.host_file(protocol, path, options, settings, "file", &mut trail.names)?;
-        if settings.write {
-            return Err(Error::unsupported(format!(
-                "'{}' is opened as a bare file: to write to it, say that its format is raw",
-                opened.child.name
-            )));
-        }
+        let spelt = self.spelt(protocol, path)?;
+        add(&mut options, spelt.options);
+        let (opened, settings) = self.bytes(protocol, spelt.path, options, settings, "file", &mut trail.names)?;
         if opened.locking {
-            storage::lock(&*opened.child.storage, how.access(&settings).of_raw())?;
+            let access = how.access(&settings);
+            storage::lock(&*opened.child.storage, if how.exclusive { access } else { access.of_raw() })?;
         }
-        let mut none = OptionTree::new();
-        let beside =
-            Beside { opener: self, image: None, how, settings, locking: opened.locking, given: Mutex::default() };
-        let driver = protocol.open(OpenRequest {
-            file: opened.child,
-            options: &mut none,
-            write: false,
-            look_only: how.look_only,
-            related: &beside,
-        })?;
-        let origin = Origin {
-            path: opened.path.clone(),
-            base: opened.path,
-            tree: opened.tree,
-            protocol: true,
-            inner: Vec::new(),
-        };
+        let driver = Box::new(Bare::open(protocol.name(), opened.child, settings.write)?);
+        let origin =
+            Origin { path: opened.path, base: opened.base, tree: opened.tree, protocol: true, inner: Vec::new() };
         Ok(Layer { driver, origin, settings, below: Below::Nothing, overridden: false })
     }
 
@@ -297,22 +283,24 @@ impl Opener<'_> {
         };
         let (protocol, path) = match (path, driver) {
             (Some(name), None) => {
-                let (protocol, path) = Protocol::of_name(&name)?;
-                (protocol, Some(path))
+                let (protocol, spelt) = self.drivers.of_name(&name)?;
+                add(&mut below, spelt.options);
+                (protocol, spelt.path)
             }
-            (path, Some(driver)) => match Protocol::find(&driver) {
+            (path, Some(driver)) => match self.drivers.protocol(&driver) {
                 Some(protocol) => {
-                    let path = path.map(|name| Protocol::of_name(&name)).transpose()?.map(|(_, path)| path);
-                    (protocol, path)
+                    let spelt = self.spelt(protocol, path)?;
+                    add(&mut below, spelt.options);
+                    (protocol, spelt.path)
                 }
                 None => return self.nested(driver, path, below, parent, how, trail),
             },
             (None, None) => {
                 let name = below.get("filename").and_then(|value| value.as_str()).ok_or_else(must)?;
-                (Protocol::of_path(OsStr::new(name)), None)
+                (self.drivers.of_path(OsStr::new(name))?, None)
             }
         };
-        Ok(self.host_file(protocol, path, below, *parent, "file", &mut trail.names)?.0)
+        Ok(self.bytes(protocol, path, below, *parent, "file", &mut trail.names)?.0)
     }
 
     fn nested(
@@ -338,14 +326,22 @@ impl Opener<'_> {
         let child = Child {
             role: "file".to_owned(),
             name: node.name().to_owned(),
+            driver: node.driver().format(),
             storage: Arc::new(NodeStorage::new(node.clone())),
         };
-        Ok(Opened { child, tree: origin.tree.clone(), path: None, inner: Some(node), locking: false })
+        let (tree, base) = (origin.tree.clone(), origin.base.clone());
+        Ok(Opened { child, tree, path: None, base, inner: Some(node), locking: false })
     }
 
-    fn host_file(
+    /// What a name says to a protocol that was chosen by its own name.
+    fn spelt(&self, protocol: &'static dyn Protocol, name: Option<OsString>) -> Result<Spelt> {
+        name.map_or(Ok(Spelt::default()), |name| self.drivers.spelt(protocol, &name))
+    }
+
+    /// What a protocol gives, with the options of its node.
+    fn bytes(
         &self,
-        protocol: Protocol,
+        protocol: &'static dyn Protocol,
         path: Option<OsString>,
         mut options: OptionTree,
         parent: Settings,
@@ -353,36 +349,36 @@ impl Opener<'_> {
         names: &mut Names,
     ) -> Result<(Opened, Settings)> {
         let (settings, claims) = parent.take(&mut options);
-        let path = file_name(protocol, path, &mut options)?;
+        let path = protocol.take_name(path, &mut options)?;
         claims.settle(names)?;
-        let locking = take_locking(&settings, &mut options)?;
-        let storage = match self.storage(&path, &settings) {
-            Err(storage::Error::WrongKind { .. }) => Err(wrong_kind(protocol, &path)),
-            other => Ok(other?),
-        }?;
-        check_kind(protocol, &path, &*storage)?;
-        refuse_rest(protocol, &options)?;
+        let opened = protocol.open(FileRequest {
+            path,
+            options: &mut options,
+            write: settings.write,
+            cache: settings.cache(),
+            staging: self.staging,
+        })?;
+        if let Some(key) = first_key(&options) {
+            let name = protocol.name();
+            return Err(Error::invalid(format!("Block protocol '{name}' doesn't support the option '{key}'")));
+        }
         settings.may_write()?;
-        let name = path.to_string_lossy().into_owned();
         let mut tree = Map::new();
         tree.insert("driver".to_owned(), protocol.name().into());
-        tree.insert("filename".to_owned(), name.clone().into());
-        let child = Child { role: role.to_owned(), name, storage };
-        Ok((Opened { child, tree, path: Some(path), inner: None, locking }, settings))
-    }
-
-    fn storage(&self, path: &OsStr, settings: &Settings) -> storage::Result<Arc<dyn Storage>> {
-        let path = Path::new(path);
-        if let Some(storage) = self.staging.and_then(|staging| staging.find(path)) {
-            return Ok(storage);
-        }
-        let how = FileHow { write: settings.write, cache: settings.cache(), access: Access::NONE };
-        Ok(Arc::new(HostFile::open(path, &how)?))
+        tree.extend(opened.strong);
+        let name = match &opened.path {
+            Some(path) => path.to_string_lossy().into_owned(),
+            None => format!("json:{}", name::to_json(&Value::Object(tree.clone()))),
+        };
+        let child = Child { role: role.to_owned(), name, driver: protocol.name(), storage: opened.storage };
+        let base = opened.path.clone().filter(|_| opened.based);
+        Ok((Opened { child, tree, path: opened.path, base, inner: None, locking: opened.locking }, settings))
     }
 
     /// Finds out the format by the first bytes.
     fn probe(&self, storage: &dyn Storage, name: &str) -> Result<&'static dyn Format> {
-        let raw = self.formats.last().copied().ok_or_else(|| Error::invalid("no formats"))?;
+        let formats = self.drivers.formats;
+        let raw = formats.last().copied().ok_or_else(|| Error::invalid("no formats"))?;
         let text = || format!("Could not determine image format of '{name}'");
         if storage.len().with_context(text)? == 0 {
             return Ok(raw);
@@ -390,7 +386,7 @@ impl Opener<'_> {
         let mut head = [0; HEAD];
         storage.read_at(0, &mut head).context("Could not read image for determining its format")?;
         let mut best = (raw, raw.probe(&head, name));
-        for format in self.formats.iter().copied() {
+        for format in formats.iter().copied() {
             let score = format.probe(&head, name);
             if score > best.1 {
                 best = (format, score);
@@ -412,7 +408,7 @@ impl Opener<'_> {
         ] {
             self.notice(Notice::Line(line));
         }
-        let formats = self.formats.iter().copied().filter(|format| format.name() != "raw").collect();
+        let formats = self.drivers.formats.iter().copied().filter(|format| format.name() != "raw").collect();
         let storage = child.storage.clone();
         child.storage = Arc::new(ProbedRaw { storage, formats, name: child.name.clone() });
     }
@@ -449,13 +445,15 @@ impl Related for Beside<'_> {
             Some(Value::String(driver)) => Some(driver),
             _ => None,
         };
-        let protocol = match driver {
-            None => Protocol::of_path(named.as_deref().unwrap_or_default()),
-            Some(driver) => Protocol::find(&driver)
-                .ok_or_else(|| Error::unsupported(format!("The file '{name}' must be a plain file, not '{driver}'")))?,
-        };
+        let protocol =
+            match driver {
+                None => self.opener.drivers.of_path(named.as_deref().unwrap_or_default())?,
+                Some(driver) => self.opener.drivers.protocol(&driver).ok_or_else(|| {
+                    Error::unsupported(format!("The file '{name}' must be a plain file, not '{driver}'"))
+                })?,
+            };
         let (opened, settings) =
-            self.opener.host_file(protocol, path, given, self.settings, role, &mut Names::default())?;
+            self.opener.bytes(protocol, path, given, self.settings, role, &mut Names::default())?;
         if self.locking && opened.locking {
             let access = self.how.access(&settings);
             let access = match (self.how.exclusive, role) {

@@ -4,10 +4,12 @@
 //! is a layer with what lies below it; the [`Opener`] is the only way to any of them. Drivers answer *where*
 //! data is and *where* new data may go; guest bytes move in one place, [`io`].
 //!
-//! This stratum names no format: those that exist are handed to the [`Opener`]. Only `foreign` knows, by their first
-//! bytes, some that do not exist here.
+//! This stratum names no driver: the table of those that exist, [`Drivers`], is handed to the [`Opener`]. Only
+//! `foreign` knows, by their first bytes, some that do not exist here.
 
+mod bare;
 pub mod driver;
+pub mod drivers;
 pub mod error;
 pub mod extent;
 mod foreign;
@@ -24,11 +26,12 @@ pub mod number;
 pub mod opener;
 pub mod options;
 mod over;
-mod protocol;
+pub mod protocol;
 
 pub use driver::{
     Action, BlockDriver, Cipher, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write,
 };
+pub use drivers::{Driver, Drivers};
 pub use error::{Error, Kind, Result};
 pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace};
 pub use format::{

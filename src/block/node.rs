@@ -42,7 +42,7 @@ pub struct Node {
 impl fmt::Debug for Node {
     /// Not the whole chain: it may be longer than the stack is deep.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Node").field("name", &self.name).field("format", &self.driver.format().name()).finish()
+        f.debug_struct("Node").field("name", &self.name).field("format", &self.driver.format()).finish()
     }
 }
 
@@ -113,7 +113,7 @@ impl Node {
             Some((_, node)) => node.identity()?.0,
             None => self.driver.files().first()?.storage.facts().identity?,
         };
-        Some((identity, self.driver.format().name()))
+        Some((identity, self.driver.format()))
     }
 
     /// The name that would open its backing file; nothing if it names none, or if where it is cannot be told.
@@ -197,9 +197,7 @@ impl Node {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::format::Alone;
-    use crate::block::protocol::Protocol;
-    use crate::block::{Format, OpenRequest, OptionTree};
+    use crate::block::bare::Bare;
     use crate::storage::memory::Memory;
 
     #[test]
@@ -207,13 +205,11 @@ mod tests {
         let mut node: Option<Arc<Node>> = None;
         for n in 0..200_000 {
             let storage = Arc::new(Memory::default());
-            let file = Child { role: "file".to_owned(), name: n.to_string(), storage };
-            let mut options = OptionTree::new();
-            let request = OpenRequest { file, options: &mut options, write: false, look_only: false, related: &Alone };
-            let driver = Protocol::File.open(request);
+            let file = Child { role: "file".to_owned(), name: n.to_string(), driver: "file", storage };
+            let driver = Bare::open("file", file, false);
             #[allow(clippy::unwrap_used)]
             let driver = driver.unwrap();
-            node = Some(Arc::new(Node::new(driver, node, n.to_string())));
+            node = Some(Arc::new(Node::new(Box::new(driver), node, n.to_string())));
         }
         let top = node.map(|node| format!("{node:?}"));
         assert_eq!(top.as_deref(), Some(r#"Node { name: "199999", format: "file" }"#));

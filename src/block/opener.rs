@@ -10,7 +10,7 @@ use super::generic::{Names, Settings};
 use super::keys::as_text;
 use super::layer::{Ask, Below, Layer};
 use super::name::{self, OptionTree};
-use super::{Error, Format, ImageRef, Kind, Node, Result};
+use super::{Drivers, Error, ImageRef, Kind, Node, Result};
 use crate::storage::lock::Access;
 use crate::storage::staging::Staging;
 use crate::storage::{CacheMode, Identity};
@@ -69,7 +69,7 @@ pub enum Notice {
 /// Opens images.
 #[derive(Debug)]
 pub struct Opener<'a> {
-    pub(super) formats: &'a [&'static dyn Format],
+    pub(super) drivers: &'static Drivers,
     policy: Policy,
     pub(super) staging: Option<&'a Staging>,
     notices: Mutex<Vec<Notice>>,
@@ -87,9 +87,9 @@ pub(super) struct Trail {
 }
 
 impl<'a> Opener<'a> {
-    /// An opener that knows these formats (raw last).
-    pub fn new(formats: &'a [&'static dyn Format], policy: Policy) -> Self {
-        Self { formats, policy, staging: None, notices: Mutex::default() }
+    /// An opener that knows these drivers.
+    pub fn new(drivers: &'static Drivers, policy: Policy) -> Self {
+        Self { drivers, policy, staging: None, notices: Mutex::default() }
     }
 
     /// The same, but files under construction are found by their future names.
@@ -98,9 +98,9 @@ impl<'a> Opener<'a> {
         self
     }
 
-    /// The formats it knows.
-    pub fn formats(&self) -> &'a [&'static dyn Format] {
-        self.formats
+    /// The drivers it knows.
+    pub fn drivers(&self) -> &'static Drivers {
+        self.drivers
     }
 
     /// What images may make it open.

@@ -260,7 +260,7 @@ impl Args {
     /// `-o help`: the options of the target's format, and of its protocol where the target is named.
     fn help(&self, program: &Program, opener: &Opener<'_>) -> anyhow::Result<Exit> {
         let name = if self.operands.len() > 1 { self.operands.last() } else { None };
-        let target = Target::find(opener.formats(), self.target_format(), name.map(OsString::as_os_str))?;
+        let target = Target::find(opener.drivers(), self.target_format(), name.map(OsString::as_os_str))?;
         options::help(program, target.options().specs(), name.is_none().then_some(self.target_format()));
         Ok(Exit::Success)
     }
@@ -286,7 +286,7 @@ impl Args {
 
     /// The new image as typed: what follows from the sources is not filled in yet.
     fn new_image(&self, opener: &Opener<'_>, name: &OsStr, given: &options::Pairs) -> anyhow::Result<NewImage> {
-        let target = Target::find(opener.formats(), self.target_format(), Some(name))?;
+        let target = Target::find(opener.drivers(), self.target_format(), Some(name))?;
         let mut options = target.options();
         options::apply(given, &mut options)?;
         Ok(NewImage { name: name.to_owned(), format: target.format, size: 0, options })

@@ -54,7 +54,7 @@ impl Subcommand for Args {
         let opener = program.opener();
         let given = options::joined(&self.options).unwrap_or_default();
         if given.help {
-            let target = Target::find(opener.formats(), &self.format, self.name.as_deref())?;
+            let target = Target::find(opener.drivers(), &self.format, self.name.as_deref())?;
             let format = self.name.is_none().then_some(self.format.as_str());
             options::help(program, target.options().specs(), format);
             return Ok(Exit::Success);
@@ -66,7 +66,7 @@ impl Subcommand for Args {
         }
         let shown = name.to_string_lossy().into_owned();
         let new = || -> anyhow::Result<NewImage> {
-            let target = Target::find(opener.formats(), &self.format, Some(&name))?;
+            let target = Target::find(opener.drivers(), &self.format, Some(&name))?;
             let mut options = target.options();
             options::apply(&given, &mut options)?;
             let wanted = Wanted {

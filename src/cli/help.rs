@@ -1,16 +1,13 @@
-//! Help and version texts, made from the tables: [`SUBCOMMANDS`], clap's description of the options, [`FORMATS`].
+//! Help and version texts, made from the tables: [`SUBCOMMANDS`], clap's description of the options, [`DRIVERS`].
 
 use clap::{Arg, ArgAction, Command};
 
 use super::{Program, Row, SUBCOMMANDS};
-use crate::formats::FORMATS;
+use crate::drivers::DRIVERS;
 
 /// The version of the reference that vimg stands in for: shown by a link of another name, for programs that
 /// parse it.
 const REFERENCE: &str = "10.0.2";
-
-/// The protocols that a file name can mean.
-const PROTOCOLS: &[&str] = &["file", "host_device"];
 
 /// A clap command with the one option that all have.
 pub fn command(name: &'static str) -> Command {
@@ -66,9 +63,7 @@ pub fn print_program(program: &Program) -> anyhow::Result<()> {
         program.println(&format!("  {} - {}", row.name, row.about));
     }
     program.print("\nSupported image formats:\n\n");
-    let mut names: Vec<&str> = FORMATS.iter().map(|format| format.name()).chain(PROTOCOLS.iter().copied()).collect();
-    names.sort_unstable();
-    program.print(&wrapped(&names.join(" "), 2, 75));
+    program.print(&wrapped(&DRIVERS.names().join(" "), 2, 75));
     Ok(())
 }
 

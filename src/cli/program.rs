@@ -10,7 +10,7 @@ use std::path::Path;
 
 use super::exit::Exit;
 use crate::block::{Notice, Opener, Policy};
-use crate::formats::FORMATS;
+use crate::drivers::DRIVERS;
 
 enum Out {
     Terminal(LineWriter<Stdout>),
@@ -122,7 +122,7 @@ impl Program {
 
     /// What opens images.
     pub fn opener(&self) -> Opener<'static> {
-        Opener::new(FORMATS, self.policy)
+        Opener::new(DRIVERS, self.policy)
     }
 
     /// Shows what came up while opening.

@@ -117,8 +117,8 @@ impl RawDriver {
 }
 
 impl BlockDriver for RawDriver {
-    fn format(&self) -> &'static dyn Format {
-        &Raw
+    fn format(&self) -> &'static str {
+        Raw.name()
     }
 
     fn virtual_size(&self) -> u64 {
@@ -147,7 +147,9 @@ impl BlockDriver for RawDriver {
     }
 
     fn resizing(&self) -> Option<&dyn Resize> {
-        Some(self)
+        // A device of the host says itself what is wrong with the new size.
+        let file = &self.files[0].storage;
+        (file.host().is_some() || !file.facts().fixed_len).then_some(self)
     }
 }
 

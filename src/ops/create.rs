@@ -2,69 +2,18 @@
 //! at all ([`create`]).
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ids::Ids;
+use crate::block::protocol::CreateFile;
 use crate::block::{
-    Child, Create, CreateFiles, CreateOptions, CreateRequest, Error, Format, ImageRef, Kind, OpenHow, Opener,
-    OptionKind, OptionSpec, OptionValue, Related, Result, format, name,
+    Child, Create, CreateFiles, CreateOptions, CreateRequest, Drivers, Error, Format, ImageRef, Kind, OpenHow, Opener,
+    OptionValue, Related, Result, format, name,
 };
-use crate::storage::error::strerror;
-use crate::storage::staging::{CreateHow, Staging};
-use crate::storage::{CacheMode, Identity, Preallocation, Storage};
-
-/// What a regular file takes beside the format's own options.
-const FILE_OPTIONS: &[OptionSpec] = &[
-    OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionSpec::new("nocow", OptionKind::Switch, "Turn off copy-on-write (valid only on btrfs)"),
-    OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off, falloc, full)"),
-    OptionSpec::new("extent_size_hint", OptionKind::Size, "Extent size hint for the image file, 0 to disable"),
-];
-
-/// What a device takes.
-const DEVICE_OPTIONS: &[OptionSpec] = &[
-    OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off)"),
-];
-
-/// Protocols that a name can start with.
-const PROTOCOLS: &[&str] = &["file", "host_device"];
-
-/// What kind of thing a name stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Protocol {
-    File,
-    Device,
-}
-
-impl Protocol {
-    /// Splits the protocol off a name. A device is one whatever its name says.
-    fn of(name: &OsStr) -> Result<(Self, &Path)> {
-        let (prefix, path) = match name::protocol(name) {
-            None => (None, Path::new(name)),
-            Some((prefix, rest)) => (Some(prefix), Path::new(rest)),
-        };
-        let is_device = std::fs::metadata(path).is_ok_and(|meta| {
-            let kind = meta.file_type();
-            kind.is_block_device() || kind.is_char_device()
-        });
-        match prefix.map(|prefix| prefix.to_string_lossy()).as_deref() {
-            None | Some("file" | "host_device") if is_device => Ok((Self::Device, path)),
-            None | Some("file") => Ok((Self::File, path)),
-            Some("host_device") => Ok((Self::Device, path)),
-            Some(unknown) => Err(Error::invalid(format!("Unknown protocol '{unknown}'"))),
-        }
-    }
-
-    fn options(self) -> &'static [OptionSpec] {
-        match self {
-            Self::File => FILE_OPTIONS,
-            Self::Device => DEVICE_OPTIONS,
-        }
-    }
-}
+use crate::storage::staging::Staging;
+use crate::storage::{CacheMode, Identity, Storage};
 
 /// What a new image goes to: a format, and a protocol by the name.
 #[derive(Clone, Copy)]
@@ -73,25 +22,24 @@ pub struct Target {
     pub format: &'static dyn Format,
     /// Its ability to be created.
     pub create: &'static dyn Create,
-    /// The protocol's own options; none where no name was given.
-    pub protocol_options: &'static [OptionSpec],
+    /// What makes its files; nothing where no name was given.
+    files: Option<&'static dyn CreateFile>,
 }
 
 impl Target {
     /// The format with that name, and the protocol of that file name.
-    pub fn find(formats: &[&'static dyn Format], format: &str, name: Option<&OsStr>) -> Result<Self> {
-        let format = format::find(formats, format)?;
-        let protocol = name.map(Protocol::of).transpose()?;
+    pub fn find(drivers: &Drivers, format: &str, name: Option<&OsStr>) -> Result<Self> {
+        let format = format::find(drivers.formats, format)?;
+        let files = name.map(|name| place(drivers, name)).transpose()?.map(|(files, _)| files);
         let create = format.creating().ok_or_else(|| {
             Error::unsupported(format!("Format driver '{}' does not support image creation", format.name()))
         })?;
-        let protocol_options = protocol.map_or(&[][..], |(protocol, _)| protocol.options());
-        Ok(Self { format, create, protocol_options })
+        Ok(Self { format, create, files })
     }
 
     /// All options that a new image takes here, none given yet.
     pub fn options(&self) -> CreateOptions {
-        CreateOptions::new(&[self.create.options(), self.protocol_options])
+        CreateOptions::new(&[self.create.options(), self.files.map_or(&[], |files| files.options())])
     }
 }
 
@@ -170,8 +118,8 @@ impl Wanted<'_> {
         }
         let itself = || Error::invalid("Error: Trying to create an image with the same filename as the backing file");
         let path = beside(self.name, backing);
-        let here = identity(self.name);
-        if OsStr::new(backing) == self.name || (here.is_some() && here == identity(&path)) {
+        let here = identity(opener.drivers(), self.name);
+        if OsStr::new(backing) == self.name || (here.is_some() && here == identity(opener.drivers(), &path)) {
             return Err(itself());
         }
         let no_format = || Error::invalid("Backing file specified without backing format");
@@ -184,7 +132,7 @@ impl Wanted<'_> {
             .open_named(&ImageRef::name(path), &how)
             .map_err(|error| error.hint("Could not open backing image."))?;
         if backing_format.is_none() {
-            return Err(no_format().hint(format!("Detected format of {}.", node.driver().format().name())));
+            return Err(no_format().hint(format!("Detected format of {}.", node.driver().format())));
         }
         let mut layer = Some(&node);
         while let Some(node) = layer {
@@ -201,10 +149,20 @@ impl Wanted<'_> {
     }
 }
 
+/// What makes files under that name, and the path that they have for it.
+fn place(drivers: &Drivers, name: &OsStr) -> Result<(&'static dyn CreateFile, PathBuf)> {
+    let (protocol, spelt) = drivers.of_name(name)?;
+    let path = PathBuf::from(spelt.path.unwrap_or_default());
+    let files = protocol.creating(&path).ok_or_else(|| {
+        Error::unsupported(format!("Protocol driver '{}' does not support image creation", protocol.name()))
+    })?;
+    Ok((files, path))
+}
+
 /// Which file a name stands for, if it is a regular one that is there.
-fn identity(name: &OsStr) -> Option<Identity> {
-    let (_, path) = Protocol::of(name).ok()?;
-    let meta = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
+fn identity(drivers: &Drivers, name: &OsStr) -> Option<Identity> {
+    let (_, spelt) = drivers.of_name(name).ok()?;
+    let meta = std::fs::metadata(spelt.path?).ok().filter(std::fs::Metadata::is_file)?;
     Some(Identity { device: meta.dev(), inode: meta.ino() })
 }
 
@@ -230,17 +188,17 @@ pub fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<()
         .creating()
         .ok_or_else(|| Error::unsupported(format!("Format driver '{format}' does not support image creation")))?;
     let shown = new.name.to_string_lossy();
-    let (protocol, path) = Protocol::of(&new.name)?;
+    let (maker, path) = place(opener.drivers(), &new.name)?;
     if let Some(backing_format) = new.options.text("backing_fmt")
-        && !PROTOCOLS.contains(&backing_format)
-        && !opener.formats().iter().any(|format| format.name() == backing_format)
+        && opener.drivers().find(backing_format).is_none()
     {
         // The reference's own name for the key.
         return Err(Error::invalid(format!("Parameter 'backing-fmt' does not accept value '{backing_format}'")));
     }
     let files = Files {
-        protocol,
-        path,
+        drivers: opener.drivers(),
+        maker,
+        path: &path,
         shown: &shown,
         options: &new.options,
         own_preallocation: create.options().iter().any(|spec| spec.name == "preallocation"),
@@ -266,7 +224,8 @@ fn too_large(new: &NewImage) -> Error {
 
 /// Makes files for one image.
 struct Files<'a> {
-    protocol: Protocol,
+    drivers: &'static Drivers,
+    maker: &'static dyn CreateFile,
     path: &'a Path,
     shown: &'a str,
     options: &'a CreateOptions,
@@ -275,70 +234,24 @@ struct Files<'a> {
     staging: &'a Staging,
 }
 
-impl Files<'_> {
-    fn stage(&self, path: &Path, secondary: bool) -> Result<Arc<dyn Storage>> {
-        let how = CreateHow {
-            nocow: self.options.switch("nocow"),
-            extent_size_hint: self.options.number("extent_size_hint"),
-            secondary,
-        };
-        Ok(self.staging.create_with(path, &how)?)
-    }
-
-    /// A device is there already, or it is none.
-    fn check_device(&self) -> Result<()> {
-        let wrong = match std::fs::metadata(self.path) {
-            _ if self.protocol == Protocol::File => return Ok(()),
-            Ok(meta) if meta.file_type().is_block_device() || meta.file_type().is_char_device() => return Ok(()),
-            Ok(_) => format!(
-                "'host_device' driver requires '{}' to be either a character or block device",
-                self.path.to_string_lossy()
-            ),
-            Err(error) => format!("Could not open '{}': {}", self.path.to_string_lossy(), strerror(&error)),
-        };
-        Err(Error::invalid(format!(
-            "Protocol driver 'host_device' does not support creating new images, so an existing image must be \
-             selected as the target; however, opening the given target as an existing image failed: {wrong}"
-        )))
-    }
-
-    /// The preallocation that is the file's own business must be one that a file knows.
-    fn check_preallocation(&self) -> Result<()> {
-        let Some(word) = self.options.text("preallocation").filter(|_| !self.own_preallocation) else {
-            return Ok(());
-        };
-        let mode =
-            Preallocation::parse(word).ok_or_else(|| Error::invalid(format!("invalid parameter value: {word}")))?;
-        match (self.protocol, mode) {
-            (_, Preallocation::Off) | (Protocol::File, Preallocation::Falloc | Preallocation::Full) => Ok(()),
-            (Protocol::File, mode) => {
-                Err(Error::unsupported(format!("Unsupported preallocation mode: {}", mode.name())))
-            }
-            (Protocol::Device, mode) => {
-                Err(Error::unsupported(format!("Unsupported preallocation mode '{}'", mode.name())))
-            }
-        }
-    }
-}
-
 impl CreateFiles for Files<'_> {
     fn name(&self) -> &str {
         self.shown
     }
 
     fn main(&self) -> Result<Arc<dyn Storage>> {
-        self.check_preallocation()?;
-        self.check_device()?;
-        self.stage(self.path, false)
+        self.maker.check(self.path, self.options, self.own_preallocation)?;
+        self.maker.create(self.path, self.options, false, self.staging)
     }
 
     fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let name = beside(self.path.as_os_str(), name);
-        if self.staging.find(Protocol::of(&name)?.1).is_some() {
+        let (maker, path) = place(self.drivers, &name)?;
+        if self.staging.find(&path).is_some() {
             let shown = name.to_string_lossy();
             return Err(Error::invalid(format!("'{shown}' cannot be two files of one image")));
         }
-        self.stage(Protocol::of(&name)?.1, true)
+        maker.create(&path, self.options, true, self.staging)
     }
 }
 
@@ -350,7 +263,7 @@ struct Backing<'a> {
 
 impl Related for Backing<'_> {
     fn open(&self, role: &str, name: &str) -> Result<Child> {
-        let plain = self.opener.formats().last().map(|format| format.name().to_owned());
+        let plain = self.opener.drivers().formats.last().map(|format| format.name().to_owned());
         let how = OpenHow { format: plain, look_only: true, force_share: true, ..OpenHow::default() };
         let name = beside(self.image, name);
         let node = self.opener.open_named(&ImageRef::name(&name), &how)?;

@@ -9,8 +9,7 @@ use std::ffi::OsString;
 use serde_json::{Map, Value};
 
 use crate::block::info::SnapshotInfo;
-use crate::block::{Error, ImageRef, Node, OpenHow, Opener, Result};
-use crate::storage::{HostFile, Kind, Storage};
+use crate::block::{Child, Error, ImageRef, Node, OpenHow, Opener, Result};
 
 /// The backing file that an image names.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,19 +55,19 @@ pub fn of(node: &Node) -> Result<Info> {
     let format = driver.format();
     let mut image = driver.info()?;
     let inner = |role: &str| node.origin().inner.iter().find(|(known, _)| known == role).map(|(_, node)| node);
-    if let (Some(below), true) = (inner("file"), driver.backing().is_none() && image.specific.is_none()) {
-        // A window on another image has that image's units.
-        let below = below.driver().info()?;
-        image.cluster_size = image.cluster_size.or(below.cluster_size);
-        image.dirty = below.dirty;
-    }
+    // A window on another image, or on bytes, has their units.
+    let window = driver.backing().is_none() && image.specific.is_none();
     let mut actual_size = Some(0);
     let mut children = Vec::new();
     for child in driver.files() {
         let file = match inner(&child.role) {
             Some(node) => of(node)?,
-            None => of_file(&child.name, &*child.storage)?,
+            None => of_file(child)?,
         };
+        if window && child.role == "file" {
+            image.cluster_size = image.cluster_size.or(file.cluster_size);
+            image.dirty = file.dirty;
+        }
         actual_size = actual_size.zip(file.actual_size).and_then(|(a, b): (u64, u64)| a.checked_add(b));
         children.push((child.role.clone(), file));
     }
@@ -88,7 +87,7 @@ pub fn of(node: &Node) -> Result<Info> {
     });
     Ok(Info {
         filename: node.name().to_owned(),
-        format: format.name().to_owned(),
+        format: format.to_owned(),
         virtual_size: driver.virtual_size(),
         actual_size,
         cluster_size: image.cluster_size,
@@ -101,29 +100,26 @@ pub fn of(node: &Node) -> Result<Info> {
     })
 }
 
-/// A host file, as the protocol that it was opened by shows it.
-fn of_file(name: &str, storage: &dyn Storage) -> Result<Info> {
+/// A file, as the protocol that it was opened by shows it.
+fn of_file(child: &Child) -> Result<Info> {
     use crate::block::error::Context;
+    let Child { name, driver, storage, .. } = child;
     let length = storage.len().with_context(|| format!("Could not get size of '{name}'"))?;
-    let mut specific = Map::new();
-    if let Some(hint) = storage.host().and_then(HostFile::extent_size_hint) {
-        specific.insert("extent-size-hint".to_owned(), hint.into());
-    }
-    let protocol = match storage.host().map(HostFile::kind) {
-        None | Some(Kind::Regular) => "file",
-        Some(Kind::BlockDevice | Kind::CharDevice) => "host_device",
-    };
+    let specific = storage.host().map(|host| {
+        let hint = host.extent_size_hint().map(|hint| ("extent-size-hint".to_owned(), hint.into()));
+        ("file".to_owned(), Map::from_iter(hint))
+    });
     Ok(Info {
-        filename: name.to_owned(),
-        format: protocol.to_owned(),
+        filename: name.clone(),
+        format: (*driver).to_owned(),
         virtual_size: length.checked_next_multiple_of(512).unwrap_or(length),
         actual_size: storage.allocated().ok().flatten(),
         cluster_size: None,
         encrypted: false,
-        dirty: Some(false),
+        dirty: storage.host().map(|_| false),
         backing: None,
         snapshots: Vec::new(),
-        specific: Some(("file".to_owned(), specific)),
+        specific,
         children: Vec::new(),
     })
 }

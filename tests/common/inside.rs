@@ -66,7 +66,7 @@ pub fn bytes_of(storage: &dyn Storage) -> Vec<u8> {
 impl Related for Files {
     fn open(&self, role: &str, name: &str) -> Result<Child> {
         let storage = self.get(name).ok_or_else(|| Error::new(vimg::block::Kind::NotFound, format!("no '{name}'")))?;
-        Ok(Child { role: role.to_owned(), name: name.to_owned(), storage })
+        Ok(Child { role: role.to_owned(), name: name.to_owned(), driver: "file", storage })
     }
 }
 
@@ -230,7 +230,7 @@ pub fn open(files: &Files, format: &dyn Format, name: &str, write: bool, backing
 
 /// Opens one layer that lies in `storage` and has no other files.
 pub fn open_alone(storage: Arc<dyn Storage>, format: &dyn Format, write: bool) -> Result<Node> {
-    let file = Child { role: "file".to_owned(), name: "image".to_owned(), storage };
+    let file = Child { role: "file".to_owned(), name: "image".to_owned(), driver: "file", storage };
     open_child(file, format, write, &Alone, None)
 }
 

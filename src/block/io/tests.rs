@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::*;
 use crate::block::driver::Write;
 use crate::block::info::ImageInfo;
-use crate::block::{Child, Cipher, Extent, Format};
+use crate::block::{Child, Cipher, Extent};
 use crate::storage::memory::Memory;
 
 /// Bytes of a cluster, and of a sector of the cipher.
@@ -36,7 +36,8 @@ impl Toy {
 
     fn counting(table: Vec<Entry>, bytes: Vec<u8>, sealed: bool, decoded: Arc<AtomicUsize>) -> (Node, Arc<Memory>) {
         let storage = Arc::new(Memory::new(bytes));
-        let child = Child { role: "file".to_owned(), name: "toy.img".to_owned(), storage: storage.clone() };
+        let child =
+            Child { role: "file".to_owned(), name: "toy.img".to_owned(), driver: "file", storage: storage.clone() };
         let toy = Toy { files: [child], table: Mutex::new(table), sealed, decoded };
         (Node::new(Box::new(toy), None, "toy".to_owned()), storage)
     }
@@ -73,8 +74,8 @@ impl Cipher for Toy {
 }
 
 impl BlockDriver for Toy {
-    fn format(&self) -> &'static dyn Format {
-        &crate::formats::raw::Raw
+    fn format(&self) -> &'static str {
+        "toy"
     }
 
     fn virtual_size(&self) -> u64 {

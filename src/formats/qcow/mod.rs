@@ -116,8 +116,8 @@ impl QcowDriver {
 }
 
 impl BlockDriver for QcowDriver {
-    fn format(&self) -> &'static dyn Format {
-        &Qcow
+    fn format(&self) -> &'static str {
+        Qcow.name()
     }
 
     fn virtual_size(&self) -> u64 {

@@ -110,8 +110,8 @@ pub struct Qcow2Driver {
 }
 
 impl BlockDriver for Qcow2Driver {
-    fn format(&self) -> &'static dyn Format {
-        &Qcow2
+    fn format(&self) -> &'static str {
+        Qcow2.name()
     }
 
     fn virtual_size(&self) -> u64 {

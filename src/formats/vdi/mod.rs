@@ -95,8 +95,8 @@ impl VdiDriver {
 }
 
 impl BlockDriver for VdiDriver {
-    fn format(&self) -> &'static dyn Format {
-        &Vdi
+    fn format(&self) -> &'static str {
+        Vdi.name()
     }
 
     fn virtual_size(&self) -> u64 {

@@ -262,8 +262,8 @@ fn open_extent(
 }
 
 impl BlockDriver for VmdkDriver {
-    fn format(&self) -> &'static dyn Format {
-        &Vmdk
+    fn format(&self) -> &'static str {
+        Vmdk.name()
     }
 
     fn virtual_size(&self) -> u64 {

@@ -54,8 +54,8 @@ impl Dynamic {
 }
 
 impl BlockDriver for Dynamic {
-    fn format(&self) -> &'static dyn Format {
-        &Vpc
+    fn format(&self) -> &'static str {
+        Vpc.name()
     }
 
     fn virtual_size(&self) -> u64 {

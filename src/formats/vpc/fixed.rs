@@ -49,8 +49,8 @@ impl Fixed {
 }
 
 impl BlockDriver for Fixed {
-    fn format(&self) -> &'static dyn Format {
-        &Vpc
+    fn format(&self) -> &'static str {
+        Vpc.name()
     }
 
     fn virtual_size(&self) -> u64 {

@@ -10,7 +10,7 @@ use crate::block::{Error, Node, Result};
 const PIECE: u64 = 2 << 20;
 
 fn of(target: &Node) -> Result<&dyn Bitmaps> {
-    let format = target.driver().format().name();
+    let format = target.driver().format();
     let lacks = || Error::unsupported(format!("Format driver '{format}' does not support bitmaps"));
     target.driver().bitmaps().ok_or_else(lacks)
 }

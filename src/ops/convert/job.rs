@@ -71,7 +71,7 @@ impl Job<'_> {
         let make = create::make(new, &staging, opener).with_context(|| new.converting());
         staging.take_notices().into_iter().for_each(|text| opener.notice(Notice::Warning(text)));
         make?;
-        let inner = Opener::new(opener.formats(), opener.policy()).with_staging(&staging);
+        let inner = Opener::new(opener.drivers(), opener.policy()).with_staging(&staging);
         let how = OpenHow { format: Some(format.to_owned()), write: true, cache: self.cache, ..OpenHow::default() };
         let target = inner.open(&ImageRef::name(&new.name), &how);
         inner.take_notices().into_iter().for_each(|notice| opener.notice(notice));

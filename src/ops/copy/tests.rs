@@ -90,7 +90,7 @@ fn node(storage: Arc<dyn Storage>, name: &str) -> Arc<Node> {
 fn layer(storage: Arc<dyn Storage>, backing: Option<Arc<Node>>, name: &str) -> Arc<Node> {
     let driver = Raw
         .open(OpenRequest {
-            file: Child { role: "file".to_owned(), name: name.to_owned(), storage },
+            file: Child { role: "file".to_owned(), name: name.to_owned(), driver: "file", storage },
             options: &mut OptionTree::new(),
             write: true,
             look_only: false,

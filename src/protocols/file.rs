@@ -1,0 +1,167 @@
+//! `file`: regular files of the host, and what they share with devices: names, options, opening.
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use super::host_device;
+use crate::block::drivers::plain_path;
+use crate::block::keys::{take_number, take_switch, take_text};
+use crate::block::protocol::{CreateFile, FileRequest, OpenedFile, Protocol, Spelt};
+use crate::block::{CreateOptions, Error, OptionKind, OptionSpec, OptionTree, Result};
+use crate::storage::file::{HostFile, OpenHow};
+use crate::storage::lock::Access;
+use crate::storage::staging::{CreateHow, Staging};
+use crate::storage::{self, Kind, Preallocation, Storage};
+
+/// The protocol.
+#[derive(Debug)]
+pub struct File;
+
+/// What a regular file takes beside the format's own options.
+const OPTIONS: &[OptionSpec] = &[
+    OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionSpec::new("nocow", OptionKind::Switch, "Turn off copy-on-write (valid only on btrfs)"),
+    OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off, falloc, full)"),
+    OptionSpec::new("extent_size_hint", OptionKind::Size, "Extent size hint for the image file, 0 to disable"),
+];
+
+impl Protocol for File {
+    fn name(&self) -> &'static str {
+        "file"
+    }
+
+    fn takes(&self, _path: &Path) -> bool {
+        true
+    }
+
+    fn spelt(&self, rest: &OsStr) -> Result<Spelt> {
+        Ok(Spelt::path(plain_path(rest)))
+    }
+
+    fn plain(&self, name: &OsStr) -> Result<Spelt> {
+        Ok(Spelt::path(name.to_owned()))
+    }
+
+    fn take_name(&self, path: Option<OsString>, options: &mut OptionTree) -> Result<Option<OsString>> {
+        file_name(self.name(), path, options).map(Some)
+    }
+
+    fn open(&self, request: FileRequest<'_>) -> Result<OpenedFile> {
+        open_host(self.name(), request, "a regular file", |kind| kind == Kind::Regular)
+    }
+
+    fn creating(&self, path: &Path) -> Option<&'static dyn CreateFile> {
+        // A device is one whatever its name says.
+        if host_device::is_device(path) { Some(&host_device::DEVICE) } else { Some(&File) }
+    }
+}
+
+impl CreateFile for File {
+    fn options(&self) -> &'static [OptionSpec] {
+        OPTIONS
+    }
+
+    fn check(&self, _path: &Path, options: &CreateOptions, preallocates: bool) -> Result<()> {
+        match preallocation(options, preallocates)? {
+            Preallocation::Off | Preallocation::Falloc | Preallocation::Full => Ok(()),
+            mode => Err(Error::unsupported(format!("Unsupported preallocation mode: {}", mode.name()))),
+        }
+    }
+
+    fn create(
+        &self,
+        path: &Path,
+        options: &CreateOptions,
+        secondary: bool,
+        staging: &Staging,
+    ) -> Result<Arc<dyn Storage>> {
+        let how = CreateHow {
+            nocow: options.switch("nocow"),
+            extent_size_hint: options.number("extent_size_hint"),
+            secondary,
+        };
+        Ok(staging.create_with(path, &how)?)
+    }
+}
+
+/// The preallocation that is asked of the file itself.
+pub fn preallocation(options: &CreateOptions, preallocates: bool) -> Result<Preallocation> {
+    match options.text("preallocation").filter(|_| !preallocates) {
+        None => Ok(Preallocation::Off),
+        Some(word) => {
+            Preallocation::parse(word).ok_or_else(|| Error::invalid(format!("invalid parameter value: {word}")))
+        }
+    }
+}
+
+/// Opens what is there under a name of the host, if its kind is `wanted`.
+pub fn open_host(
+    driver: &'static str,
+    request: FileRequest<'_>,
+    wanted: &str,
+    is_wanted: impl Fn(Kind) -> bool,
+) -> Result<OpenedFile> {
+    let FileRequest { path, options, write, cache, staging } = request;
+    let path = path.unwrap_or_default();
+    let locking = take_locking(cache.direct(), options)?;
+    let wrong = || Error::invalid(format!("'{driver}' driver requires '{}' to be {wanted}", path.to_string_lossy()));
+    let staged = staging.and_then(|staging| staging.find(Path::new(&path)));
+    let storage = match staged {
+        Some(storage) => storage,
+        None => {
+            let how = OpenHow { write, cache, access: Access::NONE };
+            match HostFile::open(Path::new(&path), &how) {
+                Ok(file) => Arc::new(file) as Arc<dyn Storage>,
+                Err(storage::Error::WrongKind { .. }) => return Err(wrong()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    };
+    if storage.host().is_some_and(|file| !is_wanted(file.kind())) {
+        return Err(wrong());
+    }
+    let strong = Map::from_iter([("filename".to_owned(), Value::from(path.to_string_lossy()))]);
+    Ok(OpenedFile { storage, path: Some(path), based: true, strong, locking })
+}
+
+/// The name of what is to be opened: `path`, where it was not given as an option (that must be text).
+pub fn file_name(driver: &str, path: Option<OsString>, options: &mut OptionTree) -> Result<OsString> {
+    let named = match options.shift_remove("filename") {
+        Some(Value::String(name)) => Some(OsString::from(name)),
+        _ => None,
+    };
+    path.or(named)
+        .filter(|path| !path.is_empty())
+        .ok_or_else(|| Error::invalid(format!("The '{driver}' block driver requires a file name")))
+}
+
+/// Takes the options that all files of the host have: whether the file is locked.
+fn take_locking(direct: bool, options: &mut OptionTree) -> Result<bool> {
+    take_number(options, "aio-max-batch")?;
+    take_switch(options, "drop-cache")?;
+    take_switch(options, "x-check-cache-dropped")?;
+    let bad = |value: &str| Error::invalid(format!("invalid parameter value: {value}"));
+    // How the kernel is asked does not change what is read and written.
+    let native = match take_text(options, "aio").as_deref() {
+        None | Some("threads" | "io_uring") => false,
+        Some("native") => true,
+        Some(other) => return Err(bad(other)),
+    };
+    let locking = match take_text(options, "locking").as_deref() {
+        None | Some("auto" | "on") => true,
+        Some("off") => false,
+        Some(other) => return Err(bad(other)),
+    };
+    if let Some(id) = take_text(options, "pr-manager") {
+        return Err(Error::invalid(format!("No persistent reservation manager with id '{id}'")));
+    }
+    if native && !direct {
+        return Err(Error::invalid(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        ));
+    }
+    Ok(locking)
+}

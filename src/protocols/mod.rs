@@ -1,0 +1,16 @@
+//! Ways to bytes by name. A protocol is one file here and one line of [`PROTOCOLS`].
+
+mod file;
+mod host_device;
+mod null;
+
+use crate::block::protocol::Protocol;
+
+/// Every protocol there is; file last, because it takes any plain name.
+pub const PROTOCOLS: &[&dyn Protocol] = &[
+    &host_device::DEVICE, //
+    &host_device::CDROM,
+    &null::CO,
+    &null::AIO,
+    &file::File,
+];
