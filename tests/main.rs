@@ -25,6 +25,7 @@ mod realdisk;
 mod rig;
 mod storage;
 mod streams;
+mod truncated;
 mod vdi;
 mod vmdk;
 mod vmdk_resize;

@@ -25,6 +25,13 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
     /// or a run of contiguous clusters.
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent>;
 
+    /// A file may end within the last unit of so many bytes: writers leave out the rest of it, which reads as zeros.
+    /// What else lies past the end of a file is missing. `None` where the disk ends with the file.
+    fn short_unit(&self) -> Option<u64> {
+        // Lengths are counted in whole sectors.
+        Some(512)
+    }
+
     /// Decodes one compressed unit: `input` is its encoded bytes, `out` has the unit's length.
     fn decode(&self, unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {
         let _ = (unit, input, out);

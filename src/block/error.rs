@@ -23,6 +23,8 @@ pub enum Kind {
     Locked,
     /// The image's own bytes are wrong.
     Corrupt,
+    /// What should lie in a file lies past its end.
+    Truncated,
     /// The image, or the format, cannot do this.
     Unsupported,
     /// What was asked for makes no sense.
@@ -107,6 +109,11 @@ impl Error {
     /// The image's own bytes are wrong.
     pub fn corrupt(context: impl Into<String>) -> Self {
         Self::new(Kind::Corrupt, context)
+    }
+
+    /// What should lie at `at` lies past the end of the file.
+    pub fn truncated(what: &str, at: u64, end: u64) -> Self {
+        Self::new(Kind::Truncated, format!("the file is truncated: {what} at offset {at} lies past its end at {end}"))
     }
 
     /// The image, or the format, cannot do this.

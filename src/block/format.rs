@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::{Context, Operation, Place};
 use super::opener::Notice;
@@ -22,12 +23,53 @@ pub struct Child {
     pub storage: Arc<dyn Storage>,
 }
 
+/// Where a file ends that nobody cuts: it is asked for its length only where something lies past what is known.
+#[derive(Debug, Default)]
+pub struct FileEnd(AtomicU64);
+
+impl FileEnd {
+    /// Where the file ends, if that is before `wanted`; else some offset from there on.
+    pub fn reach(&self, file: &dyn Storage, wanted: u64) -> Result<u64> {
+        let known = self.0.load(Ordering::Relaxed);
+        if wanted <= known {
+            return Ok(known);
+        }
+        let end = file.len().context("Could not get the length of the file")?;
+        self.0.store(end, Ordering::Relaxed);
+        Ok(end)
+    }
+
+    /// Refuses a table of `len` bytes that does not lie in the file, which counts in whole sectors.
+    pub fn require(&self, file: &dyn Storage, what: &str, at: u64, len: u64) -> Result<()> {
+        let wanted = at.saturating_add(len);
+        let end = self.reach(file, wanted)?;
+        if end.checked_next_multiple_of(512).is_some_and(|end| end < wanted) {
+            Err(Error::truncated(what, at, end))
+        } else {
+            Ok(())
+        }
+    }
+}
+
 impl Child {
     /// What lies there as it is: data, or a hole.
     pub fn extent(&self, start: GuestOffset, place: HostPlace, max: u64) -> Result<Extent> {
         let host = self.storage.extent(place.at.get(), max).at(|| self.doing(Operation::Status, start, place.at))?;
         let kind = if host.is_zero() { ExtentKind::Zero(Some(place)) } else { ExtentKind::Data(place) };
         Ok(Extent { start, len: host.len, kind })
+    }
+
+    /// The same where the disk does not end with the file: what lies past its end is data that is missing.
+    pub fn stored_extent(&self, start: GuestOffset, place: HostPlace, max: u64) -> Result<Extent> {
+        let mut extent = self.extent(start, place, max)?;
+        if matches!(extent.kind, ExtentKind::Zero(_)) {
+            let doing = || self.doing(Operation::Status, start, place.at);
+            match self.storage.len().at(doing)?.saturating_sub(place.at.get()) {
+                0 => extent.kind = ExtentKind::Data(place),
+                there => extent.len = extent.len.min(there),
+            }
+        }
+        Ok(extent)
     }
 
     /// What was being done, should it fail.

@@ -202,7 +202,13 @@ impl Mapping<'_> {
     pub fn read(&self, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
         match self.kind {
             ExtentKind::Zero(_) | ExtentKind::Unallocated(_) => buf.fill(0),
-            ExtentKind::Data(place) => self.node.get(place, self.start, buf, scratch)?,
+            ExtentKind::Data(place) => {
+                let there = self.there()?;
+                if there < buf.len() as u64 {
+                    return Err(self.after(there).missing());
+                }
+                self.node.get(place, self.start, buf, scratch)?;
+            }
             ExtentKind::Compressed(unit) => self.read_compressed(&unit, buf, scratch)?,
         }
         Ok(())
@@ -221,7 +227,11 @@ impl Mapping<'_> {
             }
             Err(stored) => stored,
         };
-        scratch.encoded.resize(usize::try_from(unit.host_len).map_err(|_| too_long())?, 0);
+        let there = self.encoded_there(unit)?;
+        if there == 0 {
+            return Err(self.missing());
+        }
+        scratch.encoded.resize(usize::try_from(there).map_err(|_| too_long())?, 0);
         self.node.get_bytes(unit.place, self.start, &mut scratch.encoded)?;
         if buf.len() == decoded {
             return self.decode(unit, &scratch.encoded, buf);
@@ -233,8 +243,58 @@ impl Mapping<'_> {
         Ok(())
     }
 
+    /// How many bytes of the run's start are in the file, or may be left out there (see
+    /// [`BlockDriver::short_unit`]). All of them where nobody can tell.
+    pub fn there(&self) -> Result<u64> {
+        let place = match self.kind {
+            ExtentKind::Data(place) => place,
+            ExtentKind::Compressed(unit) => {
+                return Ok(if self.encoded_there(&unit)? == 0 { 0 } else { self.len });
+            }
+            ExtentKind::Zero(_) | ExtentKind::Unallocated(_) => return Ok(self.len),
+        };
+        let from = place.at.get();
+        let Some(unit) = self.node.driver().short_unit() else { return Ok(self.len) };
+        let Some(end) = self.node.file_end(place, from.saturating_add(self.len))? else { return Ok(self.len) };
+        // The run starts somewhere in a unit, on the disk as in the file.
+        let base = from.saturating_sub(self.start.get() % unit.max(1));
+        let last = end.saturating_sub(base).checked_next_multiple_of(unit.max(1)).unwrap_or(u64::MAX);
+        let whole = if end > base { base.saturating_add(last) } else { end };
+        Ok(whole.saturating_sub(from).min(self.len))
+    }
+
+    /// How many of a unit's encoded bytes are in the file. The last ones may be padding that is not.
+    fn encoded_there(&self, unit: &CompressedUnit) -> Result<u64> {
+        let at = unit.place.at.get();
+        let end = self.node.file_end(unit.place, at.saturating_add(unit.host_len))?;
+        Ok(end.map_or(unit.host_len, |end| end.saturating_sub(at).min(unit.host_len)))
+    }
+
+    /// The error for a run that is past the end of its file.
+    pub fn missing(&self) -> Error {
+        let place = match self.kind {
+            ExtentKind::Data(place) => place,
+            ExtentKind::Compressed(unit) => unit.place,
+            ExtentKind::Zero(_) | ExtentKind::Unallocated(_) => {
+                return Error::corrupt("what is stored nowhere cannot be missing");
+            }
+        };
+        let found = self.node.file_end(place, u64::MAX).and_then(|end| Ok((end, self.node.child(place)?)));
+        match found {
+            Ok((end, child)) => Error::truncated("data", place.at.get(), end.unwrap_or_default()).at(child.doing(
+                Operation::Read,
+                self.start,
+                place.at,
+            )),
+            Err(error) => error,
+        }
+    }
+
     fn decode(&self, unit: &CompressedUnit, encoded: &[u8], out: &mut [u8]) -> Result<()> {
         self.node.driver().decode(unit, encoded, out).or_else(|error| {
+            if (encoded.len() as u64) < unit.host_len {
+                return Err(self.missing());
+            }
             let child = self.node.child(unit.place)?;
             Err(error.at(child.doing(Operation::Read, self.start, unit.place.at)))
         })

@@ -35,7 +35,8 @@ pub use drivers::{Driver, Drivers};
 pub use error::{Error, Kind, Result};
 pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace};
 pub use format::{
-    BackingRef, Child, Create, CreateFiles, CreateRequest, Format, Ids, NoFiles, OpenRequest, Related, ResizeFiles,
+    BackingRef, Child, Create, CreateFiles, CreateRequest, FileEnd, Format, Ids, NoFiles, OpenRequest, Related,
+    ResizeFiles,
 };
 pub use name::{ImageRef, OptionTree};
 pub use node::{Mapping, Node};

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use super::driver::{Store, Write};
 use super::error::{Operation, Place};
 use super::io::{LastUnit, Placement};
-use super::{BlockDriver, Child, Error, ExtentKind, GuestOffset, HostPlace, Result, name};
+use super::{BlockDriver, Child, Error, ExtentKind, FileEnd, GuestOffset, HostPlace, Result, name};
 use crate::storage::Identity;
 
 /// Where a node came from.
@@ -37,6 +37,8 @@ pub struct Node {
     name: String,
     origin: Origin,
     last_unit: LastUnit,
+    /// Of each file, where the layer is not written to.
+    ends: Box<[FileEnd]>,
 }
 
 impl fmt::Debug for Node {
@@ -93,7 +95,9 @@ impl Mapping<'_> {
 impl Node {
     /// A layer on top of `backing`.
     pub fn new(driver: Box<dyn BlockDriver>, backing: Option<Arc<Node>>, name: String) -> Self {
-        Self { driver, backing, name, origin: Origin::default(), last_unit: LastUnit::default() }
+        let files = if driver.writing().is_some() { 0 } else { driver.files().len() };
+        let ends = (0..files).map(|_| FileEnd::default()).collect();
+        Self { driver, backing, name, origin: Origin::default(), last_unit: LastUnit::default(), ends }
     }
 
     /// The same, with the knowledge of where it came from.
@@ -145,6 +149,13 @@ impl Node {
     /// The guest's disk size in bytes.
     pub fn virtual_size(&self) -> u64 {
         self.driver.virtual_size()
+    }
+
+    /// Where the layer's file ends, if that is before `wanted`; nothing where that cannot be told, because it is
+    /// written to: what was placed need not be there yet.
+    pub(super) fn file_end(&self, place: HostPlace, wanted: u64) -> Result<Option<u64>> {
+        let Some(end) = self.ends.get(place.file) else { return Ok(None) };
+        end.reach(&*self.child(place)?.storage, wanted).map(|end| Some(end).filter(|end| *end < wanted))
     }
 
     pub(super) fn last_unit(&self) -> &LastUnit {

@@ -130,6 +130,10 @@ impl BlockDriver for RawDriver {
         self.files[0].extent(at, self.place_of(at), max)
     }
 
+    fn short_unit(&self) -> Option<u64> {
+        None
+    }
+
     fn files(&self) -> &[Child] {
         &self.files
     }

@@ -3,13 +3,15 @@
 //! Each layer of a chain is opened by itself, so a chain of any length is shown, and a broken one up to where it
 //! breaks.
 
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::ffi::OsString;
 
 use serde_json::{Map, Value};
 
+use crate::block::error::Operation;
 use crate::block::info::SnapshotInfo;
-use crate::block::{Child, Error, ImageRef, Node, OpenHow, Opener, Result};
+use crate::block::{Child, Error, GuestOffset, ImageRef, Node, Notice, OpenHow, Opener, Result};
 
 /// The backing file that an image names.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,6 +102,48 @@ pub fn of(node: &Node) -> Result<Info> {
     })
 }
 
+/// How many places of a map are looked at for what is missing: enough for most disks, and never slow.
+const LOOKS: u64 = 512;
+
+/// What of the image is past the end of its file, if a few looks at its map find it: from the start on, then here and
+/// there. Where not even the start of its map is there, that shows soon enough.
+fn missing(node: &Node) -> Option<Error> {
+    let size = node.virtual_size();
+    let mut at = 0;
+    let stored = Cell::new(false);
+    let look = |at: u64, max: u64| match node.map(GuestOffset(at), max, 1) {
+        Ok(mapping) => match mapping.there() {
+            Ok(there) if there < mapping.len => Err(Some(mapping.after(there).missing())),
+            _ => {
+                stored.set(stored.get() || !mapping.is_zero());
+                Ok(mapping.len)
+            }
+        },
+        // What is wrong besides is for those who read the image.
+        Err(error) => {
+            let cut = stored.get() && error.kind == crate::block::Kind::Truncated;
+            Err(cut.then(|| error.at(node.place_of(Operation::Status, GuestOffset(at)))))
+        }
+    };
+    for _ in 0..LOOKS {
+        if at >= size {
+            return None;
+        }
+        match look(at, size - at) {
+            Ok(len) => at += len,
+            Err(found) => return found,
+        }
+    }
+    let step = ((size - at) / LOOKS).max(1);
+    while at < size {
+        if let Err(found) = look(at, 1) {
+            return found;
+        }
+        at = at.saturating_add(step);
+    }
+    None
+}
+
 /// A file, as the protocol that it was opened by shows it.
 fn of_file(child: &Child) -> Result<Info> {
     use crate::block::error::Context;
@@ -135,6 +179,9 @@ pub fn chain(opener: &Opener<'_>, image: &ImageRef, how: &OpenHow, whole: bool) 
             return Err(Error::invalid(format!("Backing file '{}' creates an infinite loop.", image.shown())));
         }
         let info = of(&node)?;
+        if let Some(error) = missing(&node) {
+            opener.notice(Notice::Warning(error.message()));
+        }
         if let (true, Some(backing)) = (whole, &info.backing) {
             opener.may_open(&info.filename, &backing.name)?;
             let path = backing

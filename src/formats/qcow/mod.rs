@@ -72,7 +72,7 @@ impl Format for Qcow {
             backing,
             encrypted,
             files: [file],
-            state: Mutex::new(State::new(header)),
+            state: Mutex::new(State::new(header, write)),
             write,
         }))
     }

@@ -6,7 +6,7 @@ use byteorder::{BigEndian as Be, ByteOrder};
 
 use super::layout::{Entry, Header};
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{Error, FileEnd, Result};
 use crate::formats::table::TableCache;
 use crate::storage::{Preallocation, Storage};
 
@@ -33,13 +33,23 @@ pub struct State {
     end: Option<u64>,
     /// Bytes of the file from here on were never given out and read as zeros.
     fresh: u64,
+    /// Where the file ends, if it is not written to: a new table need not be there yet.
+    file_end: Option<FileEnd>,
 }
 
 impl State {
     /// Nothing read yet.
-    pub fn new(header: Header) -> Self {
+    pub fn new(header: Header, write: bool) -> Self {
         let (l1, l2) = (TableCache::new(L1_CACHE), TableCache::new(L2_CACHE));
-        Self { header, l1, l2, pending: HashMap::new(), end: None, fresh: u64::MAX }
+        Self {
+            header,
+            l1,
+            l2,
+            pending: HashMap::new(),
+            end: None,
+            fresh: u64::MAX,
+            file_end: (!write).then(FileEnd::default),
+        }
     }
 
     fn cluster(&self) -> u64 {
@@ -69,6 +79,11 @@ impl State {
         Ok(Be::read_u64(&entry))
     }
 
+    /// Refuses a table that is not in the file.
+    fn require(&self, storage: &dyn Storage, what: &str, at: u64, entries: u64) -> Result<()> {
+        self.file_end.as_ref().map_or(Ok(()), |end| end.require(storage, what, at, entries * 8))
+    }
+
     /// The entry of a cluster, and how many (at most `max`) go on like it: one after the other in the file, or
     /// none of them there.
     pub fn run(&mut self, storage: &dyn Storage, index: u64, max: u64) -> Result<(Entry, u64)> {
@@ -78,6 +93,7 @@ impl State {
         if max == 0 {
             return Err(Error::corrupt(format!("the L1 table has no entry for cluster {index}")));
         }
+        self.require(storage, "the L1 table", self.header.l1_offset(), self.l1_entries())?;
         let (mut first, mut count, mut steps) = (Entry::Unallocated, 0, 0);
         while count < max && steps < STEPS {
             steps += 1;
@@ -90,6 +106,12 @@ impl State {
                 }
                 count += left;
                 continue;
+            }
+            match self.require(storage, "an L2 table", table, self.table_entries()) {
+                Err(error) if count == 0 => return Err(error),
+                // Those who ask for what comes next will hear of it.
+                Err(_) => break,
+                Ok(()) => {}
             }
             let at = table.saturating_add((index + count) % self.table_entries() * 8);
             let mut one = [0; 8];

@@ -181,6 +181,9 @@ impl Qcow2Driver {
     fn map_table(&self, rules: &Rules, pos: u64, end: u64, looked: &mut u64) -> std::result::Result<Run, Trouble> {
         let geometry = &self.geometry;
         let (l1, covers) = (self.l1(), geometry.l1_covers());
+        if !self.write {
+            self.tables.require(l1)?;
+        }
         let first = geometry.l1_index(pos);
         let last = (end - 1) / covers;
         // Unallocated L1 entries from here on, as far as the slice goes.
@@ -202,6 +205,9 @@ impl Qcow2Driver {
         let table = entry & OFFSET_MASK;
         if geometry.in_cluster(table) != 0 {
             return Err(Trouble::Wrong(format!("L2 table offset {table:#x} unaligned (L1 index: {})", hex(first))));
+        }
+        if !self.write {
+            self.tables.require(self.l2(table))?;
         }
         let index = geometry.l2_index(pos);
         let width = geometry.l2_entry();

@@ -122,6 +122,11 @@ impl BlockDriver for Qcow2Driver {
         self.map(at, max)
     }
 
+    /// Of the last cluster of the file that much is written as the guest wrote.
+    fn short_unit(&self) -> Option<u64> {
+        Some(self.geometry.cluster_size())
+    }
+
     fn decode(&self, unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {
         self.decode_unit(unit, input, out)
     }

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use byteorder::{BigEndian, ByteOrder};
 
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{Error, FileEnd, Result};
 use crate::storage::Storage;
 
 use super::layout::Geometry;
@@ -105,6 +105,7 @@ pub struct Tables {
     limit: u64,
     clock: AtomicU64,
     dirty: AtomicU64,
+    end: FileEnd,
 }
 
 impl Tables {
@@ -116,7 +117,13 @@ impl Tables {
             limit: bytes.max(LEAST_BYTES),
             clock: AtomicU64::new(0),
             dirty: AtomicU64::new(0),
+            end: FileEnd::default(),
         }
+    }
+
+    /// Refuses a table that lies past the end of the file. Not for an image that is written to: there it may be new.
+    pub fn require(&self, table: Table) -> Result<()> {
+        self.end.require(&*self.storage, table.kind.name(), table.at, table.len)
     }
 
     /// Gives `look` the table's bytes from `from` on, to the end of a slice (at least 1 byte if `from` lies in

@@ -121,7 +121,7 @@ impl BlockDriver for VdiDriver {
             return Ok(Extent { start: at, len, kind: ExtentKind::Data(place) });
         }
         // A static image is as sparse as the host made it.
-        self.files[0].extent(at, place, len)
+        self.files[0].stored_extent(at, place, len)
     }
 
     fn files(&self) -> &[Child] {

@@ -281,8 +281,8 @@ impl BlockDriver for VmdkDriver {
             }
             Body::Flat { file, offset } => {
                 let place = HostPlace { file: *file, at: HostOffset(*offset) + inside };
-                let host = self.files[*file].storage.extent(place.at.get(), max).context("block status")?;
-                (if host.is_zero() { ExtentKind::Zero(Some(place)) } else { ExtentKind::Data(place) }, host.len)
+                let stored = self.files[*file].stored_extent(at, place, max)?;
+                (stored.kind, stored.len)
             }
             Body::SeSparse { file, sparse } => {
                 let (grain, len) = sparse.map(inside, max)?;

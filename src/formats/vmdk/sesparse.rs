@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex};
 use byteorder::{ByteOrder, LittleEndian as LE};
 
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{Error, FileEnd, Result};
 use crate::formats::table::TableCache;
 use crate::storage::Storage;
 
@@ -47,12 +47,13 @@ const CACHED: usize = 1 << 20;
 pub struct SeSparse {
     storage: Arc<dyn Storage>,
     gd_at: u64,
-    /// Entries of the directory: as many as the file and the extent's length let be.
+    /// Entries of the directory: as many as it has, and the extent's length needs.
     gd_entries: u64,
     tables_at: u64,
     tables: u64,
     grains_at: u64,
     cache: Mutex<TableCache>,
+    end: FileEnd,
 }
 
 fn corrupt(what: &str) -> Error {
@@ -95,10 +96,8 @@ impl SeSparse {
         if needed > MAX_TABLES * 8 {
             return Err(corrupt("too many grain tables"));
         }
-        let length = storage.len().context(READING)?;
         let gd_at = header[16].checked_mul(SECTOR).ok_or_else(|| corrupt("offset past every end"))?;
-        let gd_entries =
-            header[17].saturating_mul(SECTOR / 8).min(needed).min(length.saturating_sub(gd_at).div_ceil(8));
+        let gd_entries = header[17].saturating_mul(SECTOR / 8).min(needed);
         let cache = Mutex::new(TableCache::new(CACHED));
         Ok(Self {
             gd_at,
@@ -108,10 +107,12 @@ impl SeSparse {
             grains_at: header[24],
             storage,
             cache,
+            end: FileEnd::default(),
         })
     }
 
     fn word(&self, cache: &mut TableCache, at: u64) -> Result<u64> {
+        self.end.require(&*self.storage, "an entry of a table", at, 8)?;
         let mut word = [0; 8];
         cache.read(&*self.storage, at, &mut word).context(READING)?;
         Ok(u64::from_le_bytes(word))
@@ -160,12 +161,13 @@ impl SeSparse {
                     end = at.saturating_add(max);
                     break;
                 }
-                if self.directory(&mut cache, table)? == 0 {
+                if matches!(self.directory(&mut cache, table), Ok(0)) {
                     end += GRAIN * GTES;
                     continue;
                 }
             }
-            let next = self.entry(&mut cache, end / GRAIN)?;
+            // An error is for those who ask for what comes next.
+            let Ok(next) = self.entry(&mut cache, end / GRAIN) else { break };
             let goes_on = match (first, next) {
                 (Grain::At(a), Grain::At(b)) => a + (end / GRAIN - grain) * 8 == b,
                 (a, b) => a == b,

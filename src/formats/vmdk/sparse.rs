@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use byteorder::{ByteOrder, LittleEndian as LE};
 
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{Error, FileEnd, Result};
 use crate::storage::Storage;
 
 use super::layout::*;
@@ -237,7 +237,8 @@ impl Sparse {
                     continue;
                 }
             }
-            let next = state.grain(self, end / grain)?;
+            // An error is for those who ask for what comes next.
+            let Ok(next) = state.grain(self, end / grain) else { break };
             let goes_on = match (first, next) {
                 (Grain::At(a), Grain::At(b)) => {
                     !self.shape.compressed && a + (end / grain - at / grain) * self.shape.grain_sectors() == b
@@ -323,7 +324,10 @@ impl State {
             let at = u64::from(self.table_sector(table)) * SECTOR;
             let entries = match at {
                 0 => vec![0; usize::try_from(extent.shape.gtes).unwrap_or(0)],
-                at => read_entries(&*extent.storage, at, extent.shape.gtes).context("Could not read a grain table")?,
+                at => {
+                    FileEnd::default().require(&*extent.storage, "a grain table", at, extent.shape.gtes * 4)?;
+                    read_entries(&*extent.storage, at, extent.shape.gtes).context("Could not read a grain table")?
+                }
             };
             self.tables.insert(table, Table { entries, dirty: false });
         }

@@ -308,6 +308,12 @@ impl<'a> Engine<'a> {
                 _ => error,
             });
         }
+        if let (crate::block::Kind::Truncated, Content::Stored(_)) = (error.kind, &segment.content) {
+            // A compressed unit that is cut off: the plan has seen all else.
+            buf.fill(0);
+            self.observer.warn(&format!("{}; it is read as zeros", error.message()));
+            return Ok(());
+        }
         // Sector by sector: whatever cannot be read is zeros.
         let mut rest = *segment;
         for sector in buf.chunks_mut(SECTOR as usize) {

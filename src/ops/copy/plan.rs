@@ -8,7 +8,7 @@
 use super::Observer;
 use super::source::{Content, Joined, Segment};
 use super::zero::SECTOR;
-use crate::block::{Error, ExtentKind, Result};
+use crate::block::{Error, ExtentKind, Kind, Result};
 
 /// Guest data in one chunk, before rounding to units.
 pub const CHUNK: u64 = 2 << 20;
@@ -75,12 +75,14 @@ pub struct Plan<'a> {
     /// Who hears of maps that cannot be read, where that is to be borne.
     salvage: Option<&'a dyn Observer>,
     noted: bool,
+    /// Where what was last found missing ends: what goes on there is told no more.
+    missing_to: u64,
 }
 
 impl<'a> Plan<'a> {
     /// A walk over all of it.
     pub fn new(source: &'a Joined, shape: Shape, salvage: Option<&'a dyn Observer>) -> Self {
-        Self { source, shape, at: 0, number: 0, pending: None, cut: None, salvage, noted: false }
+        Self { source, shape, at: 0, number: 0, pending: None, cut: None, salvage, noted: false, missing_to: u64::MAX }
     }
 
     fn segment(&mut self) -> Result<Option<Segment<'a>>> {
@@ -93,8 +95,30 @@ impl<'a> Plan<'a> {
         }
         match (self.source.map(self.at, left), self.salvage) {
             (Err(error), Some(observer)) => Ok(Some(self.lost(error, observer))),
+            (Ok(segment), Some(observer)) => self.without_missing(segment, observer).map(Some),
             (mapped, _) => mapped.map(Some),
         }
+    }
+
+    /// Zeros in place of data that lies past the end of its file.
+    fn without_missing(&mut self, segment: Segment<'a>, observer: &dyn Observer) -> Result<Segment<'a>> {
+        let Content::Stored(mapping) = segment.content else { return Ok(segment) };
+        match mapping.there()? {
+            0 => {
+                self.tell_missing(segment.at, segment.end(), &mapping.missing(), observer);
+                Ok(Segment { content: Content::Zero, ..segment })
+            }
+            there if there < segment.len => Ok(segment.split(there).0),
+            _ => Ok(segment),
+        }
+    }
+
+    /// Once for a range, however many pieces it comes in.
+    fn tell_missing(&mut self, at: u64, to: u64, error: &Error, observer: &dyn Observer) {
+        if at != self.missing_to {
+            observer.warn(&format!("{}; it is read as zeros", error.message()));
+        }
+        self.missing_to = to;
     }
 
     /// Zeros from where we stand to where the map can be read again. How far that is has to be tried.
@@ -105,8 +129,12 @@ impl<'a> Plan<'a> {
             if !std::mem::replace(&mut self.noted, true) {
                 error.all_notes().iter().for_each(|line| observer.note(line));
             }
-            observer.warn(&format!("error while reading block status at offset {at}: {}", error.cause()));
-            at = at.saturating_add(SECTOR).min(end);
+            let next = at.saturating_add(SECTOR).min(end);
+            match error.kind {
+                Kind::Truncated => self.tell_missing(at, next, &error, observer),
+                _ => observer.warn(&format!("error while reading block status at offset {at}: {}", error.cause())),
+            }
+            at = next;
             if at >= end || at - start >= CHUNK {
                 break;
             }

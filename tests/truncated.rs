@@ -1,0 +1,181 @@
+//! Images that were cut off: what is missing is an error, never zeros that nobody asked for.
+
+use std::fs;
+use std::path::Path;
+
+use crate::common::{Scratch, judge, pattern, vimg, vimg_path};
+
+/// A kind of image: format, how qemu-img makes it of `s.raw`, the file that is cut, and the unit of the last part of
+/// a file that writers may leave out.
+struct Kind {
+    name: &'static str,
+    format: &'static str,
+    make: &'static str,
+    cut: &'static str,
+    unit: u64,
+}
+
+const fn kind(name: &'static str, format: &'static str, make: &'static str, cut: &'static str, unit: u64) -> Kind {
+    Kind { name, format, make, cut, unit }
+}
+
+impl Kind {
+    fn make(&self, scratch: &Scratch) {
+        // The reference cannot make every kind.
+        scratch.sh(&format!("vimg() {{ '{}' \"$@\"; }}; {}", vimg_path().display(), self.make));
+    }
+}
+
+const KINDS: [Kind; 14] = [
+    kind("qcow2", "qcow2", "qemu-img convert -f raw -O qcow2 s.raw i", "i", 65536),
+    kind("small clusters", "qcow2", "qemu-img convert -f raw -O qcow2 -o cluster_size=512 s.raw i", "i", 512),
+    kind("subclusters", "qcow2", "qemu-img convert -f raw -O qcow2 -o extended_l2=on s.raw i", "i", 65536),
+    kind("compressed qcow2", "qcow2", "qemu-img convert -c -f raw -O qcow2 s.raw i", "i", 512),
+    kind("data file", "qcow2", "qemu-img convert -f raw -O qcow2 -o data_file=d s.raw i", "d", 65536),
+    kind(
+        "raw data file",
+        "qcow2",
+        "qemu-img convert -f raw -O qcow2 -o data_file=d,data_file_raw=on s.raw i",
+        "d",
+        65536,
+    ),
+    kind("qcow", "qcow", "qemu-img convert -f raw -O qcow s.raw i", "i", 512),
+    kind("compressed qcow", "qcow", "vimg convert -c -f raw -O qcow s.raw i", "i", 512),
+    kind("vdi", "vdi", "qemu-img convert -f raw -O vdi s.raw i", "i", 512),
+    kind("static vdi", "vdi", "qemu-img convert -f raw -O vdi -o static=on s.raw i", "i", 512),
+    kind("vpc", "vpc", "qemu-img convert -f raw -O vpc s.raw i", "i", 512),
+    kind("vmdk", "vmdk", "qemu-img convert -f raw -O vmdk s.raw i", "i", 512),
+    kind("flat vmdk", "vmdk", "qemu-img convert -f raw -O vmdk -o subformat=monolithicFlat s.raw i", "i-flat", 512),
+    kind(
+        "stream-optimized vmdk",
+        "vmdk",
+        "qemu-img convert -f raw -O vmdk -o subformat=streamOptimized s.raw i",
+        "i",
+        512,
+    ),
+];
+
+const SIZE: usize = 3_000_320;
+
+/// Data that compresses to about half.
+fn source(scratch: &Scratch) -> Vec<u8> {
+    let mut disk = pattern(3, SIZE);
+    disk.chunks_mut(128).for_each(|chunk| chunk[64..].fill(b'z'));
+    fs::write(scratch.file("s.raw"), &disk).unwrap();
+    disk
+}
+
+fn cut(file: &Path, len: u64) {
+    fs::OpenOptions::new().write(true).open(file).unwrap().set_len(len).unwrap();
+}
+
+#[test]
+fn a_cut_source_is_refused_or_complete_wherever_it_is_cut() {
+    for kind in &KINDS {
+        let scratch = Scratch::new();
+        let disk = source(&scratch);
+        kind.make(&scratch);
+        let file = scratch.file(kind.cut);
+        let whole = fs::metadata(&file).unwrap().len();
+        let (mut refused, mut named) = (0, 0);
+        for part in (0..=16).rev() {
+            cut(&file, (whole * part / 16).next_multiple_of(kind.unit).min(whole));
+            let out = vimg(&["convert", "-f", kind.format, "-O", "raw", "i", "o"]).dir(scratch.path()).run();
+            if out.code == Some(0) {
+                let mut read = fs::read(scratch.file("o")).unwrap();
+                assert!(read[SIZE..].iter().all(|byte| *byte == 0));
+                read.truncate(SIZE);
+                assert!(read == disk, "{}: {part}/16 of the file give another disk", kind.name);
+                fs::remove_file(scratch.file("o")).unwrap();
+                continue;
+            }
+            assert!(!scratch.file("o").exists());
+            refused += 1;
+            let said = format!("{}: error while", kind.cut);
+            named += usize::from(out.stderr.contains(&said) && out.stderr.contains("the file is truncated"));
+        }
+        assert!(refused >= 15, "{}: {refused} of 16 cuts were refused", kind.name);
+        // vpc says it when it is opened, and so do others where tables or the footer are gone.
+        let opens = !matches!(kind.name, "vpc" | "stream-optimized vmdk");
+        assert!(!opens || named >= 8, "{}: {named} of {refused} say which file, and why", kind.name);
+    }
+}
+
+#[test]
+fn what_writers_leave_short_is_whole() {
+    let scratch = Scratch::new();
+    fs::write(scratch.file("s.raw"), pattern(3, 1_000_448)).unwrap();
+    // The last cluster is written as far as the guest wrote: a subcluster of it.
+    scratch.sh("qemu-img create -q -f qcow2 -o extended_l2=on i 1M && qemu-io -c 'write -P 7 512k 512' i");
+    let len = fs::metadata(scratch.file("i")).unwrap().len();
+    assert_ne!(len % 65536, 0);
+    let out = scratch.vimg(&["convert", "-O", "raw", "i", "o"]);
+    assert_eq!(out.stderr, "");
+    scratch.assert_same_content("qcow2", "i", "raw", "o");
+    // A whole cluster of which only the first bytes are there.
+    scratch.sh("qemu-img create -q -f qcow2 j 1M && qemu-io -c 'write -P 7 512k 64k' j");
+    cut(&scratch.file("j"), fs::metadata(scratch.file("j")).unwrap().len() - 60000);
+    scratch.vimg(&["convert", "-O", "raw", "j", "p"]);
+    scratch.assert_same_content("qcow2", "j", "raw", "p");
+    // raw ends inside a sector.
+    fs::write(scratch.file("r"), pattern(1, 100_001)).unwrap();
+    assert_eq!(scratch.vimg(&["convert", "-f", "raw", "-O", "raw", "r", "q"]).stderr, "");
+    scratch.assert_same_content("raw", "r", "raw", "q");
+}
+
+#[test]
+fn salvage_reads_a_cut_source_with_a_warning_for_each_range() {
+    for kind in KINDS.iter().filter(|kind| !matches!(kind.name, "vpc" | "stream-optimized vmdk")) {
+        let scratch = Scratch::new();
+        source(&scratch);
+        kind.make(&scratch);
+        let file = scratch.file(kind.cut);
+        cut(&file, (fs::metadata(&file).unwrap().len() / 2).next_multiple_of(kind.unit));
+        let out = scratch.vimg(&["convert", "--salvage", "-f", kind.format, "-O", "raw", "i", "o"]);
+        let lines: Vec<&str> = out.stderr.lines().collect();
+        assert!((1..=2).contains(&lines.len()) || kind.name.starts_with("compressed"), "{}: {lines:?}", kind.name);
+        let warned = |line: &str| line.starts_with("qemu-img: warning: ") && line.contains("it is read as zeros");
+        assert!(lines.iter().all(|line| warned(line)), "{}: {lines:?}", kind.name);
+        // What the reference reads, which takes what is missing for zeros, but cannot decode half a unit.
+        if !kind.name.starts_with("compressed") {
+            scratch.judge(&["convert", "-f", kind.format, "-O", "raw", "i", "theirs"]);
+            assert!(fs::read(scratch.file("o")).unwrap() == fs::read(scratch.file("theirs")).unwrap(), "{}", kind.name);
+        }
+    }
+}
+
+#[test]
+fn info_warns_of_a_cut_image_and_prints_what_the_reference_prints() {
+    // Data files are not opened by info.
+    let silent = |kind: &&Kind| kind.cut == "d" || matches!(kind.name, "vpc" | "stream-optimized vmdk");
+    for kind in KINDS.iter().filter(|kind| !silent(kind)) {
+        let scratch = Scratch::new();
+        source(&scratch);
+        kind.make(&scratch);
+        assert_eq!(scratch.vimg(&["info", "-f", kind.format, "i"]).stderr, "", "{}", kind.name);
+        let file = scratch.file(kind.cut);
+        cut(&file, (fs::metadata(&file).unwrap().len() / 2).next_multiple_of(kind.unit));
+        let ours = scratch.vimg(&["info", "-f", kind.format, "i"]);
+        let theirs = judge(&["info", "-f", kind.format, "i"]).dir(scratch.path()).ok();
+        assert_eq!(ours.stdout, theirs.stdout, "{}", kind.name);
+        let warned = ours.stderr.starts_with("qemu-img: warning: ") && ours.stderr.contains("the file is truncated");
+        assert!(warned && ours.stderr.lines().count() == 1, "{}: {}", kind.name, ours.stderr);
+    }
+}
+
+#[test]
+fn a_cut_backing_file_is_an_error_too() {
+    let scratch = Scratch::new();
+    source(&scratch);
+    scratch.sh("qemu-img convert -f raw -O qcow2 s.raw base && qemu-img create -q -f qcow2 -b base -F qcow2 i");
+    let file = scratch.file("base");
+    cut(&file, 20 * 65536);
+    let out = vimg(&["convert", "-O", "qcow2", "i", "o"]).dir(scratch.path()).run();
+    assert_eq!(out.code, Some(1));
+    assert!(
+        out.stderr.contains("base: error while reading at byte 983040: the file is truncated: data at offset 1310720"),
+        "{}",
+        out.stderr
+    );
+    assert!(!scratch.file("o").exists());
+}
