@@ -35,7 +35,7 @@ fn bitmaps(file: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
 }
 
 #[test]
-fn they_follow_a_resize() {
+fn enabled_bitmaps_follow_a_resize() {
     // The reference takes long to shrink many small clusters.
     for (cluster, large) in [("512", "20M"), ("64k", "700M")] {
         let s = Scratch::new();
@@ -62,7 +62,7 @@ fn they_follow_a_resize() {
 }
 
 #[test]
-fn one_that_is_inconsistent_stands_in_the_way() {
+fn an_inconsistent_bitmap_forbids_a_resize() {
     let s = Scratch::new();
     s.judge(&["create", "-q", "-f", "qcow2", "a", "1M"]);
     s.judge(&["bitmap", "--add", "a", "b"]);
@@ -91,7 +91,7 @@ fn twins(s: &Scratch, cluster: &str, size: &str) {
 }
 
 #[test]
-fn they_follow_what_is_written() {
+fn enabled_bitmaps_record_what_is_written() {
     for (cluster, options) in [
         ("64k", &[][..]),
         ("512", &[]),
@@ -117,7 +117,7 @@ fn they_follow_what_is_written() {
 }
 
 #[test]
-fn many_scattered_writes_set_their_bits_alone() {
+fn scattered_writes_set_their_own_bits_alone() {
     let s = Scratch::new();
     // More runs than are kept in memory.
     let mut raw = vec![0; 20_000 * 1024];
@@ -135,7 +135,7 @@ fn many_scattered_writes_set_their_bits_alone() {
 }
 
 #[test]
-fn one_that_could_not_be_kept_up_to_date_is_marked() {
+fn a_bitmap_that_misses_a_write_is_marked_inconsistent() {
     let s = Scratch::new();
     twins(&s, "64k", "6M");
     fs::write(s.file("s"), vec![7; 6 << 20]).unwrap();
@@ -149,7 +149,7 @@ fn one_that_could_not_be_kept_up_to_date_is_marked() {
 }
 
 #[test]
-fn they_are_copied() {
+fn convert_copies_bitmaps() {
     for (cluster, options) in [("64k", ""), ("512", "cluster_size=2M"), ("2M", "cluster_size=512,extended_l2=off")] {
         let s = Scratch::new();
         twins(&s, cluster, "5000k");
@@ -174,7 +174,7 @@ fn they_are_copied() {
 }
 
 #[test]
-fn bitmaps_in_one_place_do_not_become_a_large_file() {
+fn bitmaps_that_share_clusters_are_not_copied() {
     let s = Scratch::new();
     twins(&s, "64k", "6M");
     let mut bytes = fs::read(s.file("ours")).unwrap();

@@ -52,7 +52,7 @@ fn len(scratch: &Scratch, name: &str) -> u64 {
 }
 
 #[test]
-fn strict_readers_read_it_and_it_is_small() {
+fn strict_readers_read_compressed_images_and_they_are_small() {
     let scratch = Scratch::new();
     real_files(&scratch, "s.raw", (48 << 20) + 512);
     let convert = |program: fn(&[&str]) -> crate::common::Run, args: &[&str], target: &str| {
@@ -85,7 +85,7 @@ fn strict_readers_read_it_and_it_is_small() {
 }
 
 #[test]
-fn level_and_window_do_what_they_say() {
+fn compression_level_and_window_do_what_they_say() {
     let scratch = Scratch::new();
     real_files(&scratch, "s.raw", (3 << 20) + 512);
     let qcow2 = |options: &str, target: &str| {
@@ -122,7 +122,7 @@ fn level_and_window_do_what_they_say() {
 }
 
 #[test]
-fn our_own_options_are_never_ignored_and_never_in_the_way() {
+fn compression_options_are_used_or_refused() {
     let scratch = Scratch::new();
     fs::write(scratch.file("s.raw"), pattern(1, 70_000)).unwrap();
     let convert = "convert -f raw -O";
@@ -187,7 +187,7 @@ fn our_own_options_are_never_ignored_and_never_in_the_way() {
 }
 
 #[test]
-fn short_ends_zeros_and_noise() {
+fn a_partial_last_cluster_zeros_and_noise_compress_without_loss() {
     let scratch = Scratch::new();
     for (seed, size) in [(1, 512), (2, 65_536 + 512), (3, 3 * 65_536 - 512), (4, (2 << 20) + 1536)] {
         // Noise, one zero cluster that is not left out, text, and a tail that fills no cluster.
@@ -215,7 +215,7 @@ fn short_ends_zeros_and_noise() {
 }
 
 #[test]
-fn noise_is_stored_as_it_is_and_mixtures_are_not() {
+fn incompressible_clusters_alone_are_stored_as_they_are() {
     let scratch = Scratch::new();
     fs::write(scratch.file("s.raw"), pattern(1, 64 << 16)).unwrap();
     scratch.vimg(&["convert", "-f", "raw", "-O", "qcow2", "-c", "s.raw", "t"]);

@@ -106,7 +106,7 @@ fn the_number_of_threads_does_not_show() {
 }
 
 #[test]
-fn whatever_is_read_comes_out() {
+fn every_kind_of_source_converts_to_equal_content() {
     let scratch = Scratch::new();
     disk(&scratch.file("s.raw"), (9 << 20) + 1024, 8);
     let kinds: [(&str, &[&str]); 7] = [
@@ -293,7 +293,7 @@ fn a_full_disk_says_which_file_and_leaves_nothing() {
 }
 
 #[test]
-fn progress_is_the_reference_s() {
+fn progress_is_printed_as_the_reference_prints_it() {
     let scratch = Scratch::new();
     fs::write(scratch.file("s.raw"), pattern(1, 11 << 20)).unwrap();
     fs::write(scratch.file("empty"), b"").unwrap();
@@ -453,7 +453,7 @@ fn told(stderr: &str) -> Vec<String> {
 }
 
 #[test]
-fn salvage_bears_maps_that_cannot_be_read() {
+fn salvage_goes_on_where_a_map_cannot_be_read() {
     let scratch = Scratch::new();
     fs::write(scratch.file("s.raw"), pattern(5, 1 << 20)).unwrap();
     judge(&["convert", "-f", "raw", "-O", "qcow2", "s.raw", "good"]).dir(scratch.path()).ok();

@@ -162,12 +162,12 @@ fn scatter(file: &fs::File, size: u64) {
 }
 
 #[test]
-fn every_pair_of_a_small_odd_disk() {
+fn a_small_odd_disk_converts_between_every_pair_of_kinds() {
     Matrix::new(5_003_776 + 512, false).go();
 }
 
 #[test]
-fn every_pair_of_an_almost_empty_huge_disk() {
+fn an_almost_empty_huge_disk_converts_between_every_pair_of_kinds() {
     let mut matrix = Matrix::new(5 << 40, true);
     matrix.refusals();
     matrix.go();

@@ -3,7 +3,7 @@
 use vimg::storage::Preallocation;
 
 use crate::common::{Scratch, assert_same_bytes, judge, write_pattern};
-use crate::rig::{Pair, assert_bears_mutations, create, open_bytes};
+use crate::rig::{Pair, assert_survives_mutations, create, open_bytes};
 
 const M: u64 = 1 << 20;
 
@@ -85,7 +85,7 @@ fn a_backing_file_shows_through() {
 }
 
 #[test]
-fn sizes_change() {
+fn resized_images_keep_their_content() {
     let scratch = Scratch::new();
     let mut pair = Pair::new(&scratch, "qcow", "", 9 * M + 512);
     pair.exercise(30, M);
@@ -99,7 +99,7 @@ fn sizes_change() {
 }
 
 #[test]
-fn a_stop_in_a_resize_loses_nothing() {
+fn a_resize_stopped_at_any_write_leaves_the_old_or_the_new_disk() {
     let scratch = Scratch::new();
     let mut pair = Pair::new(&scratch, "qcow", "", 9 * M + 512);
     pair.exercise(20, M / 4);
@@ -137,7 +137,7 @@ fn wrong_images_are_refused_in_the_references_words() {
 }
 
 #[test]
-fn hostile_images_do_no_harm() {
+fn mutated_headers_are_read_or_refused() {
     let scratch = Scratch::new();
     let mut pair = Pair::new(&scratch, "qcow", "", 4 * M);
     let node = pair.open();
@@ -146,7 +146,7 @@ fn hostile_images_do_no_harm() {
     drop(node);
     pair.write_compressed(3 * M, 2, 9);
     let bytes = std::fs::read(pair.path()).unwrap();
-    assert_bears_mutations("qcow", &bytes, 80);
+    assert_survives_mutations("qcow", &bytes, 80);
     let mut cases = 0;
     for at in (4096..bytes.len()).step_by(3).take(3000) {
         let mut changed = bytes.clone();

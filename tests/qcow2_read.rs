@@ -75,7 +75,7 @@ fn fill(t: &Scratch, image: &str, compressed: bool) {
 }
 
 #[test]
-fn every_cluster_size_refcount_width_and_version() {
+fn every_cluster_size_refcount_width_and_version_is_read() {
     let t = Scratch::new();
     for options in [
         "cluster_size=512",
@@ -99,7 +99,7 @@ fn every_cluster_size_refcount_width_and_version() {
 }
 
 #[test]
-fn compressed_images() {
+fn compressed_images_are_read() {
     let t = Scratch::new();
     // Text that shrinks, a part that does not, zeros, and an end inside a cluster.
     let mut plain = Vec::new();
@@ -128,7 +128,7 @@ fn compressed_images() {
 }
 
 #[test]
-fn backing_files_shorter_and_longer() {
+fn shorter_and_longer_backing_files_are_read() {
     let t = Scratch::new();
     t.judge(&["create", "-q", "-f", "qcow2", "base.qcow2", "3M"]);
     t.qemu_io("qcow2", "base.qcow2", &["write -P 1 0 3M", "write -z 1M 64k"]);
@@ -140,7 +140,7 @@ fn backing_files_shorter_and_longer() {
 }
 
 #[test]
-fn external_data_files() {
+fn external_data_files_are_read() {
     let t = Scratch::new();
     for (name, options) in [("d", "data_file=d.raw"), ("r", "data_file=r.raw,data_file_raw=on")] {
         let image = format!("{name}.qcow2");
@@ -304,7 +304,7 @@ fn wrong_tables_are_errors_where_they_matter() {
 }
 
 #[test]
-fn info_of_everything_there_is() {
+fn info_of_every_feature_is_the_references() {
     let t = Scratch::new();
     t.judge(&[
         "create",

@@ -259,7 +259,7 @@ fn hash(bytes: &[u8]) -> u64 {
 
 /// Every byte of the first 2 KiB, and every field's width there, takes hostile values; reading must end, with data
 /// or with an error, and so must writing.
-pub fn assert_bears_mutations(format: &str, bytes: &[u8], head: usize) {
+pub fn assert_survives_mutations(format: &str, bytes: &[u8], head: usize) {
     let mut cases = 0;
     let mut opened = 0;
     for at in 0..head.min(bytes.len()) {

@@ -357,7 +357,7 @@ fn a_bind_mounted_file_is_written_in_place() {
 }
 
 #[test]
-fn xfs_extent_size_hints() {
+fn xfs_extent_size_hints_are_set_and_shown() {
     need("mkfs.xfs");
     let dir = Scratch::new();
     dir.sh("truncate -s 400M disk && mkfs.xfs -q disk");
@@ -390,7 +390,7 @@ fn xfs_extent_size_hints() {
 }
 
 #[test]
-fn btrfs_nocow() {
+fn nocow_is_set_on_btrfs() {
     need("mkfs.btrfs");
     need("lsattr");
     let dir = Scratch::new();

@@ -3,7 +3,7 @@
 use vimg::storage::Preallocation;
 
 use crate::common::{Scratch, assert_same_bytes, judge};
-use crate::rig::{Pair, assert_bears_mutations, create, open_bytes};
+use crate::rig::{Pair, assert_survives_mutations, create, open_bytes};
 
 const M: u64 = 1 << 20;
 
@@ -100,7 +100,7 @@ fn discarded_blocks_and_small_blocks_are_read() {
 }
 
 #[test]
-fn sizes_change() {
+fn resized_images_keep_their_content() {
     for options in ["", "static=on"] {
         let scratch = Scratch::new();
         let mut pair = Pair::new(&scratch, "vdi", options, 20 * M + 512);
@@ -133,7 +133,7 @@ fn a_huge_map_moves() {
 }
 
 #[test]
-fn a_stop_in_a_resize_loses_nothing() {
+fn a_resize_stopped_at_any_write_leaves_the_old_or_the_new_disk() {
     let scratch = Scratch::new();
     let mut pair = Pair::new(&scratch, "vdi", "", 100 * M + 512);
     let node = pair.open();
@@ -181,14 +181,14 @@ fn wrong_images_are_refused_in_the_references_words() {
 }
 
 #[test]
-fn hostile_images_do_no_harm() {
+fn mutated_headers_are_read_or_refused() {
     let scratch = Scratch::new();
     let mut pair = Pair::new(&scratch, "vdi", "", 4 * M);
     let node = pair.open();
     pair.write(&node, 2 * M, 512);
     node.driver().close().unwrap();
     let bytes = std::fs::read(pair.path()).unwrap();
-    assert_bears_mutations("vdi", &bytes, 0x210);
+    assert_survives_mutations("vdi", &bytes, 0x210);
 }
 
 /// A size that is no whole number of sectors is rounded up for the guest: a resize keeps what it sees.

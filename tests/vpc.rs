@@ -6,7 +6,7 @@ use std::path::Path;
 use vimg::storage::Preallocation;
 
 use crate::common::{Scratch, assert_same_bytes, judge};
-use crate::rig::{Pair, assert_bears_mutations, create, open_bytes};
+use crate::rig::{Pair, assert_survives_mutations, create, open_bytes};
 
 const M: u64 = 1 << 20;
 
@@ -65,7 +65,7 @@ fn what_others_write_goes_on() {
 }
 
 #[test]
-fn sizes_change() {
+fn resized_images_keep_their_content() {
     for options in ["", "force_size=on", "subformat=fixed"] {
         let scratch = Scratch::new();
         let mut pair = Pair::new(&scratch, "vpc", options, 20 * M + 512);
@@ -96,7 +96,7 @@ fn the_last_footer_stays_the_last_thing() {
 }
 
 #[test]
-fn a_stop_in_a_resize_loses_nothing() {
+fn a_resize_stopped_at_any_write_leaves_the_old_or_the_new_disk() {
     for options in ["force_size=on", "subformat=fixed,force_size=on"] {
         let scratch = Scratch::new();
         let fixed = options.contains("fixed");
@@ -225,14 +225,14 @@ fn wrong_images_are_refused_in_the_references_words() {
 }
 
 #[test]
-fn hostile_images_do_no_harm() {
+fn mutated_headers_are_read_or_refused() {
     let scratch = Scratch::new();
     let mut pair = Pair::new(&scratch, "vpc", "", 4 * M);
     let node = pair.open();
     pair.write(&node, 2 * M, 512);
     node.driver().close().unwrap();
     let bytes = std::fs::read(pair.path()).unwrap();
-    assert_bears_mutations("vpc", &bytes, 100);
+    assert_survives_mutations("vpc", &bytes, 100);
     let header: Vec<u8> = bytes;
     for at in 512..1600 {
         for value in [0, 1, 0x7f, 0xff] {
