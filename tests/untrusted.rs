@@ -7,14 +7,12 @@ use crate::common::{Scratch, vimg};
 /// Images that name another file, and that file's name.
 fn images(scratch: &Scratch) -> Vec<(&'static str, &'static str)> {
     fs::write(scratch.file("secret"), vec![7; 1 << 20]).unwrap();
-    scratch.sh(
-        "qemu-img create -q -f qcow2 -b secret -F raw overlay && \
+    scratch.sh("qemu-img create -q -f qcow2 -b secret -F raw overlay && \
          qemu-img create -q -f qcow2 -b overlay -F qcow2 above && \
          qemu-img create -q -f qcow2 -o data_file=data,data_file_raw=on outside 1M && \
          qemu-img create -q -f qcow -b secret -F raw old && \
          qemu-img create -q -f vmdk -o subformat=monolithicFlat flat.vmdk 1M && \
-         qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse split.vmdk 1M",
-    );
+         qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse split.vmdk 1M");
     vec![
         ("overlay", "secret"),
         ("above", "overlay"),
