@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::trace::{Ended, killed_at};
-use crate::common::{Scratch, write_pattern};
+use crate::common::{Scratch, vimg, write_pattern};
 
 /// What goes on after a kill hangs if it takes longer.
 const WATCHDOG: Duration = Duration::from_secs(5 * 60);
@@ -23,6 +23,16 @@ fn settles(folder: &Path, files: usize, when: &str) {
             return;
         }
         assert!(Instant::now() < end, "killed {when}: {left:?}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Waits until no process works in that folder: the one for the last step outlives a kill.
+fn ends(folder: &Path) {
+    let works_there = |entry: fs::DirEntry| fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == folder);
+    let end = Instant::now() + WATCHDOG;
+    while fs::read_dir("/proc").expect("list").flatten().any(works_there) {
+        assert!(Instant::now() < end, "a process does not end");
         thread::sleep(Duration::from_millis(1));
     }
 }
@@ -95,4 +105,36 @@ fn a_creation_killed_at_each_system_call_leaves_nothing() {
         }
         assert!(before > 50 && after > 2, "{target}: {before} before, {after} after");
     }
+}
+
+/// A header and its data are of one image, whenever it is killed.
+#[test]
+fn killed_at_each_system_call_leaves_no_mixture_of_two_images() {
+    let scratch = Scratch::new();
+    let flat = ["create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", "disk.vmdk"];
+    let sizes = |folder: &Path| {
+        let descriptor = fs::read_to_string(folder.join("disk.vmdk")).expect("a descriptor");
+        let line = descriptor.lines().find(|line| line.starts_with("RW ")).expect("an extent");
+        let sectors: u64 = line.split(' ').nth(1).expect("a size").parse().expect("a number");
+        (sectors * 512, fs::metadata(folder.join("disk-flat.vmdk")).expect("data").len())
+    };
+    let (mut n, mut before, mut after) = (0, 0, 0);
+    loop {
+        n += 1;
+        let folder = scratch.file(&n.to_string());
+        fs::create_dir(&folder).expect("a folder");
+        vimg(&[flat.as_slice(), &["2M"]].concat()).dir(&folder).ok();
+        if killed_at(&folder, &[flat.as_slice(), &["1M"]].concat(), n) != Ended::Killed {
+            break;
+        }
+        ends(&folder);
+        settles(&folder, 2, &format!("at call {n}"));
+        match sizes(&folder) {
+            (0x20_0000, 0x20_0000) => before += 1,
+            (0x10_0000, 0x10_0000) => after += 1,
+            other => panic!("killed at call {n}: {other:x?}"),
+        }
+        fs::remove_dir_all(&folder).expect("remove");
+    }
+    assert!(before > 50 && after > 2, "{before} before, {after} after");
 }

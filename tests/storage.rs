@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use vimg::storage::file::{HostFile, OpenHow};
 use vimg::storage::lock::Access;
-use vimg::storage::staging::{CreateHow, Staging};
+use vimg::storage::staging::{CreateHow, Durability, Staging};
 use vimg::storage::{CacheMode, HostExtent, Kind, Preallocation, Storage, Zeroing};
 
 use crate::common::run::Holder;
@@ -135,7 +135,7 @@ fn what_we_hold_keeps_the_judge_out() {
         drop(held);
     }
     // An older file stays locked until the new one has its name.
-    let staging = Staging::new(CacheMode::Unsafe);
+    let staging = Staging::new(CacheMode::Unsafe, Durability::Never);
     staging.create(&a).unwrap();
     let out = judge(&["resize", "-f", "qcow2", "a", "2M"]).dir(dir.path()).fails(1);
     assert!(out.stderr.contains("lock"), "{out:?}");
@@ -194,7 +194,7 @@ fn a_block_device() {
         file.flush().unwrap();
     }
     // A target of that kind is written in place, not truncated, and there before the commit.
-    let staging = Staging::new(CacheMode::Writeback);
+    let staging = Staging::new(CacheMode::Writeback, Durability::Always);
     let file = staging.create(&device.0).unwrap();
     file.write_at(5, b"hello").unwrap();
     model[5..10].copy_from_slice(b"hello");
@@ -250,7 +250,7 @@ fn a_full_disk_is_said_and_leaves_nothing() {
     drop(file);
     fs::write(&path, b"old").unwrap();
     for name in ["a", "b"] {
-        let staging = Staging::new(CacheMode::Unsafe);
+        let staging = Staging::new(CacheMode::Unsafe, Durability::Never);
         let file = staging.create(&small.0.join(name)).unwrap();
         let error = (0..64).find_map(|i| file.write_at(i << 16, &[1; 1 << 16]).err()).expect("full");
         assert_eq!(error.to_string(), "No space left on device");
@@ -363,7 +363,7 @@ fn xfs_extent_size_hints_are_set_and_shown() {
     dir.sh("truncate -s 400M disk && mkfs.xfs -q disk");
     let xfs = Mount::new(dir.file("xfs"), &format!("-o loop {}", dir.file("disk").display()));
     let hint = |how: &CreateHow| {
-        let staging = Staging::new(CacheMode::Unsafe);
+        let staging = Staging::new(CacheMode::Unsafe, Durability::Never);
         let file = staging.create_with(&xfs.0.join("a"), how).unwrap();
         let hint = file.host().unwrap().extent_size_hint();
         let warnings = staging.take_notices();
@@ -383,7 +383,7 @@ fn xfs_extent_size_hints_are_set_and_shown() {
         };
         assert_eq!(shown(crate::common::vimg_path().to_str().unwrap()), shown("qemu-img"), "{options}");
     }
-    let direct = Staging::new(CacheMode::None);
+    let direct = Staging::new(CacheMode::None, Durability::Always);
     direct.create(&xfs.0.join("c")).unwrap().write_at(3, b"abc").unwrap();
     direct.commit().unwrap();
     assert_eq!(fs::read(xfs.0.join("c")).unwrap(), b"\0\0\0abc");
@@ -396,12 +396,254 @@ fn nocow_is_set_on_btrfs() {
     let dir = Scratch::new();
     dir.sh("truncate -s 200M disk && mkfs.btrfs -q disk");
     let _btrfs = Mount::new(dir.file("b"), &format!("-o loop {}", dir.file("disk").display()));
-    for (options, expected) in [("nocow=on", true), ("nocow=off", false)] {
-        dir.vimg(&["create", "-q", "-f", "raw", "-o", options, "b/a", "1M"]);
-        let shown = dir.sh("lsattr b/a").stdout;
-        let flags = shown.split(' ').next().unwrap_or_default();
-        assert_eq!(flags.contains('C'), expected, "{shown}");
+    let nocow = |name: &str| {
+        let shown = dir.sh(&format!("lsattr b/{name}")).stdout;
+        shown.split(' ').next().unwrap_or_default().contains('C')
+    };
+    for (name, options, expected) in [("a", "nocow=on", true), ("c", "nocow=off", false)] {
+        dir.vimg(&["create", "-q", "-f", "raw", "-o", options, &format!("b/{name}"), "1M"]);
+        assert_eq!(nocow(name), expected, "{options}");
     }
+    // A file that is replaced keeps it, as it does where the judge writes it in place.
+    dir.judge(&["create", "-q", "-f", "raw", "b/a", "1M"]);
+    assert!(nocow("a"));
+    dir.vimg(&["create", "-q", "-f", "qcow2", "b/a", "1M"]);
+    assert!(nocow("a"));
+}
+
+#[test]
+fn xfs_flags_and_project_of_a_replaced_file_are_kept() {
+    need("mkfs.xfs");
+    need("xfs_io");
+    let dir = Scratch::new();
+    dir.sh("truncate -s 400M disk && mkfs.xfs -q disk");
+    let _xfs = Mount::new(dir.file("xfs"), &format!("-o loop {}", dir.file("disk").display()));
+    dir.sh("echo old > xfs/a; xfs_io -c 'chproj 42' -c 'chattr +dA' xfs/a");
+    let before = fs::metadata(dir.file("xfs/a")).unwrap().ino();
+    dir.vimg(&["create", "-q", "-f", "qcow2", "xfs/a", "1M"]);
+    assert_ne!(fs::metadata(dir.file("xfs/a")).unwrap().ino(), before, "replaced");
+    let shown = dir.sh("xfs_io -r -c lsproj -c lsattr xfs/a").stdout;
+    assert!(shown.contains("projid = 42"), "{shown}");
+    let flags = shown.lines().last().and_then(|line| line.split(' ').next()).unwrap_or_default().to_owned();
+    assert!(flags.contains('d') && flags.contains('A'), "{shown}");
+}
+
+type Line = &'static [&'static str];
+
+/// What is on the device below a file system when another file there is synced is what a power cut would leave.
+#[test]
+fn a_power_cut_leaves_the_new_disk_or_the_old_one() {
+    let dir = Scratch::new();
+    fs::write(dir.file("s.raw"), pattern(5, 3 << 20)).unwrap();
+    fs::write(dir.file("old.raw"), pattern(6, 3 << 20)).unwrap();
+    dir.judge(&["create", "-q", "-f", "qcow2", "blank", "3M"]);
+    let flat: Line = &["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=monolithicFlat"];
+    let convert: Line = &["convert", "-f", "raw", "-O", "qcow2"];
+    let create: Line = &["create", "-q", "-f", "qcow2"];
+    let jobs: [(&str, Line, Line, &str, Line); 5] = [
+        ("ext4", convert, &["s.raw", "m/t"], "qcow2", &["s.raw", "none"]),
+        ("ext4", create, &["m/t", "3M"], "qcow2", &["blank"]),
+        ("ext4", flat, &["s.raw", "m/t"], "vmdk", &["s.raw", "none"]),
+        ("xfs", convert, &["s.raw", "m/t"], "qcow2", &["s.raw", "none"]),
+        ("xfs", create, &["m/t", "3M"], "qcow2", &["blank"]),
+    ];
+    for (fs, args, names, format, expected) in jobs {
+        for old in [false, true] {
+            dir.sh(&match fs {
+                "xfs" => "rm -f disk; truncate -s 320M disk; mkfs.xfs -q disk".to_owned(),
+                _ => "rm -f disk; truncate -s 64M disk; mkfs.ext4 -q disk".to_owned(),
+            });
+            let mount = Mount::new(dir.file("m"), &format!("-o loop {}", dir.file("disk").display()));
+            fs::write(dir.file("m/other"), "x").unwrap();
+            if old {
+                let mut before = args.to_vec();
+                before.extend(["old.raw", "m/t"].iter().filter(|_| args[0] == "convert"));
+                before.extend(["m/t", "9M"].iter().filter(|_| args[0] == "create"));
+                dir.judge(&before);
+            }
+            dir.sh("sync -f m");
+            dir.vimg(&[args, names].concat());
+            dir.sh("echo y >> m/other; sync m/other; cp --sparse=always disk snap");
+            drop(mount);
+            fs::remove_dir(dir.file("m")).unwrap();
+            let nouuid = if fs == "xfs" { ",nouuid" } else { "" };
+            let mount = Mount::new(dir.file("m"), &format!("-o loop{nouuid} {}", dir.file("snap").display()));
+            let what = format!("{fs}, {}, {args:?}", if old { "over an older one" } else { "new" });
+            if dir.file("m/t").exists() {
+                let source = if expected[0] == "blank" { ("qcow2", "blank") } else { ("raw", "s.raw") };
+                let same = judge(&["compare", "-U", "-f", format, "-F", source.0, "m/t", source.1]);
+                let out = same.dir(dir.path()).run();
+                assert_eq!(out.code, Some(0), "{what}: {out:?}");
+            } else {
+                assert!(!old && expected.contains(&"none"), "{what}: gone");
+            }
+            drop(mount);
+            fs::remove_dir(dir.file("m")).unwrap();
+        }
+    }
+}
+
+/// A profile that allows the very name alone: no unnamed file, no hidden one, no link, no rename.
+#[test]
+fn where_policy_allows_the_very_name_alone_that_is_used() {
+    need("strace");
+    let dir = Scratch::new();
+    fs::write(dir.file("s.raw"), pattern(5, 300_000)).unwrap();
+    let program = crate::common::vimg_path();
+    let traced = |how: &str, line: &str| {
+        sh(&format!("strace -qq -f -o trace {how} {} {line}", program.display())).dir(dir.path()).run()
+    };
+    let convert = |how: &str, target: &str| traced(how, &format!("convert -f raw -O qcow2 s.raw {target}"));
+    let flat = "convert -f raw -O vmdk -o subformat=monolithicFlat s.raw flat.vmdk";
+    for how in ["-e inject=linkat:error=EACCES", "-e inject=linkat,rename,renameat2:error=EPERM"] {
+        for older in [false, true] {
+            if older {
+                fs::write(dir.file("a"), "older").unwrap();
+                dir.judge(&["create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", "flat.vmdk", "5M"]);
+            }
+            let out = convert(how, "a");
+            assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""), "{how}");
+            dir.assert_same_content("qcow2", "a", "raw", "s.raw");
+            let out = traced(how, flat);
+            assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""), "{how}");
+            dir.judge(&["compare", "-U", "-f", "vmdk", "-F", "raw", "flat.vmdk", "s.raw"]);
+            for name in ["a", "flat.vmdk", "flat-flat.vmdk"] {
+                fs::remove_file(dir.file(name)).unwrap();
+            }
+        }
+    }
+    // Which of its opens is the one of the unnamed file; the next one is that of a hidden one.
+    convert("-e trace=openat", "a");
+    fs::remove_file(dir.file("a")).unwrap();
+    let trace = fs::read_to_string(dir.file("trace")).unwrap();
+    let opens = trace.lines().filter(|line| line.contains("openat("));
+    let n = opens.take_while(|line| !line.contains("O_TMPFILE")).count() + 1;
+    let how = format!("-e trace=openat,openat2 -e inject=openat:error=EACCES:when={n}..{}", n + 1);
+    let out = convert(&how, "a");
+    assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""));
+    let trace = fs::read_to_string(dir.file("trace")).unwrap();
+    assert_eq!(trace.matches("INJECTED").count(), 2, "{trace}");
+    dir.assert_same_content("qcow2", "a", "raw", "s.raw");
+    // A failure takes the very name along.
+    fs::remove_file(dir.file("a")).unwrap();
+    let limited = format!("prlimit --fsize=100000 strace -qq -f -o trace {how} {}", program.display());
+    let out = sh(&format!("{limited} convert -f raw -O qcow2 s.raw b")).dir(dir.path()).run();
+    assert_eq!(out.code, Some(1), "{out:?}");
+    assert!(!dir.file("b").exists());
+}
+
+/// Data first, then names, then folders; and of an image in several files all data before any name.
+#[test]
+fn stable_storage_comes_before_names_and_folders_after() {
+    need("strace");
+    let dir = Scratch::new();
+    fs::write(dir.file("s.raw"), pattern(5, 300_000)).unwrap();
+    let flat = "-O vmdk -o subformat=monolithicFlat";
+    let jobs = [
+        ("create -q -f qcow2 new1 1M", "sync link folder"),
+        ("create -q -f qcow2 new1 1M", "sync link move folder"),
+        ("convert -f raw -O qcow2 s.raw new2", "sync link"),
+        ("convert -f raw -O qcow2 s.raw new2", "sync link move folder"),
+        ("convert -t writeback -f raw -O qcow2 s.raw new3", "sync link folder"),
+        ("convert -t unsafe -f raw -O qcow2 s.raw new3", "link move"),
+        (&format!("convert -f raw {flat} s.raw new4"), "sync sync link link"),
+        // The older header goes aside, for good; its data does; the new ones come.
+        (&format!("convert -f raw {flat} s.raw new4"), "sync sync move folder move link link folder"),
+    ];
+    for (line, expected) in jobs {
+        let program = crate::common::vimg_path();
+        let calls = "linkat,link,rename,renameat,renameat2,fsync,fdatasync";
+        dir.sh(&format!("strace -qq -f -y -o trace -e trace={calls} {} {line}", program.display()));
+        let trace = fs::read_to_string(dir.file("trace")).unwrap();
+        let folder = format!("<{}>", dir.path().display());
+        let mut steps: Vec<&str> = Vec::new();
+        for call in trace.lines() {
+            let step = match call {
+                _ if call.contains("unfinished") || call.contains("+++") || call.contains("---") => continue,
+                _ if call.contains("link") => "link",
+                _ if call.contains("rename") => "move",
+                _ if call.contains(&folder) => "folder",
+                _ if call.contains("sync") => "sync",
+                _ => continue,
+            };
+            // A driver that flushes by itself does no harm.
+            if step != "sync" || steps.iter().filter(|step| **step == "sync").count() < expected.matches("sync").count()
+            {
+                steps.push(step);
+            }
+        }
+        assert_eq!(steps.join(" "), expected, "{line}:\n{trace}");
+    }
+}
+
+#[test]
+fn a_resize_that_the_host_refuses_names_the_file() {
+    need("prlimit");
+    let dir = Scratch::new();
+    for format in ["raw", "qcow2", "vdi", "vpc", "vmdk", "qcow"] {
+        dir.judge(&["create", "-q", "-f", format, "image", "64M"]);
+        let before = fs::read(dir.file("image")).unwrap().len();
+        let program = crate::common::vimg_path();
+        let fill = if format == "raw" || format == "qcow2" { "--preallocation=full" } else { "" };
+        let line = format!("prlimit --fsize={before} {} resize -f {format} {fill} image 900G", program.display());
+        let out = sh(&line).dir(dir.path()).run();
+        if out.code == Some(0) {
+            // It needs no more room.
+            continue;
+        }
+        assert!(out.stderr.starts_with("vimg: image: ") && out.stderr.contains("File too large"), "{format}: {out:?}");
+    }
+}
+
+/// An older file stays until the new one is whole: where that does not fit, the way in place is named.
+#[test]
+fn no_room_for_the_older_and_the_new_one_is_said() {
+    let dir = Scratch::new();
+    fs::write(dir.file("src"), pattern(3, 3 << 20)).unwrap();
+    let small = Mount::new(dir.file("small"), "-t tmpfs -o size=5m vimg-test");
+    fs::write(small.0.join("a"), pattern(4, 3 << 20)).unwrap();
+    let out = vimg(&["convert", "-f", "raw", "-O", "raw", "src", "small/a"]).dir(dir.path()).fails(1);
+    assert!(out.stderr.contains("No space left on device"), "{out:?}");
+    assert!(out.stderr.contains("small/a' stays until") && out.stderr.contains("-n writes"), "{out:?}");
+    assert!(fs::read(small.0.join("a")).unwrap() == pattern(4, 3 << 20));
+    dir.vimg(&["convert", "-n", "-f", "raw", "-O", "raw", "src", "small/a"]);
+    assert!(fs::read(small.0.join("a")).unwrap() == pattern(3, 3 << 20));
+}
+
+/// One conversion to a new name keeps another one off it, from its beginning to its end.
+#[test]
+fn of_two_conversions_to_one_new_name_one_fails() {
+    let dir = Scratch::new();
+    fs::write(dir.file("src"), pattern(3, 8 << 20)).unwrap();
+    let args = |rate: &'static str| ["convert", "-r", rate, "-f", "raw", "-O", "qcow2", "src", "new"];
+    let theirs = {
+        let mut first = judge(&args("1M")).dir(dir.path()).spawn();
+        dir.sh("until [ -s new ]; do sleep 0.05; done");
+        let second = judge(&["convert", "-f", "raw", "-O", "qcow2", "src", "new"]).dir(dir.path()).run();
+        let _ = (first.kill(), first.wait());
+        fs::remove_file(dir.file("new")).unwrap();
+        second
+    };
+    let mut first = vimg(&args("1M")).dir(dir.path()).spawn();
+    // It holds what it is going to make under no name yet.
+    dir.sh(&format!("until ls -l /proc/{}/fd | grep -q deleted; do sleep 0.05; done", first.id()));
+    let second = vimg(&["convert", "-f", "raw", "-O", "qcow2", "src", "new"]).dir(dir.path()).run();
+    let _ = (first.kill(), first.wait());
+    assert_eq!((second.code, second.stderr.replace("vimg", "qemu-img")), (Some(1), theirs.stderr));
+    assert_eq!(theirs.code, Some(1));
+    assert!(!dir.file("new").exists());
+}
+
+#[test]
+fn a_disk_behind_a_loop_device_is_written_in_place() {
+    let dir = Scratch::new();
+    fs::write(dir.file("disk"), vec![7; 1 << 20]).unwrap();
+    let inode = fs::metadata(dir.file("disk")).unwrap().ino();
+    let device = Loop::new(&dir.file("disk"), "");
+    fs::write(dir.file("src"), pattern(4, 1 << 20)).unwrap();
+    dir.vimg(&["convert", "-f", "raw", "-O", "raw", "src", "disk"]);
+    assert_eq!(fs::metadata(dir.file("disk")).unwrap().ino(), inode);
+    dir.sh(&format!("cmp src {}", device.0.display()));
 }
 
 /// Ended half-way, a convert leaves neither the target nor a temporary file.

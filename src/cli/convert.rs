@@ -15,6 +15,7 @@ use crate::ops::convert::{ConvertRequest, Job};
 use crate::ops::copy::{CopyOptions, MOST_THREADS, Observer};
 use crate::ops::create::{NewImage, Target};
 use crate::storage::CacheMode;
+use crate::storage::staging::Durability;
 
 /// The options.
 #[derive(Debug, clap::Args)]
@@ -210,7 +211,13 @@ impl Subcommand for Args {
         let conversion = request.decide(sources, new)?;
         let cache = self.target_cache.as_deref().map_or(Ok(CacheMode::Unsafe), cache::target)?;
         let observer = ConsoleObserver { progress: &progress, name: (!self.quiet).then(|| program.name().to_owned()) };
-        let job = Job { conversion: &conversion, cache, observer: &observer };
+        // `unsafe` is the default, but only what the user says is taken by the word.
+        let durability = match (&self.target_cache, cache) {
+            (None, _) => Durability::Replacing,
+            (Some(_), CacheMode::Unsafe) => Durability::Never,
+            (Some(_), _) => Durability::Always,
+        };
+        let job = Job { conversion: &conversion, cache, durability, observer: &observer };
         let done = match &conversion.new {
             Some(new) => job.to_new(new, &opener),
             None => {

@@ -12,7 +12,7 @@ use crate::block::{
     Child, Create, CreateFiles, CreateOptions, CreateRequest, Drivers, Error, Format, ImageRef, Kind, OpenHow, Opener,
     OptionValue, Related, Result, format, name,
 };
-use crate::storage::staging::Staging;
+use crate::storage::staging::{Durability, Staging};
 use crate::storage::{CacheMode, Identity, Storage};
 
 /// What a new image goes to: a format, and a protocol by the name.
@@ -173,7 +173,7 @@ fn beside(image: &OsStr, name: &str) -> OsString {
 
 /// Makes an image: whole, or nothing of it. Returns warnings.
 pub fn create(new: &NewImage, opener: &Opener<'_>) -> Result<Vec<String>> {
-    let staging = Staging::new(CacheMode::Unsafe);
+    let staging = Staging::new(CacheMode::Unsafe, Durability::Always);
     make(new, &staging, opener).map_err(|error| if error.kind == Kind::TooLarge { too_large(new) } else { error })?;
     let warnings = staging.take_notices();
     staging.commit()?;

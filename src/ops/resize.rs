@@ -8,8 +8,8 @@ use crate::block::error::Context;
 use crate::block::io::Scratch;
 use crate::block::{Error, ExtentKind, GuestOffset, Node, Resize, ResizeFiles, Result, name};
 use crate::storage::lock::Access;
-use crate::storage::staging::{CreateHow, Staging};
-use crate::storage::{CacheMode, Preallocation, Storage};
+use crate::storage::staging::{CreateHow, Durability, Staging};
+use crate::storage::{self, CacheMode, Preallocation, Storage};
 
 /// The size that is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +62,16 @@ fn resizing(node: &Node) -> Result<&dyn Resize> {
 
 /// Gives the disk that many bytes. New ones read as zeros, whatever a longer backing file holds there.
 pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
+    resize_unnamed(node, size, fill).map_err(|error| match error.storage() {
+        // The host's reason alone does not say which file it is about.
+        Some(storage::Error::Io(_) | storage::Error::Step { .. }) if error.place().is_none() => {
+            error.context(node.name())
+        }
+        _ => error,
+    })
+}
+
+fn resize_unnamed(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
     let old = node.virtual_size();
     own_the_end(node, old, size)?;
     resizing(node)?.resize_with(size, fill, &Beside { node, staging: Mutex::default() })?;
@@ -122,11 +132,14 @@ impl ResizeFiles for Beside<'_> {
             return Err(Error::invalid(text).hint(advice));
         }
         let how = CreateHow { secondary: true, ..CreateHow::default() };
-        Ok(self.staging().get_or_insert_with(|| Staging::new(CacheMode::Writeback)).create_with(&path, &how)?)
+        Ok(self
+            .staging()
+            .get_or_insert_with(|| Staging::new(CacheMode::Writeback, Durability::Always))
+            .create_with(&path, &how)?)
     }
 
     fn commit(&self, main: &[u8]) -> Result<Option<Arc<dyn Storage>>> {
-        let staging = self.staging().take().unwrap_or_else(|| Staging::new(CacheMode::Writeback));
+        let staging = self.staging().take().unwrap_or_else(|| Staging::new(CacheMode::Writeback, Durability::Always));
         let mut new = None;
         if self.node.origin().inner.is_empty()
             && let Some(path) = self.node.origin().base.as_deref().map(path_of)

@@ -103,6 +103,11 @@ impl Error {
         }
     }
 
+    /// True where the disk, or the user's share of it, is full.
+    pub fn is_full(&self) -> bool {
+        matches!(self.errno(), Some(Errno::ENOSPC | Errno::EDQUOT))
+    }
+
     /// True where the file system has no way to do what was asked, so that another way must be taken.
     pub fn is_unsupported(&self) -> bool {
         matches!(self.errno(), Some(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOTTY | Errno::EINVAL | Errno::ENODEV))

@@ -3,18 +3,22 @@
 //! All of the crate's ioctls are here, each a function that is safe to call on any open file: the kernel answers
 //! `ENOTTY` for a file of another kind.
 
-use std::fs::File;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{self, c_int, c_long};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::sys::stat::{Mode, umask as umask_set};
 use nix::{ioctl_read_bad, ioctl_write_ptr_bad, request_code_none, request_code_read, request_code_write};
 
-use super::{Kind, Result};
+use super::{Identity, Kind, Result};
 
 /// `FS_IOC_FSGETXATTR`'s structure, `linux/fs.h`.
 #[repr(C)]
@@ -129,6 +133,54 @@ pub fn set_nocow(file: &File) {
     }
 }
 
+/// Flags of a file that its owner may set and that say how it is stored or kept, `linux/fs.h`: all that
+/// `FS_FL_USER_MODIFIABLE` has but immutable and append-only, which a file that was written to has not.
+const FLAGS: c_int = 0x0000_0001 // secure deletion
+    | 0x0000_0002 // undelete
+    | 0x0000_0004 // compress
+    | 0x0000_0008 // synchronous
+    | 0x0000_0040 // no dump
+    | 0x0000_0080 // no access time
+    | 0x0000_0400 // do not compress
+    | 0x0000_4000 // journal data
+    | 0x0000_8000 // no tail merging
+    | NOCOW
+    | 0x0200_0000; // direct access
+
+/// The same of `FS_IOC_FSGETXATTR`: real-time, synchronous, no access time, no dump, no defragmentation, file stream,
+/// direct access, copy-on-write extent size.
+const XFLAGS: u32 = 0x0001 | 0x0020 | 0x0040 | 0x0080 | 0x2000 | 0x4000 | 0x8000 | 0x0001_0000;
+
+/// Gives an empty file the flags and the project of another one, as far as that can be done. (Not the extent size hint,
+/// which is chosen anew.)
+pub fn copy_flags(from: &File, to: &File) {
+    let (mut wanted, mut has): (c_int, c_int) = (0, 0);
+    // SAFETY: the descriptors are open; despite their encoded size these requests move one int.
+    unsafe {
+        if fs_get_flags(from.as_raw_fd(), &mut wanted).is_ok() && fs_get_flags(to.as_raw_fd(), &mut has).is_ok() {
+            let all = (has & !FLAGS) | (wanted & FLAGS);
+            if all != has && fs_set_flags(to.as_raw_fd(), &all).is_err() {
+                // Not all of them go together, or may be set by anybody.
+                for bit in (0..31).map(|n| 1 << n).filter(|bit| wanted & FLAGS & bit != 0) {
+                    if fs_set_flags(to.as_raw_fd(), &(has | bit)).is_ok() {
+                        has |= bit;
+                    }
+                }
+            }
+        }
+    }
+    let (Ok(wanted), Ok(mut has)) = (attributes(from), attributes(to)) else { return };
+    let same = |a: &FsXattr, b: &FsXattr| {
+        (a.xflags & XFLAGS, a.projid, a.cowextsize) == (b.xflags & XFLAGS, b.projid, b.cowextsize)
+    };
+    if !same(&wanted, &has) {
+        has.xflags = (has.xflags & !XFLAGS) | (wanted.xflags & XFLAGS);
+        (has.projid, has.cowextsize) = (wanted.projid, wanted.cowextsize);
+        // SAFETY: the descriptor is open, and FS_IOC_FSSETXATTR reads one such structure from where it lies.
+        let _ = unsafe { fs_set_xattr(to.as_raw_fd(), &has) };
+    }
+}
+
 /// What `O_DIRECT` asks offsets and lengths to be multiples of.
 pub fn direct_unit(file: &File, kind: Kind) -> usize {
     match kind {
@@ -174,6 +226,78 @@ pub fn is_mount_point(file: &File) -> bool {
         let bit = libc::STATX_ATTR_MOUNT_ROOT as u64;
         asked == 0 && answer.stx_attributes_mask & answer.stx_attributes & bit != 0
     }
+}
+
+/// Has the kernel begin to write back that part of a file.
+pub fn start_writeback(file: &File, at: u64, len: u64) -> io::Result<()> {
+    sync_range(file, at, len, libc::SYNC_FILE_RANGE_WRITE)
+}
+
+/// Waits until what is being written back of that part has reached the device.
+pub fn wait_for_writeback(file: &File, at: u64, len: u64) -> io::Result<()> {
+    sync_range(file, at, len, libc::SYNC_FILE_RANGE_WAIT_BEFORE)
+}
+
+fn sync_range(file: &File, at: u64, len: u64, flags: libc::c_uint) -> io::Result<()> {
+    let signed = |value| i64::try_from(value).map_err(|_| io::Error::from(Errno::EFBIG));
+    // SAFETY: the descriptor is open; the call moves no memory of ours.
+    Errno::result(unsafe { libc::sync_file_range(file.as_raw_fd(), signed(at)?, signed(len)?, flags) })?;
+    Ok(())
+}
+
+/// Sets a file's permissions.
+pub fn set_mode(file: &File, mode: u32) -> io::Result<()> {
+    file.set_permissions(Permissions::from_mode(mode))
+}
+
+/// The permissions that new files do not get. There is no way to look at them without setting them: for that moment
+/// they are the strictest.
+pub fn umask() -> u32 {
+    let mask = umask_set(Mode::from_bits_truncate(0o777));
+    umask_set(mask);
+    mask.bits()
+}
+
+/// Whether a file is a disk that the kernel uses meanwhile: behind a loop device, or mounted as it is.
+pub fn is_in_use_as_device(identity: Identity) -> bool {
+    let is_it = |path: &OsStr| {
+        fs::metadata(path).is_ok_and(|meta| Identity { device: meta.dev(), inode: meta.ino() } == identity)
+    };
+    let loops = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let backing = loops.filter_map(|entry| fs::read(entry.path().join("loop/backing_file")).ok());
+    let mut backing =
+        backing.map(|name| OsString::from_vec(name.strip_suffix(b"\n").map(<[u8]>::to_vec).unwrap_or(name)));
+    backing.any(|name| is_it(&name)) || mounted_files().iter().any(|name| is_it(name))
+}
+
+/// Regular files that are mounted as they are, `proc_pid_mountinfo(5)`: after a lone `-` the type and the source.
+fn mounted_files() -> Vec<OsString> {
+    let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let source = |line: &[u8]| {
+        let mut fields = line.split(|byte| *byte == b' ').skip_while(|field| *field != b"-");
+        let source = fields.nth(2)?;
+        (source.starts_with(b"/") && !source.starts_with(b"/dev/")).then(|| OsString::from_vec(unescaped(source)))
+    };
+    table.split(|byte| *byte == b'\n').filter_map(source).collect()
+}
+
+/// Spaces, tabs, line ends and backslashes are three octal digits behind a backslash there.
+fn unescaped(mut text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    while let Some((first, rest)) = text.split_first() {
+        let octal = rest.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()).filter(|_| *first == b'\\') {
+            Some(byte) => {
+                out.push(byte);
+                text = rest.get(3..).unwrap_or_default();
+            }
+            None => {
+                out.push(*first);
+                text = rest;
+            }
+        }
+    }
+    out
 }
 
 /// Copies the extended attributes (access lists and labels among them) that may be copied.

@@ -7,7 +7,10 @@
 //!
 //! Invariant: a change that fails leaves the locks as they were. A file system that has no such locks is no error.
 
-use std::os::fd::BorrowedFd;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -124,14 +127,34 @@ fn test(fd: BorrowedFd<'_>, access: Access, name: &str) -> Result<()> {
     Ok(())
 }
 
+/// Where claims on names are: far behind any permission's byte.
+const CLAIMS: i64 = 1 << 61;
+
+/// Claims a name in a folder, for as long as `folder` is open; `shown` is for the hint. It is a lock on a byte of the
+/// folder that follows from the name, taken and tested as those of a file are: what has no name yet has no file that
+/// could be locked. A folder that has no such locks is no error.
+pub fn claim(folder: &File, name: &OsStr, shown: &str) -> Result<()> {
+    // FNV-1a: every version must come to the same byte.
+    let mix = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    let hash = name.as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix);
+    let byte = CLAIMS + i64::try_from(hash >> 4).unwrap_or_default();
+    let mut probe = flock(libc::F_WRLCK, byte);
+    let fd = folder.as_fd();
+    if fcntl(fd, FcntlArg::F_OFD_SETLK(&flock(libc::F_RDLCK, byte))).is_ok()
+        && fcntl(fd, FcntlArg::F_OFD_GETLK(&mut probe)).is_ok()
+        && i32::from(probe.l_type) != libc::F_UNLCK
+    {
+        return Err(Error::Locked { permission: "write", shared: false, name: shown.to_owned() });
+    }
+    Ok(())
+}
+
 fn flock(kind: i32, byte: i64) -> libc::flock {
     libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: byte, l_len: 1, l_pid: 0 }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
-
     use super::*;
 
     fn two() -> (std::fs::File, std::fs::File) {
@@ -171,6 +194,19 @@ mod tests {
             drop(a);
             assert_eq!(text(take(b.as_fd(), second, "x")), "ok", "released with the file");
         }
+    }
+
+    #[test]
+    fn a_name_is_claimed_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = || File::open(dir.path()).unwrap();
+        let claimed = |folder: &File, name: &str| text(claim(folder, name.as_ref(), name));
+        let (a, b) = (folder(), folder());
+        assert_eq!(claimed(&a, "x"), "ok");
+        assert_eq!(claimed(&b, "x"), "Failed to get \"write\" lock");
+        assert_eq!(claimed(&b, "y"), "ok");
+        drop((a, b));
+        assert_eq!(claimed(&folder(), "x"), "ok");
     }
 
     #[test]

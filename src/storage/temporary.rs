@@ -7,25 +7,28 @@
 //! can never meet a dangling pointer. Nothing is installed before the first such name is needed, and nothing over
 //! a handler of somebody else.
 //!
-//! No handler helps against SIGKILL. An unnamed file that takes the name of another one needs such a name for the
-//! moment between two calls; [`replace`] has a process of its own for them, which no signal to this one stops.
+//! No handler helps against SIGKILL. Where names are moved in more than one call, files have such names in between;
+//! [`run_apart`] has a process of its own for them, which no signal to this one stops.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::libc::{self, c_char, c_int};
 use nix::sched::{CloneFlags, clone};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, sigaction};
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::waitpid;
+use nix::unistd::pipe2;
+
+use super::staging::publish::{self, Step};
 
 const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
@@ -59,13 +62,23 @@ impl TemporaryName {
         Err(io::ErrorKind::AlreadyExists.into())
     }
 
-    /// Gives the file its final name, taking it away from another file.
-    pub fn rename(&mut self, target: &Path) -> io::Result<()> {
-        if let Some(path) = &self.path {
-            fs::rename(path, target)?;
-        }
+    /// The same for a file that has just been made with that name, which is its own.
+    pub fn adopt(path: &Path) -> Self {
+        INSTALL.call_once(install);
+        Self { slot: register(path), path: Some(path.to_owned()) }
+    }
+
+    /// The name, as long as it goes with this value.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// The name stays, or is another's by now.
+    pub fn forget(&mut self) {
         self.path = None;
-        Ok(())
+        if let Some(slot) = self.slot.take() {
+            slot.store(ptr::null_mut(), Ordering::SeqCst);
+        }
     }
 }
 
@@ -81,74 +94,56 @@ impl Drop for TemporaryName {
     }
 }
 
-fn hidden(target: &Path) -> PathBuf {
+/// A hidden name beside `target`.
+pub(super) fn hidden(target: &Path) -> PathBuf {
     target.with_file_name(format!(".vimg-{:016x}.tmp", fastrand::u64(..)))
 }
 
-/// Gives an unnamed file the name `target`, taking it away from another file.
+/// Makes the calls of a plan, the number of the one that failed beside its error. More than one is for a process of its
+/// own, which no signal to this one stops.
 ///
-/// The helper process shares this one's table of files, so that it holds no lock longer than this one, and has its
-/// own session and no signals, so that what ends this process lets it finish. It needs a fraction of a millisecond.
-/// Where no process can be made, this one does the same itself.
-pub fn replace(file: &File, target: &Path) -> io::Result<()> {
+/// The helper shares this one's table of files, so that it holds no lock longer than this one, and has its own session
+/// and no signals, so that what ends this process lets it finish. It needs a fraction of a millisecond, or the time of
+/// a folder's sync. Where no process can be made, this one does the same itself.
+pub(super) fn run_apart(steps: &[Step]) -> Result<(), (usize, io::Error)> {
+    let here = || publish::run(steps).map_err(|(index, errno)| (index, errno.into()));
+    if steps.len() < 2 {
+        return here();
+    }
+    let whole = |errno: Errno| (0, io::Error::from(errno));
     // All that is allocated is allocated before: a copy of a process with threads may not.
-    let from = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-    let to = CString::new(target.as_os_str().as_bytes())?;
-    let names = (0..8).map(|_| CString::new(hidden(target).as_os_str().as_bytes())).collect::<Result<Vec<_>, _>>()?;
-    let steps = || link_and_rename(&from, &names, &to);
-
+    let Ok((answer, tell)) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK) else { return here() };
+    let told = tell.as_raw_fd();
     let mut stack = vec![0; 128 << 10];
-    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK).map_err(whole)?;
     let child = || {
         // SAFETY: setsid takes nothing and touches no memory.
         unsafe { libc::setsid() };
-        steps().err().map_or(0, |errno| errno as isize)
+        let (index, errno) = publish::run(steps).err().unwrap_or((0, Errno::UnknownErrno));
+        let text = [index.to_le_bytes(), (errno as usize).to_le_bytes()];
+        // SAFETY: `text` is that long, and write reads no more.
+        unsafe { libc::write(told, text.as_ptr().cast(), size_of_val(&text)) };
+        0
     };
     // SAFETY: memory is not shared (no CLONE_VM), and the child makes system calls on memory that is there already,
     // nothing else, which is what a copy of a process with threads may do. The stack is large enough for them.
     let made = unsafe { clone(Box::new(child), &mut stack, CloneFlags::CLONE_FILES, Some(libc::SIGCHLD)) };
     let _ = before.thread_set_mask();
-    let Ok(pid) = made else {
-        return Ok(steps()?);
+    let Ok(pid) = made else { return here() };
+    // How it ended may go unseen (the caller has us ignore SIGCHLD); what it told does not.
+    while waitpid(pid, None) == Err(Errno::EINTR) {}
+    let mut text = [0; 2 * size_of::<usize>()];
+    let (index, errno) = match File::from(answer).read_exact(&mut text) {
+        Ok(()) => text.split_at(size_of::<usize>()),
+        // It was killed.
+        Err(_) => return Err((0, io::ErrorKind::Interrupted.into())),
     };
-    loop {
-        match waitpid(pid, None) {
-            Err(Errno::EINTR) => {}
-            Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
-            Ok(WaitStatus::Exited(_, errno)) => return Err(Errno::from_raw(errno).into()),
-            // Killed, or its end went unseen because the caller has us ignore SIGCHLD: the name tells.
-            _ => {
-                let (is, should) = (fs::metadata(target)?, file.metadata()?);
-                return match (is.dev(), is.ino()) == (should.dev(), should.ino()) {
-                    true => Ok(()),
-                    false => Err(io::ErrorKind::Interrupted.into()),
-                };
-            }
-        }
+    let number = |bytes: &[u8]| bytes.try_into().map_or(0, usize::from_le_bytes);
+    match i32::try_from(number(errno)) {
+        Ok(0) => Ok(()),
+        Ok(errno) => Err((number(index), Errno::from_raw(errno).into())),
+        Err(_) => Err((number(index), io::ErrorKind::Other.into())),
     }
-}
-
-/// System calls only: this runs in a copy of the process.
-fn link_and_rename(from: &CStr, names: &[CString], to: &CStr) -> Result<(), Errno> {
-    let at = libc::AT_FDCWD;
-    for name in names {
-        // SAFETY: linkat reads two C strings.
-        let linked = unsafe { libc::linkat(at, from.as_ptr(), at, name.as_ptr(), libc::AT_SYMLINK_FOLLOW) };
-        match Errno::result(linked) {
-            Ok(_) => {
-                // SAFETY: rename reads two C strings.
-                let renamed = Errno::result(unsafe { libc::rename(name.as_ptr(), to.as_ptr()) });
-                if renamed.is_err() {
-                    // SAFETY: unlink reads a C string.
-                    unsafe { libc::unlink(name.as_ptr()) };
-                }
-                return renamed.map(drop);
-            }
-            Err(Errno::EEXIST) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-    Err(Errno::EEXIST)
 }
 
 fn register(path: &Path) -> Option<&'static AtomicPtr<c_char>> {
@@ -200,8 +195,11 @@ mod tests {
         drop(name);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
         let (_, mut name) = TemporaryName::beside(&target, |path| fs::write(path, b"y")).unwrap();
-        name.rename(&target).unwrap();
+        fs::rename(name.path().unwrap(), &target).unwrap();
+        name.forget();
         drop(name);
         assert_eq!(fs::read(&target).unwrap(), b"y");
+        drop(TemporaryName::adopt(&target));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

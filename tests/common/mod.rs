@@ -91,7 +91,7 @@ pub fn need(program: &str) {
         "vmdkinfo" | "vmdkmount" => "libvmdk-utils",
         "vhdiinfo" | "vhdimount" => "libvhdi-utils",
         "qcowinfo" | "qcowmount" => "libqcow-utils",
-        "mkfs.xfs" => "xfsprogs",
+        "mkfs.xfs" | "xfs_io" => "xfsprogs",
         "mkfs.btrfs" => "btrfs-progs",
         other => other,
     };

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use super::{Conversion, bitmaps};
 use crate::block::error::Context;
 use crate::block::opener::Notice;
-use crate::block::{BlockDriver, ExtentKind, GuestOffset, ImageRef, Node, OpenHow, Opener, Result};
+use crate::block::{BlockDriver, Error, ExtentKind, GuestOffset, ImageRef, Node, OpenHow, Opener, Result};
 use crate::ops::copy::{self, Above, Joined, Observer, TargetFacts};
 use crate::ops::create::{self, NewImage};
-use crate::storage::staging::Staging;
-use crate::storage::{CacheMode, Identity};
+use crate::storage::staging::{Durability, Staging};
+use crate::storage::{self, CacheMode, Identity};
 
 fn identity(node: &Node) -> Option<Identity> {
     node.driver().files().first().and_then(|child| child.storage.facts().identity)
@@ -53,12 +53,27 @@ fn above(sources: &[Arc<Node>], target: &Node, blank: bool) -> Option<Above> {
     Some(Above { layers, backing_len: backing.virtual_size(), blank_past: blank })
 }
 
+/// Where an older file stays until it is replaced, the disk may be too small for both.
+fn no_room_for_both(error: Error, staging: &Staging) -> Error {
+    let full = error.storage().is_some_and(storage::Error::is_full);
+    match staging.replaces().filter(|_| full) {
+        Some(older) => error.hint(format!(
+            "The older '{}' stays until the new one is complete, and there is not room for both: -n writes to it in \
+             place, or remove it first.",
+            older.display()
+        )),
+        None => error,
+    }
+}
+
 /// Opens the target, and converts.
 pub struct Job<'a> {
     /// What was decided.
     pub conversion: &'a Conversion,
     /// How the target is cached.
     pub cache: CacheMode,
+    /// What of a new image is on stable storage when it appears.
+    pub durability: Durability,
     /// Hears how it goes.
     pub observer: &'a dyn Observer,
 }
@@ -66,7 +81,7 @@ pub struct Job<'a> {
 impl Job<'_> {
     /// To a new image. It appears when it is complete.
     pub fn to_new(&self, new: &NewImage, opener: &Opener<'_>) -> Result<()> {
-        let staging = Staging::new(self.cache);
+        let staging = Staging::new(self.cache, self.durability);
         let (shown, format) = (new.name.to_string_lossy(), new.format.name());
         let make = create::make(new, &staging, opener).with_context(|| new.converting());
         staging.take_notices().into_iter().for_each(|text| opener.notice(Notice::Warning(text)));
@@ -76,13 +91,13 @@ impl Job<'_> {
         let target = inner.open(&ImageRef::name(&new.name), &how);
         inner.take_notices().into_iter().for_each(|notice| opener.notice(notice));
         let target = target?;
-        // A new file is a hole, and nobody sees it. A device holds whatever it held: what the format maps already
-        // is not zeros, and what is not filled yet must not be mapped.
-        let unnamed = target.driver().files().iter().all(|child| child.storage.facts().new_reads_zero);
-        let blank = unnamed || stores_nothing(target.driver())?;
+        // A new file is a hole. A device holds whatever it held: what the format maps already is not zeros. What
+        // others can see must not be mapped before it is filled.
+        let unnamed = staging.is_unseen();
+        let blank = staging.is_blank() || stores_nothing(target.driver())?;
         let reads_zero = target.backing().is_none() && blank;
         let facts = TargetFacts { unnamed, reads_zero, blank };
-        self.run(&target, facts)?;
+        self.run(&target, facts).map_err(|error| no_room_for_both(error, &staging))?;
         drop(target);
         staging.commit().with_context(|| format!("Could not create '{shown}'"))
     }

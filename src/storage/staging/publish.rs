@@ -1,0 +1,350 @@
+//! Giving names to files that are complete: all of them, or none.
+//!
+//! What is to be done is a list of calls, each with the one that takes it back, made before anything happens
+//! (`plan`). Where it is more than one call, a process of its own makes them, which no signal to this one stops: so
+//! even SIGKILL leaves all of it done or nothing.
+//!
+//! A power cut can fall between two of them. So the order is: where another image's data is replaced, its header's
+//! name goes first, away to a hidden one; then come the names of the data; the header's own name comes last. Whatever
+//! part is done, an older header never lies beside newer data.
+//!
+//! Where the host's policy allows the very name alone (a profile that lists files), the bytes are copied into a file
+//! of that name, which is removed if that fails.
+
+use std::collections::BTreeSet;
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, OFlag, RenameFlags, copy_file_range, fcntl};
+use nix::libc;
+use nix::unistd::{Whence, linkat, lseek};
+
+use super::make::{create_new, errno, folder_of, is_policy, named};
+use super::{Staged, Way};
+use crate::storage::file::{HostFile, OpenHow};
+use crate::storage::lock::Access;
+use crate::storage::temporary::{self, TemporaryName};
+use crate::storage::{Error, Identity, Result};
+
+/// A call that gives, moves or takes a name. Made of memory that is there already: it runs in a copy of the process.
+#[derive(Debug)]
+pub(in crate::storage) enum Call {
+    /// Gives an open file without a name one that is free.
+    Link { file: CString, to: CString },
+    /// Moves a name, taking the new one away from another file.
+    Move { from: CString, to: CString },
+    /// Moves a name to one that is free.
+    MoveToFree { from: CString, to: CString },
+    /// Takes a name away. A failure is ignored: it is a hidden one by then.
+    Remove { name: CString },
+    /// Brings a folder's names to stable storage. A file system that cannot promise it says so here, to no use.
+    Sync { folder: RawFd },
+}
+
+/// One call of a plan.
+#[derive(Debug)]
+pub(in crate::storage) struct Step {
+    call: Call,
+    undo: Option<Call>,
+    /// Which file it is about.
+    file: usize,
+}
+
+impl Call {
+    fn run(&self) -> std::result::Result<(), Errno> {
+        match self {
+            Call::Link { file, to } => {
+                linkat(AT_FDCWD, file.as_c_str(), AT_FDCWD, to.as_c_str(), AtFlags::AT_SYMLINK_FOLLOW)
+            }
+            Call::Move { from, to } => rename(from, to),
+            Call::MoveToFree { from, to } => move_to_free(from, to),
+            Call::Remove { name } => {
+                let _ = remove(name);
+                Ok(())
+            }
+            Call::Sync { folder } => {
+                // SAFETY: fsync takes a number and touches no memory.
+                let _ = unsafe { libc::fsync(*folder) };
+                Ok(())
+            }
+        }
+    }
+}
+
+fn rename(from: &CString, to: &CString) -> std::result::Result<(), Errno> {
+    // SAFETY: rename reads two C strings.
+    Errno::result(unsafe { libc::rename(from.as_ptr(), to.as_ptr()) }).map(drop)
+}
+
+fn remove(name: &CString) -> std::result::Result<(), Errno> {
+    // SAFETY: unlink reads a C string.
+    Errno::result(unsafe { libc::unlink(name.as_ptr()) }).map(drop)
+}
+
+fn move_to_free(from: &CString, to: &CString) -> std::result::Result<(), Errno> {
+    let flags = RenameFlags::RENAME_NOREPLACE;
+    let moved = nix::fcntl::renameat2(AT_FDCWD, from.as_c_str(), AT_FDCWD, to.as_c_str(), flags);
+    if !matches!(moved, Err(Errno::EINVAL | Errno::ENOSYS)) {
+        return moved;
+    }
+    // A second name fails where there is one already.
+    match linkat(AT_FDCWD, from.as_c_str(), AT_FDCWD, to.as_c_str(), AtFlags::empty()) {
+        Ok(()) => remove(from),
+        Err(Errno::EPERM | Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+            // No second names either: nothing is left but to look first.
+            // SAFETY: access reads a C string.
+            match Errno::result(unsafe { libc::access(to.as_ptr(), libc::F_OK) }) {
+                Ok(_) => Err(Errno::EEXIST),
+                Err(_) => rename(from, to),
+            }
+        }
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Makes the calls; one that fails has those before it taken back, and is told by its number.
+pub(in crate::storage) fn run(steps: &[Step]) -> std::result::Result<(), (usize, Errno)> {
+    for (index, step) in steps.iter().enumerate() {
+        if let Err(errno) = step.call.run() {
+            for undo in steps.iter().take(index).rev().filter_map(|step| step.undo.as_ref()) {
+                // The first failure is the one to tell.
+                let _ = undo.run();
+            }
+            return Err((index, errno));
+        }
+    }
+    Ok(())
+}
+
+/// Gives all of them their names, in that order: the one with the header is the last. `durable` says whether the
+/// names shall be on stable storage too.
+pub(super) fn publish(files: &mut [Staged], durable: bool) -> Result<()> {
+    let folders = folders(files);
+    match plan(files, durable.then_some(&folders)) {
+        Ok(steps) => match temporary::run_apart(&steps) {
+            Ok(()) => {}
+            Err((index, cause)) => {
+                let file = steps.get(index).and_then(|step| files.get(step.file));
+                let Some(target) = file.map(|staged| staged.target.clone()) else { return Err(cause.into()) };
+                match errno(&cause) {
+                    Errno::EEXIST => return Err(taken(&target)),
+                    // A project that files cannot be moved out of is a policy too.
+                    Errno::EXDEV => copy_all(files, durable)?,
+                    _ if is_policy(&cause) => copy_all(files, durable)?,
+                    _ => return Err(named("create", &target, cause)),
+                }
+            }
+        },
+        Err((target, cause)) if errno(&cause) == Errno::EEXIST => return Err(taken(&target)),
+        Err((target, cause)) => return Err(named("create", &target, cause)),
+    }
+    for staged in files.iter() {
+        staged.finish_head(durable)?;
+    }
+    for staged in files.iter_mut() {
+        staged.committed = true;
+        if let Some(temporary) = &mut staged.temporary {
+            temporary.forget();
+        }
+    }
+    if durable {
+        for (_, folder) in &folders {
+            let _ = folder.sync_all();
+        }
+    }
+    Ok(())
+}
+
+/// The folders in which names are given. One that cannot be opened for reading cannot be asked.
+fn folders(files: &[Staged]) -> Vec<(PathBuf, File)> {
+    let names: BTreeSet<_> = files.iter().map(|staged| folder_of(&staged.target).to_owned()).collect();
+    names.into_iter().filter_map(|name| File::open(&name).ok().map(|file| (name, file))).collect()
+}
+
+fn c(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+fn is_at(path: &Path, identity: Identity) -> io::Result<bool> {
+    let meta = fs::symlink_metadata(path)?;
+    Ok(Identity { device: meta.dev(), inode: meta.ino() } == identity)
+}
+
+/// What is to be done, or which name cannot be given.
+fn plan(
+    files: &[Staged],
+    durable: Option<&Vec<(PathBuf, File)>>,
+) -> std::result::Result<Vec<Step>, (PathBuf, io::Error)> {
+    let replaces = |staged: &Staged| matches!(staged.way, Way::Replace { .. });
+    let last = files.len().saturating_sub(1);
+    let header_first = files.iter().take(last).any(replaces) && files.last().is_some_and(replaces);
+    let mut steps = Vec::new();
+    let mut aside = Vec::new();
+    if let Some(header) = files.last().filter(|_| header_first) {
+        let at = |cause| (header.target.clone(), cause);
+        aside.extend(move_aside(header, last, &mut steps).map_err(at)?);
+        if let Some((_, folder)) =
+            durable.iter().flat_map(|all| all.iter()).find(|(name, _)| name == folder_of(&header.target))
+        {
+            steps.push(Step { call: Call::Sync { folder: folder.as_raw_fd() }, undo: None, file: last });
+        }
+    }
+    for (index, staged) in files.iter().enumerate() {
+        let at = |cause| (staged.target.clone(), cause);
+        match &staged.way {
+            Way::InPlace | Way::VeryName => {}
+            Way::Replace { old } => match (is_at(&staged.target, old.identity()), index == last) {
+                // Somebody has put another file there.
+                (Ok(false), _) => return Err(at(Errno::EEXIST.into())),
+                (Ok(true), true) if !header_first => put_over(staged, index, &mut steps).map_err(at)?,
+                (Ok(true), false) => {
+                    aside.extend(move_aside(staged, index, &mut steps).map_err(at)?);
+                    put(staged, index, &mut steps).map_err(at)?;
+                }
+                // It has gone, or will have.
+                _ => put(staged, index, &mut steps).map_err(at)?,
+            },
+            Way::Link { .. } => put(staged, index, &mut steps).map_err(at)?,
+        }
+    }
+    steps.extend(aside.into_iter().map(|name| Step { call: Call::Remove { name }, undo: None, file: last }));
+    Ok(steps)
+}
+
+/// The older file's name becomes a hidden one.
+fn move_aside(staged: &Staged, file: usize, steps: &mut Vec<Step>) -> io::Result<Option<CString>> {
+    let Way::Replace { old } = &staged.way else { return Ok(None) };
+    if !is_at(&staged.target, old.identity()).unwrap_or(false) {
+        return Ok(None);
+    }
+    let (name, hidden) = (c(&staged.target)?, c(&temporary::hidden(&staged.target))?);
+    let undo = Some(Call::MoveToFree { from: hidden.clone(), to: name.clone() });
+    steps.push(Step { call: Call::MoveToFree { from: name, to: hidden.clone() }, undo, file });
+    Ok(Some(hidden))
+}
+
+fn unnamed(staged: &Staged) -> io::Result<CString> {
+    Ok(CString::new(format!("/proc/self/fd/{}", staged.storage.file().as_raw_fd()))?)
+}
+
+/// The new file gets its name, which is free.
+fn put(staged: &Staged, file: usize, steps: &mut Vec<Step>) -> io::Result<()> {
+    let to = c(&staged.target)?;
+    let (call, undo) = match staged.temporary.as_ref().and_then(TemporaryName::path) {
+        Some(path) => {
+            let from = c(path)?;
+            let undo = Call::Move { from: to.clone(), to: from.clone() };
+            (Call::MoveToFree { from, to }, undo)
+        }
+        None => (Call::Link { file: unnamed(staged)?, to: to.clone() }, Call::Remove { name: to }),
+    };
+    steps.push(Step { call, undo: Some(undo), file });
+    Ok(())
+}
+
+/// The new file takes the name of the older one.
+fn put_over(staged: &Staged, file: usize, steps: &mut Vec<Step>) -> io::Result<()> {
+    let to = c(&staged.target)?;
+    let from = match staged.temporary.as_ref().and_then(TemporaryName::path) {
+        Some(path) => c(path)?,
+        None => {
+            let hidden = c(&temporary::hidden(&staged.target))?;
+            let call = Call::Link { file: unnamed(staged)?, to: hidden.clone() };
+            steps.push(Step { call, undo: Some(Call::Remove { name: hidden.clone() }), file });
+            hidden
+        }
+    };
+    steps.push(Step { call: Call::Move { from, to }, undo: None, file });
+    Ok(())
+}
+
+/// Why a name cannot be given that somebody else gave meanwhile: a lock, if they hold one.
+fn taken(target: &Path) -> Error {
+    let how = OpenHow { write: true, access: Access::CREATE, ..OpenHow::default() };
+    match HostFile::open(target, &how) {
+        Err(error @ (Error::Locked { .. } | Error::LockByte(_))) => error,
+        _ => named("create", target, Errno::EEXIST.into()),
+    }
+}
+
+/// Copies each into a file of its very name.
+fn copy_all(files: &mut [Staged], sync: bool) -> Result<()> {
+    if files.iter().rev().skip(1).any(|staged| matches!(staged.way, Way::Replace { .. }))
+        && let Some(Staged { way: Way::Replace { .. }, target, .. }) = files.last()
+    {
+        // The older header must not be seen with what is copied next.
+        let header = OpenOptions::new().write(true).open(target);
+        header.and_then(|file| file.set_len(0)).map_err(|cause| named("create", target, cause))?;
+    }
+    let mut made = Vec::new();
+    for staged in files.iter() {
+        let failed = |cause| named("create", &staged.target, cause);
+        let to = match &staged.way {
+            Way::InPlace | Way::VeryName => continue,
+            Way::Link { .. } => match create_new(&staged.target, 0o644, OFlag::O_CLOEXEC) {
+                Ok(file) => {
+                    made.push(TemporaryName::adopt(&staged.target));
+                    file
+                }
+                Err(cause) if errno(&cause) == Errno::EEXIST => return Err(taken(&staged.target)),
+                Err(cause) => return Err(failed(cause)),
+            },
+            Way::Replace { .. } => OpenOptions::new().read(true).write(true).open(&staged.target).map_err(failed)?,
+        };
+        if let Err(cause) = copy(staged.storage.file(), &to, sync) {
+            // Half an image must not look like one.
+            let _ = to.set_len(0);
+            return Err(failed(cause));
+        }
+    }
+    made.iter_mut().for_each(TemporaryName::forget);
+    Ok(())
+}
+
+/// The same bytes and holes.
+fn copy(from: &File, to: &File, sync: bool) -> io::Result<()> {
+    for file in [from, to] {
+        let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+        fcntl(file, FcntlArg::F_SETFL(flags & !OFlag::O_DIRECT))?;
+    }
+    let len = from.metadata()?.len();
+    to.set_len(0)?;
+    to.set_len(len)?;
+    let signed = |at: u64| i64::try_from(at).map_err(|_| io::Error::from(Errno::EFBIG));
+    let seek = |at: u64, whence| match lseek(from, signed(at)?, whence) {
+        Ok(to) => Ok(u64::try_from(to).unwrap_or(len).min(len)),
+        Err(Errno::ENXIO) => Ok(len),
+        Err(errno) => Err(io::Error::from(errno)),
+    };
+    let mut at = 0;
+    while at < len {
+        at = seek(at, Whence::SeekData)?;
+        let end = if at < len { seek(at, Whence::SeekHole)? } else { len };
+        while at < end {
+            at += copy_some(from, to, at, end - at)?;
+        }
+    }
+    if sync { to.sync_all() } else { Ok(()) }
+}
+
+fn copy_some(from: &File, to: &File, at: u64, len: u64) -> io::Result<u64> {
+    let signed = i64::try_from(at).map_err(|_| io::Error::from(Errno::EFBIG))?;
+    let wanted = usize::try_from(len).unwrap_or(usize::MAX).min(64 << 20);
+    match copy_file_range(from, Some(&mut signed.clone()), to, Some(&mut signed.clone()), wanted) {
+        Ok(n) if n > 0 => Ok(n as u64),
+        Err(errno @ (Errno::ENOSPC | Errno::EDQUOT | Errno::EIO)) => Err(errno.into()),
+        _ => {
+            let mut buf = vec![0; wanted.min(1 << 20)];
+            let n = from.read_at(&mut buf, at)?;
+            let bytes = buf.get(..n).filter(|bytes| !bytes.is_empty());
+            to.write_all_at(bytes.ok_or(io::ErrorKind::UnexpectedEof)?, at)?;
+            Ok(n as u64)
+        }
+    }
+}
