@@ -173,3 +173,75 @@ fn converting_is_the_references_bytes_and_survives_what_does_not_shrink() {
     scratch.vimg(&["convert", "-f", "qcow", "-O", "raw", "packed", "back"]);
     assert_same_bytes(&scratch.file("back"), &scratch.file("src"));
 }
+
+/// The tables are read when they are used.
+#[test]
+fn info_shows_what_the_header_alone_says() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "qcow", "a.qcow", "100G"]);
+    let whole = std::fs::read(scratch.file("a.qcow")).unwrap();
+    std::fs::write(scratch.file("h.qcow"), &whole[..512]).unwrap();
+    let mut far = whole.clone();
+    far[40..48].copy_from_slice(&(1u64 << 40).to_be_bytes());
+    std::fs::write(scratch.file("f.qcow"), &far).unwrap();
+    for name in ["h.qcow", "f.qcow"] {
+        scratch.assert_same_info(name);
+        let out = crate::common::run::vimg(&["convert", "-O", "raw", name, "out"]).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(1));
+        assert!(out.stderr.contains(name) && out.stderr.contains("the L1 table"), "{out:?}");
+        assert!(!scratch.file("out").exists());
+        let out = crate::common::run::vimg(&["resize", "-q", name, "+1G"]).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(1), "{name}: {out:?}");
+    }
+    assert_eq!(std::fs::read(scratch.file("h.qcow")).unwrap(), whole[..512]);
+    assert_eq!(std::fs::read(scratch.file("f.qcow")).unwrap(), far);
+}
+
+/// The tables that the file does not have are no zeros, and a name that it does not have is no empty one.
+#[test]
+fn tables_that_are_cut_off_are_missed() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "qcow", "a.qcow", "4M"]);
+    scratch.qemu_io("qcow", "a.qcow", &["write 0 4096"]);
+    let whole = std::fs::read(scratch.file("a.qcow")).unwrap();
+    std::fs::write(scratch.file("c.qcow"), &whole[..4096 + 512]).unwrap();
+    scratch.judge(&["create", "-q", "-f", "raw", "a-base-with-a-name", "1M"]);
+    scratch.judge(&["create", "-q", "-f", "qcow", "-F", "raw", "-b", "a-base-with-a-name", "b.qcow", "4M"]);
+    let backed = std::fs::read(scratch.file("b.qcow")).unwrap();
+    std::fs::write(scratch.file("n.qcow"), &backed[..50]).unwrap();
+    for (name, what) in [("c.qcow", "an L2 table"), ("n.qcow", "the backing file's name")] {
+        scratch.assert_same_info(name);
+        let out = crate::common::run::vimg(&["convert", "-O", "raw", name, "out"]).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(1));
+        assert!(out.stderr.contains(name) && out.stderr.contains(what), "{out:?}");
+    }
+}
+
+#[test]
+fn what_overlaps_is_not_written_to() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "qcow", "a.qcow", "6M"]);
+    scratch.qemu_io("qcow", "a.qcow", &["write -P 5 0 2M", "write -P 6 2M 8k", "write -P 7 4M 8k"]);
+    let good = std::fs::read(scratch.file("a.qcow")).unwrap();
+    let word = |at: usize| u64::from_be_bytes(good[at..at + 8].try_into().unwrap());
+    let (first, second) = (word(48), word(56));
+    // The L1 table over the header, in a table, in a cluster; an L2 table over the header, over another, in a cluster;
+    // a cluster over a table, over the header, over the one whose end is cut off.
+    let (far, cut) = (word(first as usize + 80), word(second as usize + 8));
+    let entry = first as usize;
+    for (at, value) in [
+        (40, 8),
+        (40, second - 16),
+        (40, far),
+        (56, 0x10),
+        (56, first + 512),
+        (56, far),
+        (entry, second),
+        (entry, 1),
+        (entry, cut),
+    ] {
+        let mut bad = good.clone();
+        bad[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        crate::rig::assert_resizes_change_nothing("qcow", bad, &[2 * M + 4096 + 512]);
+    }
+}

@@ -313,3 +313,15 @@ pub fn walk(node: &Node) {
         }
     }
 }
+
+/// None of these sizes can be had, and the attempt leaves the image as it is.
+pub fn assert_resizes_change_nothing(format: &str, bytes: Vec<u8>, sizes: &[u64]) {
+    for size in sizes {
+        let memory = Arc::new(Memory::new(bytes.clone()));
+        let Ok(node) = open_on(memory.clone(), format, true) else { continue };
+        let resized = node.driver().resizing().unwrap().resize(*size, Preallocation::Off);
+        assert!(resized.is_err(), "{format} to {size}");
+        drop(node);
+        assert!(memory.to_vec() == bytes, "{format} to {size}");
+    }
+}

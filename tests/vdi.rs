@@ -203,3 +203,41 @@ fn a_resize_keeps_the_last_sector_of_an_odd_size() {
     scratch.vimg(&["resize", "-q", "-f", "vdi", "a.vdi", "8192"]);
     scratch.qemu_io("vdi", "a.vdi", &["read -P 5 0 1024", "read -P 0 1024 7168"]);
 }
+
+/// The map is read when it is used.
+#[test]
+fn info_shows_what_the_header_alone_says() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "vdi", "a.vdi", "40G"]);
+    let whole = std::fs::read(scratch.file("a.vdi")).unwrap();
+    std::fs::write(scratch.file("h.vdi"), &whole[..65536]).unwrap();
+    scratch.judge(&["create", "-q", "-f", "vdi", "b.vdi", "4M"]);
+    let mut much = std::fs::read(scratch.file("b.vdi")).unwrap();
+    much[0x180..0x184].copy_from_slice(&0x1fff_ff80u32.to_le_bytes());
+    std::fs::write(scratch.file("m.vdi"), &much).unwrap();
+    for name in ["h.vdi", "m.vdi"] {
+        scratch.assert_same_info(name);
+        let out = crate::common::run::vimg(&["convert", "-O", "raw", name, "out"]).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(1));
+        assert!(out.stderr.contains(name) && out.stderr.contains("the block map"), "{out:?}");
+        assert!(!scratch.file("out").exists());
+        let out = crate::common::run::vimg(&["resize", "-q", name, "+1G"]).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(1));
+    }
+    assert_eq!(std::fs::read(scratch.file("h.vdi")).unwrap(), whole[..65536]);
+    assert_eq!(std::fs::read(scratch.file("m.vdi")).unwrap(), much);
+}
+
+#[test]
+fn what_overlaps_is_not_written_to() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "vdi", "a.vdi", "4M"]);
+    scratch.qemu_io("vdi", "a.vdi", &["write -P 5 0 3M"]);
+    let good = std::fs::read(scratch.file("a.vdi")).unwrap();
+    // The map over the header and in the blocks, the blocks over map and header, one block over another.
+    for (at, value) in [(0x154, 0u32), (0x154, 0x400), (0x158, 0x200), (0x158, 0), (0x200, 1)] {
+        let mut bad = good.clone();
+        bad[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        crate::rig::assert_resizes_change_nothing("vdi", bad, &[M, 5 * M, 900 * M]);
+    }
+}

@@ -21,6 +21,13 @@ fn mask(path: &Path, fixed: bool) {
     }
 }
 
+/// Puts the checksum right.
+fn seal(footer: &mut [u8]) {
+    footer[64..68].fill(0);
+    let sum = !footer.iter().map(|b| u32::from(*b)).sum::<u32>();
+    footer[64..68].copy_from_slice(&sum.to_be_bytes());
+}
+
 #[test]
 fn new_images_are_the_references() {
     let scratch = Scratch::new();
@@ -153,9 +160,7 @@ fn virtual_pc_images_are_read_by_their_geometry() {
         let mut bytes = good.clone();
         bytes[28..32].copy_from_slice(creator);
         bytes[48..56].copy_from_slice(&(5 * M).to_be_bytes());
-        bytes[64..68].fill(0);
-        let sum = !bytes[..512].iter().map(|b| u32::from(*b)).sum::<u32>();
-        bytes[64..68].copy_from_slice(&sum.to_be_bytes());
+        seal(&mut bytes[..512]);
         std::fs::write(scratch.file("b.vhd"), &bytes).unwrap();
         let theirs = judge(&["info", "-f", "vpc", "--output=json", "b.vhd"]).dir(scratch.path()).ok().json();
         let ours = open_bytes(bytes, "vpc", false).unwrap().virtual_size();
@@ -205,10 +210,15 @@ fn wrong_images_are_refused_in_the_references_words() {
         (512 + 32, &[0, 0, 0, 0]),
         (512 + 32, &[0, 0x30, 0, 0]),
         (512 + 16, &[0, 0, 1, 0]),
+        (512 + 16, &[0x80]),
+        (16, &[0x80]),
         (1536, &[0, 0, 1, 0]),
     ] {
         let mut bad = good.clone();
         bad[at..at + bytes.len()].copy_from_slice(bytes);
+        if at == 16 {
+            seal(&mut bad[..512]);
+        }
         if at < 512 {
             // Here the footer at the end would help us.
             let end = bad.len() - 512;
@@ -217,6 +227,12 @@ fn wrong_images_are_refused_in_the_references_words() {
         std::fs::write(scratch.file("bad.vhd"), &bad).unwrap();
         let theirs = judge(&["info", "-f", "vpc", "bad.vhd"]).dir(scratch.path()).run();
         let ours = open_bytes(bad, "vpc", false).map(|_| ()).unwrap_err().message();
+        assert_eq!(theirs.stderr, format!("qemu-img: Could not open 'bad.vhd': {ours}\n"));
+    }
+    for len in [0, 511, 1023, 1024, 1535] {
+        std::fs::write(scratch.file("bad.vhd"), &good[..len]).unwrap();
+        let theirs = judge(&["info", "-f", "vpc", "bad.vhd"]).dir(scratch.path()).run();
+        let ours = open_bytes(good[..len].to_vec(), "vpc", false).map(|_| ()).unwrap_err().message();
         assert_eq!(theirs.stderr, format!("qemu-img: Could not open 'bad.vhd': {ours}\n"));
     }
     let mut healed = good.clone();
@@ -255,4 +271,85 @@ fn a_failed_write_into_an_image_leaves_its_footer() {
     scratch.sh(&line);
     let file = std::fs::read(scratch.file("t.vhd")).expect("read");
     assert_eq!(&file[file.len() - 512..file.len() - 504], b"conectix");
+}
+
+#[test]
+fn a_footer_without_its_disk_is_refused() {
+    let scratch = Scratch::new();
+    for options in ["subformat=fixed", "subformat=fixed,force_size=on"] {
+        create(&scratch.file("a.vhd"), "vpc", options, 10 * M).unwrap();
+        let whole = std::fs::read(scratch.file("a.vhd")).unwrap();
+        for len in [512, 513, 1023] {
+            std::fs::write(scratch.file("f.vhd"), &whole[whole.len() - len..]).unwrap();
+            for args in [&["info", "-f", "vpc", "f.vhd"][..], &["convert", "-f", "vpc", "-O", "raw", "f.vhd", "out"]] {
+                let out = crate::common::run::vimg(args).dir(scratch.path()).run();
+                assert_eq!(out.code, Some(1), "{out:?}");
+                assert!(out.stderr.contains("'f.vhd' has"), "{out:?}");
+            }
+        }
+        // With a part of it, it is not resized either, nor shown as zeros.
+        std::fs::write(scratch.file("f.vhd"), &whole[9 << 20..]).unwrap();
+        let node = crate::rig::open_on(crate::common::inside::host_file(&scratch.file("f.vhd")), "vpc", true).unwrap();
+        let error = node.driver().resizing().unwrap().resize(20 * M, Preallocation::Off).unwrap_err();
+        assert!(error.message().contains("before its footer"), "{}", error.message());
+        let extent = node.driver().extent(vimg::block::GuestOffset(5 * M), M).unwrap();
+        let vimg::block::ExtentKind::Data(place) = extent.kind else { panic!("{extent:?}") };
+        assert!(place.at.get() >= scratch.file("f.vhd").metadata().unwrap().len());
+        assert_eq!(std::fs::read(scratch.file("f.vhd")).unwrap(), whole[9 << 20..]);
+    }
+}
+
+/// The places of header, table and blocks are the image's own: other writers put the table behind the blocks.
+#[test]
+fn a_table_behind_the_blocks_is_written_and_resized() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "vpc", "-o", "force_size=on", "a.vhd", "20M"]);
+    let mut file = std::fs::read(scratch.file("a.vhd")).unwrap();
+    // Two blocks where the table was, of zeros, then the table, then the footer.
+    let stride = 512 + (2 << 20);
+    let footer = file[..512].to_vec();
+    file.truncate(1536);
+    for _ in 0..2 {
+        file.extend(vec![0xff; 512]);
+        file.extend(vec![0; 2 << 20]);
+    }
+    let mut table = vec![0xff; 512];
+    table[4..8].copy_from_slice(&3u32.to_be_bytes());
+    table[12..16].copy_from_slice(&(3 + stride / 512u32).to_be_bytes());
+    let at = file.len() as u64;
+    file.extend(table);
+    file.extend(&footer);
+    file[512 + 16..512 + 24].copy_from_slice(&at.to_be_bytes());
+    file[512 + 36..512 + 40].fill(0);
+    let sum = !file[512..1536].iter().map(|b| u32::from(*b)).sum::<u32>();
+    file[512 + 36..512 + 40].copy_from_slice(&sum.to_be_bytes());
+    std::fs::write(scratch.file("a.vhd"), &file).unwrap();
+    let mut pair = Pair::of(&scratch, "vpc", "a.vhd");
+    pair.assert_good();
+    pair.exercise(20, 3 * M);
+    pair.assert_good();
+    pair.assert_resize_is_safe(600 * M, Preallocation::Off);
+    for size in [600 * M, 9 * M + 512, 30 * M, 3 * M] {
+        pair.resize(size);
+        pair.assert_good();
+        pair.exercise(8, 3 * M);
+        pair.assert_good();
+    }
+}
+
+#[test]
+fn what_overlaps_is_not_written_to() {
+    let scratch = Scratch::new();
+    create(&scratch.file("a.vhd"), "vpc", "force_size=on", 20 * M).unwrap();
+    scratch.qemu_io("vpc", "a.vhd", &["write -P 5 0 6M"]);
+    let good = std::fs::read(scratch.file("a.vhd")).unwrap();
+    let second = u32::from_be_bytes(good[1540..1544].try_into().unwrap());
+    // The table over the header, in a block, on the copy of the footer; a block over another, and over the table.
+    let table = |at: u64| (512 + 16, at.to_be_bytes().to_vec());
+    let entry = |sector: u32| (1536, sector.to_be_bytes().to_vec());
+    for (at, bytes) in [table(512), table(8192), table(0), entry(second), entry(second + 1), entry(3), entry(0)] {
+        let mut bad = good.clone();
+        bad[at..at + bytes.len()].copy_from_slice(&bytes);
+        crate::rig::assert_resizes_change_nothing("vpc", bad, &[M, 21 * M, 900 * M]);
+    }
 }

@@ -72,6 +72,11 @@ impl Scratch {
         assert_eq!(out.stdout, "Images are identical.\n");
     }
 
+    /// `info` shows what `qemu-img info` does.
+    pub fn assert_same_info(&self, image: &str) {
+        assert_eq!(self.vimg(&["info", image]).stdout, self.judge(&["info", image]).stdout);
+    }
+
     /// `qemu-img check` finds nothing at all.
     pub fn assert_clean(&self, format: &str, image: &str) {
         let out = judge(&["check", "-U", "-f", format, image]).dir(self.path()).run();

@@ -14,6 +14,8 @@ pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 pub const MAX_BACKING_NAME: u32 = 1023;
 /// The most entries of an L1 table.
 pub const MAX_L1: u64 = (1 << 28) - 1;
+/// The largest offset in a file.
+pub const MAX_OFFSET: u64 = i64::MAX.unsigned_abs();
 /// L2 entry: the cluster is compressed.
 pub const COMPRESSED: u64 = 1 << 63;
 
@@ -84,6 +86,10 @@ impl Header {
         }
         if header.l1_entries(header.size()).is_none_or(|entries| entries > MAX_L1) {
             return Err(too_large());
+        }
+        let l1_end = header.l1_entries(header.size()).and_then(|n| n.checked_mul(8)?.checked_add(header.l1_offset()));
+        if l1_end.is_none_or(|end| end > MAX_OFFSET) {
+            return Err(Error::corrupt(format!("no file has an L1 table at {}", header.l1_offset())));
         }
         if header.backing().is_some_and(|(_, length)| length > MAX_BACKING_NAME) {
             return Err(Error::corrupt("Backing file name too long"));

@@ -13,7 +13,7 @@ mod tables;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use self::layout::{Entry, HEADER_BYTES, Header};
+use self::layout::{Entry, HEADER_BYTES, Header, MAX_OFFSET};
 use self::tables::State;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
@@ -58,13 +58,8 @@ impl Format for Qcow {
                 "Parameter 'encrypt.key-secret' is required for cipher"
             }));
         }
-        let length = storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
         let size = header.size() / 512 * 512;
-        let l1_end = header.l1_entries(header.size()).and_then(|n| n.checked_mul(8)?.checked_add(header.l1_offset()));
-        if l1_end.is_none_or(|end| end > length) {
-            return Err(Error::corrupt("L1 table lies past the end of the file"));
-        }
-        let backing = read_backing(storage, &header)?;
+        let backing = read_backing(&file, &header, look_only)?;
         Ok(Box::new(QcowDriver {
             cluster: 1 << header.cluster_bits(),
             bits: header.cluster_bits(),
@@ -72,7 +67,7 @@ impl Format for Qcow {
             backing,
             encrypted,
             files: [file],
-            state: Mutex::new(State::new(header, write)),
+            state: Mutex::new(State::new(header)),
             write,
         }))
     }
@@ -82,8 +77,15 @@ impl Format for Qcow {
     }
 }
 
-fn read_backing(storage: &dyn Storage, header: &Header) -> Result<Option<BackingRef>> {
+fn read_backing(file: &Child, header: &Header, look_only: bool) -> Result<Option<BackingRef>> {
     let Some((at, length)) = header.backing() else { return Ok(None) };
+    let storage = &*file.storage;
+    let there = storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
+    let end = at.saturating_add(u64::from(length));
+    if end > MAX_OFFSET || end > there && !look_only {
+        let name = &file.name;
+        return Err(Error::truncated("the backing file's name", at, there).context(name));
+    }
     let mut name = vec![0; usize::try_from(length).unwrap_or(0)];
     storage.read_at(at, &mut name).context("Could not read the backing file's name")?;
     let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
@@ -127,8 +129,8 @@ impl BlockDriver for QcowDriver {
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let max = max.min(self.virtual_size().saturating_sub(at.get()));
         let (index, within) = (at.get() / self.cluster, at.get() % self.cluster);
-        let (entry, run) =
-            self.state().run(self.storage(), index, within.saturating_add(max).div_ceil(self.cluster))?;
+        let run = self.state().run(self.storage(), index, within.saturating_add(max).div_ceil(self.cluster));
+        let (entry, run) = run.with_context(|| self.files[0].name.as_str())?;
         let len = max.min(run.saturating_mul(self.cluster).saturating_sub(within));
         let kind = match entry {
             Entry::Unallocated => ExtentKind::Unallocated(None),

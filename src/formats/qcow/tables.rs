@@ -6,7 +6,7 @@ use byteorder::{BigEndian as Be, ByteOrder};
 
 use super::layout::{Entry, Header};
 use crate::block::error::Context;
-use crate::block::{Error, FileEnd, Result};
+use crate::block::{Error, Result};
 use crate::formats::table::TableCache;
 use crate::storage::{Preallocation, Storage};
 
@@ -33,23 +33,15 @@ pub struct State {
     end: Option<u64>,
     /// Bytes of the file from here on were never given out and read as zeros.
     fresh: u64,
-    /// Where the file ends, if it is not written to: a new table need not be there yet.
-    file_end: Option<FileEnd>,
+    /// The file was found to be as long as this, at least.
+    length: u64,
 }
 
 impl State {
     /// Nothing read yet.
-    pub fn new(header: Header, write: bool) -> Self {
+    pub fn new(header: Header) -> Self {
         let (l1, l2) = (TableCache::new(L1_CACHE), TableCache::new(L2_CACHE));
-        Self {
-            header,
-            l1,
-            l2,
-            pending: HashMap::new(),
-            end: None,
-            fresh: u64::MAX,
-            file_end: (!write).then(FileEnd::default),
-        }
+        Self { header, l1, l2, pending: HashMap::new(), end: None, fresh: u64::MAX, length: 0 }
     }
 
     fn cluster(&self) -> u64 {
@@ -71,17 +63,28 @@ impl State {
         self.table_entries() - index % self.table_entries()
     }
 
+    /// Refuses a table of which the file has only a part: the entries that are missing are no zeros. What was
+    /// appended and is not written yet counts as there.
+    fn need(&mut self, storage: &dyn Storage, what: &str, at: u64, entries: u64) -> Result<()> {
+        let end = at.saturating_add(entries.saturating_mul(8));
+        if end > self.length {
+            let length = storage.len().context("Could not get the size of the file")?;
+            self.length = length.max(self.end.unwrap_or(0));
+        }
+        if end > self.length {
+            let length = self.length;
+            return Err(Error::truncated(what, at, length));
+        }
+        Ok(())
+    }
+
     /// Where the L2 table with that number is; 0 if it is not there.
     pub fn l2_table(&mut self, storage: &dyn Storage, number: u64) -> Result<u64> {
+        self.need(storage, "the L1 table", self.header.l1_offset(), self.l1_entries())?;
         let mut entry = [0; 8];
         let at = self.header.l1_offset().saturating_add(number * 8);
         self.l1.read(storage, at, &mut entry).context(READING)?;
         Ok(Be::read_u64(&entry))
-    }
-
-    /// Refuses a table that is not in the file.
-    fn require(&self, storage: &dyn Storage, what: &str, at: u64, entries: u64) -> Result<()> {
-        self.file_end.as_ref().map_or(Ok(()), |end| end.require(storage, what, at, entries * 8))
     }
 
     /// The entry of a cluster, and how many (at most `max`) go on like it: one after the other in the file, or
@@ -93,7 +96,6 @@ impl State {
         if max == 0 {
             return Err(Error::corrupt(format!("the L1 table has no entry for cluster {index}")));
         }
-        self.require(storage, "the L1 table", self.header.l1_offset(), self.l1_entries())?;
         let (mut first, mut count, mut steps) = (Entry::Unallocated, 0, 0);
         while count < max && steps < STEPS {
             steps += 1;
@@ -107,7 +109,7 @@ impl State {
                 count += left;
                 continue;
             }
-            match self.require(storage, "an L2 table", table, self.table_entries()) {
+            match self.need(storage, "an L2 table", table, self.table_entries()) {
                 Err(error) if count == 0 => return Err(error),
                 // Those who ask for what comes next will hear of it.
                 Err(_) => break,
@@ -161,6 +163,7 @@ impl State {
     /// Has the end looked up again, after the file was cut.
     pub fn forget_end(&mut self) {
         self.end = None;
+        self.length = 0;
         self.fresh = u64::MAX;
     }
 
@@ -265,6 +268,7 @@ impl State {
         storage.write_at(0, header.bytes()).context("Could not write the qcow header")?;
         storage.flush().context("Could not flush")?;
         self.header = header;
+        self.length = 0;
         self.l1.forget();
         self.l2.forget();
         self.pending.clear();

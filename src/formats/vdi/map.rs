@@ -2,7 +2,7 @@
 
 use byteorder::{ByteOrder, LittleEndian as Le};
 
-use super::layout::{DISCARDED, Header, UNALLOCATED};
+use super::layout::{DISCARDED, HEADER_BYTES, Header, UNALLOCATED};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::formats::table::TableCache;
@@ -21,6 +21,8 @@ pub struct State {
     /// Whether the file has another header.
     header_changed: bool,
     map: TableCache,
+    /// Whether the file was found to have all of the map.
+    map_is_there: bool,
     space: Option<Space>,
 }
 
@@ -85,7 +87,7 @@ impl Space {
 impl State {
     /// Nothing read yet.
     pub fn new(header: Header) -> Self {
-        Self { header, header_changed: false, map: TableCache::new(CACHE), space: None }
+        Self { header, header_changed: false, map: TableCache::new(CACHE), map_is_there: false, space: None }
     }
 
     fn block(&self) -> u64 {
@@ -102,6 +104,19 @@ impl State {
         u64::from(self.header.map_offset()) + block * 4
     }
 
+    /// Refuses a map of which the file has only a part: the entries that are missing are no zeros.
+    fn need_map(&mut self, storage: &dyn Storage) -> Result<()> {
+        if !self.map_is_there {
+            let length = storage.len().context("Could not get the size of the file")?;
+            let end = self.entry_at(u64::from(self.header.blocks()));
+            if end > length {
+                return Err(Error::truncated("the block map", self.entry_at(0), length));
+            }
+            self.map_is_there = true;
+        }
+        Ok(())
+    }
+
     /// The entry of a guest block, and how many blocks (at most `max`) go on like it: one after the other in
     /// the file, or none of them there.
     pub fn run(&mut self, storage: &dyn Storage, block: u64, max: u64) -> Result<(u32, u64)> {
@@ -109,6 +124,7 @@ impl State {
         if max == 0 {
             return Err(Error::corrupt(format!("the block map has no entry {block}")));
         }
+        self.need_map(storage)?;
         let (mut first, mut count) = (UNALLOCATED, 0u64);
         while count < max {
             let at = self.entry_at(block + count);
@@ -133,6 +149,10 @@ impl State {
     /// What is in use, found out at the first call. An image where that is not clear must not be written to.
     pub fn space(&mut self, storage: &dyn Storage) -> Result<&mut Space> {
         if self.space.is_none() {
+            let (map, data) = (u64::from(self.header.map_offset()), u64::from(self.header.data_offset()));
+            if map < HEADER_BYTES as u64 || self.entry_at(u64::from(self.header.blocks())) > data {
+                return Err(Error::corrupt("header, block map and blocks of the image overlap"));
+            }
             self.space = Some(self.scan(storage, u64::from(self.header.blocks()))?);
         }
         self.space.as_mut().ok_or_else(|| Error::corrupt("no free space"))

@@ -22,7 +22,7 @@ use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::io::punch;
 use crate::block::{
-    Action, BlockDriver, Child, Create, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed,
+    Action, BlockDriver, Child, Create, Extent, ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed,
     Resize, Result, Store, Ticket, Write,
 };
 use crate::storage::Storage;
@@ -49,11 +49,6 @@ impl Format for Vdi {
         let mut head = [0; HEADER_BYTES];
         file.storage.read_at(0, &mut head).context("Could not read the VDI header")?;
         let header = Header::parse(head)?;
-        let length = file.storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
-        let map_end = u64::from(header.map_offset()) + 4 * u64::from(header.blocks());
-        if map_end > length {
-            return Err(Error::corrupt(format!("block map ends at {map_end}, past the end of the file at {length}")));
-        }
         Ok(Box::new(VdiDriver {
             size: AtomicU64::new(header.size().next_multiple_of(512)),
             block: u64::from(header.block_size()),
@@ -108,7 +103,8 @@ impl BlockDriver for VdiDriver {
         let (block, within) = (at.get() / self.block, at.get() % self.block);
         let (entry, run, host) = {
             let mut state = self.state();
-            let (entry, run) = state.run(self.storage(), block, self.blocks(within.saturating_add(max)))?;
+            let run = state.run(self.storage(), block, self.blocks(within.saturating_add(max)));
+            let (entry, run) = run.with_context(|| self.files[0].name.as_str())?;
             (entry, run, state.host(entry))
         };
         let len = max.min((run * self.block).saturating_sub(within));

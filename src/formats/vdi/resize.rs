@@ -38,8 +38,9 @@ impl Resize for VdiDriver {
         if !self.fixed && fill != Preallocation::Off {
             return Err(Error::unsupported(format!("Unsupported preallocation mode '{}'", fill.name())));
         }
-        if blocks > u64::from(self.state().header.blocks()) {
-            let mut state = self.state();
+        let mut state = self.state();
+        state.space(self.storage())?;
+        if blocks > u64::from(state.header.blocks()) {
             plan(&mut state, self.storage(), blocks)?;
         }
         Ok(())

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use super::Vpc;
-use super::layout::Footer;
+use super::layout::{FOOTER_BYTES, Footer};
 use crate::block::info::ImageInfo;
 use crate::block::io::punch_at;
 use crate::block::{
@@ -61,7 +61,9 @@ impl BlockDriver for Fixed {
         let max = max.min(self.virtual_size().saturating_sub(at.get()));
         let there = self.there(at.get(), max);
         if there == 0 {
-            return Ok(Extent { start: at, len: max, kind: ExtentKind::Zero(None) });
+            // What should be there is not zeros: it lies past the end of the file, and not in the footer.
+            let place = HostPlace::main(at.get().saturating_add(FOOTER_BYTES as u64));
+            return Ok(Extent { start: at, len: max, kind: ExtentKind::Data(place) });
         }
         self.files[0].extent(at, HostPlace::main(at.get()), there)
     }

@@ -17,6 +17,8 @@ pub const SECTOR: u64 = 512;
 pub const UNALLOCATED: u32 = 0xffff_ffff;
 /// The largest disk.
 pub const MAX_SIZE: u64 = 2040 << 30;
+/// The largest offset in a file.
+pub const MAX_OFFSET: u64 = i64::MAX.unsigned_abs();
 /// The longest table that is taken: 2040 GiB in blocks of 128 KiB.
 pub const MAX_TABLE: u64 = 64 << 20;
 /// The block size that is written.

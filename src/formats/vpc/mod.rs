@@ -18,7 +18,9 @@ mod table;
 use serde_json::Value;
 
 use self::geometry::SizeRule;
-use self::layout::{DIFFERENCING, DynamicHeader, FIXED, FOOTER_BYTES, Footer, HEADER_BYTES, MAX_SIZE};
+use self::layout::{
+    DIFFERENCING, DynamicHeader, FIXED, FOOTER_BYTES, Footer, HEADER_BYTES, MAX_OFFSET, MAX_SIZE, SECTOR,
+};
 use crate::block::error::Context;
 use crate::block::{BlockDriver, Create, Error, Format, OpenRequest, OptionTree, Result};
 use crate::storage::Storage;
@@ -58,9 +60,11 @@ impl Format for Vpc {
             return Err(Error::unsupported(format!("Could not open '{}': File too large", file.name)));
         }
         if let Some(end) = fixed_end {
-            return Ok(Box::new(fixed::Fixed::new(file, footer, size, end, write)));
+            let fixed = fixed::Fixed::new(file, footer, size, end, write);
+            // With nothing before it, a footer is none of a disk's, though it says so.
+            return if end < SECTOR && size > 0 { Err(fixed.too_short()) } else { Ok(Box::new(fixed)) };
         }
-        let header = read_header(storage, &footer, length)?;
+        let header = read_header(storage, &footer)?;
         Ok(Box::new(dynamic::Dynamic::open(file, footer, header, size, write)?))
     }
 
@@ -121,11 +125,13 @@ fn find_footer(storage: &dyn Storage, length: u64) -> Result<(Footer, Option<u64
     }
 }
 
-fn read_header(storage: &dyn Storage, footer: &Footer, length: u64) -> Result<DynamicHeader> {
+fn read_header(storage: &dyn Storage, footer: &Footer) -> Result<DynamicHeader> {
     let at = footer.data_offset();
     let mut raw = Box::new([0; HEADER_BYTES]);
-    if at.checked_add(HEADER_BYTES as u64).is_some_and(|end| end <= length) {
-        storage.read_at(at, &mut raw[..]).context("Error reading dynamic VHD header")?;
+    let reading = "Error reading dynamic VHD header";
+    if at > MAX_OFFSET - HEADER_BYTES as u64 {
+        return Err(Error::corrupt(reading));
     }
+    storage.read_at(at, &mut raw[..]).context(reading)?;
     DynamicHeader::parse(raw).ok_or_else(|| Error::corrupt("Invalid header magic"))
 }

@@ -11,7 +11,7 @@ use super::dynamic::Dynamic;
 use super::fixed::Fixed;
 use super::geometry::{Geometry, SizeRule};
 use super::layout::{FOOTER_BYTES, Footer, MAX_SIZE, MAX_TABLE, SECTOR, UNALLOCATED};
-use super::table::State;
+use super::table::{State, overlap};
 use crate::block::error::Context;
 use crate::block::{Error, Resize, Result};
 use crate::formats::table;
@@ -165,11 +165,9 @@ impl Resize for Dynamic {
             return Err(Error::unsupported(format!("Unsupported preallocation mode '{}'", fill.name())));
         }
         let mut state = self.state();
-        if entries_for(&state, size)? > state.header.entries() {
-            let (header, table) = (state.footer.data_offset(), state.header.table());
-            if header > table {
-                return Err(Error::unsupported("the block allocation table does not lie behind the header"));
-            }
+        let entries = entries_for(&state, size)?.max(state.header.entries());
+        if overlap(&state.header_range(), &(state.header.table()..state.table_end_with(entries))) {
+            return Err(Error::unsupported("the header lies where the block allocation table would grow"));
         }
         state.prepare(self.storage())
     }
@@ -211,7 +209,7 @@ fn grow(state: &mut State, storage: &dyn Storage, old: u64, size: u64) -> Result
     let had = state.header.entries();
     let first = u32::try_from(old.div_ceil(state.block())).unwrap_or(had).min(had);
     if wanted > had {
-        let table_end = (state.header.table() + u64::from(wanted) * 4).next_multiple_of(SECTOR);
+        let table_end = state.table_end_with(wanted);
         make_way(state, storage, table_end)?;
         // Entries that the header does not count yet, and the rest of their sector.
         let from = state.header.table() + u64::from(had) * 4;
@@ -298,7 +296,7 @@ fn shrink(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()> {
     kept.sort_unstable();
     holes.sort_unstable();
     let mut holes = holes.into_iter();
-    let mut end = (state.header.table() + u64::from(wanted) * 4).next_multiple_of(SECTOR);
+    let mut end = state.table_end_with(wanted).max(state.header_range().end.next_multiple_of(SECTOR));
     while let Some((at, block)) = kept.pop() {
         match holes.next().filter(|hole| *hole < at) {
             Some(hole) => {

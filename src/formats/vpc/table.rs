@@ -1,8 +1,10 @@
 //! The block allocation table of a dynamic disk, its bitmaps, and where the next block goes.
 
+use std::ops::Range;
+
 use byteorder::{BigEndian as Be, ByteOrder};
 
-use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, MAX_TABLE, SECTOR, UNALLOCATED};
+use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, UNALLOCATED};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::formats::table::TableCache;
@@ -51,11 +53,14 @@ impl State {
             return Err(Error::corrupt("Page table too small"));
         }
         let bytes = u64::from(entries) * 4;
-        let end = header.table().checked_add(bytes).and_then(|end| end.checked_next_multiple_of(SECTOR));
+        // The last sector may be cut short.
+        let length = length.next_multiple_of(SECTOR);
+        let end = header.table().checked_add(bytes).filter(|end| *end <= MAX_OFFSET);
+        let end = end.ok_or_else(|| Error::corrupt("Error reading pagetable"))?.next_multiple_of(SECTOR);
         let truncated = "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.";
-        let Some(end) = end.filter(|end| *end <= length.next_multiple_of(SECTOR)) else {
+        if end > length {
             return Err(Error::corrupt(truncated));
-        };
+        }
         if bytes > MAX_TABLE {
             return Err(Error::unsupported(format!("block allocation table of {bytes} bytes is too long")));
         }
@@ -76,6 +81,7 @@ impl State {
         if state.free > length {
             return Err(Error::corrupt(truncated));
         }
+        state.free = state.free.max(state.header_range().end.next_multiple_of(SECTOR));
         Ok(state)
     }
 
@@ -92,6 +98,22 @@ impl State {
     /// Bytes of a block with its bitmap.
     pub fn stride(&self) -> u64 {
         self.block() + self.bitmap()
+    }
+
+    /// Where the dynamic header is.
+    pub fn header_range(&self) -> Range<u64> {
+        let at = self.footer.data_offset();
+        at..at.saturating_add(self.header.bytes().len() as u64)
+    }
+
+    /// Where the sectors of the table end.
+    pub fn table_end(&self) -> u64 {
+        self.table_end_with(self.header.entries())
+    }
+
+    /// The same of a table with that many entries.
+    pub fn table_end_with(&self, entries: u32) -> u64 {
+        self.header.table().saturating_add(u64::from(entries) * 4).next_multiple_of(SECTOR)
     }
 
     /// Where the entry of a block is.
@@ -236,19 +258,23 @@ impl State {
         if !self.header.table().is_multiple_of(SECTOR) {
             return Err(Error::unsupported("the block allocation table does not start at a sector"));
         }
-        let end = self.header.table() + u64::from(self.header.entries()) * 4;
-        let head = self.footer.data_offset().saturating_add(self.header.bytes().len() as u64).max(end);
+        let fixed = [0..FOOTER_BYTES as u64, self.header_range(), self.header.table()..self.table_end()];
+        let [copy, header, table] = &fixed;
+        if overlap(copy, header) || overlap(copy, table) || overlap(header, table) {
+            return Err(Error::corrupt("header and block allocation table of the image overlap"));
+        }
         // By sectors, as they are in the table: it may be long.
-        let (mut places, mut behind) = (Vec::new(), true);
+        let (mut places, mut apart, stride) = (Vec::new(), true, self.stride());
         self.each(storage, |_, at| {
-            behind &= at >= head;
-            if behind {
+            let block = at..at.saturating_add(stride);
+            apart &= fixed.iter().all(|range| !overlap(range, &block));
+            if apart {
                 places.push(u32::try_from(at / SECTOR).unwrap_or(u32::MAX));
             }
         })?;
         places.sort_unstable();
-        let apart = places.windows(2).all(|pair| u64::from(pair[1] - pair[0]) * SECTOR >= self.stride());
-        if !apart || !behind {
+        apart &= places.windows(2).all(|pair| u64::from(pair[1] - pair[0]) * SECTOR >= stride);
+        if !apart {
             return Err(Error::corrupt("blocks of the image overlap"));
         }
         // The last footer is about to be overwritten: the copy has to be whole.
@@ -323,6 +349,11 @@ impl State {
         }
         Ok(())
     }
+}
+
+/// Whether two ranges have bytes in common.
+pub fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
+    a.start < b.end && b.start < a.end
 }
 
 /// The first bit from `start` on, and how many are like it.
