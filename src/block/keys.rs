@@ -1,53 +1,57 @@
-//! Options as text: lists `key=value,...`, and values taken out of an [`OptionTree`] as what they must be.
+//! Options as text: lists `key=value,...` in the dialects of the command line, and values taken out of an
+//! [`OptionTree`] as what they must be.
 
 use serde_json::Value;
 
 use super::{OptionTree, Result, number};
 
-/// A list of options as typed.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct List {
-    /// Keys and values, in the order typed.
-    pub pairs: Vec<(String, String)>,
-    /// What the user should write instead: a warning, and the line below it.
-    pub warnings: Vec<(String, String)>,
+/// How a list of options is written. In each of them `,,` in a value is a comma.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dialect {
+    /// `--image-opts`, `-l`, `--trace`: `,,` in a word alone is a comma too, and a first word alone is the value of
+    /// this key.
+    Options {
+        /// The key.
+        implied: Option<&'static str>,
+    },
+    /// `-o`, `--object`: a word alone ends at its first comma.
+    Words,
 }
 
-/// Reads `key=value,...`: `,,` in a value is a comma; `key` alone is `key=on`, `nokey` is `key=off`; a first word
-/// alone is the value of `implied`.
-pub fn parse_list(text: &str, implied: Option<&str>) -> List {
-    let mut list = List::default();
+/// A part of a list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Item {
+    /// `key=value`.
+    Pair(String, String),
+    /// A word alone.
+    Word(String),
+}
+
+/// The parts of a list, in the order typed.
+pub fn items(text: &str, dialect: Dialect) -> Vec<Item> {
+    let mut items = Vec::new();
     let mut rest = text;
-    let mut first = true;
     while !rest.is_empty() {
         let end = rest.find(['=', ',']).unwrap_or(rest.len());
         let (head, tail) = rest.split_at(end);
-        if let Some(tail) = tail.strip_prefix('=') {
-            let (value, after) = value(tail);
-            list.pairs.push((head.to_owned(), value));
-            rest = after;
-        } else if let (true, Some(key)) = (first, implied) {
-            let (value, after) = value(rest);
-            list.pairs.push((key.to_owned(), value));
-            rest = after;
-        } else {
-            let (word, after) = value(rest);
-            let (key, on) = match word.strip_prefix("no") {
-                Some(key) if !key.is_empty() => (key, "off"),
-                _ => (word.as_str(), "on"),
-            };
-            if !matches!(word.as_str(), "help" | "?") {
-                list.warnings.push((
-                    format!("short-form boolean option '{word}' deprecated"),
-                    format!("Please use {key}={on} instead"),
-                ));
+        let (item, after) = match (tail.strip_prefix('='), dialect) {
+            (Some(tail), _) => {
+                let (value, after) = value(tail);
+                (Item::Pair(head.to_owned(), value), after)
             }
-            list.pairs.push((key.to_owned(), on.to_owned()));
-            rest = after;
-        }
-        first = false;
+            (None, Dialect::Options { implied }) => {
+                let (word, after) = value(rest);
+                match implied.filter(|_| items.is_empty()) {
+                    Some(key) => (Item::Pair(key.to_owned(), word), after),
+                    None => (Item::Word(word), after),
+                }
+            }
+            (None, Dialect::Words) => (Item::Word(head.to_owned()), tail.strip_prefix(',').unwrap_or(tail)),
+        };
+        items.push(item);
+        rest = after;
     }
-    list
+    items
 }
 
 /// A value up to a comma that stands alone, and what follows that comma.
@@ -72,6 +76,51 @@ fn value(text: &str) -> (String, &str) {
             }
         }
     }
+}
+
+/// A word alone as a switch: `key` is `key=on`, `nokey` is `key=off`.
+pub fn switch(word: &str) -> (&str, &'static str) {
+    match word.strip_prefix("no") {
+        Some(key) => (key, "off"),
+        None => (word, "on"),
+    }
+}
+
+/// Whether a word alone asks for help.
+pub fn is_help(word: &str) -> bool {
+    matches!(word, "help" | "?")
+}
+
+/// A list of options as typed, words alone as switches.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct List {
+    /// Keys and values, in the order typed.
+    pub pairs: Vec<(String, String)>,
+    /// What the user should write instead: a warning, and the line below it.
+    pub warnings: Vec<(String, String)>,
+}
+
+/// Reads a list of [`Dialect::Options`].
+pub fn parse_list(text: &str, implied: Option<&'static str>) -> List {
+    let mut list = List::default();
+    for item in items(text, Dialect::Options { implied }) {
+        let word = match item {
+            Item::Pair(key, value) => {
+                list.pairs.push((key, value));
+                continue;
+            }
+            Item::Word(word) => word,
+        };
+        let (key, on) = switch(&word);
+        if !is_help(&word) {
+            list.warnings.push((
+                format!("short-form boolean option '{word}' deprecated"),
+                format!("Please use {key}={on} instead"),
+            ));
+        }
+        list.pairs.push((key.to_owned(), on.to_owned()));
+    }
+    list
 }
 
 /// A scalar as the reference sees it: text, whichever way it was typed. Nothing for `null` and what is no scalar.
@@ -117,5 +166,6 @@ mod tests {
         assert_eq!(all("x=1,a,nob", Some("file")), "x=1 a=on b=off");
         assert_eq!(all(",", Some("file")), "file=");
         assert_eq!(all("driver=raw,,file.driver=file,x=2,", None), "driver=raw,file.driver=file x=2");
+        assert_eq!(all("a,,b,no", None), "a,b=on =off");
     }
 }

@@ -189,10 +189,8 @@ impl Subcommand for Args {
         if !object::define(program, &self.object)? {
             return Ok(Exit::Success);
         }
-        for (warning, hint) in self.snapshot.iter().flat_map(|snapshot| &snapshot.warnings) {
-            program.warn(warning);
-            program.line(hint);
-        }
+        let warnings = self.snapshot.iter().flat_map(|snapshot| &snapshot.warnings);
+        warnings.for_each(|(warning, hint)| program.deprecated(warning, hint));
         let request = self.request();
         request.check()?;
         let opener = program.opener();

@@ -8,10 +8,11 @@ use serde_json::Value;
 
 use super::{Complaint, Program};
 use crate::block::jsonish;
+use crate::block::keys::{self, Dialect, Item};
 use crate::storage::error::strerror;
 
 #[derive(Clone, Copy)]
-enum Kind {
+enum PropertyKind {
     Text,
     Integer,
     Choice(&'static str, &'static [&'static str]),
@@ -19,11 +20,11 @@ enum Kind {
 
 struct Property {
     name: &'static str,
-    kind: Kind,
+    kind: PropertyKind,
     required: bool,
 }
 
-const fn property(name: &'static str, kind: Kind) -> Property {
+const fn property(name: &'static str, kind: PropertyKind) -> Property {
     Property { name, kind, required: false }
 }
 
@@ -31,24 +32,24 @@ const fn property(name: &'static str, kind: Kind) -> Property {
 const TYPES: &[(&str, Option<&[Property]>)] = &[
     ("authz-list", None),
     ("authz-list-file", None),
-    ("authz-simple", Some(&[Property { name: "identity", kind: Kind::Text, required: true }])),
+    ("authz-simple", Some(&[Property { name: "identity", kind: PropertyKind::Text, required: true }])),
     (
         "main-loop",
         Some(&[
-            property("aio-max-batch", Kind::Integer),
-            property("thread-pool-min", Kind::Integer),
-            property("thread-pool-max", Kind::Integer),
+            property("aio-max-batch", PropertyKind::Integer),
+            property("thread-pool-min", PropertyKind::Integer),
+            property("thread-pool-max", PropertyKind::Integer),
         ]),
     ),
     ("pr-manager-helper", None),
     (
         "secret",
         Some(&[
-            property("format", Kind::Choice("QCryptoSecretFormat", &["raw", "base64"])),
-            property("keyid", Kind::Text),
-            property("iv", Kind::Text),
-            property("data", Kind::Text),
-            property("file", Kind::Text),
+            property("format", PropertyKind::Choice("QCryptoSecretFormat", &["raw", "base64"])),
+            property("keyid", PropertyKind::Text),
+            property("iv", PropertyKind::Text),
+            property("data", PropertyKind::Text),
+            property("file", PropertyKind::Text),
         ]),
     ),
     ("secret_keyring", None),
@@ -112,7 +113,7 @@ pub fn parse(text: &str) -> Result<Object, Complaint> {
     let given = if text.starts_with('{') { json(text)? } else { list(text)? };
     let kind = given.iter().find(|(key, _)| key == "qom-type").map(|(_, value)| value.text("qom-type")).transpose()?;
     let row = kind.as_deref().and_then(|kind| TYPES.iter().find(|(name, _)| *name == kind));
-    if given.iter().any(|(_, value)| *value == Given::Help) {
+    if given.iter().any(|(_, value)| *value == PropertyValue::Help) {
         return Ok(Object::Help(row.map(|(name, _)| *name)));
     }
     let kind = kind.ok_or_else(|| Complaint::value("Parameter 'qom-type' is missing"))?;
@@ -125,9 +126,9 @@ pub fn parse(text: &str) -> Result<Object, Complaint> {
         match (find(name), kind) {
             (None, _) if *required => return Err(Complaint::value(format!("Parameter '{name}' is missing"))),
             (None, _) => {}
-            (Some(value), Kind::Text) => drop(value.text(name)?),
-            (Some(value), Kind::Integer) => value.integer(name)?,
-            (Some(value), Kind::Choice(_, choices)) => {
+            (Some(value), PropertyKind::Text) => drop(value.text(name)?),
+            (Some(value), PropertyKind::Integer) => value.integer(name)?,
+            (Some(value), PropertyKind::Choice(_, choices)) => {
                 let text = value.text(name)?;
                 if !choices.contains(&text.as_str()) {
                     return Err(does_not_accept(name, &text));
@@ -181,13 +182,13 @@ fn read(file: &str) -> Result<Vec<u8>, Complaint> {
 }
 
 #[derive(Debug, Clone, PartialEq)]
-enum Given {
+enum PropertyValue {
     Text(String),
     Typed(Value),
     Help,
 }
 
-impl Given {
+impl PropertyValue {
     fn text(&self, name: &str) -> Result<String, Complaint> {
         match self {
             Self::Text(text) | Self::Typed(Value::String(text)) => Ok(text.clone()),
@@ -205,39 +206,36 @@ impl Given {
     }
 }
 
-type Members = Vec<(String, Given)>;
+type Members = Vec<(String, PropertyValue)>;
 
 fn json(text: &str) -> Result<Members, Complaint> {
     match jsonish::parse(text).map_err(|fault| Complaint::value(fault.to_string()))? {
-        Value::Object(members) => Ok(members.into_iter().map(|(key, value)| (key, Given::Typed(value))).collect()),
+        Value::Object(members) => {
+            Ok(members.into_iter().map(|(key, value)| (key, PropertyValue::Typed(value))).collect())
+        }
         _ => Err(Complaint::value("Invalid JSON object given")),
     }
 }
 
-/// `key=value` pairs; the first may be the type alone. `,,` in a value is a comma.
+/// `key=value` pairs; the first may be the type alone.
 fn list(text: &str) -> Result<Members, Complaint> {
     let mut members = Members::new();
-    let mut rest = text;
-    while !rest.is_empty() {
-        let end = rest.find(['=', ',']).unwrap_or(rest.len());
-        let (key, after) = rest.split_at(end);
-        if let Some(after) = after.strip_prefix('=') {
-            check_key(key)?;
-            let (value, next) = super::options::value(after);
-            members.push((key.to_owned(), Given::Text(value)));
-            rest = next;
-            continue;
-        }
-        let member = match key {
-            "help" | "?" => (key.to_owned(), Given::Help),
-            _ if members.is_empty() && !key.is_empty() => ("qom-type".to_owned(), Given::Text(key.to_owned())),
-            _ => {
-                check_key(key)?;
-                return Err(Complaint::value(format!("Expected '=' after parameter '{key}'")));
+    for item in keys::items(text, Dialect::Words) {
+        let member = match item {
+            Item::Pair(key, value) => {
+                check_key(&key)?;
+                (key, PropertyValue::Text(value))
+            }
+            Item::Word(word) if keys::is_help(&word) => (word, PropertyValue::Help),
+            Item::Word(word) if members.is_empty() && !word.is_empty() => {
+                ("qom-type".to_owned(), PropertyValue::Text(word))
+            }
+            Item::Word(word) => {
+                check_key(&word)?;
+                return Err(Complaint::value(format!("Expected '=' after parameter '{word}'")));
             }
         };
         members.push(member);
-        rest = after.strip_prefix(',').unwrap_or(after);
     }
     Ok(members)
 }
@@ -295,9 +293,9 @@ fn help(program: &Program, kind: Option<&str>) {
     let mut lines: Vec<String> = properties
         .iter()
         .map(|property| match property.kind {
-            Kind::Text => format!("  {}=<string>", property.name),
-            Kind::Integer => format!("  {}=<int>", property.name),
-            Kind::Choice(type_name, _) => format!("  {}=<{type_name}>", property.name),
+            PropertyKind::Text => format!("  {}=<string>", property.name),
+            PropertyKind::Integer => format!("  {}=<int>", property.name),
+            PropertyKind::Choice(type_name, _) => format!("  {}=<{type_name}>", property.name),
         })
         .collect();
     lines.sort();

@@ -1,6 +1,7 @@
 //! `-o`: lists of `key=value`, and their help.
 
 use super::{Complaint, Program};
+use crate::block::keys::{self, Dialect, Item};
 use crate::block::{self, CreateOptions, Error, OptionKind, OptionSpec, OptionValue, number};
 
 /// A list that has at least the form of one: not empty, no comma without need at its ends.
@@ -21,48 +22,20 @@ pub struct Pairs {
     pub help: bool,
 }
 
-/// Reads a list. `key` alone is `key=on`, `nokey` is `key=off`; `,,` in a value is a comma.
+/// Reads a list. `key` alone is `key=on`, `nokey` is `key=off`.
 pub fn pairs(text: &str) -> Pairs {
     let mut found = Pairs::default();
-    let mut rest = text;
-    while !rest.is_empty() {
-        let end = rest.find(['=', ',']).unwrap_or(rest.len());
-        let (key, after) = rest.split_at(end);
-        match after.strip_prefix('=') {
-            Some(after) => {
-                let (value, next) = value(after);
-                found.pairs.push((key.to_owned(), value));
-                rest = next;
-            }
-            None => {
-                match (key, key.strip_prefix("no")) {
-                    ("help" | "?", _) => found.help = true,
-                    (_, Some(key)) => found.pairs.push((key.to_owned(), "off".to_owned())),
-                    (key, None) => found.pairs.push((key.to_owned(), "on".to_owned())),
-                }
-                rest = after.strip_prefix(',').unwrap_or(after);
+    for item in keys::items(text, Dialect::Words) {
+        match item {
+            Item::Pair(key, value) => found.pairs.push((key, value)),
+            Item::Word(word) if keys::is_help(&word) => found.help = true,
+            Item::Word(word) => {
+                let (key, on) = keys::switch(&word);
+                found.pairs.push((key.to_owned(), on.to_owned()));
             }
         }
     }
     found
-}
-
-/// The value at the start of the text, and what follows the comma after it.
-pub(super) fn value(text: &str) -> (String, &str) {
-    let mut value = String::new();
-    let mut rest = text;
-    loop {
-        let end = rest.find(',').unwrap_or(rest.len());
-        value.push_str(&rest[..end]);
-        rest = &rest[end..];
-        match rest.strip_prefix(",,") {
-            Some(after) => {
-                value.push(',');
-                rest = after;
-            }
-            None => return (value, rest.strip_prefix(',').unwrap_or(rest)),
-        }
-    }
 }
 
 /// All `-o` lists of a command line as one; `None` where there are none.

@@ -120,6 +120,12 @@ impl Program {
         self.error(&format!("warning: {text}"));
     }
 
+    /// A way to write that is deprecated, and the line that says what to write instead.
+    pub fn deprecated(&self, warning: &str, hint: &str) {
+        self.warn(warning);
+        self.line(hint);
+    }
+
     /// What opens images.
     pub fn opener(&self) -> Opener<'static> {
         Opener::new(DRIVERS, self.policy)

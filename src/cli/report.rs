@@ -69,10 +69,7 @@ pub fn error(program: &Program, error: &anyhow::Error) {
             lines.iter().for_each(|line| program.line(line));
         }
         Some(Complaint::Snapshot { warnings, key, .. }) => {
-            for (warning, hint) in warnings {
-                program.warn(warning);
-                program.line(hint);
-            }
+            warnings.iter().for_each(|(warning, hint)| program.deprecated(warning, hint));
             program.error(&format!("Invalid parameter '{key}'"));
             program.error(&text);
         }

@@ -35,10 +35,7 @@ impl Source<'_> {
             return Ok((ImageRef::name(name), how));
         }
         let (image, warnings) = ImageRef::image_opts(&name.to_string_lossy())?;
-        for (warning, hint) in warnings {
-            program.warn(&warning);
-            program.line(&hint);
-        }
+        warnings.iter().for_each(|(warning, hint)| program.deprecated(warning, hint));
         if let ImageRef::Tree(tree, _) = &image
             && let Some(share) = tree.get("force-share")
             && self.force_share
