@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::exit::Exit;
 use super::program::stderr_line;
 use super::progress::Progress;
-use super::source::Source;
+use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, object, options, size};
 use crate::block::driver::SnapshotKey;
 use crate::block::keys::parse_list;
@@ -19,14 +19,14 @@ use crate::storage::staging::Durability;
 
 /// The options.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct ConvertArgs {
     /// a QEMU object, such as a secret with a passphrase
     #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
     object: Vec<object::Object>,
-    /// the names of the sources are lists of options key=value,...
+    /// sources are named by lists of options key=value,..., not by file names
     #[arg(long, alias = "source-image-opts")]
     image_opts: bool,
-    /// format of the sources, found out if not given
+    /// format of the sources, detected if not given
     #[arg(short = 'f', long = "source-format", value_name = "FMT")]
     format: Option<String>,
     /// how the sources are cached: none, writeback, unsafe, directsync, writethrough
@@ -34,62 +34,62 @@ pub struct Args {
     source_cache: Option<String>,
     /// convert an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME
     #[arg(short = 'l', long, value_name = "SNAPSHOT", value_parser = snapshot)]
-    snapshot: Option<Snapshot>,
+    snapshot: Option<SnapshotArg>,
     /// format of the target, raw if not given
     #[arg(short = 'O', long, alias = "output-format", value_name = "FMT")]
     target_format: Option<String>,
     /// options of the target's format, key=value,... ('-o help' lists them)
     #[arg(short = 'o', long, alias = "options", value_name = "FMT_OPTS", value_parser = options::list)]
     target_format_options: Vec<String>,
-    /// the name of the target is a list of options key=value,... (with -n)
+    /// the target is named by a list of options key=value,... (with -n)
     #[arg(long)]
     target_image_opts: bool,
     /// how the target is cached, unsafe if not given
     #[arg(short = 't', long, alias = "output-cache", value_name = "CACHE")]
     target_cache: Option<String>,
-    /// put the target on top of that image, and copy only what that does not hold
+    /// backing file of the target: only what the source has above it is copied
     #[arg(short = 'B', short_alias = 'b', long, value_name = "BACKING_FILENAME")]
     backing: Option<String>,
-    /// format of the backing image
+    /// format of the backing file
     #[arg(short = 'F', long, value_name = "BACKING_FMT")]
     backing_format: Option<String>,
-    /// leave out runs of zeros that are at least that long, 4k if not given; 0 writes everything
+    /// do not write runs of zeros that are at least this long, 4k if not given; 0 writes everything
     #[arg(short = 'S', long, value_name = "SIZE", value_parser = sparse)]
     sparse_size: Option<u64>,
-    /// write to an image that is there
+    /// write to an existing image, do not create the target
     #[arg(short = 'n', long)]
     no_create: bool,
     /// the target reads as zeros already (with -n)
     #[arg(long)]
     target_is_zero: bool,
-    /// store compressed
+    /// compress the data of the target, in formats that can
     #[arg(short = 'c')]
     compress: bool,
     /// allow other writers: do not lock the sources
     #[arg(short = 'U', long)]
     force_share: bool,
-    /// write at most that many bytes a second
+    /// write at most this many bytes a second
     #[arg(short = 'r', long, alias = "rate", value_name = "RATE", value_parser = rate)]
     rate_limit: Option<u64>,
     /// number of threads, 1 to 16; if not given one per core, or more where devices or uncached files (cache mode none) gain by it
     #[arg(short = 'm', long, value_name = "NUM", value_parser = threads)]
     parallel: Option<usize>,
-    /// place data in the order in which it comes: may be faster, and the layout is not the same every time
+    /// write out of order: may be faster, and the layout is not the same every time
     #[arg(short = 'W', long)]
     oob_writes: bool,
-    /// let the host copy where it can (reflinks): zeros are not looked for
+    /// let the kernel copy (reflinks) where it can: zeros are not detected
     #[arg(short = 'C', long)]
     copy_range_offloading: bool,
-    /// what cannot be read becomes zeros
+    /// go on after read errors: what cannot be read becomes zeros, with a warning
     #[arg(long)]
     salvage: bool,
     /// copy persistent bitmaps
     #[arg(long)]
     bitmaps: bool,
-    /// leave out bitmaps that are inconsistent
+    /// skip persistent bitmaps that are inconsistent
     #[arg(long)]
     skip_broken_bitmaps: bool,
-    /// show how far it is
+    /// show progress
     #[arg(short, long)]
     progress: bool,
     /// print nothing but errors
@@ -123,15 +123,15 @@ fn threads(text: &str) -> Result<usize, Complaint> {
 
 /// The snapshot that `-l` names, and what the user should write instead.
 #[derive(Debug, Clone)]
-struct Snapshot {
+struct SnapshotArg {
     key: SnapshotKey,
     warnings: Vec<(String, String)>,
 }
 
 /// `-l`: a list of `snapshot.KEY=VALUE`, or else an id or a name.
-fn snapshot(text: &str) -> Result<Snapshot, Complaint> {
+fn snapshot(text: &str) -> Result<SnapshotArg, Complaint> {
     if !text.starts_with("snapshot.") {
-        return Ok(Snapshot { key: SnapshotKey::IdOrName(text.to_owned()), warnings: Vec::new() });
+        return Ok(SnapshotArg { key: SnapshotKey::IdOrName(text.to_owned()), warnings: Vec::new() });
     }
     let (mut id, mut name) = (None, None);
     let list = parse_list(text, None);
@@ -144,7 +144,7 @@ fn snapshot(text: &str) -> Result<Snapshot, Complaint> {
             }
         }
     }
-    Ok(Snapshot { key: SnapshotKey::Exact { id, name }, warnings: list.warnings })
+    Ok(SnapshotArg { key: SnapshotKey::Exact { id, name }, warnings: list.warnings })
 }
 
 /// Shows on the console what the copy reports, from all its threads.
@@ -174,7 +174,7 @@ impl Observer for ConsoleObserver<'_> {
     }
 }
 
-impl Subcommand for Args {
+impl Subcommand for ConvertArgs {
     const NAME: &'static str = "convert";
     const ABOUT: &'static str = "Copy one image to another with optional format conversion";
     const USAGE: &'static [&'static str] = &[
@@ -232,7 +232,7 @@ impl Subcommand for Args {
     }
 }
 
-impl Args {
+impl ConvertArgs {
     fn target_format(&self) -> &str {
         self.target_format.as_deref().unwrap_or("raw")
     }
@@ -279,7 +279,7 @@ impl Args {
         cache: CacheMode,
     ) -> anyhow::Result<Vec<Arc<Node>>> {
         let source =
-            Source { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
+            ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
         source.check()?;
         let mut nodes = Vec::new();
         for name in names {
@@ -300,7 +300,7 @@ impl Args {
     /// The image that is there (`-n`), and how it is opened.
     fn existing_image(&self, program: &Program, name: &OsStr) -> anyhow::Result<(ImageRef, OpenHow)> {
         let format = if self.target_image_opts { self.target_format.as_deref() } else { Some(self.target_format()) };
-        let target = Source { format, image_opts: self.target_image_opts, force_share: false };
+        let target = ImageArgs { format, image_opts: self.target_image_opts, force_share: false };
         target.check()?;
         target.image(program, name)
     }

@@ -11,19 +11,19 @@ use crate::ops::create::{self, NewImage, Target, Wanted};
 
 /// The options.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct CreateArgs {
     #[command(flatten)]
     common: Common,
     /// format of the new image, raw if not given
     #[arg(short, long, value_name = "FMT", default_value = "raw")]
     format: String,
-    /// put the new image on top of that image: what it does not hold itself is read from there
+    /// backing file: what the new image does not hold itself is read from it
     #[arg(short, long, value_name = "BACKING_FILENAME")]
     backing: Option<String>,
-    /// format of the backing image
+    /// format of the backing file
     #[arg(short = 'F', short_alias = 'B', long, value_name = "BACKING_FMT")]
     backing_format: Option<String>,
-    /// do not look at the backing image
+    /// do not open the backing file
     #[arg(short = 'u', long)]
     backing_unsafe: bool,
     /// options of the format, key=value,... ('-o help' lists them)
@@ -32,14 +32,14 @@ pub struct Args {
     /// image to create; one that is there already is replaced
     #[arg(value_name = "FILENAME")]
     name: Option<OsString>,
-    /// size of the guest's disk in bytes, or with a suffix k, M, G, T, P, E (powers of 1024); not needed with a backing image, whose size it has then
+    /// size of the guest's disk in bytes, or with a suffix k, M, G, T, P, E (powers of 1024); with a backing file, that file's size if not given
     #[arg(value_name = "SIZE[bkKMGTPE]")]
     size: Option<OsString>,
     #[arg(hide = true)]
     extra: Vec<OsString>,
 }
 
-impl Subcommand for Args {
+impl Subcommand for CreateArgs {
     const NAME: &'static str = "create";
     const ABOUT: &'static str = "Create and format a new image file";
     const USAGE: &'static [&'static str] = &[

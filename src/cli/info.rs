@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use serde_json::Value;
 
 use super::exit::Exit;
-use super::source::Source;
+use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, human, json, object};
 use crate::block::OpenHow;
 use crate::ops::info::{self, Info};
@@ -13,17 +13,17 @@ use crate::storage::CacheMode;
 
 /// The options.
 #[derive(Debug, clap::Args)]
-pub struct Args {
-    /// format of the image, found out if not given
+pub struct InfoArgs {
+    /// format of the image, detected if not given
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
     /// form of the output: human or json
     #[arg(long, value_name = "human|json", value_parser = form)]
-    output: Option<Form>,
-    /// show the backing files too
+    output: Option<OutputForm>,
+    /// show the whole backing chain
     #[arg(short, long)]
     backing_chain: bool,
-    /// the file name is a list of options key=value,...
+    /// FILENAME is a list of options key=value,...
     #[arg(long)]
     image_opts: bool,
     /// allow other writers: do not lock the image
@@ -42,20 +42,20 @@ pub struct Args {
 
 /// How it is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Form {
+enum OutputForm {
     Human,
     Json,
 }
 
-fn form(word: &str) -> Result<Form, Complaint> {
+fn form(word: &str) -> Result<OutputForm, Complaint> {
     match word {
-        "human" => Ok(Form::Human),
-        "json" => Ok(Form::Json),
+        "human" => Ok(OutputForm::Human),
+        "json" => Ok(OutputForm::Json),
         other => Err(Complaint::usage(format!("--output expects 'human' or 'json', not '{other}'"))),
     }
 }
 
-impl Subcommand for Args {
+impl Subcommand for InfoArgs {
     const NAME: &'static str = "info";
     const ABOUT: &'static str = "Display information about an image";
     const USAGE: &'static [&'static str] = &[
@@ -71,7 +71,7 @@ impl Subcommand for Args {
             return Err(Complaint::usage("Expecting one image file name").into());
         };
         let source =
-            Source { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
+            ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
         source.check()?;
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::target)?;
         let (image, how) = source.image(program, name)?;
@@ -79,7 +79,7 @@ impl Subcommand for Args {
         let infos = info::chain(&opener, &image, &OpenHow { cache, ..how }, self.backing_chain);
         program.notices(&opener);
         let infos = infos?;
-        match (self.output == Some(Form::Json), self.backing_chain) {
+        match (self.output == Some(OutputForm::Json), self.backing_chain) {
             (true, true) => program.println(&json::pretty(&infos.iter().map(info::to_json).collect())),
             (true, false) => infos.iter().for_each(|info| program.println(&json::pretty(&info::to_json(info)))),
             (false, _) => {

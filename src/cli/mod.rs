@@ -1,6 +1,6 @@
 //! What the user typed and what the user sees.
 //!
-//! [`SUBCOMMANDS`] is the list of subcommands: one file each, with an `Args` that says its options (clap) and a
+//! [`SUBCOMMANDS`] is the list of subcommands: one file each, with a struct that says its options (clap) and a
 //! [`Subcommand::run`] that reads like its manual page. Nothing below this stratum prints or exits.
 
 pub mod cache;
@@ -29,7 +29,7 @@ use std::process::ExitCode;
 use clap::{ArgMatches, Command};
 
 use exit::Exit;
-use getopt::Style;
+use getopt::{Style, Words};
 pub use program::Program;
 pub use report::Complaint;
 
@@ -63,7 +63,7 @@ pub struct Row {
 
 /// Every subcommand, in alphabetical order.
 pub const SUBCOMMANDS: &[Row] =
-    &[row::<convert::Args>(), row::<create::Args>(), row::<info::Args>(), row::<resize::Args>()];
+    &[row::<convert::ConvertArgs>(), row::<create::CreateArgs>(), row::<info::InfoArgs>(), row::<resize::ResizeArgs>()];
 
 const fn row<S: Subcommand>() -> Row {
     Row {
@@ -78,7 +78,7 @@ const fn row<S: Subcommand>() -> Row {
 
 /// Runs the program with these arguments, the first being its own name.
 pub fn main(argv: Vec<OsString>) -> ExitCode {
-    crate::storage::host::bear_file_size_limit();
+    crate::storage::host::ignore_file_size_signal();
     crate::storage::host::raise_open_files_limit();
     let mut argv = argv.into_iter();
     let mut program = Program::new(argv.next().unwrap_or_else(|| "vimg".into()));
@@ -94,20 +94,24 @@ pub fn main(argv: Vec<OsString>) -> ExitCode {
 }
 
 fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> {
-    let words = getopt::canonical(&help::top_level(), &argv, Style { permute: false, signed_operands: false });
+    let mut words = getopt::canonical(&help::top_level(), &argv, Style { permute: false, signed_operands: false });
+    if let Some(at) = words.options.iter().position(|word| word == "--version") {
+        // Nothing behind it is looked at.
+        words = Words { options: words.options.into_iter().take(at + 1).collect(), ..Words::default() };
+    }
     let Some(matches) = parse(help::top_level(), &words)? else {
         help::print_program(program)?;
         return Ok(Exit::Success);
     };
-    if matches.get_flag("version") {
-        help::print_version(program)?;
-        return Ok(Exit::Success);
-    }
     if matches.get_flag("untrusted") {
         program.distrust();
     }
     for spec in matches.get_many::<String>("trace").unwrap_or_default() {
         trace::apply(program, spec)?;
+    }
+    if matches.get_flag("version") {
+        help::print_version(program)?;
+        return Ok(Exit::Success);
     }
     let mut operands = words.operands.into_iter();
     let name = operands.next().ok_or_else(|| Complaint::usage("Not enough arguments"))?;

@@ -15,7 +15,7 @@ use super::program::stderr_line;
 /// A report is made when it has moved by more than this, in percent.
 const STEP: f64 = 1.0;
 
-enum Form {
+enum ProgressForm {
     /// Nothing, but for a line when a signal asks for it.
     Silent(Arc<AtomicBool>),
     /// The reference's form.
@@ -26,7 +26,7 @@ enum Form {
 
 /// See the module. Ends its line when dropped.
 pub struct Progress {
-    form: Form,
+    form: ProgressForm,
     /// What was reported last, in percent.
     last: Mutex<f64>,
 }
@@ -49,15 +49,15 @@ impl Progress {
                     }
                 });
             }
-            Form::Silent(asked)
+            ProgressForm::Silent(asked)
         } else if io::stdout().is_terminal() && io::stderr().is_terminal() {
             let style = "{bar:40} {percent:>3}%  {decimal_bytes:>9} of {decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left";
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-            Form::Bar(
+            ProgressForm::Bar(
                 bar.with_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar())),
             )
         } else {
-            Form::Plain
+            ProgressForm::Plain
         };
         let progress = Self { form, last: Mutex::new(0.0) };
         progress.show(0.0);
@@ -67,7 +67,7 @@ impl Progress {
     /// Whether a report would be shown now.
     pub fn wanted(&self) -> bool {
         match &self.form {
-            Form::Silent(asked) => asked.load(Ordering::Relaxed),
+            ProgressForm::Silent(asked) => asked.load(Ordering::Relaxed),
             _ => true,
         }
     }
@@ -76,18 +76,18 @@ impl Progress {
     pub fn report(&self, done: u64, total: u64) {
         let percent = if total == 0 { 100.0 } else { done as f64 / total as f64 * 100.0 };
         match &self.form {
-            Form::Bar(bar) => {
+            ProgressForm::Bar(bar) => {
                 bar.set_length(total);
                 bar.set_position(done);
             }
-            Form::Plain => {
+            ProgressForm::Plain => {
                 let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
                 if percent - *last > STEP || percent >= 100.0 {
                     *last = percent;
                     self.show(percent);
                 }
             }
-            Form::Silent(asked) => {
+            ProgressForm::Silent(asked) => {
                 if asked.swap(false, Ordering::Relaxed) {
                     stderr_line(&format!("    ({percent:3.2}/100%)"));
                 }
@@ -96,7 +96,7 @@ impl Progress {
     }
 
     fn show(&self, percent: f64) {
-        if let Form::Plain = self.form {
+        if let ProgressForm::Plain = self.form {
             let mut out = io::stdout().lock();
             // What could not be written is found when the program ends.
             let _ = write!(out, "    ({percent:3.2}/100%)\r").and_then(|()| out.flush());
@@ -107,11 +107,11 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         match &self.form {
-            Form::Plain => {
+            ProgressForm::Plain => {
                 let _ = writeln!(io::stdout());
             }
-            Form::Bar(bar) => bar.abandon(),
-            Form::Silent(_) => {}
+            ProgressForm::Bar(bar) => bar.abandon(),
+            ProgressForm::Silent(_) => {}
         }
     }
 }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use super::common::Common;
 use super::exit::Exit;
-use super::source::Source;
+use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand};
 use crate::block::{self, OpenHow, number};
 use crate::ops::resize::{self, Decision, NewSize};
@@ -12,10 +12,10 @@ use crate::storage::Preallocation;
 
 /// The options.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct ResizeArgs {
     #[command(flatten)]
     common: Common,
-    /// format of the image, found out if not given
+    /// format of the image, detected if not given
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
     /// FILENAME is a list of options key=value,...
@@ -24,7 +24,7 @@ pub struct Args {
     /// how the new space is allocated: off, metadata, falloc or full
     #[arg(long, value_name = "PREALLOC", value_parser = preallocation)]
     preallocation: Option<Preallocation>,
-    /// allow the new size to be smaller, which deletes what lies past it
+    /// allow the image to be made smaller, which deletes what lies past the new end
     #[arg(long)]
     shrink: bool,
     /// image to resize
@@ -40,7 +40,7 @@ pub struct Args {
 const SHRINK_WARNING: &str = "Shrinking an image will delete all data beyond the shrunken image's end. \
     Before performing such an operation, make sure there is no important data there.";
 
-impl Subcommand for Args {
+impl Subcommand for ResizeArgs {
     const NAME: &'static str = "resize";
     const ABOUT: &'static str = "Resize an image to the new size";
     const USAGE: &'static [&'static str] = &[
@@ -61,7 +61,7 @@ impl Subcommand for Args {
         }
         let new = new_size(&new.to_string_lossy())?;
         let fill = self.preallocation.unwrap_or_default();
-        let source = Source { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
+        let source = ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
         source.check()?;
         let (image, how) = source.image(program, name)?;
         let opener = program.opener();

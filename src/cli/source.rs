@@ -8,7 +8,7 @@ use crate::block::{ImageRef, OpenHow};
 
 /// The options that say how names are taken.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Source<'a> {
+pub struct ImageArgs<'a> {
     /// `-f`.
     pub format: Option<&'a str>,
     /// `--image-opts`.
@@ -17,7 +17,7 @@ pub struct Source<'a> {
     pub force_share: bool,
 }
 
-impl Source<'_> {
+impl ImageArgs<'_> {
     /// Refuses options that exclude each other.
     pub fn check(&self) -> Result<(), Complaint> {
         match (self.image_opts, self.format) {

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::ids::Ids;
+use super::ids::ImageIds;
 use crate::block::protocol::CreateFile;
 use crate::block::{
     Child, Create, CreateFiles, CreateOptions, CreateRequest, Drivers, Error, Format, ImageRef, Kind, OpenHow, Opener,
@@ -208,8 +208,8 @@ pub fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<()
         size: new.size,
         options: &new.options,
         files: &files,
-        ids: &Ids::of(&shown, new.size),
-        related: &Backing { image: &new.name, opener },
+        ids: &ImageIds::of(&shown, new.size),
+        related: &BackingBytes { image: &new.name, opener },
     };
     create.create(&request)
 }
@@ -256,12 +256,12 @@ impl CreateFiles for Files<'_> {
 }
 
 /// The bytes of the backing file, for a format that writes down what it is.
-struct Backing<'a> {
+struct BackingBytes<'a> {
     image: &'a OsStr,
     opener: &'a Opener<'a>,
 }
 
-impl Related for Backing<'_> {
+impl Related for BackingBytes<'_> {
     fn open(&self, role: &str, name: &str) -> Result<Child> {
         let plain = self.opener.drivers().formats.last().map(|format| format.name().to_owned());
         let how = OpenHow { format: plain, look_only: true, force_share: true, ..OpenHow::default() };

@@ -13,17 +13,17 @@ use crate::block;
 
 /// See the module.
 #[derive(Debug)]
-pub struct Ids {
-    source: Source,
+pub struct ImageIds {
+    source: IdSource,
 }
 
 #[derive(Debug)]
-enum Source {
+enum IdSource {
     Random(Mutex<Rng>),
     Fixed { seconds: u64, seed: u64 },
 }
 
-impl Ids {
+impl ImageIds {
     /// Those of the image with that name and size.
     pub fn of(name: &str, size: u64) -> Self {
         let epoch = std::env::var("SOURCE_DATE_EPOCH").ok().and_then(|text| text.parse().ok());
@@ -34,17 +34,17 @@ impl Ids {
         let source = match epoch {
             Some(seconds) => {
                 let words = [&seconds.to_le_bytes()[..], &size.to_le_bytes(), name.as_bytes()];
-                Source::Fixed { seconds, seed: words.into_iter().fold(FNV_START, fnv) }
+                IdSource::Fixed { seconds, seed: words.into_iter().fold(FNV_START, fnv) }
             }
-            None => Source::Random(Mutex::new(Rng::new())),
+            None => IdSource::Random(Mutex::new(Rng::new())),
         };
         Self { source }
     }
 
     fn draw<T>(&self, purpose: &str, of: impl FnOnce(&mut Rng) -> T) -> T {
         match &self.source {
-            Source::Random(rng) => of(&mut rng.lock().unwrap_or_else(|poisoned| poisoned.into_inner())),
-            Source::Fixed { seed, .. } => {
+            IdSource::Random(rng) => of(&mut rng.lock().unwrap_or_else(|poisoned| poisoned.into_inner())),
+            IdSource::Fixed { seed, .. } => {
                 let rng = RefCell::new(Rng::with_seed(fnv(*seed, purpose.as_bytes())));
                 of(&mut rng.borrow_mut())
             }
@@ -59,11 +59,11 @@ fn fnv(start: u64, bytes: &[u8]) -> u64 {
     bytes.iter().fold(start, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-impl block::Ids for Ids {
+impl block::Ids for ImageIds {
     fn seconds(&self) -> u64 {
         match self.source {
-            Source::Random(_) => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-            Source::Fixed { seconds, .. } => seconds,
+            IdSource::Random(_) => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            IdSource::Fixed { seconds, .. } => seconds,
         }
     }
 
@@ -87,21 +87,21 @@ mod tests {
 
     #[test]
     fn fixed_ones_depend_on_everything_that_is_given_and_on_nothing_else() {
-        let uuid = |epoch, name, size, purpose| Ids::with(Some(epoch), name, size).uuid(purpose);
+        let uuid = |epoch, name, size, purpose| ImageIds::with(Some(epoch), name, size).uuid(purpose);
         let one = uuid(1, "a", 2, "x");
         assert_eq!(one, uuid(1, "a", 2, "x"));
         for other in [uuid(2, "a", 2, "x"), uuid(1, "b", 2, "x"), uuid(1, "a", 3, "x"), uuid(1, "a", 2, "y")] {
             assert_ne!(one, other);
         }
         assert_eq!((one[6] >> 4, one[8] >> 6), (4, 2));
-        assert_eq!(Ids::with(Some(7), "a", 0).seconds(), 7);
+        assert_eq!(ImageIds::with(Some(7), "a", 0).seconds(), 7);
     }
 
     #[test]
     fn random_ones_differ() {
-        let ids = Ids::with(None, "a", 0);
+        let ids = ImageIds::with(None, "a", 0);
         assert_ne!(ids.uuid("x"), ids.uuid("x"));
-        assert_ne!(Ids::with(None, "a", 0).uuid("x"), ids.uuid("x"));
+        assert_ne!(ImageIds::with(None, "a", 0).uuid("x"), ids.uuid("x"));
         assert!(ids.seconds() > 1_600_000_000);
     }
 }

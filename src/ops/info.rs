@@ -15,7 +15,7 @@ use crate::block::{Child, Error, GuestOffset, ImageRef, Node, Notice, OpenHow, O
 
 /// The backing file that an image names.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Backing {
+pub struct BackingInfo {
     /// As written in the image.
     pub name: String,
     /// Where it is; nothing if that cannot be told, because the image itself has no plain name.
@@ -42,7 +42,7 @@ pub struct Info {
     /// Whether it was not closed cleanly.
     pub dirty: Option<bool>,
     /// The backing file it names.
-    pub backing: Option<Backing>,
+    pub backing: Option<BackingInfo>,
     /// Its snapshots.
     pub snapshots: Vec<SnapshotInfo>,
     /// What only its format has: kind and members.
@@ -82,7 +82,7 @@ pub fn of(node: &Node) -> Result<Info> {
         children.push(("backing".to_owned(), of(below)?));
     }
     children.reverse();
-    let backing = driver.backing().map(|backing| Backing {
+    let backing = driver.backing().map(|backing| BackingInfo {
         name: backing.name.clone(),
         path: node.backing_path(),
         format: backing.format.clone(),
@@ -197,7 +197,7 @@ pub fn chain(opener: &Opener<'_>, image: &ImageRef, how: &OpenHow, whole: bool) 
 }
 
 /// Whether two names of a backing file are the same text.
-pub fn same_name(backing: &Backing) -> bool {
+pub fn same_name(backing: &BackingInfo) -> bool {
     backing.path.as_deref() == Some(backing.name.as_ref())
 }
 

@@ -74,7 +74,7 @@ pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
 fn resize_unnamed(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
     let old = node.virtual_size();
     own_the_end(node, old, size)?;
-    resizing(node)?.resize_with(size, fill, &Beside { node, staging: Mutex::default() })?;
+    resizing(node)?.resize_with(size, fill, &FilesBeside { node, staging: Mutex::default() })?;
     let covered = node.backing().map_or(0, |below| below.virtual_size()).min(size);
     if covered > old {
         node.write_zeroes(GuestOffset(old), covered - old, false, &mut Scratch::default())
@@ -99,13 +99,13 @@ fn own_the_end(node: &Node, old: u64, size: u64) -> Result<()> {
 }
 
 /// Makes files beside an image that is there, and replaces its own.
-struct Beside<'a> {
+struct FilesBeside<'a> {
     node: &'a Node,
     /// What has no name yet.
     staging: Mutex<Option<Staging>>,
 }
 
-impl Beside<'_> {
+impl FilesBeside<'_> {
     fn staging(&self) -> MutexGuard<'_, Option<Staging>> {
         self.staging.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -115,7 +115,7 @@ fn path_of(name: &OsStr) -> PathBuf {
     name::protocol(name).map_or_else(|| name.into(), |(_, rest)| rest.into())
 }
 
-impl ResizeFiles for Beside<'_> {
+impl ResizeFiles for FilesBeside<'_> {
     fn covered(&self) -> u64 {
         self.node.backing().map_or(0, |below| below.virtual_size())
     }

@@ -190,7 +190,7 @@ pub fn direct_unit(file: &File, kind: Kind) -> usize {
 }
 
 /// Writing past the limit on file sizes becomes an error that can be told, instead of the end of the process.
-pub fn bear_file_size_limit() {
+pub fn ignore_file_size_signal() {
     // SAFETY: to ignore a signal runs no code of ours; nothing else here sets this one.
     let _ = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) };
 }

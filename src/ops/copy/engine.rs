@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::plan::{Chunk, Plan, Shape, Zeros};
+use super::plan::{Chunk, CopyPlan, PlanShape, Zeros};
 use super::source::{self, Content, Joined, Segment};
-use super::target::{self, Kind, Piece};
-use super::zero::{self, SECTOR, Sparse};
+use super::target::{self, Piece, PieceKind};
+use super::zero::{self, SECTOR, SparsePolicy};
 use super::{CopyOptions, Observer, TargetFacts};
 use crate::block::error::Operation;
 use crate::block::io::{Scratch, Step, write_steps};
@@ -87,7 +87,7 @@ pub struct Engine<'a> {
     options: &'a CopyOptions,
     facts: TargetFacts,
     observer: &'a dyn Observer,
-    plan: Mutex<Plan<'a>>,
+    plan: Mutex<CopyPlan<'a>>,
     turn: Turn,
     stop: AtomicBool,
     failure: Mutex<Option<(u64, Error)>>,
@@ -100,7 +100,7 @@ pub struct Engine<'a> {
     unit: u64,
     granule: u64,
     zeros: Zeros,
-    sparse: Sparse,
+    sparse: SparsePolicy,
     compress: Option<&'a dyn Compress>,
 }
 
@@ -162,7 +162,7 @@ impl<'a> Engine<'a> {
             options,
             facts,
             observer,
-            plan: Mutex::new(Plan::new(source, Shape { unit, zeros }, options.salvage.then_some(observer))),
+            plan: Mutex::new(CopyPlan::new(source, PlanShape { unit, zeros }, options.salvage.then_some(observer))),
             turn: Turn::default(),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -175,7 +175,7 @@ impl<'a> Engine<'a> {
             // A compressed unit is written as a whole.
             granule: if compress.is_some() { unit } else { writing.fill_unit().max(1) },
             zeros,
-            sparse: Sparse::new(least),
+            sparse: SparsePolicy::new(least),
             compress,
         })
     }
@@ -277,9 +277,9 @@ impl<'a> Engine<'a> {
             target::fill_kept(chunk, self.target, &worker.pieces, &mut whole[..len], &mut worker.scratch)?;
         }
         if self.zeros == Zeros::Skip {
-            worker.pieces.retain(|piece| piece.kind == Kind::Data);
+            worker.pieces.retain(|piece| piece.kind == PieceKind::Data);
         }
-        worker.pieces.retain(|piece| piece.kind != Kind::Keep);
+        worker.pieces.retain(|piece| piece.kind != PieceKind::Keep);
         if self.compress.is_some() {
             self.encode(worker, padded)?;
         }
@@ -337,7 +337,7 @@ impl<'a> Engine<'a> {
         let whole = plain.get(padded);
         let size = usize::try_from(self.unit).map_err(|_| Error::invalid("a unit is too long"))?;
         let end = chunk.at + chunk.len;
-        for piece in pieces.iter().filter(|piece| piece.kind == Kind::Data) {
+        for piece in pieces.iter().filter(|piece| piece.kind == PieceKind::Data) {
             let mut at = piece.at;
             while at < piece.at + piece.len {
                 let from = usize::try_from(at - chunk.at).map_err(|_| Error::invalid("a chunk is too long"))?;
@@ -361,7 +361,7 @@ impl<'a> Engine<'a> {
                 at += self.unit;
             }
         }
-        pieces.retain(|piece| piece.kind != Kind::Data);
+        pieces.retain(|piece| piece.kind != PieceKind::Data);
         Ok(())
     }
 
@@ -377,13 +377,13 @@ impl<'a> Engine<'a> {
             for piece in pieces.iter() {
                 let from = short_len(piece.at - chunk.at);
                 match piece.kind {
-                    Kind::Data if one_by_one => {
+                    PieceKind::Data if one_by_one => {
                         target::place(self.target, piece, from, false, steps)?;
                         write_steps(steps, plain, encoded, scratch)?;
                         steps.drain(..).try_for_each(|step| step.placement.publish())?;
                     }
-                    Kind::Data => target::place(self.target, piece, from, early, steps)?,
-                    Kind::Zero if !deferred_zeros => self.make_zero(piece.at, piece.len)?,
+                    PieceKind::Data => target::place(self.target, piece, from, early, steps)?,
+                    PieceKind::Zero if !deferred_zeros => self.make_zero(piece.at, piece.len)?,
                     _ => {}
                 }
             }
@@ -397,7 +397,7 @@ impl<'a> Engine<'a> {
                     let step = Step { placement, from: unit.from, len: unit.bytes, encoded: true };
                     steps.push(step);
                 } else {
-                    let piece = Piece { at: unit.at, len: unit.len, kind: Kind::Data };
+                    let piece = Piece { at: unit.at, len: unit.len, kind: PieceKind::Data };
                     target::place(self.target, &piece, unit.from, early, steps)?;
                 }
             }
@@ -410,7 +410,7 @@ impl<'a> Engine<'a> {
         }
         write_steps(steps, plain, encoded, scratch)?;
         if deferred_zeros {
-            for piece in pieces.iter().filter(|piece| piece.kind == Kind::Zero) {
+            for piece in pieces.iter().filter(|piece| piece.kind == PieceKind::Zero) {
                 self.make_zero(piece.at, piece.len)?;
             }
         }

@@ -3,7 +3,7 @@
 //! Invariants: a chunk starts and ends at a unit of the target (or at the end of the disk), so that no two
 //! workers ever share one; a compressed unit of a source lies in one chunk, so that it is decoded once; what
 //! needs no writing is in no chunk. The cuts depend on the maps alone, never on timing. Where a map cannot be
-//! read and that is to be borne, there are zeros, as short as a sector.
+//! read and the copy goes on (`--salvage`), there are zeros, as short as a sector.
 
 use super::Observer;
 use super::source::{Content, Joined, Segment};
@@ -18,7 +18,7 @@ const ZERO_CHUNK: u64 = 1 << 30;
 
 /// What the cuts depend on.
 #[derive(Debug, Clone, Copy)]
-pub struct Shape {
+pub struct PlanShape {
     /// What is allocated as a whole in the target; 1 where nothing is.
     pub unit: u64,
     /// What zeros need.
@@ -36,7 +36,7 @@ pub enum Zeros {
     Write,
 }
 
-impl Shape {
+impl PlanShape {
     /// The most bytes that a chunk spans.
     pub fn longest(&self) -> u64 {
         // Rounded out to units, and then to the end of a compressed unit of a source.
@@ -64,24 +64,24 @@ pub struct Chunk<'a> {
 }
 
 /// The walk.
-pub struct Plan<'a> {
+pub struct CopyPlan<'a> {
     source: &'a Joined,
-    shape: Shape,
+    shape: PlanShape,
     at: u64,
     number: u64,
     pending: Option<Segment<'a>>,
     /// Where the run of data that we are in is to be cut next, and whether it is a run of zeros.
     cut: Option<(u64, bool)>,
-    /// Who hears of maps that cannot be read, where that is to be borne.
+    /// Hears of maps that cannot be read, where the copy goes on without them.
     salvage: Option<&'a dyn Observer>,
     noted: bool,
     /// Where what was last found missing ends: what goes on there is told no more.
     missing_to: u64,
 }
 
-impl<'a> Plan<'a> {
+impl<'a> CopyPlan<'a> {
     /// A walk over all of it.
-    pub fn new(source: &'a Joined, shape: Shape, salvage: Option<&'a dyn Observer>) -> Self {
+    pub fn new(source: &'a Joined, shape: PlanShape, salvage: Option<&'a dyn Observer>) -> Self {
         Self { source, shape, at: 0, number: 0, pending: None, cut: None, salvage, noted: false, missing_to: u64::MAX }
     }
 

@@ -65,13 +65,13 @@ impl<'a> Segment<'a> {
 /// The sources, one after the other.
 #[derive(Debug)]
 pub struct Joined {
-    parts: Vec<Part>,
+    parts: Vec<SourcePart>,
     len: u64,
     above: Option<Above>,
 }
 
 #[derive(Debug)]
-struct Part {
+struct SourcePart {
     node: Arc<Node>,
     start: u64,
     len: u64,
@@ -95,7 +95,7 @@ impl Joined {
         let mut parts = Vec::new();
         for node in nodes {
             let len = node.virtual_size();
-            parts.push(Part { node: node.clone(), start, len });
+            parts.push(SourcePart { node: node.clone(), start, len });
             start = start.saturating_add(len);
         }
         Self { parts, len: start, above }

@@ -5,13 +5,13 @@
 
 use super::plan::{Chunk, Zeros};
 use super::source::Content;
-use super::zero::Sparse;
+use super::zero::SparsePolicy;
 use crate::block::io::{Scratch, Step};
 use crate::block::{GuestOffset, Node, Result, Store};
 
 /// What is done with a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum PieceKind {
     /// It is written.
     Data,
     /// It is made to read as zeros.
@@ -28,20 +28,20 @@ pub struct Piece {
     /// Its length.
     pub len: u64,
     /// What is done with it.
-    pub kind: Kind,
+    pub kind: PieceKind,
 }
 
 /// Decides what is done with each part of a chunk whose bytes are in `buf`.
-pub fn decide(chunk: &Chunk<'_>, buf: &[u8], sparse: Sparse, zeros: Zeros, pieces: &mut Vec<Piece>) {
+pub fn decide(chunk: &Chunk<'_>, buf: &[u8], sparse: SparsePolicy, zeros: Zeros, pieces: &mut Vec<Piece>) {
     pieces.clear();
     let offset = |at: u64| usize::try_from(at - chunk.at).unwrap_or(usize::MAX).min(buf.len());
     let mut rest = chunk.segments.as_slice();
     while let Some((first, others)) = rest.split_first() {
         rest = others;
         let kind = match first.content {
-            Content::Keep => Kind::Keep,
-            Content::Zero if zeros == Zeros::Write => Kind::Data,
-            Content::Zero => Kind::Zero,
+            Content::Keep => PieceKind::Keep,
+            Content::Zero if zeros == Zeros::Write => PieceKind::Data,
+            Content::Zero => PieceKind::Zero,
             Content::Stored(_) => {
                 // Runs do not end where it only lies in another place.
                 let mut end = first.end();
@@ -52,7 +52,7 @@ pub fn decide(chunk: &Chunk<'_>, buf: &[u8], sparse: Sparse, zeros: Zeros, piece
                     rest = others;
                 }
                 sparse.runs(first.at, &buf[offset(first.at)..offset(end)], |start, len, data| {
-                    let kind = if data { Kind::Data } else { Kind::Zero };
+                    let kind = if data { PieceKind::Data } else { PieceKind::Zero };
                     pieces.push(Piece { at: first.at + start as u64, len: len as u64, kind });
                 });
                 continue;
@@ -78,9 +78,9 @@ pub fn coarsen(at: u64, len: u64, granule: u64, flags: &mut Vec<u8>, pieces: &mu
         let range = index(piece.at)..index(piece.at + piece.len.max(1) - 1) + 1;
         let Some(part) = flags.get_mut(range) else { continue };
         let bit = match piece.kind {
-            Kind::Data => DATA,
-            Kind::Zero => ZERO,
-            Kind::Keep => KEEP,
+            PieceKind::Data => DATA,
+            PieceKind::Zero => ZERO,
+            PieceKind::Keep => KEEP,
         };
         if bit == DATA
             && let Some(first) = part.iter_mut().find(|flag| **flag & DATA == 0)
@@ -90,9 +90,9 @@ pub fn coarsen(at: u64, len: u64, granule: u64, flags: &mut Vec<u8>, pieces: &mu
         part.iter_mut().for_each(|flag| *flag |= bit);
     }
     let kind_of = |flag: u8| match flag & (DATA | ZERO | KEEP) {
-        ZERO => Kind::Zero,
-        KEEP => Kind::Keep,
-        _ => Kind::Data,
+        ZERO => PieceKind::Zero,
+        KEEP => PieceKind::Keep,
+        _ => PieceKind::Data,
     };
     for (i, flag) in flags.iter().enumerate() {
         let start = i as u64 * granule;
@@ -117,7 +117,7 @@ pub fn fill_kept(
     for kept in chunk.segments.iter().filter(|segment| matches!(segment.content, Content::Keep)) {
         let first = pieces.partition_point(|piece| piece.at + piece.len <= kept.at);
         for piece in pieces.iter().skip(first).take_while(|piece| piece.at < kept.end()) {
-            if piece.kind != Kind::Data {
+            if piece.kind != PieceKind::Data {
                 continue;
             }
             let from = piece.at.max(kept.at);
@@ -157,25 +157,25 @@ mod tests {
     fn granules_take_the_strongest_kind_and_keep_runs_apart() {
         let piece = |at, len, kind| Piece { at, len, kind };
         let mut pieces = vec![
-            piece(0, 4096, Kind::Zero),
-            piece(4096, 4096, Kind::Data),
-            piece(8192, 8192, Kind::Zero),
-            piece(16384, 8192, Kind::Data),
-            piece(24576, 4096, Kind::Zero),
-            piece(28672, 12288, Kind::Data),
-            piece(40960, 8192, Kind::Zero),
-            piece(49152, 8192, Kind::Keep),
-            piece(57344, 100, Kind::Keep),
+            piece(0, 4096, PieceKind::Zero),
+            piece(4096, 4096, PieceKind::Data),
+            piece(8192, 8192, PieceKind::Zero),
+            piece(16384, 8192, PieceKind::Data),
+            piece(24576, 4096, PieceKind::Zero),
+            piece(28672, 12288, PieceKind::Data),
+            piece(40960, 8192, PieceKind::Zero),
+            piece(49152, 8192, PieceKind::Keep),
+            piece(57344, 100, PieceKind::Keep),
         ];
         coarsen(0, 57444, 16384, &mut Vec::new(), &mut pieces);
         assert_eq!(
             pieces,
             [
-                piece(0, 16384, Kind::Data),
-                piece(16384, 16384, Kind::Data),
+                piece(0, 16384, PieceKind::Data),
+                piece(16384, 16384, PieceKind::Data),
                 // The second run of that granule is no new run there, but it is in the next.
-                piece(32768, 16384, Kind::Data),
-                piece(49152, 8292, Kind::Keep),
+                piece(32768, 16384, PieceKind::Data),
+                piece(49152, 8292, PieceKind::Keep),
             ]
         );
     }

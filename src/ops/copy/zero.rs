@@ -23,14 +23,14 @@ pub fn is_zero(buf: &[u8]) -> bool {
 
 /// Which zeros are left out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sparse {
+pub struct SparsePolicy {
     /// The shortest run of zeros that is left out; 0: none ever.
     least: u64,
     /// What the ends of such a run are multiples of.
     step: u64,
 }
 
-impl Sparse {
+impl SparsePolicy {
     /// Leaves out runs of at least `least` bytes (a multiple of 512; 0 for none).
     pub fn new(least: u64) -> Self {
         let step = if least == 0 { SECTOR } else { 1 << least.ilog2() };
@@ -90,7 +90,7 @@ mod tests {
 
     fn runs(least: u64, at: u64, buf: &[u8]) -> Vec<(usize, usize, bool)> {
         let mut out = Vec::new();
-        Sparse::new(least).runs(at, buf, |start, len, data| out.push((start, len, data)));
+        SparsePolicy::new(least).runs(at, buf, |start, len, data| out.push((start, len, data)));
         out
     }
 
