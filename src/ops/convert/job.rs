@@ -74,7 +74,7 @@ pub struct Job<'a> {
     pub cache: CacheMode,
     /// What of a new image is on stable storage when it appears.
     pub durability: Durability,
-    /// Hears how it goes.
+    /// Receives progress and warnings.
     pub observer: &'a dyn Observer,
 }
 

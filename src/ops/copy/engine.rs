@@ -51,7 +51,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Not more than so many bytes a second.
+/// At most this many bytes a second.
 #[derive(Debug)]
 struct Rate {
     bytes_per_second: u64,
@@ -94,7 +94,7 @@ pub struct Engine<'a> {
     rate: Option<Rate>,
     done: AtomicU64,
     source: &'a Joined,
-    /// Found out when somebody wants to know.
+    /// Counted when it is first asked for: the bytes that are stored.
     total: OnceLock<u64>,
     offload: AtomicBool,
     unit: u64,
@@ -203,7 +203,7 @@ impl<'a> Engine<'a> {
     }
 
     fn total(&self) -> u64 {
-        // A map that cannot be read is the workers' to complain about.
+        // A map that cannot be read is an error of the workers, not of the count.
         *self.total.get_or_init(|| self.source.work(self.zeros == Zeros::Write))
     }
 

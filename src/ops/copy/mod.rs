@@ -63,7 +63,7 @@ pub struct TargetFacts {
     pub blank: bool,
 }
 
-/// Hears how it goes. Called from all threads.
+/// Receives progress and warnings. Called from all threads.
 pub trait Observer: Sync {
     /// Whether a report of progress would be shown now.
     fn wants_progress(&self) -> bool {
@@ -86,7 +86,7 @@ pub trait Observer: Sync {
     }
 }
 
-/// Hears nothing.
+/// Ignores them.
 #[derive(Debug)]
 pub struct Silent;
 

@@ -72,7 +72,7 @@ pub struct CopyPlan<'a> {
     pending: Option<Segment<'a>>,
     /// Where the run of data that we are in is to be cut next, and whether it is a run of zeros.
     cut: Option<(u64, bool)>,
-    /// Hears of maps that cannot be read, where the copy goes on without them.
+    /// Is told of maps that cannot be read, where the copy goes on without them.
     salvage: Option<&'a dyn Observer>,
     noted: bool,
     /// Where what was last found missing ends: what goes on there is told no more.

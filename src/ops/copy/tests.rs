@@ -112,12 +112,12 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
 }
 
 #[derive(Default)]
-struct Ears {
+struct Recorder {
     warnings: Mutex<Vec<String>>,
     last: Mutex<(u64, u64)>,
 }
 
-impl Observer for Ears {
+impl Observer for Recorder {
     fn wants_progress(&self) -> bool {
         true
     }
@@ -162,11 +162,11 @@ fn zeros_are_not_written_where_there_are_some() {
     let source = Joined::new(&[node(Arc::new(Memory::new(bytes.clone())), "source")], None);
     let target = Arc::new(Patchy { inner: Memory::new(vec![0; bytes.len()]), ..Patchy::default() });
     let facts = TargetFacts { reads_zero: true, ..TargetFacts::default() };
-    let ears = Ears::default();
-    copy(&source, &node(target.clone(), "target"), &CopyOptions::default(), facts, &ears).unwrap();
+    let recorder = Recorder::default();
+    copy(&source, &node(target.clone(), "target"), &CopyOptions::default(), facts, &recorder).unwrap();
     assert_eq!(target.written.lock().unwrap().clone().into_iter().collect::<Vec<_>>(), [(5 << 20, 4096)]);
     assert!(target.inner.to_vec() == bytes);
-    assert_eq!(*ears.last.lock().unwrap(), (8 << 20, 8 << 20));
+    assert_eq!(*recorder.last.lock().unwrap(), (8 << 20, 8 << 20));
 }
 
 #[test]
@@ -180,13 +180,13 @@ fn failures_say_where_and_stop_everybody() {
     let error = copy(&source, &node(target.clone(), "target"), &options, facts, &Silent).unwrap_err();
     assert_eq!(error.message(), "source: error while reading at byte 4194304: Input/output error");
 
-    let ears = Ears::default();
-    copy(&source, &node(target.clone(), "target"), &CopyOptions { salvage: true, ..options.clone() }, facts, &ears)
+    let recorder = Recorder::default();
+    copy(&source, &node(target.clone(), "target"), &CopyOptions { salvage: true, ..options.clone() }, facts, &recorder)
         .unwrap();
     let mut salvaged = bytes.clone();
     salvaged[(5 << 20) + 512..(5 << 20) + 1024].fill(0);
     assert!(target.inner.to_vec() == salvaged);
-    assert_eq!(*ears.warnings.lock().unwrap(), ["error while reading offset 5243392: Input/output error"]);
+    assert_eq!(*recorder.warnings.lock().unwrap(), ["error while reading offset 5243392: Input/output error"]);
 
     let full = Patchy { bad_write: Some(20 << 20), inner: Memory::new(vec![0; bytes.len()]), ..Patchy::default() };
     let whole = Joined::new(&[node(Arc::new(Memory::new(vec![7; 32 << 20])), "source")], None);
