@@ -184,3 +184,29 @@ fn refusals_are_the_references() {
         }
     }
 }
+
+/// Holes inside clusters stay holes where every cluster has its place already.
+#[test]
+fn preallocated_metadata_takes_no_more_of_the_host_than_the_references() {
+    let scratch = Scratch::new();
+    for n in 0..64 {
+        crate::common::write_pattern(&scratch.file("s"), n * 262_144 + n % 50 * 4096, n, 12_288);
+    }
+    let allocated = |name: &str| {
+        let blocks =
+            |name| std::fs::metadata(scratch.file(name)).map_or(0, |m| std::os::unix::fs::MetadataExt::blocks(&m));
+        blocks(name) + blocks("d")
+    };
+    for options in ["", ",cluster_size=2M", ",extended_l2=on", ",data_file=d"] {
+        let options = format!("preallocation=metadata{options}");
+        let mut taken = Vec::new();
+        for (run, name) in [(Scratch::vimg as fn(&Scratch, &[&str]) -> _, "ours"), (Scratch::judge, "theirs")] {
+            let _ = std::fs::remove_file(scratch.file("d"));
+            run(&scratch, &["convert", "-f", "raw", "-O", "qcow2", "-o", &options, "s", name]);
+            taken.push(allocated(name));
+            scratch.assert_same_content("qcow2", name, "raw", "s");
+        }
+        // The host's own blocks for where a file's pieces lie are not ours to choose.
+        assert!(taken[0] <= taken[1] + taken[1] / 50, "{options}: {taken:?}");
+    }
+}

@@ -334,3 +334,45 @@ fn info_of_every_feature_is_the_references() {
         assert!(error.message().ends_with("Parameter 'encrypt.key-secret' is required for cipher"), "{error:?}");
     }
 }
+
+/// The last name in the table of feature names may be shorter than an entry.
+#[test]
+fn feature_names_that_are_cut_short_are_shown() {
+    let scratch = Scratch::new();
+    let first = |rest: &[u8]| [&[0, 62][..], b"first", &[0; 41], rest].concat();
+    let tables =
+        [b"\0\x3fsome feature".to_vec(), first(b"\0\x3fother"), first(b"\0\x3f"), first(b"\0"), vec![0], vec![]];
+    for table in tables {
+        scratch.judge(&["create", "-q", "-f", "qcow2", "i", "1M"]);
+        let mut file = std::fs::read(scratch.file("i")).unwrap();
+        file[72] = 0xc0;
+        let mut names = [0x6803_f857u32.to_be_bytes(), (table.len() as u32).to_be_bytes()].concat();
+        names.extend_from_slice(&table);
+        names.resize(names.len().next_multiple_of(8) + 8, 0);
+        file[112..112 + names.len()].copy_from_slice(&names);
+        std::fs::write(scratch.file("i"), &file).unwrap();
+        let ours = vimg(&["info", "i"]).dir(scratch.path()).fails(1).stderr;
+        let theirs = judge(&["info", "i"]).dir(scratch.path()).fails(1).stderr;
+        assert_eq!(ours.split_once(' ').unwrap().1, theirs.split_once(' ').unwrap().1, "{table:?}");
+    }
+}
+
+/// What an L2 table mapped that a cut has taken away is not zeros; what lies before it can be read.
+#[test]
+fn a_lost_l2_table_is_an_error() {
+    let scratch = Scratch::new();
+    for options in ["cluster_size=64k", "cluster_size=4k", "cluster_size=2M", "extended_l2=on"] {
+        scratch.judge(&["create", "-q", "-f", "qcow2", "-o", options, "i", "1G"]);
+        scratch.qemu_io("qcow2", "i", &["write -P 3 0 64k", "write -P 4 700M 64k"]);
+        let file = std::fs::read(scratch.file("i")).unwrap();
+        let word = |at: usize| u64::from_be_bytes(file[at..at + 8].try_into().unwrap());
+        let (l1, entries) = (word(40) as usize, word(32) as usize & 0xffff_ffff);
+        let tables: Vec<u64> = (0..entries).map(|n| word(l1 + n * 8)).filter(|word| word >> 63 != 0).collect();
+        let last = tables.iter().max().unwrap() & 0x00ff_ffff_ffff_fe00;
+        std::fs::write(scratch.file("cut"), &file[..last as usize + 512]).unwrap();
+        let out = vimg(&["convert", "-f", "qcow2", "-O", "raw", "cut", "o"]).dir(scratch.path()).fails(1);
+        assert!(out.stderr.contains("lies past the end of the file"), "{options}: {out:?}");
+        assert!(!scratch.file("o").exists());
+        vimg(&["info", "cut"]).dir(scratch.path()).ok();
+    }
+}

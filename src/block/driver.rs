@@ -211,6 +211,12 @@ pub trait Write: Send + Sync {
         self.unit()
     }
 
+    /// The same for an image in which nothing but data is written from now on: 1 if all of the disk has its place
+    /// already, so that no write has anything to fill.
+    fn granule(&self) -> u64 {
+        self.fill_unit()
+    }
+
     /// Finds room for the start of a guest range (≤ `len`, ≥ 1 byte). Cheap; does no data I/O.
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed>;
 

@@ -5,6 +5,8 @@
 //! [`Allocator::freed`] until that entry is in the file. An L2 table for a guest range is made by `place`, before the
 //! data clusters, as the reference does.
 
+use byteorder::{BigEndian, ByteOrder};
+
 use crate::block::error::Context;
 use crate::block::{Action, Compress, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write};
 
@@ -136,6 +138,40 @@ impl Qcow2Driver {
             (true, true) if !self.geometry.extended && entry & ZERO != 0 => Class::Reuse(host),
             (true, true) => Class::InPlace(host),
         }
+    }
+
+    /// Whether each cluster of the disk is data that can be written where it is. (Subclusters are not looked at: those
+    /// of a new image hold nothing.)
+    fn is_preallocated(&self) -> Result<bool> {
+        let (geometry, l1) = (self.geometry, self.l1());
+        let mut left = self.header().fields.size.div_ceil(geometry.cluster_size());
+        if geometry.extended || left == 0 {
+            return Ok(false);
+        }
+        let own = |word: u64| match word & (COPIED | COMPRESSED | ZERO) {
+            COPIED => self.external || word & OFFSET_MASK != 0,
+            _ => false,
+        };
+        for index in 0..geometry.l1_entries_for(self.header().fields.size) {
+            let entry = self.tables.get(l1, index)?;
+            let at = entry & OFFSET_MASK;
+            if entry & COPIED == 0 || at == 0 || geometry.in_cluster(at) != 0 {
+                return Ok(false);
+            }
+            let (table, entries) = (self.l2(at), left.min(geometry.l2_entries()));
+            let mut from = 0;
+            while from < entries * ENTRY {
+                let seen = self.tables.view(table, from, |bytes| {
+                    let words = bytes.chunks_exact(ENTRY as usize).map(BigEndian::read_u64);
+                    let count = usize::try_from(entries - from / ENTRY).unwrap_or(usize::MAX);
+                    words.take(count).all(own).then_some(bytes.len() as u64)
+                })?;
+                let Some(seen) = seen else { return Ok(false) };
+                from += seen.max(ENTRY);
+            }
+            left -= entries;
+        }
+        Ok(true)
     }
 
     fn place_data(&self, alloc: &mut Allocator, at: u64, len: u64, store: Store) -> Result<Placed> {
@@ -483,6 +519,10 @@ impl Write for Qcow2Driver {
 
     fn fill_unit(&self) -> u64 {
         self.geometry.subcluster_size()
+    }
+
+    fn granule(&self) -> u64 {
+        if self.is_preallocated().unwrap_or(false) { 1 } else { self.fill_unit() }
     }
 
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {

@@ -330,7 +330,7 @@ impl Visitor for Survey<'_> {
     }
 
     fn contents(&self, tables: u64) -> bool {
-        tables.saturating_mul(self.driver.geometry.cluster_size()) <= self.deep
+        self.clash.is_none() && tables.saturating_mul(self.driver.geometry.cluster_size()) <= self.deep
     }
 
     fn too_many(&self) -> Result<()> {

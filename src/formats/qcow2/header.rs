@@ -338,7 +338,13 @@ fn extensions(area: &[u8]) -> Result<Vec<(u32, &[u8])>> {
 }
 
 fn feature_names(data: &[u8]) -> Vec<(u8, u8, String)> {
-    data.chunks_exact(layout::FEATURE_NAME).map(|entry| (entry[0], entry[1], c_string(&entry[2..]))).collect()
+    // The last one may be cut short.
+    let names = data.chunks(layout::FEATURE_NAME).map(|entry| match entry {
+        // One without a name says nothing.
+        [kind, bit, name @ ..] => Some((*kind, *bit, c_string(name))).filter(|(_, _, name)| !name.is_empty()),
+        _ => None,
+    });
+    names.flatten().collect()
 }
 
 /// The text up to the first NUL.

@@ -87,8 +87,8 @@ impl Visitor for Count<'_> {
         Ok(())
     }
 
-    fn contents(&self, _tables: u64) -> bool {
-        true
+    fn contents(&self, tables: u64) -> bool {
+        self.survey.contents(tables)
     }
 
     fn too_many(&self) -> Result<()> {

@@ -172,8 +172,12 @@ impl<'a> Engine<'a> {
             total: OnceLock::new(),
             offload: AtomicBool::new(options.offload && unit == 1),
             unit,
-            // A compressed unit is written as a whole.
-            granule: if compress.is_some() { unit } else { writing.fill_unit().max(1) },
+            granule: match zeros {
+                // A compressed unit is written as a whole.
+                _ if compress.is_some() => unit,
+                Zeros::Skip => writing.granule().max(1),
+                _ => writing.fill_unit().max(1),
+            },
             zeros,
             sparse: SparsePolicy::new(least),
             compress,
