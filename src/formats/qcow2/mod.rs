@@ -1,12 +1,18 @@
 //! qcow2, versions 2 and 3.
 //!
-//! What is where: `layout.rs` the on-disk structures and [`layout::Geometry`]; `header.rs` the header from and to
-//! bytes; `open.rs` opening: checks, refusals, options; `tables.rs` the cache of L1, L2 and refcount tables and the
-//! order in which changes reach the file; `map.rs` guest offset → extent; `codec.rs` compressed clusters;
-//! `snapshot.rs` and `bitmap.rs` their directories; `tracking.rs` bitmaps that follow what is written; `info.rs` what info shows; `create.rs` new images; `alloc.rs`
-//! and `refcount.rs` the giving out of clusters; `resize.rs` the changing of the size, `tail.rs` what lies past the end; `walk.rs` everything that the
-//! metadata refers to, one after the other, for `guard.rs` (where tables are) and `repair.rs` (after an unclean end,
-//! with `references.rs`).
+//! What is where, from the ground up (nothing uses what stands below it in this list):
+//!
+//! * `layout.rs` the on-disk structures and [`layout::Geometry`]; `header.rs` the header from and to bytes; `window.rs`
+//!   directories read piece by piece; `refcount.rs` refcounts in bytes; `references.rs` references counted in memory;
+//! * `tables.rs` the cache of L1, L2 and refcount tables and the order in which changes reach the file;
+//! * `snapshot.rs` and `dirty.rs`: snapshots, and what bitmaps have to be told;
+//! * `space.rs` which cluster comes next; `plan.rs`, `prealloc.rs` and `create.rs` new images; `map.rs` guest offset →
+//!   extent; `codec.rs` compressed clusters; `info.rs` what info shows;
+//! * `walk.rs` everything that the metadata refers to, one after the other, for `guard.rs` (where tables are) and
+//!   `repair.rs` (after an unclean end);
+//! * `counts.rs` refcounts of an open image; `alloc.rs` clusters given out and taken back; `flush.rs` changes on their
+//!   way to the file; `place.rs` guest data; `bitmap.rs` and `tracking.rs` bitmaps, and how they follow; `tail.rs` what
+//!   lies past the end of the disk; `resize.rs` its size; `open.rs` opening: checks, refusals, options.
 //!
 //! Lock order: `alloc` → `header` → the cache's own. Whoever changes a table or the header holds `alloc`. No lock is
 //! held across data I/O; mapping takes `header` for reading, for a moment, and the cache's locks.
@@ -16,12 +22,15 @@ pub mod bitmap;
 pub mod codec;
 pub mod counts;
 pub mod create;
+pub mod dirty;
+pub mod flush;
 pub mod guard;
 pub mod header;
 pub mod info;
 pub mod layout;
 pub mod map;
 pub mod open;
+pub mod place;
 pub mod plan;
 pub mod prealloc;
 pub mod refcount;

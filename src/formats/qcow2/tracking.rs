@@ -7,7 +7,6 @@
 //!
 //! Source: specification, section "Bitmaps". `alloc` is held throughout; the list of bitmaps is a leaf.
 
-use std::collections::BTreeMap;
 use std::sync::PoisonError;
 
 use byteorder::{BigEndian, ByteOrder};
@@ -19,37 +18,8 @@ use crate::block::{Error, Result};
 use super::Qcow2Driver;
 use super::alloc::Allocator;
 use super::bitmap::{self, ALL_SET, Bitmap};
+use super::dirty::{Dirty, MOST_RUNS};
 use super::layout::{self, BITMAP_ENTRY, BitmapFields, BitmapsExtension, ENTRY, OFFSET_MASK};
-
-/// Most runs that are kept before they are entered in the bitmaps.
-const MOST_RUNS: usize = 4096;
-
-/// What bitmaps still have to be told.
-#[derive(Debug, Default)]
-pub struct Dirty {
-    /// Whether those that follow were marked as in use.
-    begun: bool,
-    /// The finest granularity of those that follow; `None` if none does.
-    grain: Option<u8>,
-    /// What was written: where each run starts and ends.
-    runs: BTreeMap<u64, u64>,
-    /// Whether there are bitmaps that are not in the directory.
-    added: bool,
-}
-
-impl Dirty {
-    fn add(&mut self, start: u64, end: u64) {
-        let (mut start, mut end) = (start, end);
-        while let Some((at, until)) = self.runs.range(..=end).next_back().map(|(at, until)| (*at, *until)) {
-            if until < start {
-                break;
-            }
-            self.runs.remove(&at);
-            (start, end) = (start.min(at), end.max(until));
-        }
-        self.runs.insert(start, end);
-    }
-}
 
 fn follows(bitmap: &Bitmap) -> bool {
     bitmap.fields.flags & (layout::BITMAP_AUTO | layout::BITMAP_IN_USE) == layout::BITMAP_AUTO
@@ -326,23 +296,5 @@ impl Bitmaps for Qcow2Driver {
         let mut alloc = self.lock_alloc();
         self.set_bits(&mut alloc, &fields, at, bits)?;
         self.settle_if_due(&mut alloc)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_that_touch_become_one() {
-        let mut dirty = Dirty::default();
-        for (start, end) in [(10, 20), (30, 40), (20, 22), (50, 60), (5, 6)] {
-            dirty.add(start, end);
-        }
-        let runs = |dirty: &Dirty| dirty.runs.iter().map(|(a, b)| (*a, *b)).collect::<Vec<_>>();
-        assert_eq!(runs(&dirty), [(5, 6), (10, 22), (30, 40), (50, 60)]);
-        dirty.add(21, 50);
-        dirty.add(0, 7);
-        assert_eq!(runs(&dirty), [(0, 7), (10, 60)]);
     }
 }

@@ -1,0 +1,453 @@
+//! Guest data: where it may go, and what entries say once it is there.
+//!
+//! Invariants: what a placement covers is counted as used from `place` on, but no L2 entry points there before
+//! `publish`. An L2 table for a guest range is made by `place`, before the data clusters, as the reference does.
+
+use byteorder::{BigEndian, ByteOrder};
+
+use crate::block::error::Context;
+use crate::block::{Action, Compress, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write};
+
+use super::Qcow2Driver;
+use super::alloc::Allocator;
+use super::guard;
+use super::layout::{self, COMPRESSED, COPIED, ENTRY, OFFSET_MASK, SUBCLUSTERS, ZERO};
+use super::tables::Table;
+
+/// What [`Ticket::b`] says has to be done at publish.
+mod kind {
+    /// Nothing.
+    pub const NOTHING: u64 = 0;
+    /// New clusters.
+    pub const NEW: u64 = 1;
+    /// New clusters, in place of ones whose content was copied: all of their subclusters are there.
+    pub const WHOLE: u64 = 2;
+    /// Clusters that had room: their marks change.
+    pub const REUSE: u64 = 3;
+    /// One compressed cluster; the entry is in `Ticket::c`.
+    pub const PACKED: u64 = 4;
+    /// Zeros that keep their room.
+    pub const ZERO_KEEP: u64 = 5;
+    /// Zeros that give up their room.
+    pub const ZERO_UNMAP: u64 = 6;
+    /// Unallocated (version 2 without a backing file).
+    pub const CLEAR: u64 = 7;
+}
+
+/// How a cluster can be written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Class {
+    /// It has room of its own at this host offset and is all data.
+    InPlace(u64),
+    /// It has room of its own, but its marks have to change, and it may have to be filled around the range.
+    Reuse(u64),
+    /// It needs room; nothing of what it holds is lost if only the written part is filled.
+    New,
+    /// It needs room and its whole content.
+    Copy,
+}
+
+impl Qcow2Driver {
+    /// The table in which a guest offset's L2 entry is, made or copied if it cannot be written to.
+    pub(super) fn writable_l2(&self, alloc: &mut Allocator, at: u64) -> Result<Table> {
+        let (l1, index) = (self.l1(), self.geometry.l1_index(at));
+        if index >= l1.len / ENTRY {
+            return Err(self.corrupt(format!("L1 table has no entry for guest offset {at:#x}")));
+        }
+        let entry = self.tables.get(l1, index)?;
+        let old = entry & OFFSET_MASK;
+        if self.geometry.in_cluster(old) != 0 {
+            return Err(self.corrupt(format!("L2 table offset {old:#x} unaligned (L1 index: {index:#x})")));
+        }
+        if entry & COPIED != 0 && old != 0 {
+            return Ok(self.l2(old));
+        }
+        let new = self.allocate(alloc, 1)? << self.geometry.cluster_bits;
+        let table = self.l2(new);
+        self.tables.fresh(table)?;
+        if old != 0 {
+            let from = self.l2(old);
+            for n in 0..table.len / ENTRY {
+                let word = self.tables.get(from, n)?;
+                if word != 0 {
+                    self.tables.set(table, n, word)?;
+                }
+            }
+            alloc.freed.push((old >> self.geometry.cluster_bits, 1, false));
+        }
+        self.tables.set(l1, index, COPIED | new)?;
+        self.add_metadata(new, guard::L2);
+        Ok(table)
+    }
+
+    fn classify(&self, entry: u64, bitmap: u64, guest: u64) -> Class {
+        if entry & COMPRESSED != 0 {
+            return Class::Copy;
+        }
+        let host = entry & OFFSET_MASK;
+        let there = host != 0 || (self.external && entry & COPIED != 0);
+        if self.external {
+            // Room in an external data file is the guest's own offset, and never shared.
+            let data = if self.geometry.extended { bitmap as u32 == u32::MAX } else { entry & ZERO == 0 };
+            return match there {
+                true if data => Class::InPlace(guest),
+                true => Class::Reuse(guest),
+                false => Class::New,
+            };
+        }
+        match (there, entry & COPIED != 0) {
+            (false, _) => Class::New,
+            (true, false) if self.geometry.extended || entry & ZERO == 0 => Class::Copy,
+            (true, false) => Class::New,
+            (true, true) if self.geometry.extended && bitmap as u32 != u32::MAX => Class::Reuse(host),
+            (true, true) if !self.geometry.extended && entry & ZERO != 0 => Class::Reuse(host),
+            (true, true) => Class::InPlace(host),
+        }
+    }
+
+    /// Whether each cluster of the disk is data that can be written where it is. (Subclusters are not looked at: those
+    /// of a new image hold nothing.)
+    fn is_preallocated(&self) -> Result<bool> {
+        let (geometry, l1) = (self.geometry, self.l1());
+        let mut left = self.header().fields.size.div_ceil(geometry.cluster_size());
+        if geometry.extended || left == 0 {
+            return Ok(false);
+        }
+        let own = |word: u64| match word & (COPIED | COMPRESSED | ZERO) {
+            COPIED => self.external || word & OFFSET_MASK != 0,
+            _ => false,
+        };
+        for index in 0..geometry.l1_entries_for(self.header().fields.size) {
+            let entry = self.tables.get(l1, index)?;
+            let at = entry & OFFSET_MASK;
+            if entry & COPIED == 0 || at == 0 || geometry.in_cluster(at) != 0 {
+                return Ok(false);
+            }
+            let (table, entries) = (self.l2(at), left.min(geometry.l2_entries()));
+            let mut from = 0;
+            while from < entries * ENTRY {
+                let seen = self.tables.view(table, from, |bytes| {
+                    let words = bytes.chunks_exact(ENTRY as usize).map(BigEndian::read_u64);
+                    let count = usize::try_from(entries - from / ENTRY).unwrap_or(usize::MAX);
+                    words.take(count).all(own).then_some(bytes.len() as u64)
+                })?;
+                let Some(seen) = seen else { return Ok(false) };
+                from += seen.max(ENTRY);
+            }
+            left -= entries;
+        }
+        Ok(true)
+    }
+
+    fn place_data(&self, alloc: &mut Allocator, at: u64, len: u64, store: Store) -> Result<Placed> {
+        let geometry = self.geometry;
+        let (cluster, bits) = (geometry.cluster_size(), geometry.cluster_bits);
+        let table = self.writable_l2(alloc, at)?;
+        let index = geometry.l2_index(at);
+        let within = geometry.in_cluster(at);
+        let first = at - within;
+        let most = (geometry.l2_entries() - index).min((within.saturating_add(len)).div_ceil(cluster));
+        let class_of = |n: u64| -> Result<Class> {
+            let (entry, bitmap) = self.l2_entry(table, index + n)?;
+            Ok(self.classify(entry, bitmap, first + n * cluster))
+        };
+        let class = class_of(0)?;
+        let follows = |n: u64, next: Class| match (class, next) {
+            (Class::InPlace(a), Class::InPlace(b)) | (Class::Reuse(a), Class::Reuse(b)) => a + n * cluster == b,
+            (a, b) => a == b,
+        };
+        let mut n = 1;
+        while n < most && follows(n, class_of(n)?) {
+            n += 1;
+        }
+        let len = len.min(n * cluster - within);
+        if let (Class::InPlace(host) | Class::Reuse(host), false) = (class, self.external) {
+            self.check_data(host, n * cluster)?;
+        }
+        let (mut host, kind) = match class {
+            Class::InPlace(host) => (host, kind::NOTHING),
+            Class::Reuse(host) => (host, kind::REUSE),
+            Class::New => (first, kind::NEW),
+            Class::Copy => (first, kind::WHOLE),
+        };
+        if !self.external && matches!(class, Class::New | Class::Copy) {
+            host = self.allocate(alloc, n)? << bits;
+        }
+        let (before, after) = self.fill(table, index, at, len, n, class)?;
+        let place = HostPlace { file: self.data_file(), at: HostOffset(host + within) };
+        Ok(Placed {
+            start: GuestOffset(at),
+            len,
+            store,
+            action: Action::Write { place, before, after },
+            ticket: Ticket { a: host, b: kind, c: n },
+        })
+    }
+
+    /// Bytes before and after a range that have to be filled with what they read as.
+    fn fill(&self, table: Table, index: u64, at: u64, len: u64, n: u64, class: Class) -> Result<(u64, u64)> {
+        let unit = match class {
+            Class::InPlace(_) => return Ok((0, 0)),
+            Class::Copy => self.geometry.cluster_size(),
+            _ => self.geometry.subcluster_size(),
+        };
+        let end = at + len;
+        let (mut before, mut after) = (at % unit, end.next_multiple_of(unit) - end);
+        if matches!(class, Class::Reuse(_)) && self.geometry.extended {
+            // A subcluster that is there already needs no filling.
+            let there = |index: u64, guest: u64| -> Result<bool> {
+                let (_, bitmap) = self.l2_entry(table, index)?;
+                Ok(bitmap >> (self.geometry.in_cluster(guest) / unit) & 1 != 0)
+            };
+            if before > 0 && there(index, at)? {
+                before = 0;
+            }
+            if after > 0 && there(index + n - 1, end - 1)? {
+                after = 0;
+            }
+        }
+        Ok((before, after))
+    }
+
+    fn place_packed(&self, alloc: &mut Allocator, at: u64, bytes: u64) -> Result<Placed> {
+        let geometry = self.geometry;
+        let cluster = geometry.cluster_size();
+        if self.external {
+            return Err(Error::unsupported("Operation not supported"));
+        }
+        if geometry.in_cluster(at) != 0 || bytes == 0 || bytes > cluster {
+            return Err(Error::invalid("a compressed cluster is written as a whole"));
+        }
+        self.writable_l2(alloc, at)?;
+        let host = self.pack(alloc, bytes)?;
+        let entry = geometry.compressed_entry(host, bytes).ok_or_else(|| Error::invalid("File too large"))?;
+        let place = HostPlace { file: 0, at: HostOffset(host) };
+        Ok(Placed {
+            start: GuestOffset(at),
+            len: cluster.min(self.header().fields.size.saturating_sub(at)).max(1),
+            store: Store::Compressed { bytes },
+            action: Action::Write { place, before: 0, after: 0 },
+            ticket: Ticket { a: host, b: kind::PACKED, c: entry },
+        })
+    }
+
+    /// The marks of the subclusters of guest cluster `first` that a range covers.
+    fn marks(&self, first: u64, start: u64, end: u64) -> u64 {
+        let unit = self.geometry.subcluster_size();
+        let from = start.saturating_sub(first) / unit;
+        let to = end.saturating_sub(first).div_ceil(unit).min(u64::from(SUBCLUSTERS));
+        let below = |n: u64| (1u64 << n.min(32)) - 1;
+        below(to) & !below(from)
+    }
+
+    fn publish_entries(&self, alloc: &mut Allocator, placed: &Placed) -> Result<()> {
+        let geometry = self.geometry;
+        let (cluster, start) = (geometry.cluster_size(), placed.start.get());
+        let (mut from, mut to) = (start, start + placed.len);
+        if let Action::Write { before, after, .. } = placed.action {
+            from = from.saturating_sub(before);
+            to = to.saturating_add(after);
+        }
+        let first = start - geometry.in_cluster(start);
+        let table = self.writable_l2(alloc, start)?;
+        let clusters = (start + placed.len - first).div_ceil(cluster);
+        for n in 0..clusters {
+            let guest = first + n * cluster;
+            let index = geometry.l2_index(start) + n;
+            let (old, bitmap) = self.l2_entry(table, index)?;
+            let room = || COPIED | placed.ticket.a.saturating_add(n * cluster);
+            let marks = if geometry.extended { self.marks(guest, from, to) } else { 0 };
+            let all = if geometry.extended { u64::from(u32::MAX) } else { 0 };
+            let (entry, bits) = match placed.ticket.b {
+                kind::NEW => (room(), (bitmap & !(marks << 32) & !u64::from(u32::MAX)) | marks),
+                kind::WHOLE => (room(), all),
+                kind::REUSE if geometry.extended => (old, (bitmap & !(marks << 32)) | marks),
+                kind::REUSE => (old & !ZERO, 0),
+                kind::PACKED => (placed.ticket.c, 0),
+                _ => self.zeroed(old, bitmap, marks, placed.ticket.b),
+            };
+            if (entry, bits) == (old, bitmap) {
+                continue;
+            }
+            self.set_l2_entry(table, index, entry, bits)?;
+            let kept = entry & COMPRESSED == 0 && old & COMPRESSED == 0 && entry & OFFSET_MASK == old & OFFSET_MASK;
+            if !kept {
+                let punch = matches!(placed.ticket.b, kind::ZERO_UNMAP | kind::CLEAR);
+                self.free_entry(alloc, old, punch)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// An entry and its bitmap once the marked subclusters (or the cluster) read as zeros.
+    fn zeroed(&self, old: u64, bitmap: u64, marks: u64, kind: u64) -> (u64, u64) {
+        if kind == kind::CLEAR {
+            return (0, 0);
+        }
+        let all = u64::from(u32::MAX);
+        let own = old & COMPRESSED == 0 && old & COPIED != 0;
+        if self.geometry.extended {
+            let partial = marks != all;
+            let keep = partial || (own && kind == kind::ZERO_KEEP);
+            let entry = if keep { old & !COMPRESSED } else { 0 };
+            let rest = if keep { bitmap } else { 0 };
+            return (entry, (rest & !marks) | (marks << 32));
+        }
+        if own && kind == kind::ZERO_KEEP { (old | ZERO, 0) } else { (ZERO, 0) }
+    }
+
+    fn place_zero(&self, alloc: &mut Allocator, at: u64, len: u64, unmap: bool, store: Store) -> Result<Placed> {
+        let geometry = self.geometry;
+        let cluster = geometry.cluster_size();
+        let end_of_disk = at.saturating_add(len) >= self.header().fields.size;
+        let unit = geometry.subcluster_size();
+        let whole = if end_of_disk { len.div_ceil(unit) * unit } else { len / unit * unit };
+        if !at.is_multiple_of(unit) || whole == 0 {
+            return self.place_data(alloc, at, len, store);
+        }
+        let table = self.writable_l2(alloc, at)?;
+        let (index, within) = (geometry.l2_index(at), geometry.in_cluster(at));
+        let raw = self.external && self.header().fields.autoclear & layout::DATA_FILE_RAW != 0;
+        let done = |len: u64, kind: u64| Placed {
+            start: GuestOffset(at),
+            len,
+            store,
+            // A raw data file must read as zeros by itself.
+            action: if raw {
+                Action::Zero { place: HostPlace { file: self.data_file(), at: HostOffset(at) } }
+            } else {
+                Action::Nothing
+            },
+            ticket: Ticket { a: 0, b: kind, c: 0 },
+        };
+        let kind = if unmap { kind::ZERO_UNMAP } else { kind::ZERO_KEEP };
+        if geometry.version < 3 {
+            if self.backing.is_some() {
+                return self.place_data(alloc, at, len, store);
+            }
+            let n = (whole / cluster).min(geometry.l2_entries() - index);
+            return Ok(done(len.min(n * cluster), kind::CLEAR));
+        }
+        if within == 0 && whole >= cluster {
+            let n = (whole / cluster).min(geometry.l2_entries() - index);
+            return Ok(done(len.min(n * cluster), kind));
+        }
+        // A part of one cluster: its subclusters, if they can be told apart and are nobody else's.
+        let (entry, _) = self.l2_entry(table, index)?;
+        let len = len.min(cluster - within);
+        let shared = entry & OFFSET_MASK != 0 && entry & COPIED == 0 && !self.external;
+        if entry & COMPRESSED != 0 || shared {
+            return self.place_data(alloc, at, len, store);
+        }
+        Ok(done(len, kind::ZERO_KEEP))
+    }
+}
+
+impl Write for Qcow2Driver {
+    fn unit(&self) -> u64 {
+        self.geometry.cluster_size()
+    }
+
+    fn fill_unit(&self) -> u64 {
+        self.geometry.subcluster_size()
+    }
+
+    fn granule(&self) -> u64 {
+        if self.is_preallocated().unwrap_or(false) { 1 } else { self.fill_unit() }
+    }
+
+    fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
+        let at = at.get();
+        let mut alloc = self.lock_alloc();
+        self.before_first_change(&mut alloc)?;
+        self.settle_if_due(&mut alloc)?;
+        let len = len.max(1);
+        let placed = match store {
+            Store::Data => self.place_data(&mut alloc, at, len, store),
+            Store::Compressed { bytes } => self.place_packed(&mut alloc, at, bytes),
+            Store::Zero { unmap } => self.place_zero(&mut alloc, at, len, unmap, store),
+        }?;
+        self.touch(&mut alloc, at, placed.len)?;
+        Ok(placed)
+    }
+
+    fn publish(&self, placed: &Placed) -> Result<()> {
+        if placed.ticket.b == kind::NOTHING {
+            return Ok(());
+        }
+        let mut alloc = self.lock_alloc();
+        self.publish_entries(&mut alloc, placed)?;
+        self.settle_if_due(&mut alloc)
+    }
+
+    fn withdraw(&self, placed: &Placed) {
+        let bits = self.geometry.cluster_bits;
+        let (first, n) = match placed.ticket.b {
+            kind::NEW | kind::WHOLE if !self.external => (placed.ticket.a >> bits, placed.ticket.c),
+            kind::PACKED => {
+                let (at, len) = self.geometry.compressed(placed.ticket.c);
+                let first = at >> bits;
+                (first, ((at + len - 1) >> bits) - first + 1)
+            }
+            _ => return,
+        };
+        let mut alloc = self.lock_alloc();
+        // If this fails the clusters are leaked, no more.
+        if let Ok(free) = self.lower(first, n) {
+            for (first, count) in free {
+                self.freed(&mut alloc, first, count);
+            }
+        }
+    }
+
+    fn wrote_the_same(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let mut alloc = self.lock_alloc();
+        self.before_first_change(&mut alloc)?;
+        self.touch(&mut alloc, at.get(), len)
+    }
+
+    fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let cluster = self.geometry.cluster_size();
+        let size = self.header().fields.size;
+        let end = at.get().saturating_add(len).min(size);
+        let end = if end == size { end.next_multiple_of(cluster) } else { end - end % cluster };
+        let mut guest = at.get().next_multiple_of(cluster);
+        let mut alloc = self.lock_alloc();
+        self.before_first_change(&mut alloc)?;
+        self.touch(&mut alloc, at.get(), len)?;
+        while guest < end {
+            let l1 = self.l1();
+            if self.tables.get(l1, self.geometry.l1_index(guest))? & OFFSET_MASK == 0 && self.backing.is_none() {
+                guest = (self.geometry.l1_index(guest) + 1).saturating_mul(self.geometry.l1_covers());
+                continue;
+            }
+            let table = self.writable_l2(&mut alloc, guest)?;
+            let index = self.geometry.l2_index(guest);
+            let (old, bitmap) = self.l2_entry(table, index)?;
+            let there = old & (OFFSET_MASK | COMPRESSED) != 0 || (self.external && old & COPIED != 0);
+            let new = match (self.geometry.version < 3, there || self.backing.is_some()) {
+                (true, _) => (0, 0),
+                (false, false) => (old, bitmap),
+                (false, true) if self.geometry.extended => (0, u64::from(u32::MAX) << 32),
+                (false, true) => (ZERO, 0),
+            };
+            if new != (old, bitmap) {
+                self.set_l2_entry(table, index, new.0, new.1)?;
+                self.free_entry(&mut alloc, old, true)?;
+                if self.external
+                    && there
+                    && let Some(data) = self.files.get(self.data_file())
+                {
+                    data.storage.discard(guest, cluster).context("Could not discard clusters")?;
+                }
+            }
+            guest += cluster;
+            self.settle_if_due(&mut alloc)?;
+        }
+        Ok(())
+    }
+
+    fn compressing(&self) -> Option<&dyn Compress> {
+        if self.external { None } else { Some(self) }
+    }
+}
