@@ -462,7 +462,9 @@ fn small_files_that_claim_much_cost_little() {
         put(&mut file, index * 4, &u32::to_le_bytes(word));
     }
     std::fs::write(scratch.file("c.bin"), &file).expect("write");
-    run(0, &["convert", "-f", "vmdk", "-O", "qcow2", "c.bin", "out"]);
+    let line = format!("RW {} VMFSSPARSE \"c.bin\"\n", u32::MAX);
+    std::fs::write(scratch.file("c.vmdk"), descriptor("vmfsSparse", &line)).expect("write");
+    run(0, &["convert", "-f", "vmdk", "-O", "qcow2", "c.vmdk", "out"]);
 
     // Blocks of 512 bytes, one of them where the file ends, 2 TiB away.
     scratch.judge(&["create", "-q", "-f", "vdi", "d.vdi", "1M"]);

@@ -1,5 +1,6 @@
 //! A resize of a vmdk that is stopped, or fails, at every write in turn: by qemu-img's word the image then has its old
 //! or its new size and all its data, and the resize can be repeated.
+use std::ffi::OsStr;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -73,8 +74,8 @@ impl Folder {
 }
 
 impl Related for Folder {
-    fn open(&self, _role: &str, name: &str) -> Result<Child> {
-        Ok(self.child(name))
+    fn open(&self, _role: &str, name: &OsStr) -> Result<Child> {
+        Ok(self.child(name.to_str().expect("text")))
     }
 }
 

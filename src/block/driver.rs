@@ -46,6 +46,12 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
         None
     }
 
+    /// What a layer on top remembers, to find out whether this one has changed since; `None` where the format has
+    /// no such thing.
+    fn content_id(&self) -> Option<u32> {
+        None
+    }
+
     /// Refuses a backing layer that is not the one this layer was made on, where the format can tell.
     fn accept_backing(&self, below: &dyn BlockDriver) -> Result<()> {
         let _ = below;

@@ -1,5 +1,6 @@
 //! What is known of a format without an image: its name, how to recognise, open and create it.
 
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -90,12 +91,14 @@ pub struct BackingRef {
     pub name: String,
     /// The format, if written there.
     pub format: Option<String>,
+    /// What a file in the image's folder is looked for as where there is none of that name, in this order.
+    pub elsewhere: Vec<OsString>,
 }
 
 /// Opens the other files of a layer. The only way for a driver to a file that it was not given.
 pub trait Related {
     /// Opens `name` (as found in the image, relative to the image) for the part `role`, writable if the image is.
-    fn open(&self, role: &str, name: &str) -> Result<Child>;
+    fn open(&self, role: &str, name: &OsStr) -> Result<Child>;
 
     /// Something that the user should know, though the image can be opened.
     fn notice(&self, notice: Notice) {
@@ -110,8 +113,8 @@ pub struct Alone;
 
 #[cfg(test)]
 impl Related for Alone {
-    fn open(&self, _role: &str, name: &str) -> Result<Child> {
-        Err(Error::invalid(name))
+    fn open(&self, _role: &str, name: &OsStr) -> Result<Child> {
+        Err(Error::invalid(name.to_string_lossy()))
     }
 }
 

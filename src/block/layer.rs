@@ -428,16 +428,17 @@ struct Beside<'a> {
 }
 
 impl Related for Beside<'_> {
-    fn open(&self, role: &str, name: &str) -> Result<Child> {
-        self.opener.may_open(&self.image.unwrap_or_default().to_string_lossy(), name)?;
+    fn open(&self, role: &str, name: &OsStr) -> Result<Child> {
+        let shown = name.to_string_lossy();
+        self.opener.may_open(&self.image.unwrap_or_default().to_string_lossy(), &shown)?;
         let mut given = match role {
             DATA_FILE => std::mem::take(&mut *self.given.lock().unwrap_or_else(|e| e.into_inner())),
             _ => OptionTree::new(),
         };
         let path = match given.get("filename").and_then(as_text) {
             Some(_) => None,
-            None => Some(name::literally_beside(self.image, name.as_ref()).ok_or_else(|| {
-                Error::invalid(format!("Cannot tell where the file '{name}' is, because the image has no plain name"))
+            None => Some(name::literally_beside(self.image, name).ok_or_else(|| {
+                Error::invalid(format!("Cannot tell where the file '{shown}' is, because the image has no plain name"))
             })?),
         };
         let named = path.clone().or_else(|| given.get("filename").and_then(as_text).map(OsString::from));
@@ -445,13 +446,12 @@ impl Related for Beside<'_> {
             Some(Value::String(driver)) => Some(driver),
             _ => None,
         };
-        let protocol =
-            match driver {
-                None => self.opener.drivers.of_path(named.as_deref().unwrap_or_default())?,
-                Some(driver) => self.opener.drivers.protocol(&driver).ok_or_else(|| {
-                    Error::unsupported(format!("The file '{name}' must be a plain file, not '{driver}'"))
-                })?,
-            };
+        let protocol = match driver {
+            None => self.opener.drivers.of_path(named.as_deref().unwrap_or_default())?,
+            Some(driver) => self.opener.drivers.protocol(&driver).ok_or_else(|| {
+                Error::unsupported(format!("The file '{shown}' must be a plain file, not '{driver}'"))
+            })?,
+        };
         let (opened, settings) =
             self.opener.bytes(protocol, path, given, self.settings, role, &mut Names::default())?;
         if self.locking && opened.locking {

@@ -4,6 +4,7 @@
 //! Invariants: a chain is opened and closed link by link, never by recursion; recursion into images inside images
 //! is capped; a file is locked before its header is believed.
 
+use std::ffi::OsString;
 use std::sync::{Arc, Mutex};
 
 use super::generic::{Names, Settings};
@@ -42,6 +43,8 @@ pub struct OpenHow {
     pub exclusive: bool,
     /// What the page cache does.
     pub cache: CacheMode,
+    /// Read on, with a warning, where a layer was made on another backing file than the one that is there.
+    pub salvage: bool,
 }
 
 impl OpenHow {
@@ -173,7 +176,12 @@ impl<'a> Opener<'a> {
         while let Some(layer) = layers.pop() {
             let depth = layers.len();
             if let Some(below) = &node {
-                layer.driver.accept_backing(below.driver()).map_err(|error| in_chain(error, depth))?;
+                match layer.driver.accept_backing(below.driver()).map_err(|error| in_chain(error, depth)) {
+                    Err(error) if how.salvage => {
+                        self.notice(Notice::Warning(format!("{}: {}", layer.name(), error.message())));
+                    }
+                    other => other?,
+                }
             }
             node = Some(Arc::new(layer.on(node)));
         }
@@ -213,7 +221,15 @@ impl<'a> Opener<'a> {
         if let Some(named) = layer.driver.backing()
             && !options.contains_key("file.filename")
         {
-            let full = name::beside(layer.origin.base.as_deref(), named.name.as_ref()).ok_or_else(|| {
+            let base = layer.origin.base.as_deref();
+            let there = |name: &OsString| std::path::Path::new(name).symlink_metadata().is_ok();
+            let as_named = name::beside(base, named.name.as_ref());
+            let elsewhere = || named.elsewhere.iter().filter_map(|name| name::literally_beside(base, name)).find(there);
+            let full = match as_named {
+                Some(full) if there(&full) => Some(full),
+                other => elsewhere().or(other),
+            };
+            let full = full.ok_or_else(|| {
                 let shown = layer.name();
                 Error::invalid(format!("Cannot tell where the backing file '{}' of '{shown}' is", named.name))
             })?;

@@ -284,7 +284,7 @@ impl ConvertArgs {
         let mut nodes = Vec::new();
         for name in names {
             let (image, how) = source.image(program, name)?;
-            nodes.push(opener.open(&image, &OpenHow { cache, exclusive: true, ..how })?);
+            nodes.push(opener.open(&image, &OpenHow { cache, exclusive: true, salvage: self.salvage, ..how })?);
         }
         Ok(nodes)
     }

@@ -167,8 +167,9 @@ fn identity(drivers: &Drivers, name: &OsStr) -> Option<Identity> {
 }
 
 /// A name written in the image, as it is found from here.
-fn beside(image: &OsStr, name: &str) -> OsString {
-    name::beside(Some(image), OsStr::new(name)).unwrap_or_else(|| name.into())
+fn beside(image: &OsStr, name: impl AsRef<OsStr>) -> OsString {
+    let name = name.as_ref();
+    name::beside(Some(image), name).unwrap_or_else(|| name.into())
 }
 
 /// Makes an image: whole, or nothing of it. Returns warnings.
@@ -262,7 +263,7 @@ struct BackingBytes<'a> {
 }
 
 impl Related for BackingBytes<'_> {
-    fn open(&self, role: &str, name: &str) -> Result<Child> {
+    fn open(&self, role: &str, name: &OsStr) -> Result<Child> {
         let plain = self.opener.drivers().formats.last().map(|format| format.name().to_owned());
         let how = OpenHow { format: plain, look_only: true, force_share: true, ..OpenHow::default() };
         let name = beside(self.image, name);

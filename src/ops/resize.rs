@@ -1,6 +1,5 @@
 //! Changing the size of the guest's disk: decided and checked first, so that what is refused changes nothing.
 
-use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -111,10 +110,6 @@ impl FilesBeside<'_> {
     }
 }
 
-fn path_of(name: &OsStr) -> PathBuf {
-    name::protocol(name).map_or_else(|| name.into(), |(_, rest)| rest.into())
-}
-
 impl ResizeFiles for FilesBeside<'_> {
     fn covered(&self) -> u64 {
         self.node.backing().map_or(0, |below| below.virtual_size())
@@ -122,9 +117,9 @@ impl ResizeFiles for FilesBeside<'_> {
 
     fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let base = self.node.origin().base.as_deref();
-        let full = base.and_then(|base| name::beside(Some(base), name.as_ref()));
+        let full = base.and_then(|base| name::literally_beside(Some(base), name.as_ref()));
         let full = full.ok_or_else(|| Error::invalid(format!("Cannot tell where '{name}' is to be made")))?;
-        let path = path_of(&full);
+        let path = PathBuf::from(full);
         if path.symlink_metadata().is_ok() {
             let shown = path.display();
             let text = format!("'{shown}' is there already, and would become a part of the image");
@@ -142,7 +137,7 @@ impl ResizeFiles for FilesBeside<'_> {
         let staging = self.staging().take().unwrap_or_else(|| Staging::new(CacheMode::Writeback, Durability::Always));
         let mut new = None;
         if self.node.origin().inner.is_empty()
-            && let Some(path) = self.node.origin().base.as_deref().map(path_of)
+            && let Some(path) = self.node.origin().base.as_deref().map(PathBuf::from)
             && let Some(file) = self.node.driver().files().first()
             && let Some(storage) = staging.replace(&path, &*file.storage)?
         {

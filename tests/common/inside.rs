@@ -2,6 +2,7 @@
 //! files, identifiers, memory with a limit and counters.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -64,7 +65,8 @@ pub fn bytes_of(storage: &dyn Storage) -> Vec<u8> {
 }
 
 impl Related for Files {
-    fn open(&self, role: &str, name: &str) -> Result<Child> {
+    fn open(&self, role: &str, name: &OsStr) -> Result<Child> {
+        let name = &*name.to_string_lossy();
         let storage = self.get(name).ok_or_else(|| Error::new(vimg::block::Kind::NotFound, format!("no '{name}'")))?;
         Ok(Child { role: role.to_owned(), name: name.to_owned(), driver: "file", storage })
     }
@@ -132,8 +134,8 @@ pub fn host_file(path: &Path) -> Arc<dyn Storage> {
 pub struct Alone;
 
 impl Related for Alone {
-    fn open(&self, _role: &str, name: &str) -> Result<Child> {
-        Err(Error::invalid(name))
+    fn open(&self, _role: &str, name: &OsStr) -> Result<Child> {
+        Err(Error::invalid(name.to_string_lossy()))
     }
 }
 
@@ -225,7 +227,7 @@ pub fn create(format: &dyn Format, name: &str, size: u64, text: &str) -> Files {
 
 /// Opens one layer of `files`, with that backing layer.
 pub fn open(files: &Files, format: &dyn Format, name: &str, write: bool, backing: Option<Arc<Node>>) -> Result<Node> {
-    open_child(files.open("file", name)?, format, write, files, backing)
+    open_child(files.open("file", name.as_ref())?, format, write, files, backing)
 }
 
 /// Opens one layer that lies in `storage` and has no other files.

@@ -91,7 +91,7 @@ fn read_backing(file: &Child, header: &Header, look_only: bool) -> Result<Option
     let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
     name.truncate(end);
     let name = String::from_utf8_lossy(&name).into_owned();
-    Ok((!name.is_empty()).then_some(BackingRef { name, format: None }))
+    Ok((!name.is_empty()).then_some(BackingRef { name, format: None, elsewhere: Vec::new() }))
 }
 
 #[derive(Debug)]

@@ -35,7 +35,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     let mut files = vec![file];
     if !look_only {
         match (&header.data_file, external) {
-            (Some(name), true) => files.push(related.open("data-file", name)?),
+            (Some(name), true) => files.push(related.open("data-file", name.as_ref())?),
             (None, true) => return Err(Error::invalid("'data-file' is required for this image")),
             (_, false) if header.fields.autoclear & layout::DATA_FILE_RAW != 0 => {
                 return Err(Error::corrupt("data-file-raw requires a data file"));
@@ -55,10 +55,11 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     let bitmaps = bitmap::read_directory(&**storage, &header)?;
     // The guest's disk has whole sectors; what a header says beyond them is not there.
     header.fields.size -= header.fields.size % layout::SECTOR;
-    let backing = header
-        .backing_file
-        .as_ref()
-        .map(|name| BackingRef { name: name.clone(), format: header.backing_format.clone() });
+    let backing = header.backing_file.as_ref().map(|name| BackingRef {
+        name: name.clone(),
+        format: header.backing_format.clone(),
+        elsewhere: Vec::new(),
+    });
     let driver = Qcow2Driver {
         tables: Tables::new(storage.clone(), cache_bytes),
         files,

@@ -6,17 +6,20 @@
 //!
 //! Source: *Virtual Disk Format 5.0*; behaviour of the reference for sizes, names and texts.
 
+use zerocopy::IntoBytes;
+
 use crate::block::error::Context;
 use crate::block::{Create, CreateOptions, CreateRequest, Effort, Error, OptionKind, OptionSpec, Result};
 use crate::codec::deflate;
 use crate::formats::effort;
 use crate::storage::{Preallocation, Storage, Zeroing};
 
-use super::descriptor::{Descriptor, NO_PARENT, NewDescriptor};
+use super::Vmdk;
+use super::descriptor::{self, Descriptor, NO_PARENT, NewDescriptor};
 use super::layout::*;
-use super::sparse::entry_bytes;
+use super::open::{embedded, read_text};
+use super::sparse::Sparse;
 use super::stream::tail;
-use super::{Vmdk, read_text};
 
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
@@ -124,6 +127,18 @@ impl<'a> Plan<'a> {
         if too_many {
             return Err(Error::invalid("The image size is too large for file format 'vmdk'"));
         }
+        // What could not be read again is not written.
+        let extents = match subformat.split || subformat.flat {
+            true => Some(extent_name(request.files.name(), &subformat, 0)),
+            false => None,
+        };
+        if let Some(name) = [extents.as_deref(), backing].into_iter().flatten().find(|name| !descriptor::can_hold(name))
+        {
+            return Err(Error::invalid(format!(
+                "A vmdk descriptor cannot hold the file name '{}'",
+                name.escape_default()
+            )));
+        }
         let parent = match backing {
             Some(name) => Some((name, parent_cid(request, name)?)),
             None => None,
@@ -149,17 +164,16 @@ impl<'a> Plan<'a> {
 /// The content id of the parent, read from its descriptor.
 fn parent_cid(request: &CreateRequest<'_>, name: &str) -> Result<u32> {
     let not_vmdk = || Error::invalid("backing_file must be a vmdk image");
-    let child = request.related.open("backing", name)?;
-    let mut head = vec![0; 2048];
+    let child = request.related.open("backing", name.as_ref())?;
+    let mut head = vec![0; 512];
     child.storage.read_at(0, &mut head).context("Could not read the backing file")?;
-    let (at, len) = match SparseHeader::parse(&head) {
-        Some(header) if head.starts_with(MAGIC) => {
-            (header.descriptor_at.saturating_mul(SECTOR), header.descriptor_sectors.saturating_mul(SECTOR))
-        }
-        _ if super::descriptor::looks_like(&head) => (0, MAX_DESCRIPTOR),
-        _ => return Err(not_vmdk()),
+    let text = if head.starts_with(MAGIC) {
+        let sparse = Sparse::open(&child.name, child.storage.clone(), &head).map_err(|_| not_vmdk())?;
+        embedded(&sparse, &head)?.map(|(_, _, text)| text)
+    } else {
+        Some(read_text(&*child.storage, 0, MAX_DESCRIPTOR)?).filter(|text| descriptor::is_one(text))
     };
-    Ok(Descriptor::parse(&read_text(&*child.storage, at, len)?).map_err(|_| not_vmdk())?.cid)
+    Ok(Descriptor::parse(&text.ok_or_else(not_vmdk)?).map_err(|_| not_vmdk())?.cid)
 }
 
 fn tables(size: u64) -> u64 {
@@ -201,19 +215,14 @@ impl SparseLayout {
                 .collect()
         };
         let overhead = (gd_at + gd_sectors + tables * GT_SECTORS).next_multiple_of(GRAIN_SECTORS);
+        let (version, flags) = if zeroed { (2, FLAG_ZERO_GRAIN) } else { (1, 0) };
         let header = SparseHeader {
-            version: if zeroed { 2 } else { 1 },
-            flags: FLAG_NEWLINES | FLAG_REDUNDANT | if zeroed { FLAG_ZERO_GRAIN } else { 0 },
-            capacity: size / SECTOR,
-            grain_sectors: GRAIN_SECTORS,
-            descriptor_at: 1,
-            descriptor_sectors: DESCRIPTOR_SECTORS,
-            gtes: HOSTED_GTES,
-            rgd_at,
-            gd_at,
-            overhead,
-            unclean: false,
-            compression: 0,
+            descriptor_at: 1.into(),
+            descriptor_sectors: DESCRIPTOR_SECTORS.into(),
+            rgd_at: rgd_at.into(),
+            gd_at: gd_at.into(),
+            overhead: overhead.into(),
+            ..SparseHeader::new(version, FLAG_REDUNDANT | flags, size / SECTOR)
         };
         Ok(Self { header, rgd: directory(rgd_at)?, gd: directory(gd_at)? })
     }
@@ -221,47 +230,42 @@ impl SparseLayout {
     /// Writes header and directories; the tables are holes, or zeros where there was something before.
     pub fn write(&self, storage: &dyn Storage) -> Result<()> {
         let header = &self.header;
-        let overhead = header.overhead * SECTOR;
+        let overhead = header.overhead.get() * SECTOR;
         storage.set_len(overhead, Preallocation::Off).context("Could not resize file")?;
         if !storage.facts().new_reads_zero {
             storage.zero(0, overhead, Zeroing::Write).context("Could not clear the tables")?;
         }
         let put = |at: u64, bytes: &[u8]| storage.write_at(at * SECTOR, bytes).context("Could not write the header");
-        put(0, &header.to_bytes())?;
+        put(0, header.as_bytes())?;
         let padded = |directory: &[u32]| {
             let mut bytes = entry_bytes(directory);
             bytes.resize(bytes.len().next_multiple_of(512), 0);
             bytes
         };
-        put(header.rgd_at, &padded(&self.rgd))?;
-        put(header.gd_at, &padded(&self.gd))
+        put(header.rgd_at.get(), &padded(&self.rgd))?;
+        put(header.gd_at.get(), &padded(&self.gd))
     }
 }
 
 /// A stream-optimized extent without a grain: header, room for the descriptor, directory, footer, end.
 fn write_stream(storage: &dyn Storage, size: u64) -> Result<()> {
+    let overhead = GRAIN_SECTORS;
     let header = SparseHeader {
-        version: 3,
-        flags: FLAG_NEWLINES | FLAG_COMPRESSED | FLAG_MARKERS,
-        capacity: size / SECTOR,
-        grain_sectors: GRAIN_SECTORS,
-        descriptor_at: 1,
-        descriptor_sectors: DESCRIPTOR_SECTORS,
-        gtes: HOSTED_GTES,
-        rgd_at: 0,
-        gd_at: GD_AT_END,
-        overhead: GRAIN_SECTORS,
-        unclean: false,
-        compression: COMPRESSION_DEFLATE,
+        descriptor_at: 1.into(),
+        descriptor_sectors: DESCRIPTOR_SECTORS.into(),
+        gd_at: GD_AT_END.into(),
+        overhead: overhead.into(),
+        compression: COMPRESSION_DEFLATE.into(),
+        ..SparseHeader::new(3, FLAG_COMPRESSED | FLAG_MARKERS, size / SECTOR)
     };
-    storage.write_at(0, &header.to_bytes()).context("Could not write the header")?;
+    storage.write_at(0, header.as_bytes()).context("Could not write the header")?;
     if !storage.facts().new_reads_zero {
-        let room = (header.overhead - 1) * SECTOR;
+        let room = (overhead - 1) * SECTOR;
         storage.zero(SECTOR, room, Zeroing::Write).context("Could not clear the descriptor")?;
     }
     let directory = vec![0; usize::try_from(tables(size)).unwrap_or(0)];
-    let tail = tail(&header, header.overhead, &directory)?;
-    storage.write_at(header.overhead * SECTOR, &tail).context("Could not write the footer")
+    let tail = tail(&header, overhead, &directory);
+    storage.write_at(overhead * SECTOR, &tail).context("Could not write the footer")
 }
 
 impl Create for Vmdk {

@@ -1,7 +1,15 @@
 //! The text that says what a VMDK is made of: read with tolerance, written as the reference writes it.
 //!
-//! Source: *Virtual Disk Format 5.0*, "The Descriptor File". Lines may end in LF or CR LF, be indented, and carry
-//! blanks around `=`; keys are compared without regard to case; bytes outside UTF-8 are taken as Latin-1 would.
+//! Source: *Virtual Disk Format 5.0*, "The Descriptor File". A byte order mark may come first. Lines may end in LF or
+//! CR LF, be indented, and carry blanks around `=`; keys are compared without regard to case. A line that is neither
+//! blank, a comment, `key=value` nor an extent is an error: it may have been an extent.
+//!
+//! Bytes that are not UTF-8 are shown as Latin-1 would; what they mean as a file's name is in [`Descriptor::names`].
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+
+use encoding_rs::Encoding;
 
 use crate::block::{Error, Result};
 
@@ -55,7 +63,7 @@ pub struct ExtentLine {
 pub struct Descriptor {
     /// Content id.
     pub cid: u32,
-    /// The parent's content id when this one was made; all ones for no parent.
+    /// The parent's content id, or [`NO_PARENT`].
     pub parent_cid: u32,
     /// `createType`.
     pub create_type: String,
@@ -63,15 +71,31 @@ pub struct Descriptor {
     pub parent: Option<String>,
     /// The extents in guest order.
     pub extents: Vec<ExtentLine>,
+    /// The first line, behind those extents, that makes no sense. What comes after it was not read as extents.
+    pub malformed: Option<String>,
+    /// `ddb.geometry.cylinders`.
+    pub cylinders: Option<String>,
+    /// `encoding`.
+    encoding: Option<String>,
+    /// Whether the bytes were not UTF-8.
+    other_encoding: bool,
 }
 
 /// No parent.
 pub const NO_PARENT: u32 = u32::MAX;
 
+/// The byte order mark in UTF-8.
+const MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// The bytes of the text: up to the first NUL, without a byte order mark.
+fn text_bytes(bytes: &[u8]) -> &[u8] {
+    let bytes = bytes.strip_prefix(MARK).unwrap_or(bytes);
+    bytes.split(|b| *b == 0).next().unwrap_or_default()
+}
+
 /// Whether a file's first bytes can be a descriptor: comments and blank lines before `version=`.
 pub fn looks_like(head: &[u8]) -> bool {
-    let text = head.split(|b| *b == 0).next().unwrap_or_default();
-    for line in text.split(|b| *b == b'\n') {
+    for line in text_bytes(head).split(|b| *b == b'\n') {
         let line = line.strip_suffix(b"\r").unwrap_or(line).trim_ascii();
         if line.is_empty() || line.starts_with(b"#") {
             continue;
@@ -82,7 +106,12 @@ pub fn looks_like(head: &[u8]) -> bool {
     false
 }
 
-/// The text of a descriptor's bytes, up to the first NUL.
+/// Whether the bytes are a descriptor, of whatever version: the type of the image is in it.
+pub fn is_one(bytes: &[u8]) -> bool {
+    value_of(&text(bytes), "createType").is_some()
+}
+
+/// The text of a descriptor's bytes, up to the first NUL. It begins with the byte order mark, if they do.
 pub fn text(bytes: &[u8]) -> String {
     let bytes = bytes.split(|b| *b == 0).next().unwrap_or_default();
     match std::str::from_utf8(bytes) {
@@ -112,9 +141,11 @@ fn hex(text: &str) -> Result<u32> {
 
 impl Descriptor {
     /// Reads the text.
-    pub fn parse(text: &str) -> Result<Self> {
-        let mut this = Self { parent_cid: NO_PARENT, ..Self::default() };
-        for line in text.lines().map(str::trim) {
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let bytes = text_bytes(bytes);
+        let mut this =
+            Self { parent_cid: NO_PARENT, other_encoding: std::str::from_utf8(bytes).is_err(), ..Self::default() };
+        for line in text(bytes).lines().map(str::trim) {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
@@ -126,11 +157,18 @@ impl Descriptor {
                 this.create_type = kind.to_owned();
             } else if let Some(parent) = value(line, "parentFileNameHint") {
                 this.parent = Some(parent.to_owned());
-            } else if let Some(extent) = ExtentLine::parse(line)? {
-                if this.extents.len() >= MAX_EXTENTS {
-                    return Err(Error::corrupt(format!("More than {MAX_EXTENTS} extents in the descriptor")));
+            } else if let Some(encoding) = value(line, "encoding") {
+                this.encoding = Some(encoding.to_owned());
+            } else if let Some(cylinders) = value(line, "ddb.geometry.cylinders") {
+                this.cylinders = Some(cylinders.to_owned());
+            } else if this.malformed.is_none() && !is_assignment(line) {
+                match ExtentLine::parse(line) {
+                    Some(_) if this.extents.len() >= MAX_EXTENTS => {
+                        return Err(Error::corrupt(format!("More than {MAX_EXTENTS} extents in the descriptor")));
+                    }
+                    Some(extent) => this.extents.push(extent),
+                    None => this.malformed = Some(line.to_owned()),
                 }
-                this.extents.push(extent);
             }
         }
         Ok(this)
@@ -141,46 +179,107 @@ impl Descriptor {
     pub fn parent_name(&self) -> Option<&str> {
         self.parent.as_deref().filter(|name| !name.is_empty())
     }
+
+    /// What a file that the text names may be called here, the likeliest first: the bytes of the name as they are,
+    /// those of the name in UTF-8, and, of a path of Windows, the last component.
+    pub fn names(&self, written: &str) -> Vec<OsString> {
+        let latin = || written.chars().map(|c| u8::try_from(c).ok()).collect::<Option<Vec<u8>>>();
+        let bytes = if self.other_encoding { latin() } else { None };
+        let bytes = bytes.unwrap_or_else(|| written.as_bytes().to_vec());
+        let decoded = self.encoding.as_deref().and_then(encoding_of).and_then(|encoding| {
+            encoding.decode_without_bom_handling_and_without_replacement(&bytes).map(|text| text.into_owned())
+        });
+        let mut names = vec![OsString::from_vec(bytes)];
+        let text = decoded.as_deref().unwrap_or(written);
+        let last = last_of_windows_path(text);
+        for name in [decoded.as_deref(), last].into_iter().flatten() {
+            if names.iter().all(|known| known.as_os_str() != name) {
+                names.push(name.into());
+            }
+        }
+        names
+    }
+}
+
+/// The encoding with that name: those of the WHATWG, and code pages of Windows by their numbers.
+fn encoding_of(name: &str) -> Option<&'static Encoding> {
+    let name = name.trim().to_ascii_lowercase();
+    let page = name.strip_prefix("windows-").or_else(|| name.strip_prefix("cp")).unwrap_or_default();
+    match page {
+        "932" => Some(encoding_rs::SHIFT_JIS),
+        "936" => Some(encoding_rs::GBK),
+        "949" => Some(encoding_rs::EUC_KR),
+        "950" => Some(encoding_rs::BIG5),
+        _ => Encoding::for_label(name.as_bytes()),
+    }
+}
+
+/// The last component of a name that can be a path of Windows: one with a `\`, or that begins with a drive's letter.
+fn last_of_windows_path(name: &str) -> Option<&str> {
+    let drive = matches!(name.as_bytes(), [letter, b':', b'/' | b'\\', ..] if letter.is_ascii_alphabetic());
+    let last = name.rsplit(['\\', '/']).next().unwrap_or_default();
+    (drive || name.contains('\\')).then_some(last).filter(|last| !matches!(*last, "" | "." | ".."))
+}
+
+/// Whether a line is `key=value`: a key is one word.
+fn is_assignment(line: &str) -> bool {
+    line.split_once('=').is_some_and(|(key, _)| {
+        let key = key.trim_end();
+        !key.is_empty() && !key.contains(|c: char| c.is_whitespace() || c == '"')
+    })
 }
 
 impl ExtentLine {
-    /// Reads `RW 4192256 SPARSE "disk-s001.vmdk" [0]`; `None` if the line is something else.
-    fn parse(line: &str) -> Result<Option<Self>> {
-        let invalid = || Error::corrupt(format!("Invalid extent line: {line}"));
-        let (access, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+    /// Reads `RW 4192256 SPARSE "disk-s001.vmdk"`; `None` if the line is something else.
+    ///
+    /// The offset has to be there where it tells something, for `FLAT`. Behind other files it may be left out, and
+    /// be followed, or replaced, by words that are none (`partitionUUID`, a device identifier).
+    fn parse(line: &str) -> Option<Self> {
+        let (access, rest) = line.split_once(char::is_whitespace)?;
         let access = match access.to_ascii_uppercase().as_str() {
             "RW" => Access::ReadWrite,
             "RDONLY" => Access::ReadOnly,
             "NOACCESS" => Access::None,
-            _ => return Ok(None),
+            _ => return None,
         };
-        let (sectors, rest) = rest.trim_start().split_once(char::is_whitespace).ok_or_else(invalid)?;
-        let sectors = sectors.parse().map_err(|_| invalid())?;
+        let (sectors, rest) = rest.trim_start().split_once(char::is_whitespace)?;
+        let sectors = sectors.parse().ok().filter(|sectors| *sectors > 0)?;
         let rest = rest.trim_start();
         let (word, rest) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
-        let kind = match word.to_ascii_uppercase().as_str() {
+        let upper = word.to_ascii_uppercase();
+        let kind = match upper.as_str() {
             "FLAT" | "VMFS" | "VMFSRDM" | "VMFSRAW" => ExtentType::Flat,
             "SPARSE" => ExtentType::Sparse,
             "VMFSSPARSE" => ExtentType::VmfsSparse,
             "SESPARSE" => ExtentType::SeSparse,
             "ZERO" => ExtentType::Zero,
-            _ => return Err(Error::unsupported(format!("Unsupported extent type '{word}'"))),
+            _ => return None,
         };
         let rest = rest.trim();
-        let (file, offset) = match rest.strip_prefix('"') {
-            Some(quoted) => quoted.split_once('"').ok_or_else(invalid)?,
+        let (file, rest) = match rest.strip_prefix('"') {
+            Some(quoted) => quoted.split_once('"')?,
             None => rest.split_once(char::is_whitespace).unwrap_or((rest, "")),
         };
         if file.is_empty() && kind != ExtentType::Zero {
-            return Err(invalid());
+            return None;
         }
-        // A device identifier may follow the offset (VMFSRDM).
-        let offset = match offset.split_whitespace().next() {
-            Some(offset) => offset.parse().map_err(|_| invalid())?,
-            None => 0,
+        let next = rest.split_whitespace().next();
+        let offset = match next.map(str::parse) {
+            Some(Ok(offset)) => offset,
+            _ if upper == "FLAT" => return None,
+            // A number that is none.
+            Some(Err(_)) if next.is_some_and(|word| word.starts_with(|c: char| c == '-' || c.is_ascii_digit())) => {
+                return None;
+            }
+            _ => 0,
         };
-        Ok(Some(Self { access, sectors, kind, word: word.to_owned(), file: file.to_owned(), offset }))
+        Some(Self { access, sectors, kind, word: word.to_owned(), file: file.to_owned(), offset })
     }
+}
+
+/// Whether a name can be written to a descriptor and read again.
+pub fn can_hold(name: &str) -> bool {
+    !name.contains(['"', '\n', '\r', '\0'])
 }
 
 /// What a new descriptor says.
@@ -257,16 +356,68 @@ mod tests {
 
     #[test]
     fn odd_descriptors_are_read() {
-        let text = "# Disk DescriptorFile\r\nversion = 1\r\nencoding=\"windows-1252\"\r\nCID = 0badCAFE\r\nparentCID=ffffffff\r\n\
+        let text = "\u{feff}# Disk DescriptorFile\r\nversion = 1\r\nencoding=\"windows-1252\"\r\nCID = 0badCAFE\r\nparentCID=ffffffff\r\n\
                     createType = \"custom\"\r\n  RW  100  FLAT  \"a b.vmdk\"  7\r\nRDONLY 5 ZERO\r\nNOACCESS 9 SPARSE x.vmdk\r\n";
-        assert!(looks_like(text.as_bytes()));
-        let d = Descriptor::parse(text).unwrap();
+        assert!(looks_like(text.as_bytes()) && is_one(text.as_bytes()));
+        let d = Descriptor::parse(text.as_bytes()).unwrap();
         assert_eq!((d.cid, d.parent_cid, d.create_type.as_str()), (0x0bad_cafe, NO_PARENT, "custom"));
-        assert_eq!(d.extents.len(), 3);
+        assert_eq!((d.extents.len(), &d.malformed), (3, &None));
         assert_eq!((d.extents[0].file.as_str(), d.extents[0].offset, d.extents[0].sectors), ("a b.vmdk", 7, 100));
         assert_eq!((d.extents[1].kind, d.extents[1].access), (ExtentType::Zero, Access::ReadOnly));
         assert_eq!((d.extents[2].file.as_str(), d.extents[2].access), ("x.vmdk", Access::None));
-        assert!(Descriptor::parse("RW x FLAT \"a\" 0").is_err());
+    }
+
+    #[test]
+    fn extent_lines_are_whole_or_malformed() {
+        for (line, offset) in [
+            ("RW 8 FLAT \"f\" 5", 5),
+            ("RW 8 VMFS \"f\"", 0),
+            ("RW 8 VMFS \"f\" partitionUUID 5b2d8b35", 0),
+            ("RW 8 VMFSRDM \"f\" 3 vml.02", 3),
+            ("RW 8 SPARSE \"f\" x", 0),
+            ("RW 8 ZERO", 0),
+        ] {
+            assert_eq!(ExtentLine::parse(line).map(|line| line.offset), Some(offset), "{line}");
+        }
+        for line in [
+            "RW",
+            "RW 8",
+            "RWX 8 FLAT \"f\" 0",
+            "RW x FLAT \"f\" 0",
+            "RW 0 FLAT \"f\" 0",
+            "RW 8 FLATT \"f\" 0",
+            "RW 8 FLAT \"f\"",
+            "RW 8 FLAT \"f\" x",
+            "RW 8 FLAT \"f\" -1",
+            "RW 8 FLAT \"\" 0",
+            "RW 8 FLAT \"f",
+            "RW 8 VMFS \"f\" -1",
+            "RW 8 SPARSE",
+        ] {
+            assert_eq!(ExtentLine::parse(line), None, "{line}");
+            let text = format!("RW 8 ZERO\n{line}\nRW 8 ZERO\nCID=7\n");
+            let d = Descriptor::parse(text.as_bytes()).unwrap();
+            assert_eq!((d.extents.len(), d.malformed.as_deref(), d.cid), (1, Some(line), 7));
+        }
+    }
+
+    #[test]
+    fn names_are_looked_for_in_three_forms() {
+        let names = |text: &[u8], written: &str| {
+            let names = Descriptor::parse(text).unwrap().names(written);
+            names.into_iter().map(|name| name.into_vec()).collect::<Vec<_>>()
+        };
+        assert_eq!(names(b"encoding=\"UTF-8\"\n", "a:b.vmdk"), [b"a:b.vmdk".to_vec()]);
+        let gbk = b"encoding=\"GBK\"\nparentFileNameHint=\"\xb4\xc5.vmdk\"\n";
+        let written = Descriptor::parse(gbk).unwrap().parent.unwrap();
+        assert_eq!(names(gbk, &written), [b"\xb4\xc5.vmdk".to_vec(), "\u{78c1}.vmdk".as_bytes().to_vec()]);
+        assert_eq!(names(b"", "C:\\vm\\d.vmdk"), [b"C:\\vm\\d.vmdk".to_vec(), b"d.vmdk".to_vec()]);
+        assert_eq!(names(b"", "C:/vm/d.vmdk")[1], b"d.vmdk");
+        assert_eq!(names(b"", "/vm/d.vmdk").len(), 1);
+        // The second byte of a character may be a backslash.
+        let sjis = b"encoding=\"windows-932\"\nparentFileNameHint=\"C:\\\x95\x5c.vmdk\"\n";
+        let written = Descriptor::parse(sjis).unwrap().parent.unwrap();
+        assert_eq!(names(sjis, &written)[2], "\u{8868}.vmdk".as_bytes());
     }
 
     #[test]

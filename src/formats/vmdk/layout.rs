@@ -3,8 +3,18 @@
 //! Source: VMware, *Virtual Disk Format 5.0* (technical note), sections "Hosted Sparse Extents" (`KDMV`), "ESXi
 //! Host Sparse Extents" (`COWD`) and "Stream-Optimized Compressed Sparse Extents" (markers). All numbers are
 //! little-endian; offsets and sizes in the structures are in sectors of 512 bytes.
+//!
+//! The layout of space-efficient sparse extents is not published; places and entry bits here were found by building
+//! extents and watching how the reference maps them.
+//!
+//! Structures are read and written whole, so that bytes that mean nothing to us survive.
 
-use byteorder::{ByteOrder, LittleEndian as LE};
+use std::mem::{offset_of, size_of};
+
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::block::{Error, Result};
 
 /// Bytes in a sector.
 pub const SECTOR: u64 = 512;
@@ -53,149 +63,262 @@ pub const MAX_TABLES: u64 = 1 << 21;
 pub const MAX_EXTENTS: usize = 1 << 15;
 
 /// `SparseExtentHeader`: one sector.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
 pub struct SparseHeader {
-    /// 0x04, u32: 1; 2 with zeroed grains; 3 stream-optimized.
-    pub version: u32,
-    /// 0x08, u32: `FLAG_*`.
-    pub flags: u32,
-    /// 0x0c, u64: capacity in sectors.
-    pub capacity: u64,
-    /// 0x14, u64: sectors in a grain.
-    pub grain_sectors: u64,
-    /// 0x1c, u64: first sector of the embedded descriptor, 0 for none.
-    pub descriptor_at: u64,
-    /// 0x24, u64: its length in sectors.
-    pub descriptor_sectors: u64,
-    /// 0x2c, u32: entries in a grain table.
-    pub gtes: u32,
-    /// 0x30, u64: first sector of the redundant grain directory.
-    pub rgd_at: u64,
-    /// 0x38, u64: first sector of the grain directory, or [`GD_AT_END`].
-    pub gd_at: u64,
-    /// 0x40, u64: sectors before the first grain.
-    pub overhead: u64,
-    /// 0x48, u8: not closed cleanly.
-    pub unclean: bool,
-    /// 0x4d, u16: 0 none, 1 deflate.
-    pub compression: u16,
+    /// [`MAGIC`].
+    pub magic: [u8; 4],
+    /// 1; 2 with zeroed grains; 3 stream-optimized.
+    pub version: U32,
+    /// `FLAG_*`.
+    pub flags: U32,
+    /// Capacity in sectors.
+    pub capacity: U64,
+    /// Sectors in a grain.
+    pub grain_sectors: U64,
+    /// First sector of the embedded descriptor, 0 for none.
+    pub descriptor_at: U64,
+    /// Its length in sectors.
+    pub descriptor_sectors: U64,
+    /// Entries in a grain table.
+    pub gtes: U32,
+    /// First sector of the redundant grain directory.
+    pub rgd_at: U64,
+    /// First sector of the grain directory, or [`GD_AT_END`].
+    pub gd_at: U64,
+    /// Sectors before the first grain.
+    pub overhead: U64,
+    /// 1 where the extent was not closed cleanly.
+    pub unclean: u8,
+    /// [`NEWLINES`], unless the file went through a translation of line ends.
+    pub newlines: [u8; 4],
+    /// 0 none, 1 deflate.
+    pub compression: U16,
+    /// Zeros.
+    pub padding: [u8; 433],
 }
 
-impl SparseHeader {
-    /// Bytes of the header.
-    pub const SIZE: usize = 512;
+const _: () = {
+    assert!(size_of::<SparseHeader>() as u64 == SECTOR);
+    assert!(offset_of!(SparseHeader, version) == 0x04);
+    assert!(offset_of!(SparseHeader, flags) == 0x08);
+    assert!(offset_of!(SparseHeader, capacity) == 0x0c);
+    assert!(offset_of!(SparseHeader, grain_sectors) == 0x14);
+    assert!(offset_of!(SparseHeader, descriptor_at) == 0x1c);
+    assert!(offset_of!(SparseHeader, descriptor_sectors) == 0x24);
+    assert!(offset_of!(SparseHeader, gtes) == 0x2c);
+    assert!(offset_of!(SparseHeader, rgd_at) == 0x30);
+    assert!(offset_of!(SparseHeader, gd_at) == 0x38);
+    assert!(offset_of!(SparseHeader, overhead) == 0x40);
+    assert!(offset_of!(SparseHeader, unclean) == 0x48);
+    assert!(offset_of!(SparseHeader, newlines) == 0x49);
+    assert!(offset_of!(SparseHeader, compression) == 0x4d);
+    assert!(offset_of!(SparseHeader, padding) == 0x4f);
+};
 
-    /// Reads the fields; the magic has been checked. `None` if there are too few bytes.
-    pub fn parse(bytes: &[u8]) -> Option<Self> {
-        let b = bytes.get(..79)?;
-        Some(Self {
-            version: LE::read_u32(&b[4..]),
-            flags: LE::read_u32(&b[8..]),
-            capacity: LE::read_u64(&b[12..]),
-            grain_sectors: LE::read_u64(&b[20..]),
-            descriptor_at: LE::read_u64(&b[28..]),
-            descriptor_sectors: LE::read_u64(&b[36..]),
-            gtes: LE::read_u32(&b[44..]),
-            rgd_at: LE::read_u64(&b[48..]),
-            gd_at: LE::read_u64(&b[56..]),
-            overhead: LE::read_u64(&b[64..]),
-            unclean: b[72] != 0,
-            compression: LE::read_u16(&b[77..]),
-        })
+impl SparseHeader {
+    /// A header with its magic, no descriptor, 512 entries a table and grains of 64 KiB; all else is 0.
+    pub fn new(version: u32, flags: u32, capacity: u64) -> Self {
+        Self {
+            magic: *MAGIC,
+            version: version.into(),
+            flags: (FLAG_NEWLINES | flags).into(),
+            capacity: capacity.into(),
+            grain_sectors: GRAIN_SECTORS.into(),
+            gtes: HOSTED_GTES.into(),
+            newlines: NEWLINES,
+            ..Self::new_zeroed()
+        }
     }
 
-    /// The sector.
-    pub fn to_bytes(self) -> [u8; Self::SIZE] {
-        let mut b = [0; Self::SIZE];
-        b[..4].copy_from_slice(MAGIC);
-        LE::write_u32(&mut b[4..], self.version);
-        LE::write_u32(&mut b[8..], self.flags);
-        LE::write_u64(&mut b[12..], self.capacity);
-        LE::write_u64(&mut b[20..], self.grain_sectors);
-        LE::write_u64(&mut b[28..], self.descriptor_at);
-        LE::write_u64(&mut b[36..], self.descriptor_sectors);
-        LE::write_u32(&mut b[44..], self.gtes);
-        LE::write_u64(&mut b[48..], self.rgd_at);
-        LE::write_u64(&mut b[56..], self.gd_at);
-        LE::write_u64(&mut b[64..], self.overhead);
-        b[72] = u8::from(self.unclean);
-        b[73..77].copy_from_slice(&NEWLINES);
-        LE::write_u16(&mut b[77..], self.compression);
-        b
+    /// The header at the start of `bytes`; `None` where there is no magic, or too few bytes.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let (header, _) = Self::read_from_prefix(bytes).ok()?;
+        (header.magic == *MAGIC).then_some(header)
     }
 
     /// Whether grains are compressed: the algorithm says it, whatever the flag.
     pub fn compressed(&self) -> bool {
-        self.compression == COMPRESSION_DEFLATE
+        self.compression.get() == COMPRESSION_DEFLATE
+    }
+
+    /// Whether that flag is set.
+    pub fn has(&self, flag: u32) -> bool {
+        self.flags.get() & flag != 0
     }
 }
 
 /// `COWDisk_Header`, the part that matters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
 pub struct CowdHeader {
-    /// 0x0c, u32: capacity in sectors.
-    pub capacity: u32,
-    /// 0x10, u32: sectors in a grain.
-    pub grain_sectors: u32,
-    /// 0x14, u32: first sector of the grain directory.
-    pub gd_at: u32,
-    /// 0x18, u32: entries of the grain directory.
-    pub gd_entries: u32,
+    /// [`COWD_MAGIC`].
+    pub magic: [u8; 4],
+    /// 1.
+    pub version: U32,
+    /// 3.
+    pub flags: U32,
+    /// Capacity in sectors.
+    pub capacity: U32,
+    /// Sectors in a grain.
+    pub grain_sectors: U32,
+    /// First sector of the grain directory.
+    pub gd_at: U32,
+    /// Entries of the grain directory.
+    pub gd_entries: U32,
+    /// The sector where the next grain goes.
+    pub free_at: U32,
 }
 
-impl CowdHeader {
-    /// Reads the fields; the magic has been checked.
-    pub fn parse(bytes: &[u8]) -> Option<Self> {
-        let b = bytes.get(..32)?;
-        Some(Self {
-            capacity: LE::read_u32(&b[12..]),
-            grain_sectors: LE::read_u32(&b[16..]),
-            gd_at: LE::read_u32(&b[20..]),
-            gd_entries: LE::read_u32(&b[24..]),
-        })
-    }
+const _: () = {
+    assert!(size_of::<CowdHeader>() == 32);
+    assert!(offset_of!(CowdHeader, capacity) == 0x0c);
+    assert!(offset_of!(CowdHeader, gd_entries) == 0x18);
+};
+
+/// What stands before the data of a compressed grain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct GrainMarker {
+    /// The grain's first sector on the guest's disk.
+    pub sector: U64,
+    /// Bytes of the data that follow.
+    pub bytes: U32,
 }
 
-/// Bytes before the data of a compressed grain: u64 sector on the guest's disk, u32 length of the data.
-pub const GRAIN_MARKER: usize = 12;
+const _: () = assert!(size_of::<GrainMarker>() == 12);
 
-/// What a metadata marker announces.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Marker {
-    /// Nothing more.
-    EndOfStream,
-    /// A grain table.
-    GrainTable,
-    /// The grain directory.
-    GrainDirectory,
-    /// The footer: the header again, with the directory's place.
-    Footer,
+/// The sector before a piece of metadata in a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Marker {
+    /// Sectors of what follows.
+    pub sectors: U64,
+    /// 0: a [`GrainMarker`] has the length of its data here.
+    pub bytes: U32,
+    /// `MARKER_*`.
+    pub kind: U32,
+    /// Zeros.
+    pub padding: [u8; 496],
 }
+
+const _: () = {
+    assert!(size_of::<Marker>() as u64 == SECTOR);
+    assert!(offset_of!(Marker, bytes) == offset_of!(GrainMarker, bytes));
+    assert!(offset_of!(Marker, kind) == 12);
+};
+
+/// Nothing follows.
+pub const MARKER_END: u32 = 0;
+/// A grain table follows.
+pub const MARKER_TABLE: u32 = 1;
+/// The grain directory follows.
+pub const MARKER_DIRECTORY: u32 = 2;
+/// The footer follows: the header again, with the directory's place.
+pub const MARKER_FOOTER: u32 = 3;
 
 impl Marker {
-    /// The sector: u64 number of sectors that follow, u32 zero, u32 type, padding.
-    pub fn to_bytes(self, sectors: u64) -> [u8; 512] {
-        let mut b = [0; 512];
-        LE::write_u64(&mut b[..], sectors);
-        LE::write_u32(
-            &mut b[12..],
-            match self {
-                Marker::EndOfStream => 0,
-                Marker::GrainTable => 1,
-                Marker::GrainDirectory => 2,
-                Marker::Footer => 3,
-            },
-        );
-        b
+    /// The marker of that kind, before so many sectors.
+    pub fn new(kind: u32, sectors: u64) -> Self {
+        Self { sectors: sectors.into(), kind: kind.into(), ..Self::new_zeroed() }
     }
 }
 
-/// The marker of a compressed grain.
-pub fn grain_marker(sector: u64, bytes: u32) -> [u8; GRAIN_MARKER] {
-    let mut b = [0; GRAIN_MARKER];
-    LE::write_u64(&mut b[..], sector);
-    LE::write_u32(&mut b[8..], bytes);
-    b
+/// The constant header of a space-efficient sparse extent: 64 words of 64 bits.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct SeSparseHeader {
+    /// [`SESPARSE_MAGIC`].
+    pub magic: U64,
+    /// [`SESPARSE_VERSION`].
+    pub version: U64,
+    /// Capacity in sectors.
+    pub capacity: U64,
+    /// Sectors in a grain: 8.
+    pub grain_sectors: U64,
+    /// Sectors of a grain table: 64, so 4096 entries.
+    pub table_sectors: U64,
+    /// Unknown.
+    pub unknown_5: [U64; 5],
+    /// First sector of the volatile header.
+    pub volatile_at: U64,
+    /// Unknown.
+    pub unknown_11: [U64; 5],
+    /// First sector of the grain directory.
+    pub gd_at: U64,
+    /// Its length in sectors. An entry's top nibble is 1 where there is a table, its low 32 bits the table's number.
+    pub gd_sectors: U64,
+    /// First sector of the grain tables.
+    pub tables_at: U64,
+    /// Their length in sectors. An entry's top nibble says 0 or 1: nothing or unmapped, 2: zeros, 3: allocated; bits
+    /// 48 to 59 are the low 12 bits of the grain's number, bits 0 to 47 the high ones.
+    pub tables_sectors: U64,
+    /// Unknown.
+    pub unknown_20: [U64; 4],
+    /// First sector of the grains.
+    pub grains_at: U64,
+    /// Their length in sectors.
+    pub grains_sectors: U64,
+    /// Unknown.
+    pub unknown_26: [U64; 38],
+}
+
+const _: () = {
+    assert!(size_of::<SeSparseHeader>() as u64 == SECTOR);
+    assert!(offset_of!(SeSparseHeader, volatile_at) == 10 * 8);
+    assert!(offset_of!(SeSparseHeader, gd_at) == 16 * 8);
+    assert!(offset_of!(SeSparseHeader, grains_at) == 24 * 8);
+};
+
+/// The start of the volatile header of such an extent.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct SeSparseVolatile {
+    /// [`SESPARSE_VOLATILE_MAGIC`].
+    pub magic: U64,
+    /// Unknown.
+    pub unknown_1: [U64; 2],
+    /// Not 0 where the journal must be replayed.
+    pub replay: U64,
+}
+
+const _: () = assert!(offset_of!(SeSparseVolatile, replay) == 3 * 8);
+
+/// Magic number of a space-efficient sparse extent.
+pub const SESPARSE_MAGIC: u64 = 0xcafe_babe;
+/// Magic number of its volatile header.
+pub const SESPARSE_VOLATILE_MAGIC: u64 = 0xcafe_cafe;
+/// Version 2.1.
+pub const SESPARSE_VERSION: u64 = 0x0000_0002_0000_0001;
+/// Sectors in a grain of such an extent.
+pub const SESPARSE_GRAIN_SECTORS: u64 = 8;
+/// Entries in its grain tables.
+pub const SESPARSE_GTES: u64 = 4096;
+
+/// Whether these are the first bytes of such an extent.
+pub fn is_sesparse(head: &[u8]) -> bool {
+    U64::read_from_prefix(head).is_ok_and(|(magic, _)| magic.get() == SESPARSE_MAGIC)
+}
+
+/// Reads a structure of the size of its type from the file.
+pub fn read<T: FromBytes + IntoBytes + FromZeros>(
+    storage: &dyn crate::storage::Storage,
+    at: u64,
+) -> crate::storage::Result<T> {
+    let mut value = T::new_zeroed();
+    storage.read_at(at, value.as_mut_bytes())?;
+    Ok(value)
+}
+
+/// The bytes of the entries of a grain table or directory.
+pub fn entry_bytes(entries: &[u32]) -> Vec<u8> {
+    entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
+}
+
+/// A sector number as tables hold it.
+pub fn sector32(sector: u64) -> Result<u32> {
+    u32::try_from(sector)
+        .map_err(|_| Error::unsupported("The extent is full: a sparse VMDK file cannot be larger than 2 TiB"))
 }
 
 #[cfg(test)]
@@ -203,24 +326,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn header_survives_its_bytes() {
+    fn header_fields_have_their_places() {
         let header = SparseHeader {
-            version: 3,
-            flags: FLAG_NEWLINES | FLAG_COMPRESSED | FLAG_MARKERS,
-            capacity: 0x1234_5678_9abc,
-            grain_sectors: 128,
-            descriptor_at: 1,
-            descriptor_sectors: 20,
-            gtes: 512,
-            rgd_at: 0x21,
-            gd_at: GD_AT_END,
-            overhead: 128,
-            unclean: true,
-            compression: COMPRESSION_DEFLATE,
+            gd_at: GD_AT_END.into(),
+            unclean: 1,
+            compression: COMPRESSION_DEFLATE.into(),
+            ..SparseHeader::new(3, FLAG_COMPRESSED | FLAG_MARKERS, 0x1234_5678_9abc)
         };
-        let bytes = header.to_bytes();
+        let bytes = header.as_bytes();
         assert_eq!(&bytes[..4], b"KDMV");
         assert_eq!(bytes[72..79], [1, b'\n', b' ', b'\r', b'\n', 1, 0]);
-        assert_eq!(SparseHeader::parse(&bytes), Some(header));
+        assert_eq!(bytes[12..18], [0xbc, 0x9a, 0x78, 0x56, 0x34, 0x12]);
+        assert_eq!(SparseHeader::parse(bytes), Some(header));
+        assert_eq!(SparseHeader::parse(&bytes[..511]), None);
     }
 }

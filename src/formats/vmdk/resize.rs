@@ -10,8 +10,12 @@
 //!   stays as short as it is then, because its size is in its own header: two files cannot change at once. If it
 //!   ends within a grain it is brought to the grain's end before (a stop just then leaves the disk longer by that
 //!   much): no grain may lie in two extents;
-//! * shrinking, sparse: what lies beyond is cleared, then the header; flat: the text, then the file is cut.
+//! * shrinking, sparse: the header, then what lies beyond is cleared, then the text; flat: the text, then the file is
+//!   cut. What a stop left beyond the end is cleared before the next growth shows it.
+//!
+//! Whether all that lies where nothing else does is known before the first write (`intact.rs`).
 
+use std::cmp::Ordering::{Equal, Greater, Less};
 use std::sync::atomic::Ordering;
 
 use crate::block::error::Context;
@@ -21,8 +25,7 @@ use crate::storage::{Preallocation, Storage, Zeroing};
 use super::create::{SPLIT, SUBFORMATS, SparseLayout, Subformat, extent_name};
 use super::descriptor::{self, Access};
 use super::layout::*;
-use super::sparse::{Sparse, State, entry_bytes, sector32};
-use super::{Body, Part, VmdkDriver};
+use super::{Body, Part, VmdkDriver, intact};
 
 impl Resize for VmdkDriver {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
@@ -58,14 +61,12 @@ impl Resize for VmdkDriver {
                     cut_flat(&**storage, offset + last.len(), offset + len)?;
                 }
             }
-            Body::Sparse { sparse, .. } if len > last.len() => {
-                grow(sparse, len)?;
-                self.tell(&plan, files)?;
-            }
-            Body::Sparse { sparse, .. } if len < last.len() => {
-                // What lies beyond goes first, so that growing again shows zeros, not the old content.
-                clear_beyond(sparse, len)?;
-                set_capacity(sparse, len / SECTOR, None)?;
+            Body::Sparse { sparse, .. } => {
+                match len.cmp(&last.len()) {
+                    Less => sparse.shrink(len)?,
+                    Equal => {}
+                    Greater => sparse.grow(len)?,
+                }
                 self.tell(&plan, files)?;
             }
             _ => self.tell(&plan, files)?,
@@ -174,34 +175,41 @@ impl VmdkDriver {
             }
         }
         match (&last.body, last.access) {
-            (Body::Flat { file, .. }, Access::ReadWrite) => self.alone(*file)?,
+            (Body::Flat { file, offset }, Access::ReadWrite) => {
+                self.alone(*file)?;
+                let storage = &self.files[*file].storage;
+                if storage.len().context("Failed to resize underlying file")? < offset + last.len() {
+                    let name = &self.files[*file].name;
+                    return Err(Error::corrupt(format!("'{name}' is cut short: a part of the disk is missing")));
+                }
+            }
             (Body::Zero, Access::ReadWrite) => {}
-            (Body::Sparse { sparse, .. }, Access::ReadWrite) if sparse.hosted => {
+            (Body::Sparse { file, sparse }, Access::ReadWrite) if sparse.hosted => {
                 if plan.len.div_ceil(sparse.shape.span()) > MAX_TABLES {
                     return Err(Error::unsupported("The image size is too large for file format 'vmdk'"));
                 }
                 if plan.len < last.len() && sparse.shape.compressed {
                     return Err(Error::unsupported("a stream-optimized image cannot shrink; convert it"));
                 }
+                self.alone(*file)?;
+                let (at, room) = self.text_at;
+                intact::check(sparse, room.map(|room| (at, room)))?;
             }
             _ => return Err(Error::unsupported("An extent of this kind cannot be resized")),
         }
         Ok(plan)
     }
 
-    /// Refuses a file that two extents share: there is no telling what lies behind the last of them.
+    /// Refuses a file that two extents share, or that the descriptor is in: there is no telling what lies behind the
+    /// last of them.
     fn alone(&self, file: usize) -> Result<()> {
         let is = |index: usize| self.files.get(index).map(|child| (&child.name, child.storage.facts().identity));
-        let shared = self.parts.iter().filter_map(|part| match &part.body {
-            Body::Flat { file, .. } => Some(*file),
-            _ => None,
-        });
         let same = |other: usize| match (is(other), is(file)) {
             (Some((_, Some(a))), Some((_, Some(b)))) => a == b,
             (Some((a, _)), Some((b, _))) => a == b,
             _ => false,
         };
-        match shared.filter(|other| *other != file).any(same) {
+        match (0..self.files.len()).filter(|other| *other != file).any(same) {
             true => Err(Error::unsupported("An extent that shares its file with another one cannot be resized")),
             false => Ok(()),
         }
@@ -279,145 +287,6 @@ fn numbered(name: &str, number: usize) -> Option<String> {
 fn is_extent_line(line: &str) -> bool {
     let first = line.split_whitespace().next().unwrap_or_default().to_ascii_uppercase();
     matches!(first.as_str(), "RW" | "RDONLY" | "NOACCESS")
-}
-
-/// Writes the header's sector with the new capacity, and the directories' new places if they moved.
-fn set_capacity(sparse: &Sparse, sectors: u64, moved: Option<(u64, u64)>) -> Result<()> {
-    put_capacity(sparse, &mut sparse.state(), sectors, moved)
-}
-
-fn put_capacity(sparse: &Sparse, state: &mut State, sectors: u64, moved: Option<(u64, u64)>) -> Result<()> {
-    let mut head = [0; SparseHeader::SIZE];
-    sparse.storage.read_at(0, &mut head).context("Could not read the header")?;
-    let header = SparseHeader::parse(&head).ok_or_else(|| Error::corrupt("Truncated VMDK header"))?;
-    let mut header = SparseHeader { capacity: sectors, ..header };
-    if let Some((rgd_at, gd_at)) = moved {
-        (header.rgd_at, header.gd_at) = (rgd_at, gd_at);
-    }
-    sparse.storage.write_at(0, &header.to_bytes()).context("Could not write the header")?;
-    state.capacity = sectors;
-    if let Some(known) = &mut state.header {
-        known.capacity = sectors;
-        if let Some((rgd_at, gd_at)) = moved {
-            (known.rgd_at, known.gd_at) = (rgd_at, gd_at);
-        }
-    }
-    Ok(())
-}
-
-fn grow(sparse: &Sparse, len: u64) -> Result<()> {
-    let storage = &sparse.storage;
-    let mut guard = sparse.state();
-    let state = &mut *guard;
-    let Some(header) = state.header else { return Err(Error::unsupported("not a hosted sparse extent")) };
-    // Whatever somebody left behind the end.
-    clear_rest(sparse, state, state.capacity * SECTOR)?;
-    let tables = usize::try_from(len.div_ceil(sparse.shape.span())).unwrap_or(usize::MAX);
-    if state.stream.is_some() {
-        // A second tail behind the first, then the header, then the tail in its place: at every moment the last
-        // two sectors of the file are a footer and an end that hold.
-        state.gd.resize(tables, 0);
-        let new = SparseHeader { capacity: len / SECTOR, ..header };
-        let first = state.next;
-        let end = storage.len().context("Could not get the length")?.div_ceil(SECTOR);
-        let size = super::stream::tail(&new, 0, &state.gd)?.len() as u64;
-        let behind = end.max(first + size.div_ceil(SECTOR));
-        let directory = state.gd.clone();
-        let put = |at: u64| -> Result<u64> {
-            let tail = super::stream::tail(&new, at, &directory)?;
-            storage.write_at(at * SECTOR, &tail).context("Could not write the footer")?;
-            storage.flush().context("Could not flush")?;
-            Ok(at * SECTOR + tail.len() as u64)
-        };
-        put(behind)?;
-        put_capacity(sparse, state, len / SECTOR, None)?;
-        let end = put(first)?;
-        return storage.set_len(end, Preallocation::Off).context("Could not set the length");
-    }
-    let old = state.gd.len();
-    if tables <= old {
-        return put_capacity(sparse, state, len / SECTOR, None);
-    }
-    // New tables at the end of the file, and both directories behind them: the old ones stay what they are until
-    // the header points at the new.
-    let table_sectors = sparse.shape.table_sectors();
-    let gd_sectors = (tables as u64 * 4).div_ceil(SECTOR);
-    let redundant = state.rgd.is_some();
-    let copies = if redundant { 2 } else { 1 };
-    let start = state.next;
-    let added = (tables - old) as u64;
-    let directory = |old: &[u32], at: u64| -> Result<Vec<u32>> {
-        let mut new = old.to_vec();
-        for table in 0..added {
-            new.push(sector32(at + table * table_sectors)?);
-        }
-        Ok(new)
-    };
-    let gd = directory(&state.gd, start)?;
-    let rgd = match &state.rgd {
-        Some(rgd) => Some(directory(rgd, start + added * table_sectors)?),
-        None => None,
-    };
-    let gd_at = start + copies * added * table_sectors;
-    let rgd_at = if redundant { gd_at + gd_sectors } else { header.rgd_at };
-    let end = (gd_at + copies * gd_sectors).next_multiple_of(header.grain_sectors);
-    sector32(end)?;
-    storage
-        .zero(start * SECTOR, (end - start) * SECTOR, Zeroing::Punch)
-        .and_then(|()| storage.set_len(end * SECTOR, Preallocation::Off))
-        .context("Failed to resize underlying file")?;
-    storage.write_at(gd_at * SECTOR, &entry_bytes(&gd)).context("Could not write the grain directory")?;
-    if let Some(rgd) = &rgd {
-        storage.write_at(rgd_at * SECTOR, &entry_bytes(rgd)).context("Could not write the grain directory")?;
-    }
-    storage.flush().context("Could not flush")?;
-    put_capacity(sparse, state, len / SECTOR, Some((rgd_at, gd_at)))?;
-    (state.gd, state.rgd, state.next) = (gd, rgd, end);
-    Ok(())
-}
-
-/// Makes the rest of the grain that `len` cuts zero.
-fn clear_rest(sparse: &Sparse, state: &mut State, len: u64) -> Result<()> {
-    let (grain, skip) = (sparse.shape.grain, len % sparse.shape.grain);
-    if skip != 0
-        && !sparse.shape.compressed
-        && let super::Grain::At(sector) = state.grain(sparse, len / grain)?
-    {
-        sparse.storage.zero(sector * SECTOR + skip, grain - skip, Zeroing::Punch).context("Could not clear the end")?;
-    }
-    Ok(())
-}
-
-/// Makes all grains from `len` on unallocated, and the rest of the grain that `len` cuts zero.
-fn clear_beyond(sparse: &Sparse, len: u64) -> Result<()> {
-    let shape = sparse.shape;
-    let mut state = sparse.state();
-    if state.stream.is_some() {
-        return Err(Error::unsupported("a stream-optimized image cannot shrink; convert it"));
-    }
-    clear_rest(sparse, &mut state, len)?;
-    let first = len.div_ceil(shape.grain);
-    let last = state.gd.len() as u64 * shape.gtes;
-    let mut grain = first;
-    while grain < last {
-        if grain.is_multiple_of(shape.gtes) {
-            let empty = state.empty_tables(sparse, grain / shape.gtes, (last - grain) / shape.gtes)?;
-            if empty > 0 {
-                grain += empty * shape.gtes;
-                continue;
-            }
-        }
-        if state.grain(sparse, grain)? != super::Grain::Unallocated {
-            if let super::Grain::At(sector) = state.grain(sparse, grain)?
-                && !shape.compressed
-            {
-                sparse.storage.discard(sector * SECTOR, shape.grain).context("Could not give back a grain")?;
-            }
-            state.change(sparse, grain, 0)?;
-        }
-        grain += 1;
-    }
-    state.write_tables(sparse)
 }
 
 #[cfg(test)]

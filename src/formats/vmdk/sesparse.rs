@@ -1,43 +1,19 @@
 //! Space-efficient sparse extents (`SESPARSE`), the snapshots of vSphere 6.5 and later: read only.
 //!
-//! The layout is not published; field places and entry bits here were found by building extents and watching how
-//! the reference maps them. All numbers are little-endian 64-bit, offsets and sizes in sectors.
-//!
-//! | place | meaning |
-//! |---|---|
-//! | header 0 | magic `0xcafebabe` |
-//! | header 1 | version 2.1 |
-//! | header 2 | capacity |
-//! | header 3 | grain size: 8 |
-//! | header 4 | grain table size: 64, so 4096 entries |
-//! | header 10 | volatile header: offset |
-//! | header 16, 17 | grain directory: offset, size |
-//! | header 18, 19 | grain tables: offset, size |
-//! | header 24, 25 | grains: offset, size |
-//! | volatile header 0 | magic `0xcafecafe` |
-//! | volatile header 3 | journal must be replayed |
-//! | directory entry | top nibble 1: allocated, low 32 bits: number of the table |
-//! | table entry | top nibble 0 or 1: nothing or unmapped, 2: zeros, 3: allocated; bits 48-59 are the low 12 bits of the grain's number, bits 0-47 the high ones |
-//!
 //! Lock order: the cache of tables alone; only metadata is read under it.
 
 use std::sync::{Arc, Mutex};
-
-use byteorder::{ByteOrder, LittleEndian as LE};
 
 use crate::block::error::Context;
 use crate::block::{Error, FileEnd, Result};
 use crate::formats::table::TableCache;
 use crate::storage::Storage;
 
-use super::layout::{MAX_TABLES, SECTOR};
-use super::sparse::Grain;
+use super::layout::*;
+use super::tables::Grain;
 
-const MAGIC: u64 = 0xcafe_babe;
-const VOLATILE_MAGIC: u64 = 0xcafe_cafe;
-const VERSION: u64 = 0x0000_0002_0000_0001;
-const GRAIN: u64 = 8 * SECTOR;
-const GTES: u64 = 4096;
+const GRAIN: u64 = SESPARSE_GRAIN_SECTORS * SECTOR;
+const GTES: u64 = SESPARSE_GTES;
 const READING: &str = "Could not read the metadata of a seSparse extent";
 /// Bytes of directory and tables that are kept.
 const CACHED: usize = 1 << 20;
@@ -60,51 +36,45 @@ fn corrupt(what: &str) -> Error {
     Error::corrupt(format!("seSparse extent: {what}"))
 }
 
-fn words<const N: usize>(storage: &dyn Storage, sector: u64) -> Result<[u64; N]> {
-    let at = sector.checked_mul(SECTOR).ok_or_else(|| corrupt("offset past every end"))?;
-    let mut bytes = vec![0; N * 8];
-    storage.read_at(at, &mut bytes).context(READING)?;
-    let mut words = [0; N];
-    LE::read_u64_into(&bytes, &mut words);
-    Ok(words)
-}
-
 impl SeSparse {
     /// Bytes in a grain.
     pub const GRAIN: u64 = GRAIN;
 
     /// Reads both headers and the directory.
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
-        let header: [u64; 64] = words(&*storage, 0)?;
-        if header[0] != MAGIC {
+        let header: SeSparseHeader = read(&*storage, 0).context(READING)?;
+        if header.magic.get() != SESPARSE_MAGIC {
             return Err(corrupt("no magic number at its start"));
         }
-        if header[1] != VERSION {
-            return Err(Error::unsupported(format!("seSparse extent: unsupported version {:#x}", header[1])));
+        let version = header.version.get();
+        if version != SESPARSE_VERSION {
+            return Err(Error::unsupported(format!("seSparse extent: unsupported version {version:#x}")));
         }
-        if header[3] != GRAIN / SECTOR || header[4] != GTES * 8 / SECTOR {
+        if header.grain_sectors.get() != SESPARSE_GRAIN_SECTORS || header.table_sectors.get() != GTES * 8 / SECTOR {
             return Err(Error::unsupported("seSparse extent: grains of 8 and tables of 64 sectors are expected"));
         }
-        let volatile: [u64; 8] = words(&*storage, header[10])?;
-        if volatile[0] != VOLATILE_MAGIC {
+        let past = || corrupt("offset past every end");
+        let volatile_at = header.volatile_at.get().checked_mul(SECTOR).ok_or_else(past)?;
+        let volatile: SeSparseVolatile = read(&*storage, volatile_at).context(READING)?;
+        if volatile.magic.get() != SESPARSE_VOLATILE_MAGIC {
             return Err(corrupt("no magic number in the volatile header"));
         }
-        if volatile[3] != 0 {
+        if volatile.replay.get() != 0 {
             return Err(Error::unsupported("seSparse extent: its journal must be replayed first"));
         }
-        let needed = header[2].div_ceil(8 * GTES);
+        let needed = header.capacity.get().div_ceil(SESPARSE_GRAIN_SECTORS * GTES);
         if needed > MAX_TABLES * 8 {
             return Err(corrupt("too many grain tables"));
         }
-        let gd_at = header[16].checked_mul(SECTOR).ok_or_else(|| corrupt("offset past every end"))?;
-        let gd_entries = header[17].saturating_mul(SECTOR / 8).min(needed);
+        let gd_at = header.gd_at.get().checked_mul(SECTOR).ok_or_else(past)?;
+        let gd_entries = header.gd_sectors.get().saturating_mul(SECTOR / 8).min(needed);
         let cache = Mutex::new(TableCache::new(CACHED));
         Ok(Self {
             gd_at,
             gd_entries,
-            tables_at: header[18],
-            tables: header[19] / 64,
-            grains_at: header[24],
+            tables_at: header.tables_at.get(),
+            tables: header.tables_sectors.get() / header.table_sectors.get(),
+            grains_at: header.grains_at.get(),
             storage,
             cache,
             end: FileEnd::default(),

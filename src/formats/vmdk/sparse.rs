@@ -1,214 +1,111 @@
 //! A sparse extent: grains behind a grain directory and grain tables (`KDMV` and `COWD`).
 //!
-//! Invariants: an entry of a grain table on disk points at a grain that was written before it; both directories
-//! always say the same. Tables are kept in memory up to [`MAX_CACHED_ENTRIES`] and written in runs.
+//! Which header rules is decided once, when the extent is opened: that of the footer, where there is one and it
+//! holds, else the one at the start of the file.
 //!
 //! Lock order: `state` alone; metadata is read and written under it, guest data never.
 //!
-//! Source: *Virtual Disk Format 5.0*, "Hosted Sparse Extents", "ESXi Host Sparse Extents".
+//! Source: *Virtual Disk Format 5.0*, "Hosted Sparse Extents", "ESXi Host Sparse Extents",
+//! "Stream-Optimized Compressed Sparse Extents".
 
-use std::collections::BTreeMap;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use byteorder::{ByteOrder, LittleEndian as LE};
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::block::error::Context;
-use crate::block::{Error, FileEnd, Result};
-use crate::storage::Storage;
+use crate::block::{Error, Result};
+use crate::storage::{Preallocation, Storage};
 
 use super::layout::*;
-use super::stream::Stream;
-
-/// Entries of cached tables: 8 MiB of memory, 128 GiB of guest disk.
-const MAX_CACHED_ENTRIES: usize = 1 << 20;
-
-/// What a grain table says of a grain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Grain {
-    /// Nothing: ask the parent.
-    Unallocated,
-    /// Zeros.
-    Zeroed,
-    /// It starts at that sector of the file.
-    At(u64),
-}
-
-/// What does not change while an extent is open.
-#[derive(Debug, Clone, Copy)]
-pub struct Shape {
-    /// Bytes in a grain.
-    pub grain: u64,
-    /// Entries in a grain table.
-    pub gtes: u64,
-    /// Whether an entry of 1 is a zeroed grain.
-    pub zeroed: bool,
-    /// Whether grains are compressed.
-    pub compressed: bool,
-    /// Whether compressed grains carry a marker with their length.
-    pub markers: bool,
-}
-
-impl Shape {
-    /// Sectors of a grain table.
-    pub fn table_sectors(&self) -> u64 {
-        (self.gtes * 4).div_ceil(SECTOR)
-    }
-
-    /// Sectors of a grain.
-    pub fn grain_sectors(&self) -> u64 {
-        self.grain / SECTOR
-    }
-
-    /// Guest bytes behind one table.
-    pub fn span(&self) -> u64 {
-        self.grain * self.gtes
-    }
-
-    fn grain_of(&self, entry: u32) -> Grain {
-        match entry {
-            0 => Grain::Unallocated,
-            GTE_ZEROED if self.zeroed => Grain::Zeroed,
-            at => Grain::At(at.into()),
-        }
-    }
-}
+use super::stream::{Stream, directory_marker, tail};
+use super::tables::{ExtentFile, Grain, Shape, State, read_entries};
 
 /// One sparse extent.
 #[derive(Debug)]
 pub struct Sparse {
-    /// Its file.
-    pub storage: Arc<dyn Storage>,
-    /// Its shape.
-    pub shape: Shape,
+    file: ExtentFile,
     /// Whether it is a hosted one.
     pub hosted: bool,
     state: Mutex<State>,
 }
 
-/// The tables, and where the next grain goes.
-#[derive(Debug)]
-pub struct State {
-    /// Sectors of the guest's disk, as the header has it.
-    pub capacity: u64,
-    /// The header, where it is a hosted one.
-    pub header: Option<SparseHeader>,
-    /// Sectors of the grain tables, 0 where there is none.
-    pub gd: Vec<u32>,
-    /// The same of the redundant directory, if there is one.
-    pub rgd: Option<Vec<u32>>,
-    /// The sector of the next grain.
-    pub next: u64,
-    /// The open end of a stream-optimized extent.
-    pub stream: Option<Stream>,
-    tables: BTreeMap<u64, Table>,
-    directory_dirty: bool,
-}
+impl Deref for Sparse {
+    type Target = ExtentFile;
 
-#[derive(Debug)]
-struct Table {
-    entries: Vec<u32>,
-    dirty: bool,
+    fn deref(&self) -> &ExtentFile {
+        &self.file
+    }
 }
 
 impl Sparse {
-    /// Reads the header and the directories.
-    pub fn open(storage: Arc<dyn Storage>, head: &[u8]) -> Result<Self> {
+    /// Reads the header and the directories of the file that begins with `head`.
+    pub fn open(name: &str, storage: Arc<dyn Storage>, head: &[u8]) -> Result<Self> {
         if head.starts_with(COWD_MAGIC) {
-            let header = CowdHeader::parse(head).ok_or_else(|| Error::corrupt("Truncated COWD header"))?;
-            Self::open_cowd(storage, header)
+            let (header, _) =
+                CowdHeader::read_from_prefix(head).map_err(|_| Error::corrupt("Truncated COWD header"))?;
+            Self::open_cowd(name, storage, header)
         } else if head.starts_with(MAGIC) {
             let header = SparseHeader::parse(head).ok_or_else(|| Error::corrupt("Truncated VMDK header"))?;
-            Self::open_hosted(storage, header)
+            Self::open_hosted(name, storage, header)
         } else {
             Err(Error::corrupt("Image not in VMDK format"))
         }
     }
 
-    fn open_hosted(storage: Arc<dyn Storage>, header: SparseHeader) -> Result<Self> {
+    fn open_hosted(name: &str, storage: Arc<dyn Storage>, first: SparseHeader) -> Result<Self> {
         let length = storage.len().context("Could not get the length of the extent")?;
-        let mut header = header;
-        if header.gd_at == GD_AT_END {
-            // The footer is the last but one sector; the last is the end-of-stream marker.
-            let mut footer = [0; SparseHeader::SIZE];
-            let at =
-                length.checked_sub(2 * SECTOR).ok_or_else(|| Error::corrupt("No footer: the file is too short"))?;
-            storage.read_at(at, &mut footer).context("Could not read the footer")?;
-            let found = SparseHeader::parse(&footer).filter(|_| footer.starts_with(MAGIC));
-            let footer = found.filter(|footer| footer.gd_at != GD_AT_END).ok_or_else(|| {
-                // The file was cut off, or never completely written.
-                Error::corrupt("Invalid footer")
-            })?;
-            header = SparseHeader { gd_at: footer.gd_at, ..header };
-        }
-        if header.version > 3 {
-            return Err(Error::unsupported(format!("Unsupported VMDK version {}", header.version)));
-        }
-        if header.gtes == 0 || header.grain_sectors == 0 || header.grain_sectors > u64::from(u32::MAX) {
-            return Err(Error::corrupt("L1 entry size is invalid"));
-        }
-        if header.gtes > HOSTED_GTES {
-            return Err(Error::corrupt("L2 table size too big"));
-        }
-        check_grain(header.grain_sectors)?;
-        if header.compression > COMPRESSION_DEFLATE {
-            return Err(Error::unsupported(format!("Unknown compression algorithm {}", header.compression)));
-        }
-        let least = header.overhead.saturating_mul(SECTOR);
+        let streamed = first.gd_at.get() == GD_AT_END;
+        let header = if streamed { ruling(&*storage, length, first)? } else { first };
+        check(&header)?;
+        let (grain_sectors, overhead) = (header.grain_sectors.get(), header.overhead.get());
+        let least = overhead.saturating_mul(SECTOR);
         if length < least && !storage.facts().fixed_len {
             return Err(Error::corrupt(format!("File truncated, expecting at least {least} bytes")));
         }
         let shape = Shape {
-            grain: header.grain_sectors * SECTOR,
-            gtes: header.gtes.into(),
-            zeroed: header.flags & FLAG_ZERO_GRAIN != 0,
+            grain: grain_sectors * SECTOR,
+            gtes: header.gtes.get().into(),
+            zeroed: header.has(FLAG_ZERO_GRAIN),
             compressed: header.compressed(),
-            markers: header.flags & FLAG_MARKERS != 0,
+            markers: header.has(FLAG_MARKERS),
         };
-        let tables = header.capacity.div_ceil(header.grain_sectors * shape.gtes);
-        let gd = read_directory(&*storage, header.gd_at, tables)?;
-        let redundant = header.flags & FLAG_REDUNDANT != 0 && header.rgd_at != 0;
-        let rgd = if redundant { Some(read_directory(&*storage, header.rgd_at, tables)?) } else { None };
-        let stream = if shape.compressed && SparseHeader::parse_at_end(&*storage)? {
-            Some(Stream::resume(&*storage, header.gd_at)?)
-        } else {
-            None
-        };
+        let tables = tables_of(&header);
+        let gd = read_directory(&*storage, header.gd_at.get(), tables)?;
+        let redundant = header.has(FLAG_REDUNDANT) && header.rgd_at.get() != 0;
+        let rgd = if redundant { Some(read_directory(&*storage, header.rgd_at.get(), tables)?) } else { None };
+        let stream =
+            if shape.compressed && streamed { Some(Stream::resume(&*storage, header.gd_at.get())?) } else { None };
         let next = match &stream {
             Some(stream) => stream.tail_at,
             None => {
                 let end = length.div_ceil(SECTOR);
-                let end = if shape.compressed { end } else { end.next_multiple_of(header.grain_sectors) };
-                end.max(header.overhead.min(length.div_ceil(SECTOR)))
+                let end = if shape.compressed { end } else { end.next_multiple_of(grain_sectors) };
+                end.max(overhead.min(length.div_ceil(SECTOR)))
             }
         };
-        let (capacity, tables) = (header.capacity, BTreeMap::new());
-        let state = State { capacity, header: Some(header), gd, rgd, next, stream, tables, directory_dirty: false };
-        Ok(Self { storage, shape, hosted: true, state: Mutex::new(state) })
+        let mut state = State::new(header.capacity.get(), gd, next);
+        (state.header, state.rgd, state.stream) = (Some(header), rgd, stream);
+        let file = ExtentFile { name: name.to_owned(), storage, shape };
+        Ok(Self { file, hosted: true, state: Mutex::new(state) })
     }
 
-    fn open_cowd(storage: Arc<dyn Storage>, header: CowdHeader) -> Result<Self> {
-        check_grain(header.grain_sectors.into())?;
+    fn open_cowd(name: &str, storage: Arc<dyn Storage>, header: CowdHeader) -> Result<Self> {
+        let grain_sectors = u64::from(header.grain_sectors.get());
+        check_grain(grain_sectors)?;
         let shape = Shape {
-            grain: u64::from(header.grain_sectors) * SECTOR,
+            grain: grain_sectors * SECTOR,
             gtes: COWD_GTES.into(),
             zeroed: false,
             compressed: false,
             markers: false,
         };
-        let tables = u64::from(header.capacity).div_ceil(u64::from(header.grain_sectors) * shape.gtes);
-        let gd = read_directory(&*storage, header.gd_at.into(), tables.min(header.gd_entries.into()))?;
+        let capacity = u64::from(header.capacity.get());
+        let tables = capacity.div_ceil(grain_sectors * shape.gtes).min(header.gd_entries.get().into());
+        let gd = read_directory(&*storage, header.gd_at.get().into(), tables)?;
         let end = storage.len().context("Could not get the length of the extent")?.div_ceil(SECTOR);
-        let state = State {
-            capacity: header.capacity.into(),
-            header: None,
-            gd,
-            rgd: None,
-            next: end,
-            stream: None,
-            tables: BTreeMap::new(),
-            directory_dirty: false,
-        };
-        Ok(Self { storage, shape, hosted: false, state: Mutex::new(state) })
+        let file = ExtentFile { name: name.to_owned(), storage, shape };
+        Ok(Self { file, hosted: false, state: Mutex::new(State::new(capacity, gd, end)) })
     }
 
     /// Entries of all directories.
@@ -257,11 +154,27 @@ impl Sparse {
     pub fn flush(&self) -> Result<()> {
         let mut state = self.state();
         state.write_tables(self)?;
-        if state.stream.is_some() {
-            state.write_tail(self)?;
-        }
-        Ok(())
+        state.write_tail(self)
     }
+}
+
+/// Refuses numbers that cannot be.
+fn check(header: &SparseHeader) -> Result<()> {
+    let (version, grain_sectors, gtes) = (header.version.get(), header.grain_sectors.get(), header.gtes.get());
+    if version > 3 {
+        return Err(Error::unsupported(format!("Unsupported VMDK version {version}")));
+    }
+    if gtes == 0 || grain_sectors == 0 || grain_sectors > u64::from(u32::MAX) {
+        return Err(Error::corrupt("L1 entry size is invalid"));
+    }
+    if gtes > HOSTED_GTES {
+        return Err(Error::corrupt("L2 table size too big"));
+    }
+    check_grain(grain_sectors)?;
+    if header.compression.get() > COMPRESSION_DEFLATE {
+        return Err(Error::unsupported(format!("Unknown compression algorithm {}", header.compression.get())));
+    }
+    Ok(())
 }
 
 fn check_grain(sectors: u64) -> Result<()> {
@@ -269,6 +182,51 @@ fn check_grain(sectors: u64) -> Result<()> {
         return Err(Error::corrupt(format!("Invalid granularity, image may be corrupt: {sectors} sectors a grain")));
     }
     Ok(())
+}
+
+/// Grain tables of an extent whose header was checked.
+fn tables_of(header: &SparseHeader) -> u64 {
+    header.capacity.get().div_ceil(header.grain_sectors.get() * u64::from(header.gtes.get()))
+}
+
+/// The header of an extent whose first header says that its directory is found through the footer: all fields are
+/// the footer's, because what was not known when the stream began is only there. Where the footer is the damaged one
+/// of the two, it is the first header with the footer's directory.
+fn ruling(storage: &dyn Storage, length: u64, first: SparseHeader) -> Result<SparseHeader> {
+    // The footer is the last but one sector; the last is the end-of-stream marker.
+    let at = length.checked_sub(2 * SECTOR).ok_or_else(|| Error::corrupt("No footer: the file is too short"))?;
+    let footer: SparseHeader = read(storage, at).context("Could not read the footer")?;
+    if footer.magic != *MAGIC || footer.gd_at.get() == GD_AT_END {
+        // The file was cut off, or never completely written.
+        return Err(Error::corrupt("Invalid footer"));
+    }
+    let repaired = SparseHeader { gd_at: footer.gd_at, ..first };
+    for header in [footer, repaired] {
+        if holds(storage, at, &header)? {
+            return Ok(header);
+        }
+    }
+    Ok(footer)
+}
+
+/// Whether a header can be that of a stream whose footer is at `end`.
+fn holds(storage: &dyn Storage, end: u64, header: &SparseHeader) -> Result<bool> {
+    if check(header).is_err() || header.compressed() != header.has(FLAG_COMPRESSED) {
+        return Ok(false);
+    }
+    let tables = tables_of(header);
+    if tables > MAX_TABLES {
+        return Ok(false);
+    }
+    let bytes = tables * 4;
+    let fits = |sector: u64, bytes: u64| {
+        sector.checked_mul(SECTOR).and_then(|at| at.checked_add(bytes)).is_some_and(|last| last <= end)
+    };
+    let inside =
+        fits(header.gd_at.get(), bytes) && fits(header.overhead.get(), 0) && fits(header.descriptor_at.get(), 0);
+    // The marker before the directory knows how long this is.
+    let told = if inside { directory_marker(storage, header.gd_at.get())? } else { None };
+    Ok(inside && told.is_none_or(|sectors| sectors == bytes.div_ceil(SECTOR)))
 }
 
 fn read_directory(storage: &dyn Storage, sector: u64, entries: u64) -> Result<Vec<u32>> {
@@ -279,183 +237,73 @@ fn read_directory(storage: &dyn Storage, sector: u64, entries: u64) -> Result<Ve
     read_entries(storage, at, entries).context("Could not read the grain directory")
 }
 
-/// `entries` 32-bit numbers from `at`; the number of entries is capped by the caller.
-fn read_entries(storage: &dyn Storage, at: u64, entries: u64) -> Result<Vec<u32>> {
-    let entries = usize::try_from(entries).map_err(|_| Error::corrupt("table too long"))?;
-    let mut bytes = vec![0; entries * 4];
-    storage.read_at(at, &mut bytes).context("read error")?;
-    let mut table = vec![0; entries];
-    LE::read_u32_into(&bytes, &mut table);
-    Ok(table)
-}
-
-/// The bytes of a table.
-pub fn entry_bytes(entries: &[u32]) -> Vec<u8> {
-    let mut bytes = vec![0; entries.len() * 4];
-    LE::write_u32_into(entries, &mut bytes);
-    bytes
-}
-
 impl State {
-    fn table_sector(&self, table: u64) -> u32 {
-        usize::try_from(table).ok().and_then(|i| self.gd.get(i)).copied().unwrap_or(0)
-    }
-
-    /// What the tables say of grain `grain` (counted from the extent's start).
-    pub fn grain(&mut self, extent: &Sparse, grain: u64) -> Result<Grain> {
+    /// Room for an encoded grain; its table is opened, and those before it are written.
+    pub fn place_encoded(&mut self, extent: &ExtentFile, grain: u64, bytes: u64) -> Result<u64> {
         let (table, entry) = (grain / extent.shape.gtes, grain % extent.shape.gtes);
-        if let Some(open) = self.stream.as_ref().and_then(|stream| stream.entry(table, entry)) {
-            return Ok(extent.shape.grain_of(open));
+        let is_open = self.stream.as_ref().is_some_and(|stream| stream.is_open(table));
+        if !is_open {
+            let mut entries = Vec::new();
+            for grain in table * extent.shape.gtes..(table + 1) * extent.shape.gtes {
+                entries.push(match self.grain(extent, grain)? {
+                    Grain::At(sector) => sector32(sector)?,
+                    _ => 0,
+                });
+            }
+            self.write_open(extent, table)?;
+            if let Some(stream) = &mut self.stream {
+                stream.begin(table, entries);
+            }
         }
-        if self.table_sector(table) == 0 && !self.tables.contains_key(&table) {
-            return Ok(Grain::Unallocated);
+        let sector = self.next;
+        self.next += bytes.div_ceil(SECTOR);
+        let value = sector32(sector)?;
+        if let Some(stream) = &mut self.stream {
+            stream.dirty = true;
+            stream.set(table, entry, value);
         }
-        let entries = &self.load(extent, table)?.entries;
-        let entry = usize::try_from(entry).ok().and_then(|i| entries.get(i)).copied().unwrap_or(0);
-        Ok(extent.shape.grain_of(entry))
+        Ok(sector)
     }
 
-    fn load(&mut self, extent: &Sparse, table: u64) -> Result<&mut Table> {
-        if !self.tables.contains_key(&table) {
-            if self.tables.len() as u64 * extent.shape.gtes >= MAX_CACHED_ENTRIES as u64 {
-                self.write_tables(extent)?;
-                self.tables.clear();
-            }
-            let at = u64::from(self.table_sector(table)) * SECTOR;
-            let entries = match at {
-                0 => vec![0; usize::try_from(extent.shape.gtes).unwrap_or(0)],
-                at => {
-                    FileEnd::default().require(&*extent.storage, "a grain table", at, extent.shape.gtes * 4)?;
-                    read_entries(&*extent.storage, at, extent.shape.gtes).context("Could not read a grain table")?
-                }
-            };
-            self.tables.insert(table, Table { entries, dirty: false });
+    /// Takes a grain back that will not be written.
+    pub fn forget(&mut self, extent: &ExtentFile, grain: u64) {
+        if let Some(stream) = &mut self.stream {
+            stream.set(grain / extent.shape.gtes, grain % extent.shape.gtes, 0);
         }
-        self.tables.get_mut(&table).ok_or_else(|| Error::corrupt("grain table lost"))
     }
 
-    /// How many tables from `first` on (at most `max`) say nothing at all, as far as is seen without reading
-    /// them: there is none, or it lies in a hole of the file.
-    pub fn empty_tables(&self, extent: &Sparse, first: u64, max: u64) -> Result<u64> {
-        let sectors = extent.shape.table_sectors();
-        let mut empty = 0;
-        let mut hole_end = 0;
-        while empty < max {
-            let table = first + empty;
-            if self.tables.contains_key(&table) || self.stream.as_ref().is_some_and(|s| s.is_open(table)) {
-                break;
-            }
-            let Some(sector) = usize::try_from(table).ok().and_then(|i| self.gd.get(i)).copied() else {
-                // Past the directory there is nothing, however long that is.
-                return Ok(max);
-            };
-            if sector != 0 {
-                let at = u64::from(sector) * SECTOR;
-                let bytes = sectors * SECTOR;
-                if at < hole_end.min(u64::MAX - bytes) && at + bytes <= hole_end {
-                    empty += 1;
-                    continue;
-                }
-                let host = extent.storage.extent(at, u64::MAX / 2 - at).context("Could not read a grain table")?;
-                if !host.is_zero() || host.len < bytes {
-                    break;
-                }
-                hole_end = at + host.len;
-            }
-            empty += 1;
-        }
-        Ok(empty)
-    }
-
-    /// The entries of a table, to be changed.
-    pub fn change(&mut self, extent: &Sparse, grain: u64, value: u32) -> Result<()> {
-        let (table, entry) = (grain / extent.shape.gtes, grain % extent.shape.gtes);
-        let table = self.load(extent, table)?;
-        if let Some(slot) = usize::try_from(entry).ok().and_then(|i| table.entries.get_mut(i)) {
-            *slot = value;
-            table.dirty = true;
+    /// Writes the open tables before `until`, each behind its marker.
+    fn write_open(&mut self, extent: &ExtentFile, until: u64) -> Result<()> {
+        let Some(stream) = &mut self.stream else { return Ok(()) };
+        for (table, entries) in stream.finish(until) {
+            let sectors = extent.shape.table_sectors();
+            let mut bytes = Marker::new(MARKER_TABLE, sectors).as_bytes().to_vec();
+            bytes.extend_from_slice(&entry_bytes(&entries));
+            let failed = || format!("{}: could not write a grain table", extent.name);
+            extent.storage.write_at(self.next * SECTOR, &bytes).with_context(failed)?;
+            let slot = usize::try_from(table).ok().and_then(|i| self.gd.get_mut(i));
+            *slot.ok_or_else(|| Error::corrupt("grain beyond the directory"))? = sector32(self.next + 1)?;
+            self.next += 1 + sectors;
         }
         Ok(())
     }
 
-    /// Makes sure that the table of a grain has its place in the file, and the same in the redundant directory.
-    pub fn ensure_table(&mut self, extent: &Sparse, grain: u64) -> Result<()> {
-        let table = grain / extent.shape.gtes;
-        if self.table_sector(table) != 0 {
+    /// Writes the open tables and the tail, and cuts the file there, if that is not so already.
+    pub fn write_tail(&mut self, extent: &ExtentFile) -> Result<()> {
+        if !self.stream.as_ref().is_some_and(|stream| stream.dirty) {
             return Ok(());
         }
-        let index = usize::try_from(table).map_err(|_| Error::corrupt("grain beyond the directory"))?;
-        let sectors = extent.shape.table_sectors();
-        let mut put = |directory: &mut Vec<u32>| -> Result<()> {
-            let slot = directory.get_mut(index).ok_or_else(|| Error::corrupt("grain beyond the directory"))?;
-            *slot = sector32(self.next)?;
-            self.next += sectors;
-            Ok(())
-        };
-        put(&mut self.gd)?;
-        if let Some(rgd) = &mut self.rgd {
-            put(rgd)?;
-        }
-        self.directory_dirty = true;
-        self.load(extent, table)?.dirty = true;
-        Ok(())
-    }
-
-    /// Writes dirty tables, in runs that are contiguous in the file, then dirty directories.
-    pub fn write_tables(&mut self, extent: &Sparse) -> Result<()> {
-        let dirty: Vec<u64> = self.tables.iter().filter(|(_, t)| t.dirty).map(|(i, _)| *i).collect();
-        if dirty.is_empty() && !self.directory_dirty {
-            return Ok(());
-        }
-        let sectors = extent.shape.table_sectors();
-        for directory in [Some(&self.gd), self.rgd.as_ref()].into_iter().flatten() {
-            let mut run: Option<(u64, Vec<u8>)> = None;
-            for index in &dirty {
-                let Some(table) = self.tables.get(index) else { continue };
-                let place = usize::try_from(*index).ok().and_then(|i| directory.get(i)).copied().unwrap_or(0);
-                if place == 0 {
-                    continue;
-                }
-                let at = u64::from(place) * SECTOR;
-                let mut bytes = entry_bytes(&table.entries);
-                bytes.resize(usize::try_from(sectors * SECTOR).unwrap_or(bytes.len()), 0);
-                match &mut run {
-                    Some((start, run)) if *start + run.len() as u64 == at && run.len() < 1 << 20 => {
-                        run.append(&mut bytes)
-                    }
-                    _ => {
-                        write_run(extent, run.take())?;
-                        run = Some((at, bytes));
-                    }
-                }
-            }
-            write_run(extent, run)?;
-        }
-        if self.directory_dirty
-            && let Some(header) = self.header
-        {
-            write_run(extent, Some((header.gd_at * SECTOR, entry_bytes(&self.gd))))?;
-            if let Some(rgd) = &self.rgd {
-                write_run(extent, Some((header.rgd_at * SECTOR, entry_bytes(rgd))))?;
-            }
-            self.directory_dirty = false;
-        }
-        for table in self.tables.values_mut() {
-            table.dirty = false;
+        let Some(header) = self.header else { return Ok(()) };
+        self.write_open(extent, u64::MAX)?;
+        let tail = tail(&header, self.next, &self.gd);
+        let at = self.next * SECTOR;
+        let failed = || format!("{}: could not write the footer", extent.name);
+        extent.storage.write_at(at, &tail).with_context(failed)?;
+        extent.storage.set_len(at + tail.len() as u64, Preallocation::Off).with_context(failed)?;
+        if let Some(stream) = &mut self.stream {
+            stream.tail_at = self.next;
+            stream.dirty = false;
         }
         Ok(())
     }
-}
-
-fn write_run(extent: &Sparse, run: Option<(u64, Vec<u8>)>) -> Result<()> {
-    match run {
-        Some((at, bytes)) => extent.storage.write_at(at, &bytes).context("Could not write grain tables"),
-        None => Ok(()),
-    }
-}
-
-/// A sector number as tables hold it.
-pub fn sector32(sector: u64) -> Result<u32> {
-    u32::try_from(sector)
-        .map_err(|_| Error::unsupported("The extent is full: a sparse VMDK file cannot be larger than 2 TiB"))
 }

@@ -11,7 +11,7 @@ use crate::block::{Error, ResizeFiles, Result};
 use crate::storage::{Preallocation, Storage};
 
 use super::descriptor::{self, NO_PARENT};
-use super::layout::*;
+use super::open::read_text;
 use super::{Body, VmdkDriver};
 
 impl VmdkDriver {
@@ -41,31 +41,33 @@ impl VmdkDriver {
         Ok(())
     }
 
-    /// What is in the text's place now, and what shall be, filled with NULs as the reference does.
-    pub(super) fn changed(&self, change: impl FnOnce(&str) -> String) -> Result<Option<(Vec<u8>, Vec<u8>)>> {
-        let Some((at, room)) = self.text_at else { return Ok(None) };
+    /// What is in the text's place now, and what shall be. Where the text gets shorter NULs follow it, as the
+    /// reference has it; what lies behind the NULs is not ours.
+    pub(super) fn changed(&self, change: impl FnOnce(&str) -> String) -> Result<(Vec<u8>, Vec<u8>)> {
+        let (at, room) = self.text_at;
         let storage = self.text_file();
         let len = match room {
             Some(room) => room,
             None => storage.len().context("Could not get the length of the descriptor")?,
         };
-        let len = len.min(MAX_DESCRIPTOR);
-        let mut old = vec![0; usize::try_from(len).unwrap_or(0)];
-        storage.read_at(at, &mut old).context("Could not read the descriptor")?;
+        let old = read_text(&*storage, at, len)?;
         let mut new = descriptor::encoded(&change(&descriptor::text(&old)), &old);
-        match room {
-            Some(_) if new.len() > old.len() => {
-                return Err(Error::unsupported("the descriptor does not fit in its place any more"));
-            }
-            Some(_) => new.resize(old.len(), 0),
-            None => new.resize(new.len().next_multiple_of(512), 0),
+        if room.is_none() {
+            new.resize(new.len().next_multiple_of(512), 0);
+            return Ok((old, new));
         }
-        Ok(Some((old, new)))
+        let written = old.iter().position(|byte| *byte == 0).unwrap_or(old.len());
+        new.resize(new.len().max(written), 0);
+        if !old.get(written..new.len()).is_some_and(|free| free.iter().all(|byte| *byte == 0)) {
+            return Err(Error::unsupported("the descriptor does not fit in its place any more"));
+        }
+        new.extend_from_slice(old.get(new.len()..).unwrap_or_default());
+        Ok((old, new))
     }
 
     /// Changes the text in its place.
     pub(super) fn rewrite_text(&self, change: impl FnOnce(&str) -> String) -> Result<()> {
-        let (Some((old, new)), Some((at, _))) = (self.changed(change)?, self.text_at) else { return Ok(()) };
+        let ((old, new), (at, _)) = (self.changed(change)?, self.text_at);
         let storage = self.text_file();
         let name = || format!("{}: could not write the descriptor", self.files[0].name);
         let same = new.iter().zip(&old).take_while(|(a, b)| a == b).count();
@@ -83,9 +85,8 @@ impl VmdkDriver {
     /// Changes the text: where it is a file of its own, by a new file in place of the old one, behind the files
     /// that were made before; both or nothing.
     pub(super) fn replace_text(&self, change: impl Fn(&str) -> String, files: &dyn ResizeFiles) -> Result<()> {
-        if let Some((_, None)) = self.text_at
-            && let Some((_, new)) = self.changed(&change)?
-            && let Some(storage) = files.commit(&new)?
+        if let (_, None) = self.text_at
+            && let Some(storage) = files.commit(&self.changed(&change)?.1)?
         {
             *self.replaced.lock().unwrap_or_else(|e| e.into_inner()) = Some(storage);
             return Ok(());

@@ -8,12 +8,13 @@ use crate::block::io::punch_at;
 use crate::block::{
     Action, Compress, Effort, Encoded, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write,
 };
-use crate::codec::deflate::{self, How};
+use crate::codec::deflate::How;
 
 use super::descriptor::Access;
 use super::layout::*;
-use super::sparse::{Grain, Sparse, sector32};
-use super::{Body, Part, VmdkDriver};
+use super::sparse::Sparse;
+use super::tables::Grain;
+use super::{Body, Part, VmdkDriver, grain};
 
 impl VmdkDriver {
     fn sparse_at(&self, at: GuestOffset) -> Option<(&Part, &Sparse)> {
@@ -248,18 +249,8 @@ impl Write for VmdkDriver {
 impl Compress for VmdkDriver {
     fn encode(&self, at: GuestOffset, plain: &[u8], effort: Effort, out: &mut Vec<u8>) -> Result<Encoded> {
         let how = How { level: effort.level.unwrap_or(How::VMDK.level), ..How::VMDK };
-        // Room for what does not get smaller: deflate adds 5 bytes a block and a frame.
-        let room = plain.len() + plain.len() / 512 + 128;
-        match deflate::encode(how, plain, out, room) {
-            Ok(true) => {}
-            Ok(false) => return Err(Error::unsupported("could not compress: the output buffer is too small")),
-            Err(e) => return Err(Error::unsupported(format!("could not compress: {e}"))),
-        }
-        let bytes =
-            u32::try_from(out.len()).map_err(|_| Error::unsupported("could not compress: a grain is too long"))?;
         let (part, _) = self.sparse_at(at).ok_or_else(|| Error::corrupt("no sparse extent here"))?;
-        out.splice(0..0, grain_marker((at.get() - part.start) / SECTOR, bytes));
-        out.resize(out.len().next_multiple_of(512), 0);
+        grain::encode((at.get() - part.start) / SECTOR, plain, how, out)?;
         Ok(Encoded::Smaller)
     }
 

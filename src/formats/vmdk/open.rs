@@ -1,0 +1,206 @@
+//! Opening an image: which files it is made of, and where its descriptor is.
+//!
+//! A file that is one extent of several, or an image whose descriptor leaves a part of the disk out, is refused: as a
+//! disk it would be another, shorter one.
+
+use std::ffi::OsString;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
+
+use crate::block::error::Context;
+use crate::block::{BackingRef, Child, Error, Kind, OpenRequest, Related, Result};
+use crate::storage::Storage;
+
+use super::descriptor::{self, Access, Descriptor, ExtentLine, ExtentType};
+use super::layout::*;
+use super::sesparse::SeSparse;
+use super::sparse::Sparse;
+use super::{Body, Part, VmdkDriver};
+
+/// Where a descriptor is in its file, and how long it may get; `None` for as long as it likes.
+pub(super) type TextAt = (u64, Option<u64>);
+
+impl VmdkDriver {
+    pub(super) fn open(request: OpenRequest<'_>) -> Result<Self> {
+        let OpenRequest { file, write, related, .. } = request;
+        let mut head = vec![0; 512];
+        file.storage.read_at(0, &mut head).context("Could not read the header")?;
+        let mut files = vec![file];
+        let (descriptor, text_at, parts) = if head.starts_with(MAGIC) {
+            open_alone(&files[0], &head)?
+        } else if head.starts_with(COWD_MAGIC) || is_sesparse(&head) {
+            return Err(no_disk());
+        } else {
+            open_row(&mut files, related)?
+        };
+        if write && parts.iter().any(|part| part.grain().is_some_and(|grain| !part.start.is_multiple_of(grain))) {
+            return Err(Error::unsupported("An extent that begins within a grain can be read, but not written"));
+        }
+        let size = parts.last().map_or(0, Part::end);
+        let backing = descriptor.parent_name().map(|name| BackingRef {
+            name: name.to_owned(),
+            format: Some("vmdk".to_owned()),
+            elsewhere: descriptor.names(name),
+        });
+        let renewed = Mutex::new(false);
+        let (size, replaced) = (AtomicU64::new(size), Mutex::default());
+        Ok(Self { files, parts, descriptor, text_at, replaced, backing, size, write, renewed })
+    }
+}
+
+/// The refusal of a file that is a part of a disk.
+fn no_disk() -> Error {
+    Error::unsupported("This is one extent of a disk: the descriptor, which names all of them, is needed")
+}
+
+/// Sectors in bytes.
+pub(super) fn bytes(sectors: u64) -> Result<u64> {
+    sectors.checked_mul(SECTOR).filter(|n| i64::try_from(*n).is_ok()).ok_or_else(|| Error::corrupt("Extent too long"))
+}
+
+/// Opens a sparse file with its descriptor in it.
+fn open_alone(file: &Child, head: &[u8]) -> Result<(Descriptor, TextAt, Vec<Part>)> {
+    let storage = &file.storage;
+    let sparse = Sparse::open(&file.name, storage.clone(), head)?;
+    let (at, len, text) = match embedded(&sparse, head)? {
+        Some(found) => found,
+        None => return Err(no_disk()),
+    };
+    let mut descriptor = Descriptor::parse(&text)?;
+    if descriptor.extents.len() > 1 {
+        return Err(no_disk());
+    }
+    // The header says which of the two it is; the text may be copied from elsewhere, and its line tells nothing.
+    descriptor.create_type = if sparse.shape.compressed { "streamOptimized" } else { "monolithicSparse" }.to_owned();
+    let len_of_disk = bytes(sparse.state().capacity)?;
+    let body = Body::Sparse { file: 0, sparse: Box::new(sparse) };
+    Ok((descriptor, (at, Some(len)), vec![Part::new(0, len_of_disk, Access::ReadWrite, "", body)]))
+}
+
+/// The descriptor within a sparse file: its place, the room for it, its bytes. It is where the header says, where the
+/// first of two headers says, or, if there is none, behind the header.
+pub(super) fn embedded(sparse: &Sparse, head: &[u8]) -> Result<Option<(u64, u64, Vec<u8>)>> {
+    let headers = [sparse.state().header, SparseHeader::parse(head)];
+    let told = headers.into_iter().flatten().map(|header| {
+        (header.descriptor_at.get().saturating_mul(SECTOR), header.descriptor_sectors.get().saturating_mul(SECTOR))
+    });
+    let mut places: Vec<(u64, u64)> = told.filter(|(at, _)| *at != 0).collect();
+    places.push((SECTOR, DESCRIPTOR_SECTORS * SECTOR));
+    places.dedup();
+    for (at, len) in places {
+        let text = read_text(&*sparse.storage, at, len)?;
+        if descriptor::is_one(&text) {
+            return Ok(Some((at, len, text)));
+        }
+    }
+    Ok(None)
+}
+
+/// The bytes of a descriptor that is at most `len` long.
+pub(super) fn read_text(storage: &dyn Storage, at: u64, len: u64) -> Result<Vec<u8>> {
+    let len = len.min(MAX_DESCRIPTOR).min(storage.len().context("Could not get the length")?.saturating_sub(at));
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    storage.read_at(at, &mut bytes).context("Could not read the descriptor")?;
+    Ok(bytes)
+}
+
+/// Opens a row of extents by their descriptor, which is a file of its own.
+fn open_row(files: &mut Vec<Child>, related: &dyn Related) -> Result<(Descriptor, TextAt, Vec<Part>)> {
+    let main = files[0].storage.clone();
+    let len = main.len().context("Could not get the length of the descriptor")?;
+    if len == 0 {
+        return Err(Error::corrupt("File is too small, not a valid image"));
+    }
+    let text = read_text(&*main, 0, len)?;
+    if !descriptor::is_one(&text) {
+        return Err(Error::corrupt("invalid VMDK image descriptor"));
+    }
+    if len > MAX_DESCRIPTOR {
+        return Err(Error::corrupt("The descriptor is longer than 1 MiB"));
+    }
+    let descriptor = Descriptor::parse(&text)?;
+    if descriptor.create_type.is_empty() {
+        return Err(Error::corrupt("invalid VMDK image descriptor"));
+    }
+    let (mut parts, mut start, mut entries) = (Vec::new(), 0u64, 0);
+    for (index, line) in descriptor.extents.iter().enumerate() {
+        let body = open_extent(index, line, &descriptor, files, related)?;
+        if let Body::Sparse { sparse, .. } = &body {
+            entries += sparse.directory_entries();
+        }
+        // A line costs nothing: the extent that all of them name may be large.
+        if entries > 2 * MAX_TABLES {
+            return Err(Error::corrupt("The extents have too many grain tables"));
+        }
+        // A sparse extent knows its own length; the line is a copy of it.
+        let len = match &body {
+            Body::Sparse { sparse, .. } => bytes(sparse.state().capacity)?,
+            _ => bytes(line.sectors)?,
+        };
+        parts.push(Part::new(start, len, line.access, &line.word, body));
+        start = start.checked_add(len).ok_or_else(|| Error::corrupt("The extents are too long"))?;
+    }
+    if let Some(line) = &descriptor.malformed {
+        return Err(Error::corrupt(format!("Invalid extent line: {line}")));
+    }
+    // A disk of 0 bytes has no extents; that it is one is said elsewhere in the text.
+    if parts.is_empty() && descriptor.cylinders.as_deref() != Some("0") {
+        return Err(Error::corrupt("The descriptor names no extents: it is not complete"));
+    }
+    Ok((descriptor, (0, None), parts))
+}
+
+fn open_extent(
+    index: usize,
+    line: &ExtentLine,
+    descriptor: &Descriptor,
+    files: &mut Vec<Child>,
+    related: &dyn Related,
+) -> Result<Body> {
+    match (line.access, line.kind) {
+        (Access::None, _) => return Ok(Body::Forbidden),
+        (_, ExtentType::Zero) => return Ok(Body::Zero),
+        _ => {}
+    }
+    let child = open_first(&format!("extents.{index}"), descriptor.names(&line.file), related)?;
+    let (name, storage) = (child.name.clone(), child.storage.clone());
+    files.push(child);
+    let file = files.len() - 1;
+    if line.kind == ExtentType::Flat {
+        let offset = bytes(line.offset)?;
+        let raw = ["fulldevice", "partitioneddevice"].contains(&&*descriptor.create_type.to_ascii_lowercase());
+        if raw || storage.facts().fixed_len {
+            check_device(&name, &*storage, offset.saturating_add(bytes(line.sectors)?))?;
+        }
+        return Ok(Body::Flat { file, offset });
+    }
+    if line.kind == ExtentType::SeSparse {
+        return Ok(Body::SeSparse { file, sparse: Box::new(SeSparse::open(storage)?) });
+    }
+    let mut head = vec![0; 512];
+    storage.read_at(0, &mut head).with_context(|| format!("{name}: could not read the header"))?;
+    let sparse = Sparse::open(&name, storage, &head)?;
+    Ok(Body::Sparse { file, sparse: Box::new(sparse) })
+}
+
+/// Opens the first file of these names that is there.
+fn open_first(role: &str, names: Vec<OsString>, related: &dyn Related) -> Result<Child> {
+    let mut missing = None;
+    for name in names {
+        match related.open(role, &name) {
+            Err(error) if error.kind == Kind::NotFound => missing = missing.or(Some(error)),
+            other => return other,
+        }
+    }
+    Err(missing.unwrap_or_else(|| Error::corrupt("An extent has no name")))
+}
+
+/// Refuses a device that ends before its extent does: it is not the one that was meant.
+fn check_device(name: &str, storage: &dyn Storage, end: u64) -> Result<()> {
+    match storage.len().with_context(|| format!("Could not get the length of '{name}'"))? {
+        len if len < end => Err(Error::corrupt(format!(
+            "'{name}' has {len} bytes, and its extent ends at {end}: it is not the device that the image was made of"
+        ))),
+        _ => Ok(()),
+    }
+}
