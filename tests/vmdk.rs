@@ -440,3 +440,238 @@ fn a_parent_by_name_alone_is_not_left_out() {
     assert!(out.stderr.contains("The parent has changed"), "{out:?}");
     assert!(!s.file("out").exists());
 }
+
+/// A descriptor with those lines, padded as the reference pads it.
+fn descriptor(create_type: &str, lines: &str) -> String {
+    format!("# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"{create_type}\"\n{lines}\n")
+}
+
+/// What is a part of a disk is not taken for a whole one.
+#[test]
+fn a_lone_extent_is_refused() {
+    let s = Scratch::new();
+    s.judge(&["create", "-q", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", "x.vmdk", "5G"]);
+    let mut cowd = vec![0; 4096];
+    cowd[..4].copy_from_slice(b"COWD");
+    for (index, word) in [(1, 1), (2, 3), (3, 2048), (4, 1), (5, 4), (6, 1u32)] {
+        cowd[index * 4..][..4].copy_from_slice(&word.to_le_bytes());
+    }
+    fs::write(s.file("x-delta.vmdk"), cowd).unwrap();
+    let mut sesparse = vec![0; 4096];
+    sesparse[..8].copy_from_slice(&0xcafe_babe_u64.to_le_bytes());
+    fs::write(s.file("x-sesparse.vmdk"), sesparse).unwrap();
+    for name in ["x-s001.vmdk", "x-delta.vmdk", "x-sesparse.vmdk"] {
+        for command in [&["info", name][..], &["convert", "-O", "qcow2", name, "o"], &["resize", name, "+1M"]] {
+            let out = vimg(command).dir(s.path()).fails(1);
+            assert!(out.stderr.contains("one extent of a disk"), "{out:?}");
+        }
+    }
+    assert!(!s.file("o").exists());
+    s.vimg(&["convert", "-O", "qcow2", "x.vmdk", "o"]);
+}
+
+/// A descriptor that leaves a part of the disk out is refused; what the reference opens is opened.
+#[test]
+fn a_descriptor_is_whole_or_refused() {
+    let s = Scratch::new();
+    fs::write(s.file("f"), pattern(1, 1 << 20)).unwrap();
+    let ends = [
+        "",
+        "RW 2048",
+        "RW 2048 FLAT \"f\"",
+        "RW 2048 FLAT \"f",
+        "RWX 2048 FLAT \"f\" 0",
+        "RW 2048 FLATT \"f\" 0",
+        "RW 2048 FLAT \"f\" x",
+        "RW 0 FLAT \"f\" 0",
+        "R W 2048 FLAT \"f\" 0",
+    ];
+    for line in ends {
+        for before in ["", "RW 2048 FLAT \"f\" 0\n"] {
+            if line.is_empty() && !before.is_empty() {
+                continue;
+            }
+            fs::write(s.file("d.vmdk"), descriptor("monolithicFlat", &format!("{before}{line}"))).unwrap();
+            let out = vimg(&["convert", "-O", "raw", "d.vmdk", "o"]).dir(s.path()).fails(1);
+            let expected = if line.is_empty() { "names no extents" } else { "Invalid extent line: R" };
+            assert!(out.stderr.contains(expected) && !s.file("o").exists(), "{line}: {out:?}");
+        }
+    }
+    // The first error is that of the first line.
+    fs::write(s.file("d.vmdk"), descriptor("vmfs", "RW 2048 VMFS \"gone\"\nRW 2048 VMFS \"f\" -1")).unwrap();
+    let args = ["info", "d.vmdk"];
+    let (ours, theirs) = (vimg(&args).dir(s.path()).fails(1), judge(&args).dir(s.path()).fails(1));
+    assert_eq!(ours.stderr, theirs.stderr);
+    for line in ["RW 2048 VMFS \"f\"", "RW 2048 VMFS \"f\" partitionUUID 5b2d8b35", "RW 2048 FLAT \"f\" 0"] {
+        fs::write(s.file("d.vmdk"), descriptor("vmfs", line)).unwrap();
+        let args = ["info", "d.vmdk"];
+        assert_eq!(s.vimg(&args).stdout, s.judge(&args).stdout, "{line}");
+        s.assert_same_content("raw", "f", "vmdk", "d.vmdk");
+    }
+    // A disk of 0 bytes has none, and says so.
+    s.judge(&["create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", "zero.vmdk", "0"]);
+    s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "zero.vmdk", "o"]);
+    assert_eq!(fs::metadata(s.file("o")).unwrap().len(), 0);
+}
+
+#[test]
+fn a_mark_before_a_descriptor_and_a_later_version_are_no_hindrance() {
+    let s = Scratch::new();
+    fs::write(s.file("f"), pattern(1, 1 << 20)).unwrap();
+    let text = descriptor("monolithicFlat", "RW 2048 FLAT \"f\" 0");
+    fs::write(s.file("d.vmdk"), format!("\u{feff}{text}")).unwrap();
+    assert!(s.vimg(&["info", "d.vmdk"]).stdout.contains("file format: vmdk"));
+    s.vimg(&["convert", "-O", "raw", "d.vmdk", "o"]);
+    s.assert_same_content("raw", "f", "raw", "o");
+    s.vimg(&["resize", "d.vmdk", "2M"]);
+    assert!(fs::read(s.file("d.vmdk")).unwrap().starts_with("\u{feff}# Disk".as_bytes()));
+    assert!(s.vimg(&["info", "d.vmdk"]).stdout.contains("virtual size: 2 MiB"));
+    fs::write(s.file("d.vmdk"), text.replace("version=1", "version=4")).unwrap();
+    for args in [&["info", "-f", "vmdk", "d.vmdk"][..], &["info", "d.vmdk"]] {
+        assert_eq!(s.vimg(args).stdout, s.judge(args).stdout);
+    }
+}
+
+/// A device that ends before its extent does is another device.
+#[test]
+fn a_device_that_is_too_small_is_refused() {
+    let s = Scratch::new();
+    fs::write(s.file("sdb"), pattern(1, 1 << 20)).unwrap();
+    for kind in ["fullDevice", "partitionedDevice"] {
+        fs::write(s.file("d.vmdk"), descriptor(kind, "RW 4096 FLAT \"sdb\" 0")).unwrap();
+        let out = vimg(&["convert", "-O", "raw", "d.vmdk", "o"]).dir(s.path()).fails(1);
+        assert!(out.stderr.contains("'sdb' has 1048576 bytes, and its extent ends at 2097152"), "{out:?}");
+        fs::write(s.file("d.vmdk"), descriptor(kind, "RW 1024 FLAT \"sdb\" 1024")).unwrap();
+        s.vimg(&["convert", "-O", "raw", "d.vmdk", "o"]);
+        assert!(fs::read(s.file("o")).unwrap() == fs::read(s.file("sdb")).unwrap()[512 << 10..]);
+    }
+}
+
+#[test]
+fn extents_are_found_in_other_encodings_and_on_other_systems() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let s = Scratch::new();
+    let gbk = b"\xb4\xc5\xc5\xcc-flat.vmdk";
+    let mut text = descriptor("monolithicFlat", "encoding=\"GBK\"\nRW 2048 FLAT \"@\" 0").into_bytes();
+    let at = text.iter().position(|byte| *byte == b'@').unwrap();
+    text.splice(at..=at, gbk.iter().copied());
+    fs::write(s.file("g.vmdk"), &text).unwrap();
+    let content = pattern(1, 1 << 20);
+    // The bytes as they are come first.
+    let (bytes, decoded) = (s.path().join(OsStr::from_bytes(gbk)), s.file("\u{78c1}\u{76d8}-flat.vmdk"));
+    fs::write(&decoded, &content).unwrap();
+    s.vimg(&["convert", "-O", "raw", "g.vmdk", "o"]);
+    assert!(fs::read(s.file("o")).unwrap() == content);
+    fs::write(&bytes, pattern(2, 1 << 20)).unwrap();
+    s.vimg(&["convert", "-O", "raw", "g.vmdk", "o"]);
+    assert!(fs::read(s.file("o")).unwrap() == pattern(2, 1 << 20));
+    fs::remove_file(&decoded).unwrap();
+    s.vimg(&["resize", "g.vmdk", "2M"]);
+    assert!(fs::read(s.file("g.vmdk")).unwrap().windows(gbk.len()).any(|window| window == gbk));
+    assert_eq!(fs::metadata(&bytes).unwrap().len(), 2 << 20);
+    // Of a path of Windows, the last component beside the descriptor, where nothing else is found.
+    fs::write(s.file("d-flat.vmdk"), &content).unwrap();
+    fs::create_dir(s.file("sub")).unwrap();
+    for path in ["C:\\vm\\d-flat.vmdk", "C:/vm/d-flat.vmdk", "vm\\d-flat.vmdk"] {
+        fs::write(s.file("w.vmdk"), descriptor("monolithicFlat", &format!("RW 2048 FLAT \"{path}\" 0"))).unwrap();
+        s.vimg(&["convert", "-O", "raw", "w.vmdk", "o"]);
+        assert!(fs::read(s.file("o")).unwrap() == content, "{path}");
+    }
+    fs::write(s.file("vm\\d-flat.vmdk"), pattern(3, 1 << 20)).unwrap();
+    s.vimg(&["convert", "-O", "raw", &format!("{}/w.vmdk", s.path().display()), "o"]);
+    assert!(fs::read(s.file("o")).unwrap() == pattern(3, 1 << 20));
+    // The same for a parent.
+    s.judge(&["convert", "-f", "raw", "-O", "vmdk", "d-flat.vmdk", "base.vmdk"]);
+    s.judge(&["create", "-q", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", "over.vmdk"]);
+    let windows = fs::read(s.file("over.vmdk")).unwrap();
+    let text = String::from_utf8(windows[512..10752].to_vec()).unwrap();
+    let mut text = text.trim_end_matches('\0').replace("\"base.vmdk", "\"C:\\vm\\base.vmdk").into_bytes();
+    text.resize(10240, 0);
+    let mut windows = windows;
+    windows[512..10752].copy_from_slice(&text);
+    fs::write(s.file("over.vmdk"), windows).unwrap();
+    s.vimg(&["convert", "-O", "raw", "over.vmdk", "o"]);
+    assert!(fs::read(s.file("o")).unwrap() == content);
+}
+
+/// What a descriptor could not give back is not made; where the file needs no name, any name will do.
+#[test]
+fn names_that_no_descriptor_can_hold_are_refused_at_create() {
+    let s = Scratch::new();
+    for name in ["a\"b.vmdk", "a\nb.vmdk", "a\rb.vmdk"] {
+        for subformat in ["monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"] {
+            let option = format!("subformat={subformat}");
+            let out = vimg(&["create", "-q", "-f", "vmdk", "-o", &option, name, "1M"]).dir(s.path()).fails(1);
+            assert!(out.stderr.contains("A vmdk descriptor cannot hold the file name"), "{out:?}");
+            assert_eq!(s.sh("ls").stdout, "");
+        }
+        s.vimg(&["create", "-q", "-f", "vmdk", name, "1M"]);
+        s.assert_clean("vmdk", name);
+        s.vimg(&["convert", "-f", "vmdk", "-O", "raw", name, "o"]);
+        s.sh("rm -f ./*");
+    }
+}
+
+/// Names with a colon, in the folder, in another one, absolute: create, open and resize mean the same files.
+#[test]
+fn extents_are_plain_paths() {
+    let s = Scratch::new();
+    fs::create_dir(s.file("sub")).unwrap();
+    let absolute = format!("{}/sub/c:d.vmdk", s.path().display());
+    for name in ["./a:b.vmdk", "sub/a:b.vmdk", &absolute] {
+        s.judge(&["create", "-q", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", name, "3G"]);
+        s.vimg(&["resize", "-f", "vmdk", name, "5G"]);
+        for info in [s.vimg(&["info", name]), s.judge(&["info", name])] {
+            assert!(info.stdout.contains("virtual size: 5 GiB"), "{info:?}");
+        }
+        let third = name.replace(".vmdk", "-s003.vmdk");
+        assert!(s.path().join(&third).exists(), "{third}");
+    }
+}
+
+/// Where header and footer of a stream differ, the footer's fields rule, unless the footer is the damaged one.
+#[test]
+fn the_footer_of_a_stream_rules() {
+    let s = Scratch::new();
+    disk(&s, "d.raw", 3 << 20);
+    s.vimg(&["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", "d.raw", "d.vmdk"]);
+    let whole = fs::read(s.file("d.vmdk")).unwrap();
+    let footer = whole.len() - 1024;
+    let with = |at: usize, bytes: &[u8]| {
+        let mut file = whole.clone();
+        file[at..at + bytes.len()].copy_from_slice(bytes);
+        fs::write(s.file("x.vmdk"), file).unwrap();
+    };
+    // The header knows nothing: version, flags, capacity, grain, descriptor, entries, overhead, compression.
+    let wild = 0x7fff_ffff_u64.to_le_bytes();
+    for (at, len) in [(4, 4), (8, 4), (12, 8), (20, 8), (28, 8), (36, 8), (44, 4), (64, 8), (77, 2)] {
+        with(at, &wild[..len]);
+        s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "x.vmdk", "o"]);
+        s.assert_same_content("raw", "d.raw", "raw", "o");
+    }
+    // Both make sense: the footer's is the disk.
+    with(footer + 12, &4096u64.to_le_bytes());
+    assert!(s.vimg(&["info", "x.vmdk"]).stdout.contains("virtual size: 2 MiB"));
+    with(12, &4096u64.to_le_bytes());
+    assert!(s.vimg(&["info", "x.vmdk"]).stdout.contains("virtual size: 3 MiB"));
+    // The footer is the damaged one.
+    for (at, len) in [(4, 4), (8, 2), (12, 8), (20, 8), (44, 4), (64, 8), (77, 2)] {
+        with(footer + at, &wild[..len]);
+        s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "x.vmdk", "o"]);
+        s.assert_same_content("raw", "d.raw", "raw", "o");
+    }
+}
+
+#[test]
+fn salvage_reads_on_over_a_parent_that_has_changed() {
+    let s = Scratch::new();
+    disk(&s, "d.raw", 1 << 20);
+    s.judge(&["convert", "-f", "raw", "-O", "vmdk", "d.raw", "base.vmdk"]);
+    s.judge(&["create", "-q", "-f", "vmdk", "-b", "base.vmdk", "-F", "vmdk", "over.vmdk"]);
+    s.qemu_io("vmdk", "base.vmdk", &["write -P 1 0 512"]);
+    vimg(&["convert", "-f", "vmdk", "-O", "raw", "over.vmdk", "o"]).dir(s.path()).fails(1);
+    let out = s.vimg(&["convert", "--salvage", "-f", "vmdk", "-O", "raw", "over.vmdk", "o"]);
+    assert!(out.stderr.contains("warning: ") && out.stderr.contains("The parent has changed"), "{out:?}");
+    s.assert_same_content("vmdk", "base.vmdk", "raw", "o");
+}

@@ -161,7 +161,6 @@ fn every_point(case: &Case, floor: usize) {
     let what = format!("{options} {} to {}", case.old, case.new);
     assert!(worked && operations.len() >= floor, "{what}: {operations:?}");
     assert!(virtual_size(&scratch) == case.new && same(&scratch, "new", case.new), "{what}");
-    let kept = case.old.min(case.new);
     for fault in [Fault::Stop, Fault::Shorten, Fault::FailFrom(Errno::ENOSPC)] {
         for (at, operation) in operations.iter().enumerate() {
             let what = format!("{what}: {fault:?} at {operation:?}, {at} of {}", operations.len());
@@ -179,7 +178,8 @@ fn every_point(case: &Case, floor: usize) {
             assert!([case.old, between, case.new].contains(&size), "{what}: {size} bytes");
             let fine = match size == case.new {
                 true => same(&scratch, "new", case.new),
-                false => same(&scratch, "old", kept),
+                // The old disk, all of it.
+                false => same(&scratch, "old", case.old.min(size)),
             };
             assert!(fine, "{what}: with {size} bytes the content differs");
             if fault != Fault::Stop {
@@ -371,4 +371,80 @@ fn a_descriptor_without_room_is_found_before_anything_changes() {
     let out = vimg(&["resize", "-f", "vmdk", NAME, "2G"]).dir(scratch.path()).fails(1);
     assert!(out.stderr.contains("does not fit in its place"), "{out:?}");
     assert!(fs::read(scratch.file(NAME)).expect("read") == file);
+}
+
+/// Every field of a header, damaged alone: the resize is refused with nothing changed, or what qemu-img reads of the
+/// disk stays, and it still opens.
+#[test]
+fn a_damaged_header_costs_no_data() {
+    let scratch = Scratch::new();
+    let size = 3_000_320;
+    write_pattern(&scratch.file("raw"), 0, 1, size);
+    scratch.judge(&["convert", "-f", "raw", "-O", "vmdk", "raw", "m"]);
+    scratch.judge(&["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", "raw", "q"]);
+    scratch.vimg(&["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", "raw", "s"]);
+    // Sparse: the descriptor takes sectors 1 to 20, directories and tables 21 to 30, grains begin at 128.
+    let sparse: &[(usize, &[u64])] = &[
+        (8, &[0, 0x10001]),
+        (12, &[1000, 70_000]),
+        (20, &[64, 256]),
+        (28, &[0, 20, 26, 128, 1 << 62]),
+        (36, &[0, 21, 127, 200, 1 << 40]),
+        (44, &[256]),
+        (48, &[1, 22, 128, 1 << 40]),
+        (56, &[1, 21, 22, 128, 1 << 40]),
+        (64, &[0, 200]),
+        (73, &[0]),
+        (77, &[1]),
+    ];
+    let stream: &[(usize, &[u64])] = &[
+        (8, &[0]),
+        (12, &[1000, 70_000]),
+        (20, &[64, 1 << 20]),
+        (28, &[0, 128]),
+        (36, &[200]),
+        (56, &[1, 21, 22, 128]),
+        (64, &[1 << 40]),
+        (77, &[0]),
+    ];
+    let footer = fs::metadata(scratch.file("s")).expect("there").len() as usize - 1024;
+    let mut kept = 0;
+    for (image, base, fields) in [("m", 0, sparse), ("q", 0, sparse), ("s", 0, stream), ("s", footer, stream)] {
+        for (at, value) in fields.iter().flat_map(|(at, values)| values.iter().map(|value| (*at, *value))) {
+            let what = format!("{image} {at}: {value:#x}");
+            let width = match at {
+                8 | 44 | 73 => 4,
+                77 => 2,
+                _ => 8,
+            };
+            let mut file = fs::read(scratch.file(image)).expect("read");
+            file[base + at..][..width].copy_from_slice(&value.to_le_bytes()[..width]);
+            fs::write(scratch.file(NAME), &file).expect("write");
+            let convert = ["convert", "-f", "vmdk", "-O", "raw", NAME];
+            let before = judge(&[&convert[..], &["before"]].concat()).dir(scratch.path()).run();
+            let out = vimg(&["resize", "-f", "vmdk", NAME, "+1M"]).dir(scratch.path()).run();
+            if out.code != Some(0) {
+                assert_eq!(out.code, Some(1), "{what}: {out:?}");
+                assert!(fs::read(scratch.file(NAME)).expect("read") == file, "{what}: changed");
+                continue;
+            }
+            kept += 1;
+            scratch.judge(&[&convert[..], &["after"]].concat());
+            let after = fs::read(scratch.file("after")).expect("read");
+            let raw = fs::read(scratch.file("raw")).expect("read");
+            let as_before =
+                before.code == Some(0) && after.starts_with(&fs::read(scratch.file("before")).expect("read"));
+            assert!(as_before || after.starts_with(&raw), "{what}: the content differs");
+        }
+    }
+    // Most of it does no harm.
+    assert!(kept >= 20, "{kept}");
+    // As they are, all three grow.
+    for image in ["m", "q", "s"] {
+        scratch.vimg(&["resize", "-f", "vmdk", image, "+1M"]);
+        scratch.judge(&["convert", "-f", "vmdk", "-O", "raw", image, "after"]);
+        let after = fs::read(scratch.file("after")).expect("read");
+        assert!(after.starts_with(&fs::read(scratch.file("raw")).expect("read")), "{image}");
+        assert!(after.len() == size + (1 << 20) && after[size..].iter().all(|byte| *byte == 0), "{image}");
+    }
 }

@@ -45,25 +45,32 @@ pub fn encode(at: u64, plain: &[u8], how: How, out: &mut Vec<u8>) -> Result<()> 
     Ok(())
 }
 
+/// Reads the grain at a sector of the file, and how many bytes of it are stored: fewer than a whole grain where an
+/// encoder stored what the disk has of its last one alone.
+pub fn read_whole(file: &ExtentFile, sector: u64) -> Result<(Vec<u8>, u64)> {
+    let failed = || format!("{}: could not read a grain", file.name);
+    let marker: GrainMarker = read(&*file.storage, sector * SECTOR).with_context(failed)?;
+    let size = u64::from(marker.bytes.get());
+    if size > longest(file.shape.grain) {
+        return Err(Error::corrupt(format!("{}: a grain has a compressed size of {size} bytes", file.name)));
+    }
+    let (mut input, mut plain) = (buffer(size)?, buffer(file.shape.grain)?);
+    let at = sector * SECTOR + size_of::<GrainMarker>() as u64;
+    file.storage.read_at(at, &mut input).with_context(failed)?;
+    let done = decode(&input, &mut plain).with_context(failed)?;
+    Ok((plain, done as u64))
+}
+
 /// The grain that the end of an extent of `len` bytes cuts, where it is not stored as a longer disk needs it: whole,
-/// with zeros behind the end. Some encoders store what the disk has of it alone.
+/// with zeros behind the end.
 pub fn short_last(file: &ExtentFile, state: &mut State, len: u64) -> Result<Option<Vec<u8>>> {
     let (grain, skip) = (file.shape.grain, len % file.shape.grain);
     let Grain::At(sector) = (if skip == 0 { Grain::Unallocated } else { state.grain(file, len / grain)? }) else {
         return Ok(None);
     };
-    let failed = || format!("{}: could not read the last grain", file.name);
-    let marker: GrainMarker = read(&*file.storage, sector * SECTOR).with_context(failed)?;
-    let size = u64::from(marker.bytes.get());
-    if size > longest(grain) {
-        return Err(Error::corrupt(format!("{}: the last grain has a compressed size of {size} bytes", file.name)));
-    }
-    let (mut input, mut plain) = (buffer(size)?, buffer(grain)?);
-    let at = sector * SECTOR + size_of::<GrainMarker>() as u64;
-    file.storage.read_at(at, &mut input).with_context(failed)?;
-    let done = decode(&input, &mut plain).with_context(failed)?;
+    let (mut plain, done) = read_whole(file, sector)?;
     let rest = usize::try_from(skip).ok().and_then(|skip| plain.get_mut(skip..)).unwrap_or_default();
-    if done as u64 == grain && rest.iter().all(|byte| *byte == 0) {
+    if done == grain && rest.iter().all(|byte| *byte == 0) {
         return Ok(None);
     }
     rest.fill(0);

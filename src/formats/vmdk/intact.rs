@@ -5,7 +5,7 @@
 use crate::block::error::Context;
 use crate::block::{Error, Result};
 
-use super::grain::short_last;
+use super::grain::{read_whole, short_last};
 use super::layout::*;
 use super::sparse::Sparse;
 use super::stream::directory_marker;
@@ -69,7 +69,7 @@ pub fn check(sparse: &Sparse, text: Option<(u64, u64)>) -> Result<()> {
     if metadata.last().is_some_and(|(_, end)| *end > file_end) {
         return Err(refused("grain tables lie past the end of the file"));
     }
-    let (mut grains, mut grain, mut looked_at) = (Runs::default(), 0, 0);
+    let (mut grains, mut grain, mut looked_at, mut newest) = (Runs::default(), 0, 0, None);
     let (last, gtes) = (state.gd.len() as u64 * sparse.shape.gtes, sparse.shape.gtes);
     while grain < last {
         if grain.is_multiple_of(gtes) {
@@ -83,6 +83,7 @@ pub fn check(sparse: &Sparse, text: Option<(u64, u64)>) -> Result<()> {
             // To read how long each compressed grain is would be to read the whole file; their starts tell enough.
             let len = if compressed { 1 } else { sparse.shape.grain_sectors() };
             grains.add(sector, len);
+            newest = Some((grain, sector));
             if compressed && looked_at < MARKERS {
                 looked_at += 1;
                 let failed = || format!("{}: could not read a grain marker", sparse.name);
@@ -93,6 +94,13 @@ pub fn check(sparse: &Sparse, text: Option<(u64, u64)>) -> Result<()> {
             }
         }
         grain += 1;
+    }
+    // A grain that is not whole is known to be the last one by the capacity alone.
+    if let Some((grain, sector)) =
+        newest.filter(|(grain, _)| compressed && *grain != state.capacity * SECTOR / sparse.shape.grain)
+        && read_whole(sparse, sector)?.1 < sparse.shape.grain
+    {
+        return Err(refused(&format!("grain {grain} is stored as if the disk ended in it")));
     }
     if state.stream.is_some() && short_last(sparse, &mut state, header.capacity.get() * SECTOR)?.is_some() {
         return Err(Error::unsupported("The last grain is stored as far as the disk goes alone; convert the image"));
