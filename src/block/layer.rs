@@ -30,6 +30,24 @@ pub(super) struct Ask {
     pub options: OptionTree,
     /// And what the parent, or the command, has settled.
     pub settings: Settings,
+    /// In these files, not in what is found by that name.
+    pub made: Option<MadeFiles>,
+}
+
+/// Files of an image, by the names that are written in it.
+pub type MadeBeside = Vec<(String, Arc<dyn Storage>)>;
+
+/// The files of an image that has just been made, which have no names yet.
+#[derive(Debug)]
+pub struct MadeFiles {
+    /// The one that the image will be named by.
+    pub main: Arc<dyn Storage>,
+    /// The protocol that made it.
+    pub protocol: &'static str,
+    /// The name that it will have for the protocol.
+    pub path: OsString,
+    /// The others, by the names that are written in the image.
+    pub beside: MadeBeside,
 }
 
 /// What the user says of the layer below.
@@ -112,10 +130,24 @@ struct Opened {
     locking: bool,
 }
 
+impl MadeFiles {
+    /// The main one as if it had been opened by its name, and the others.
+    fn opened(self) -> (Opened, MadeBeside) {
+        let name = self.path.to_string_lossy().into_owned();
+        let tree = Map::from_iter([
+            ("driver".to_owned(), Value::from(self.protocol)),
+            ("filename".to_owned(), Value::from(name.clone())),
+        ]);
+        let child = Child { role: "file".to_owned(), name, driver: self.protocol, storage: self.main };
+        let (path, base) = (Some(self.path.clone()), Some(self.path));
+        (Opened { child, tree, path, base, inner: None, locking: true }, self.beside)
+    }
+}
+
 impl Opener<'_> {
     /// Opens one layer.
     pub(super) fn layer(&self, ask: Ask, how: &OpenHow, trail: &mut Trail) -> Result<Layer> {
-        let Ask { path, mut options, settings } = ask;
+        let Ask { path, mut options, settings, made } = ask;
         let driver = match options.shift_remove("driver") {
             Some(Value::String(name)) => Some(name),
             _ => None,
@@ -130,7 +162,10 @@ impl Opener<'_> {
         };
         let (settings, claims) = settings.take(&mut options);
         let below = self.below_options(&mut options, how)?;
-        let file = self.file_of(path, &mut options, driver.is_some(), &settings, how, trail)?;
+        let (file, made) = match made {
+            Some(made) => made.opened(),
+            None => (self.file_of(path, &mut options, driver.is_some(), &settings, how, trail)?, Vec::new()),
+        };
         claims.settle(&mut trail.names)?;
         let probed = format.is_none();
         let format = match format {
@@ -176,6 +211,7 @@ impl Opener<'_> {
             settings,
             locking: file.locking,
             given: Mutex::new(take_below(&mut options, DATA_FILE)),
+            made,
         };
         if let Some(reference) = take_text(&mut options, DATA_FILE) {
             return Err(no_such_node(&reference, true));
@@ -317,7 +353,7 @@ impl Opener<'_> {
         }
         options.insert("driver".to_owned(), driver.into());
         trail.depth += 1;
-        let ask = Ask { path, options, settings: *settings };
+        let ask = Ask { path, options, settings: *settings, made: None };
         let how = OpenHow { no_backing: false, look_only: false, ..how.clone() };
         let node = self.chain(ask, &how, trail);
         trail.depth -= 1;
@@ -356,7 +392,6 @@ impl Opener<'_> {
             options: &mut options,
             write: settings.write,
             cache: settings.cache(),
-            staging: self.staging,
         })?;
         if let Some(key) = first_key(&options) {
             let name = protocol.name();
@@ -425,11 +460,32 @@ struct Beside<'a> {
     locking: bool,
     /// What the user says of the external data file.
     given: Mutex<OptionTree>,
+    /// Files that were made together with the image, by the names that are written in it.
+    made: MadeBeside,
+}
+
+impl Beside<'_> {
+    /// Takes the permissions on a file of the layer.
+    fn lock(&self, storage: &dyn Storage, role: &str, settings: &Settings) -> Result<()> {
+        let access = self.how.access(settings);
+        let access = match (self.how.exclusive, role) {
+            (false, DATA_FILE) => access.of_data_file(),
+            _ => access,
+        };
+        Ok(storage::lock(storage, access)?)
+    }
 }
 
 impl Related for Beside<'_> {
     fn open(&self, role: &str, name: &OsStr) -> Result<Child> {
         let shown = name.to_string_lossy();
+        if let Some((_, storage)) = self.made.iter().find(|(made, _)| OsStr::new(made) == name) {
+            self.lock(&**storage, role, &self.settings)?;
+            let path = name::literally_beside(self.image, name).unwrap_or_else(|| name.into());
+            let driver = self.opener.drivers.of_path(&path)?.name();
+            let name = path.to_string_lossy().into_owned();
+            return Ok(Child { role: role.to_owned(), name, driver, storage: storage.clone() });
+        }
         self.opener.may_open(&self.image.unwrap_or_default().to_string_lossy(), &shown)?;
         let mut given = match role {
             DATA_FILE => std::mem::take(&mut *self.given.lock().unwrap_or_else(|e| e.into_inner())),
@@ -455,12 +511,7 @@ impl Related for Beside<'_> {
         let (opened, settings) =
             self.opener.bytes(protocol, path, given, self.settings, role, &mut Names::default())?;
         if self.locking && opened.locking {
-            let access = self.how.access(&settings);
-            let access = match (self.how.exclusive, role) {
-                (false, DATA_FILE) => access.of_data_file(),
-                _ => access,
-            };
-            storage::lock(&*opened.child.storage, access)?;
+            self.lock(&*opened.child.storage, role, &settings)?;
         }
         Ok(opened.child)
     }

@@ -38,6 +38,7 @@ pub use format::{
     BackingRef, Child, Create, CreateFiles, CreateRequest, FileEnd, Format, Ids, NoFiles, OpenRequest, Related,
     ResizeFiles,
 };
+pub use layer::MadeFiles;
 pub use name::{ImageRef, OptionTree};
 pub use node::{Mapping, Node};
 pub use opener::{Notice, OpenHow, Opener, Policy};

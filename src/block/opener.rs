@@ -4,16 +4,15 @@
 //! Invariants: a chain is opened and closed link by link, never by recursion; recursion into images inside images
 //! is capped; a file is locked before its header is believed.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::sync::{Arc, Mutex};
 
 use super::generic::{Names, Settings};
 use super::keys::as_text;
-use super::layer::{Ask, Below, Layer};
+use super::layer::{Ask, Below, Layer, MadeFiles};
 use super::name::{self, OptionTree};
 use super::{Drivers, Error, ImageRef, Kind, Node, Result};
 use crate::storage::lock::Access;
-use crate::storage::staging::Staging;
 use crate::storage::{CacheMode, Identity};
 
 /// What an image may make us open.
@@ -72,9 +71,8 @@ pub enum Notice {
 /// Opens images.
 #[derive(Debug)]
 pub struct Opener<'a> {
-    pub(super) drivers: &'static Drivers,
+    pub(super) drivers: &'a Drivers,
     policy: Policy,
-    pub(super) staging: Option<&'a Staging>,
     notices: Mutex<Vec<Notice>>,
 }
 
@@ -91,18 +89,12 @@ pub(super) struct Trail {
 
 impl<'a> Opener<'a> {
     /// An opener that knows these drivers.
-    pub fn new(drivers: &'static Drivers, policy: Policy) -> Self {
-        Self { drivers, policy, staging: None, notices: Mutex::default() }
-    }
-
-    /// The same, but files under construction are found by their future names.
-    pub fn with_staging(mut self, staging: &'a Staging) -> Self {
-        self.staging = Some(staging);
-        self
+    pub fn new(drivers: &'a Drivers, policy: Policy) -> Self {
+        Self { drivers, policy, notices: Mutex::default() }
     }
 
     /// The drivers it knows.
-    pub fn drivers(&self) -> &'static Drivers {
+    pub fn drivers(&self) -> &'a Drivers {
         self.drivers
     }
 
@@ -131,6 +123,14 @@ impl<'a> Opener<'a> {
         self.ask(image, how).and_then(|ask| self.chain(ask, how, &mut Trail::default()))
     }
 
+    /// Opens an image that has just been made, in its files, which nobody can find by name yet, with its backing chain.
+    pub fn open_made(&self, name: &OsStr, made: MadeFiles, how: &OpenHow) -> Result<Arc<Node>> {
+        let image = ImageRef::name(name);
+        let ask = self.ask(&image, how).map(|ask| Ask { made: Some(made), ..ask });
+        ask.and_then(|ask| self.chain(ask, how, &mut Trail::default()))
+            .map_err(|error| error.context(format!("Could not open '{}'", image.shown())))
+    }
+
     /// Refuses, where the policy says so, to open what an image names.
     pub fn may_open(&self, image: &str, named: &str) -> Result<()> {
         match self.policy {
@@ -154,7 +154,8 @@ impl<'a> Opener<'a> {
         if let Some(format) = &how.format {
             options.insert("driver".to_owned(), format.clone().into());
         }
-        Ok(Ask { path, options, settings: Settings::new(how.write, how.force_share, how.cache) })
+        let settings = Settings::new(how.write, how.force_share, how.cache);
+        Ok(Ask { path, options, settings, made: None })
     }
 
     /// Opens a layer and everything below it.
@@ -251,7 +252,7 @@ impl<'a> Opener<'a> {
         {
             options.insert("driver".to_owned(), format.clone().into());
         }
-        Ok(Ask { path, options, settings })
+        Ok(Ask { path, options, settings, made: None })
     }
 }
 

@@ -39,8 +39,6 @@ pub struct FileRequest<'a> {
     pub write: bool,
     /// What the page cache does.
     pub cache: CacheMode,
-    /// Files under construction, which are found by their future names.
-    pub staging: Option<&'a Staging>,
 }
 
 /// What a protocol has opened.

@@ -3,14 +3,15 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::ids::ImageIds;
+use crate::block::error::Context;
 use crate::block::protocol::CreateFile;
 use crate::block::{
-    Child, Create, CreateFiles, CreateOptions, CreateRequest, Drivers, Error, Format, ImageRef, Kind, OpenHow, Opener,
-    OptionValue, Related, Result, format, name,
+    Child, Create, CreateFiles, CreateOptions, CreateRequest, Drivers, Error, Format, ImageRef, Kind, MadeFiles, Node,
+    Notice, OpenHow, Opener, OptionValue, Related, Result, format, name,
 };
 use crate::storage::staging::{Durability, Staging};
 use crate::storage::{CacheMode, Identity, Storage};
@@ -30,7 +31,7 @@ impl Target {
     /// The format with that name, and the protocol of that file name.
     pub fn find(drivers: &Drivers, format: &str, name: Option<&OsStr>) -> Result<Self> {
         let format = format::find(drivers.formats, format)?;
-        let files = name.map(|name| place(drivers, name)).transpose()?.map(|(files, _)| files);
+        let files = name.map(|name| place(drivers, name)).transpose()?.map(|place| place.maker);
         let create = format.creating().ok_or_else(|| {
             Error::unsupported(format!("Format driver '{}' does not support image creation", format.name()))
         })?;
@@ -149,14 +150,21 @@ impl Wanted<'_> {
     }
 }
 
-/// What makes files under that name, and the path that they have for it.
-fn place(drivers: &Drivers, name: &OsStr) -> Result<(&'static dyn CreateFile, PathBuf)> {
+/// What makes files under a name.
+struct Place {
+    protocol: &'static str,
+    maker: &'static dyn CreateFile,
+    /// The name that they have for it.
+    path: PathBuf,
+}
+
+fn place(drivers: &Drivers, name: &OsStr) -> Result<Place> {
     let (protocol, spelt) = drivers.of_name(name)?;
     let path = PathBuf::from(spelt.path.unwrap_or_default());
-    let files = protocol.creating(&path).ok_or_else(|| {
+    let maker = protocol.creating(&path).ok_or_else(|| {
         Error::unsupported(format!("Protocol driver '{}' does not support image creation", protocol.name()))
     })?;
-    Ok((files, path))
+    Ok(Place { protocol: protocol.name(), maker, path })
 }
 
 /// Which file a name stands for, if it is a regular one that is there.
@@ -181,15 +189,23 @@ pub fn create(new: &NewImage, opener: &Opener<'_>) -> Result<Vec<String>> {
     Ok(warnings)
 }
 
-/// Makes the files of an image in `staging`; they get their names when that is committed.
-pub fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<()> {
+/// Makes an image in `staging`, and hands it back open. Its files get their names when that is committed.
+pub fn create_open(new: &NewImage, staging: &Staging, opener: &Opener<'_>, cache: CacheMode) -> Result<Arc<Node>> {
+    let made = make(new, staging, opener).with_context(|| new.converting());
+    staging.take_notices().into_iter().for_each(|text| opener.notice(Notice::Warning(text)));
+    let how = OpenHow { format: Some(new.format.name().to_owned()), write: true, cache, ..OpenHow::default() };
+    opener.open_made(&new.name, made?, &how)
+}
+
+/// Makes the files of an image.
+fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFiles> {
     let format = new.format.name();
     let create = new
         .format
         .creating()
         .ok_or_else(|| Error::unsupported(format!("Format driver '{format}' does not support image creation")))?;
     let shown = new.name.to_string_lossy();
-    let (maker, path) = place(opener.drivers(), &new.name)?;
+    let place = place(opener.drivers(), &new.name)?;
     if let Some(backing_format) = new.options.text("backing_fmt")
         && opener.drivers().find(backing_format).is_none()
     {
@@ -198,12 +214,13 @@ pub fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<()
     }
     let files = Files {
         drivers: opener.drivers(),
-        maker,
-        path: &path,
+        place: &place,
         shown: &shown,
         options: &new.options,
         own_preallocation: create.options().iter().any(|spec| spec.name == "preallocation"),
         staging,
+        main: Mutex::default(),
+        made: Mutex::default(),
     };
     let request = CreateRequest {
         size: new.size,
@@ -212,7 +229,11 @@ pub fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<()
         ids: &ImageIds::of(&shown, new.size),
         related: &BackingBytes { image: &new.name, opener },
     };
-    create.create(&request)
+    create.create(&request)?;
+    let main = files.main.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let main = main.ok_or_else(|| Error::invalid(format!("'{format}' makes no file")))?;
+    let beside = files.made.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(MadeFiles { main, protocol: place.protocol, path: place.path.into_os_string(), beside })
 }
 
 /// The words of `create` alone: `convert` shows the driver's own.
@@ -225,14 +246,17 @@ fn too_large(new: &NewImage) -> Error {
 
 /// Makes files for one image.
 struct Files<'a> {
-    drivers: &'static Drivers,
-    maker: &'static dyn CreateFile,
-    path: &'a Path,
+    drivers: &'a Drivers,
+    place: &'a Place,
     shown: &'a str,
     options: &'a CreateOptions,
     /// The format does its own preallocation, so the file's is none of it.
     own_preallocation: bool,
     staging: &'a Staging,
+    /// What was made.
+    main: Mutex<Option<Arc<dyn Storage>>>,
+    /// The other files, by the names that are written in the image.
+    made: Mutex<Vec<(String, Arc<dyn Storage>)>>,
 }
 
 impl CreateFiles for Files<'_> {
@@ -241,18 +265,23 @@ impl CreateFiles for Files<'_> {
     }
 
     fn main(&self) -> Result<Arc<dyn Storage>> {
-        self.maker.check(self.path, self.options, self.own_preallocation)?;
-        self.maker.create(self.path, self.options, false, self.staging)
+        let Place { maker, path, .. } = self.place;
+        maker.check(path, self.options, self.own_preallocation)?;
+        let main = maker.create(path, self.options, false, self.staging)?;
+        *self.main.lock().unwrap_or_else(PoisonError::into_inner) = Some(main.clone());
+        Ok(main)
     }
 
     fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
-        let name = beside(self.path.as_os_str(), name);
-        let (maker, path) = place(self.drivers, &name)?;
-        if self.staging.find(&path).is_some() {
-            let shown = name.to_string_lossy();
+        let full = beside(self.place.path.as_os_str(), name);
+        let Place { maker, path, .. } = place(self.drivers, &full)?;
+        if self.staging.has(&path) {
+            let shown = full.to_string_lossy();
             return Err(Error::invalid(format!("'{shown}' cannot be two files of one image")));
         }
-        maker.create(&path, self.options, true, self.staging)
+        let made = maker.create(&path, self.options, true, self.staging)?;
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).push((name.to_owned(), made.clone()));
+        Ok(made)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::block::error::Context;
 use crate::block::io::Scratch;
-use crate::block::{Error, ExtentKind, GuestOffset, Node, Resize, ResizeFiles, Result, name};
+use crate::block::{Error, ExtentKind, GuestOffset, Kind, Node, Resize, ResizeFiles, Result, name};
 use crate::storage::lock::Access;
 use crate::storage::staging::{CreateHow, Durability, Staging};
 use crate::storage::{self, CacheMode, Preallocation, Storage};
@@ -62,8 +62,10 @@ fn resizing(node: &Node) -> Result<&dyn Resize> {
 /// Gives the disk that many bytes. New ones read as zeros, whatever a longer backing file holds there.
 pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
     resize_unnamed(node, size, fill).map_err(|error| match error.storage() {
-        // The host's reason alone does not say which file it is about.
-        Some(storage::Error::Io(_) | storage::Error::Step { .. }) if error.place().is_none() => {
+        // The host's reason alone does not say which file it is about. (A size that no file can have is the user's.)
+        Some(storage::Error::Io(_) | storage::Error::Step { .. })
+            if error.place().is_none() && !matches!(error.kind, Kind::TooLarge | Kind::Invalid) =>
+        {
             error.context(node.name())
         }
         _ => error,

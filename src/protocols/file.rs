@@ -104,25 +104,16 @@ pub fn open_host(
     wanted: &str,
     is_wanted: impl Fn(Kind) -> bool,
 ) -> Result<OpenedFile> {
-    let FileRequest { path, options, write, cache, staging } = request;
+    let FileRequest { path, options, write, cache } = request;
     let path = path.unwrap_or_default();
     let locking = take_locking(cache.direct(), options)?;
     let wrong = || Error::invalid(format!("'{driver}' driver requires '{}' to be {wanted}", path.to_string_lossy()));
-    let staged = staging.and_then(|staging| staging.find(Path::new(&path)));
-    let storage = match staged {
-        Some(storage) => storage,
-        None => {
-            let how = OpenHow { write, cache, access: Access::NONE };
-            match HostFile::open(Path::new(&path), &how) {
-                Ok(file) => Arc::new(file) as Arc<dyn Storage>,
-                Err(storage::Error::WrongKind { .. }) => return Err(wrong()),
-                Err(error) => return Err(error.into()),
-            }
-        }
+    let how = OpenHow { write, cache, access: Access::NONE };
+    let storage = match HostFile::open(Path::new(&path), &how) {
+        Ok(file) if is_wanted(file.kind()) => Arc::new(file),
+        Ok(_) | Err(storage::Error::WrongKind { .. }) => return Err(wrong()),
+        Err(error) => return Err(error.into()),
     };
-    if storage.host().is_some_and(|file| !is_wanted(file.kind())) {
-        return Err(wrong());
-    }
     let strong = Map::from_iter([("filename".to_owned(), Value::from(path.to_string_lossy()))]);
     Ok(OpenedFile { storage, path: Some(path), based: true, strong, locking })
 }

@@ -149,6 +149,11 @@ impl HostFile {
         &self.file
     }
 
+    /// Its name, as it is shown.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// What kind of thing it is.
     pub fn kind(&self) -> Kind {
         self.kind

@@ -162,8 +162,12 @@ impl Staging {
         Ok(storage)
     }
 
-    /// The file under construction with that name, if there is one.
-    pub fn find(&self, path: &Path) -> Option<Arc<dyn Storage>> {
+    /// Whether a file with that name is under construction.
+    pub fn has(&self, path: &Path) -> bool {
+        self.find(path).is_some()
+    }
+
+    fn find(&self, path: &Path) -> Option<Arc<dyn Storage>> {
         let path = absolute(path).ok()?;
         let is_it = |staged: &&Staged| staged.path == path || staged.target == path;
         self.files().iter().find(is_it).map(Staged::storage)
@@ -179,11 +183,16 @@ impl Staging {
         self.files().iter().all(|staged| staged.storage.kind() == Kind::Regular)
     }
 
-    /// An older file that stays until it is replaced, and so needs room beside the new one.
-    pub fn replaces(&self) -> Option<PathBuf> {
+    /// An older file that stays until it is replaced, and takes room that the new one lacks: at least half as much as
+    /// that has taken so far.
+    pub fn replaces(&self) -> Option<String> {
         let files = self.files();
-        let held = |staged: &&Staged| matches!(staged.way, Way::Replace { .. });
-        files.iter().find(held).map(|staged| staged.path.clone())
+        let space = |file: &HostFile| file.allocated().ok().flatten().unwrap_or(0);
+        let held = |staged: &&Staged| match &staged.way {
+            Way::Replace { old } => space(old) > 0 && space(old).saturating_mul(2) >= space(&staged.storage),
+            _ => false,
+        };
+        files.iter().find(held).map(|staged| staged.storage.name().to_owned())
     }
 
     /// Warnings that came up, since the last call.

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use super::{Conversion, bitmaps};
 use crate::block::error::Context;
-use crate::block::opener::Notice;
 use crate::block::{BlockDriver, Error, ExtentKind, GuestOffset, ImageRef, Node, OpenHow, Opener, Result};
 use crate::ops::copy::{self, Above, Joined, Observer, TargetFacts};
 use crate::ops::create::{self, NewImage};
@@ -58,9 +57,8 @@ fn no_room_for_both(error: Error, staging: &Staging) -> Error {
     let full = error.storage().is_some_and(storage::Error::is_full);
     match staging.replaces().filter(|_| full) {
         Some(older) => error.hint(format!(
-            "The older '{}' stays until the new one is complete, and there is not room for both: -n writes to it in \
-             place, or remove it first.",
-            older.display()
+            "The older '{older}' stays until the new one is complete, and there is not room for both: -n writes to it \
+             in place."
         )),
         None => error,
     }
@@ -82,15 +80,7 @@ impl Job<'_> {
     /// To a new image. It appears when it is complete.
     pub fn to_new(&self, new: &NewImage, opener: &Opener<'_>) -> Result<()> {
         let staging = Staging::new(self.cache, self.durability);
-        let (shown, format) = (new.name.to_string_lossy(), new.format.name());
-        let make = create::make(new, &staging, opener).with_context(|| new.converting());
-        staging.take_notices().into_iter().for_each(|text| opener.notice(Notice::Warning(text)));
-        make?;
-        let inner = Opener::new(opener.drivers(), opener.policy()).with_staging(&staging);
-        let how = OpenHow { format: Some(format.to_owned()), write: true, cache: self.cache, ..OpenHow::default() };
-        let target = inner.open(&ImageRef::name(&new.name), &how);
-        inner.take_notices().into_iter().for_each(|notice| opener.notice(notice));
-        let target = target?;
+        let target = create::create_open(new, &staging, opener, self.cache)?;
         // A new file is a hole. A device holds whatever it held: what the format maps already is not zeros. What
         // others can see must not be mapped before it is filled.
         let unnamed = staging.is_unseen();
@@ -99,7 +89,7 @@ impl Job<'_> {
         let facts = TargetFacts { unnamed, reads_zero, blank };
         self.run(&target, facts).map_err(|error| no_room_for_both(error, &staging))?;
         drop(target);
-        staging.commit().with_context(|| format!("Could not create '{shown}'"))
+        staging.commit().with_context(|| format!("Could not create '{}'", new.name.to_string_lossy()))
     }
 
     /// To an image that is there.
