@@ -15,8 +15,9 @@ use crate::storage::Storage;
 
 use super::Qcow2Driver;
 use super::alloc::Allocator;
+use super::geometry::Geometry;
 use super::header::{Header, c_string};
-use super::layout::{self, BITMAP_ENTRY, BitmapFields, BitmapsExtension, ENTRY, Geometry, OFFSET_MASK};
+use super::layout::{self, BITMAP_ENTRY, BitmapFields, BitmapsExtension, ENTRY, OFFSET_MASK};
 use super::window::Window;
 
 /// An entry of the bitmap directory.

@@ -7,8 +7,9 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
+use super::geometry::Geometry;
 use super::guard;
-use super::layout::{self, Geometry, REFCOUNT_OFFSET_MASK};
+use super::layout::{self, REFCOUNT_OFFSET_MASK};
 use super::refcount;
 use super::space::{Freed, Growth, Space};
 use super::tables::{Kind, Table};

@@ -12,8 +12,9 @@ use crate::formats::effort;
 use crate::storage::{Preallocation, Storage};
 
 use super::Qcow2;
+use super::geometry::Geometry;
 use super::header::Header;
-use super::layout::{self, ENTRY, Geometry, HeaderFields, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_ORDER};
+use super::layout::{self, ENTRY, HeaderFields, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_ORDER};
 use super::plan::{Plan, Planner};
 use super::prealloc::{self, Layout};
 

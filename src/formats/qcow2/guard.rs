@@ -12,7 +12,8 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
-use super::layout::{self, ENTRY, Geometry};
+use super::geometry::Geometry;
+use super::layout::{self, ENTRY};
 use super::walk::{Found, Part, Visitor};
 
 /// Marks an L2 table's offset.

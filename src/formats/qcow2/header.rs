@@ -9,7 +9,8 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::storage::Storage;
 
-use super::layout::{self, BitmapsExtension, Geometry, HEADER_FULL, HEADER_V2, HEADER_V3, HeaderFields};
+use super::geometry::Geometry;
+use super::layout::{self, BitmapsExtension, HEADER_FULL, HEADER_V2, HEADER_V3, HeaderFields};
 
 /// The header with its extensions and the backing file's name.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -44,7 +45,7 @@ impl Header {
         if BigEndian::read_u32(&start[..4]) != layout::MAGIC {
             return Err(Error::invalid("Image is not in qcow2 format"));
         }
-        let fields = HeaderFields::read(&start);
+        let fields = HeaderFields::of_any_version(&start);
         if !(2..=3).contains(&fields.version) {
             return Err(Error::unsupported(format!("Unsupported qcow2 version {}", fields.version)));
         }
@@ -223,8 +224,9 @@ impl Header {
     }
 
     fn bitmaps_extension(&self, data: &[u8]) -> Result<BitmapsExtension> {
-        let bitmaps =
-            BitmapsExtension::read(data).ok_or_else(|| Error::corrupt("bitmaps_ext: Invalid extension length"))?;
+        let bitmaps: &[u8; layout::BITMAPS_EXT] =
+            data.try_into().map_err(|_| Error::corrupt("bitmaps_ext: Invalid extension length"))?;
+        let bitmaps = BitmapsExtension::read(bitmaps);
         // Without the autoclear bit nothing in it means anything.
         if self.fields.autoclear & layout::BITMAPS == 0 {
             return Ok(bitmaps);
@@ -303,12 +305,12 @@ impl Header {
             put(*kind, data);
         }
         put(layout::EXT_END, &[]);
-        let head = fields.to_bytes().len() + if v3 { self.extra.len() } else { 0 };
+        let head = fields.stored().len() + if v3 { self.extra.len() } else { 0 };
         (fields.backing_file_offset, fields.backing_file_size) = match &self.backing_file {
             Some(name) => ((head + tail.len()) as u64, name.len() as u32),
             None => (0, 0),
         };
-        let mut bytes = fields.to_bytes();
+        let mut bytes = fields.stored();
         if v3 {
             bytes.extend_from_slice(&self.extra);
         }

@@ -11,7 +11,8 @@ use byteorder::{BigEndian, ByteOrder};
 use crate::block::{CompressedUnit, Error, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace, Result};
 
 use super::Qcow2Driver;
-use super::layout::{COMPRESSED, COPIED, ENTRY, Geometry, OFFSET_MASK, SUBCLUSTERS, ZERO};
+use super::geometry::Geometry;
+use super::layout::{COMPRESSED, COPIED, ENTRY, OFFSET_MASK, SUBCLUSTERS, ZERO};
 
 /// Most L2 entries that one answer looks at.
 const MOST_ENTRIES: u64 = 64 << 10;

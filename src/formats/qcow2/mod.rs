@@ -2,7 +2,7 @@
 //!
 //! What is where, from the ground up (nothing uses what stands below it in this list):
 //!
-//! * `layout.rs` the on-disk structures and [`layout::Geometry`]; `header.rs` the header from and to bytes; `window.rs`
+//! * `layout.rs` the on-disk structures, `geometry.rs` what follows from them; `header.rs` the header from and to bytes; `window.rs`
 //!   directories read piece by piece; `refcount.rs` refcounts in bytes; `references.rs` references counted in memory;
 //! * `tables.rs` the cache of L1, L2 and refcount tables and the order in which changes reach the file;
 //! * `snapshot.rs` and `dirty.rs`: snapshots, and what bitmaps have to be told;
@@ -24,6 +24,7 @@ pub mod counts;
 pub mod create;
 pub mod dirty;
 pub mod flush;
+pub mod geometry;
 pub mod guard;
 pub mod header;
 pub mod info;
@@ -60,8 +61,9 @@ use crate::block::{
 use crate::codec::luks;
 
 use alloc::Allocator;
+use geometry::Geometry;
 use header::Header;
-use layout::{ENTRY, Geometry};
+use layout::ENTRY;
 use tables::{Kind, Table, Tables};
 
 /// The format.

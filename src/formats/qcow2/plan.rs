@@ -9,7 +9,8 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::storage::Storage;
 
-use super::layout::{ENTRY, Geometry, MAX_REFCOUNT_TABLE_BYTES};
+use super::geometry::Geometry;
+use super::layout::{ENTRY, MAX_REFCOUNT_TABLE_BYTES};
 use super::refcount;
 use super::space::{Cursor, Freed, Growth, Space};
 

@@ -8,7 +8,8 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::storage::{Preallocation, Storage};
 
-use super::layout::{COPIED, Geometry};
+use super::geometry::Geometry;
+use super::layout::COPIED;
 use super::plan::Planner;
 
 /// What is asked for.

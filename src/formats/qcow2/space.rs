@@ -9,7 +9,8 @@
 //! The rule is written over [`Space`], so that new images are planned in memory and open images are changed through
 //! their tables with the same outcome.
 
-use super::layout::{ENTRY, Geometry, MAX_REFCOUNT_TABLE_BYTES};
+use super::geometry::Geometry;
+use super::layout::{ENTRY, MAX_REFCOUNT_TABLE_BYTES};
 use crate::block::{Error, Result};
 
 /// Where refcounts are kept.

@@ -27,7 +27,7 @@ use crate::block::error::Context;
 use crate::block::{Error, FileEnd, Result};
 use crate::storage::Storage;
 
-use super::layout::Geometry;
+use super::geometry::Geometry;
 
 /// What kind of table: in the order in which changes reach the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -1,0 +1,133 @@
+//! What follows from a header's fixed fields by calculation: sizes, indices, places.
+
+use super::layout::{COMPRESSED, COPIED, ENTRY, EXTENDED_ENTRY, SECTOR, SUBCLUSTERS};
+
+/// What follows from a header's fixed fields alone, and never changes while an image is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    /// 2 or 3.
+    pub version: u32,
+    /// log2 of the cluster size, 9 to 21.
+    pub cluster_bits: u32,
+    /// log2 of the refcount width, 0 to 6.
+    pub refcount_order: u32,
+    /// Whether L2 entries have subclusters.
+    pub extended: bool,
+}
+
+impl Geometry {
+    /// Bytes in a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Bytes in the unit of allocation status: the subcluster, or the cluster where there are none.
+    pub fn subcluster_size(&self) -> u64 {
+        if self.extended { self.cluster_size() / u64::from(SUBCLUSTERS) } else { self.cluster_size() }
+    }
+
+    /// Bytes of an L2 entry: 8 or 16.
+    pub fn l2_entry(&self) -> u64 {
+        if self.extended { EXTENDED_ENTRY } else { ENTRY }
+    }
+
+    /// Entries in an L2 table.
+    pub fn l2_entries(&self) -> u64 {
+        self.cluster_size() / self.l2_entry()
+    }
+
+    /// Guest bytes that one L1 entry stands for.
+    pub fn l1_covers(&self) -> u64 {
+        self.cluster_size() * self.l2_entries()
+    }
+
+    /// L1 entries for a disk of that size.
+    pub fn l1_entries_for(&self, size: u64) -> u64 {
+        size.div_ceil(self.l1_covers())
+    }
+
+    /// Width of a refcount in bits.
+    pub fn refcount_bits(&self) -> u32 {
+        1 << self.refcount_order
+    }
+
+    /// The largest refcount.
+    pub fn refcount_max(&self) -> u64 {
+        u64::MAX >> (64 - self.refcount_bits())
+    }
+
+    /// Refcounts in a refcount block.
+    pub fn refcounts_per_block(&self) -> u64 {
+        self.cluster_size() * 8 / u64::from(self.refcount_bits())
+    }
+
+    /// L1 index of a guest offset.
+    pub fn l1_index(&self, guest: u64) -> u64 {
+        guest / self.l1_covers()
+    }
+
+    /// L2 index of a guest offset.
+    pub fn l2_index(&self, guest: u64) -> u64 {
+        (guest >> self.cluster_bits) % self.l2_entries()
+    }
+
+    /// Whether a table of that length may lie there: aligned, and representable as a file offset.
+    pub fn places(&self, at: u64, len: u64) -> bool {
+        self.in_cluster(at) == 0 && at.checked_add(len).is_some_and(|end| i64::try_from(end).is_ok())
+    }
+
+    /// Where in its cluster an offset is.
+    pub fn in_cluster(&self, offset: u64) -> u64 {
+        offset & (self.cluster_size() - 1)
+    }
+
+    /// `x` of the section "Compressed Clusters Descriptor": the lowest bit of the number of sectors.
+    pub fn compressed_shift(&self) -> u32 {
+        62 - (self.cluster_bits - 8)
+    }
+
+    /// Host offset and greatest length in bytes that a compressed L2 entry tells.
+    pub fn compressed(&self, entry: u64) -> (u64, u64) {
+        let shift = self.compressed_shift();
+        let at = entry & ((1 << shift) - 1) & ((1 << 56) - 1);
+        let sectors = ((entry & !(COPIED | COMPRESSED)) >> shift) + 1;
+        (at, sectors * SECTOR - at % SECTOR)
+    }
+
+    /// The L2 entry for `len` encoded bytes at `at`; `None` if they cannot be told.
+    pub fn compressed_entry(&self, at: u64, len: u64) -> Option<u64> {
+        let shift = self.compressed_shift();
+        let last = at.checked_add(len.checked_sub(1)?)?;
+        let sectors = last / SECTOR - at / SECTOR;
+        let fits = at < 1 << shift.min(56) && sectors < 1 << (62 - shift);
+        fits.then_some(COMPRESSED | at | (sectors << shift))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::layout::{MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
+    use super::*;
+
+    #[test]
+    fn compressed_entries_round_trip() {
+        for cluster_bits in MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS {
+            let geometry = Geometry { version: 3, cluster_bits, refcount_order: 4, extended: false };
+            for (at, len) in [(0, 1), (511, 2), (70_000, 300), (1 << 40, geometry.cluster_size() - 1)] {
+                let entry = geometry.compressed_entry(at, len).unwrap();
+                let (place, most) = geometry.compressed(entry);
+                assert_eq!(place, at);
+                assert!(most >= len && most < len + SECTOR, "{cluster_bits} {at} {len} {most}");
+            }
+        }
+    }
+
+    #[test]
+    fn geometry_of_the_extremes() {
+        let small = Geometry { version: 3, cluster_bits: 9, refcount_order: 6, extended: false };
+        assert_eq!((small.l1_covers(), small.refcounts_per_block(), small.refcount_max()), (32768, 64, u64::MAX));
+        let large = Geometry { version: 3, cluster_bits: 21, refcount_order: 0, extended: true };
+        assert_eq!((large.l2_entries(), large.subcluster_size(), large.refcount_max()), (131_072, 65536, 1));
+    }
+}
