@@ -6,7 +6,7 @@
 use std::fmt;
 use std::num::NonZero;
 
-use super::format::{BackingRef, Child, ResizeFiles};
+use super::files::{BackingRef, Child, ResizeFiles};
 use super::info::{ImageInfo, SnapshotInfo};
 use super::{CompressedUnit, Error, Extent, GuestOffset, HostOffset, HostPlace, Result};
 use crate::storage::Preallocation;

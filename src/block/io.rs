@@ -6,10 +6,9 @@
 //! Compressed units pass as they are: what their bytes mean is the driver's to decode.
 //!
 //! Invariants: the whole of a buffer is filled or it is an error; what was decoded last is used again only as long as
-//! no unit was stored since it was read. No lock is held across I/O or while a unit is decoded: the lock of
-//! [`LastUnit`] is a leaf. Buffers for `O_DIRECT` are [`storage::direct`](crate::storage::direct)'s.
+//! no unit was stored since it was read. No lock is held. Buffers for `O_DIRECT` are [`storage::direct`](crate::storage::direct)'s.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use super::driver::{Action, Placed, Store};
 use super::error::{Context, Operation};
@@ -29,52 +28,17 @@ pub struct Scratch {
     sealed: Vec<u8>,
 }
 
-/// The unit that was decoded last: small reads one after the other decode it once.
-#[derive(Debug, Default)]
-pub(super) struct LastUnit {
-    state: Mutex<Decoded>,
-}
-
-#[derive(Debug, Default)]
-struct Decoded {
-    /// Counts what was stored: a unit read before that must not be kept after it.
-    stored: u64,
-    unit: Option<(CompressedUnit, Arc<[u8]>)>,
-}
-
-impl LastUnit {
-    fn state(&self) -> MutexGuard<'_, Decoded> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The unit's bytes if they are kept; else what [`LastUnit::keep`] wants to know.
-    fn find(&self, wanted: &CompressedUnit) -> std::result::Result<Arc<[u8]>, u64> {
-        let state = self.state();
-        match &state.unit {
-            Some((unit, bytes)) if unit == wanted => Ok(bytes.clone()),
-            _ => Err(state.stored),
-        }
-    }
-
-    fn keep(&self, unit: CompressedUnit, bytes: Arc<[u8]>, stored: u64) {
-        let mut state = self.state();
-        if state.stored == stored {
-            state.unit = Some((unit, bytes));
-        }
-    }
-
-    fn forget(&self) {
-        let mut state = self.state();
-        state.stored = state.stored.wrapping_add(1);
-        state.unit = None;
-    }
-}
-
 fn length(n: u64) -> Result<usize> {
     usize::try_from(n).map_err(|_| Error::corrupt("a run of the image is longer than memory can be"))
 }
 
 impl Node {
+    /// Room for the start of a range; given back when dropped without [`Placement::publish`].
+    pub fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placement<'_>> {
+        let placed = self.writing()?.place(at, len, store)?;
+        Ok(Placement { node: self, placed, open: true })
+    }
+
     /// Fills `buf` with guest data from `at`, through the whole chain; past the virtual size with zeros.
     pub fn read(&self, at: GuestOffset, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
         self.read_layers(at, buf, usize::MAX, scratch)
@@ -309,12 +273,7 @@ pub struct Placement<'a> {
     open: bool,
 }
 
-impl<'a> Placement<'a> {
-    /// What that node's driver has placed.
-    pub(super) fn new(node: &'a Node, placed: Placed) -> Self {
-        Self { node, placed, open: true }
-    }
-
+impl Placement<'_> {
     /// How many guest bytes of the range asked for it covers.
     pub fn len(&self) -> usize {
         usize::try_from(self.placed.len).unwrap_or(usize::MAX)

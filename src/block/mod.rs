@@ -5,27 +5,26 @@
 //! data is and *where* new data may go; guest bytes move in one place, [`io`].
 //!
 //! This stratum names no driver: the table of those that exist, [`Drivers`], is handed to the [`Opener`]. Only
-//! `foreign` knows, by their first bytes, some that do not exist here.
+//! `open` knows, by their first bytes, some that do not exist here.
 
 mod bare;
 pub mod driver;
 pub mod drivers;
 pub mod error;
 pub mod extent;
-mod foreign;
+pub mod files;
 pub mod format;
-mod generic;
 pub mod info;
 pub mod io;
 pub mod jsonish;
 pub mod keys;
-mod layer;
+mod last_unit;
 pub mod name;
 pub mod node;
+pub mod notice;
 pub mod number;
-pub mod opener;
+pub mod open;
 pub mod options;
-mod over;
 pub mod protocol;
 
 pub use driver::{
@@ -34,12 +33,10 @@ pub use driver::{
 pub use drivers::{Driver, Drivers};
 pub use error::{Error, Kind, Result};
 pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace};
-pub use format::{
-    BackingRef, Child, Create, CreateFiles, CreateRequest, FileEnd, Format, Ids, NoFiles, OpenRequest, Related,
-    ResizeFiles,
-};
-pub use layer::MadeFiles;
+pub use files::{BackingRef, Child, FileEnd, NoFiles, ResizeFiles};
+pub use format::{Create, CreateFiles, CreateRequest, Format, Ids, OpenRequest, Related};
 pub use name::{ImageRef, OptionTree};
 pub use node::{Mapping, Node};
-pub use opener::{Notice, OpenHow, Opener, Policy};
+pub use notice::Notice;
+pub use open::{Allowed, MadeFiles, OpenHow, Opener, Policy};
 pub use options::{CreateOptions, OptionKind, OptionSpec, OptionValue};

@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::driver::{Store, Write};
+use super::driver::Write;
 use super::error::{Operation, Place};
-use super::io::{LastUnit, Placement};
+use super::last_unit::LastUnit;
 use super::{BlockDriver, Child, Error, ExtentKind, FileEnd, GuestOffset, HostPlace, Result, name};
 use crate::storage::Identity;
 
@@ -196,12 +196,6 @@ impl Node {
     /// The ability to write, or the error that says it is not there.
     pub fn writing(&self) -> Result<&dyn Write> {
         self.driver.writing().ok_or_else(|| Error::unsupported(format!("'{}' is read-only", self.name)))
-    }
-
-    /// Room for the start of a range; given back when dropped without [`Placement::publish`].
-    pub fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placement<'_>> {
-        let placed = self.writing()?.place(at, len, store)?;
-        Ok(Placement::new(self, placed))
     }
 }
 

@@ -1,6 +1,7 @@
 //! `convert`: copies images, joined, to a new or an existing one, in any format.
 
 use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::exit::Exit;
@@ -10,7 +11,7 @@ use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, object, options, size};
 use crate::block::driver::SnapshotKey;
 use crate::block::keys::parse_list;
-use crate::block::{Effort, ImageRef, Node, OpenHow, Opener};
+use crate::block::{Effort, ImageRef, Node, OpenHow, Opener, name};
 use crate::ops::convert::{ConvertRequest, Job};
 use crate::ops::copy::{CopyOptions, MOST_THREADS, Observer};
 use crate::ops::create::{NewImage, Target};
@@ -193,7 +194,7 @@ impl Subcommand for ConvertArgs {
         warnings.for_each(|(warning, hint)| program.deprecated(warning, hint));
         let request = self.request();
         request.check()?;
-        let opener = program.opener();
+        let opener = self.typed().iter().fold(program.opener(), |opener, path| opener.allowing(path));
         let create_options = options::joined(&self.target_format_options).unwrap_or_default();
         if create_options.help {
             return self.help(program, &opener);
@@ -235,6 +236,14 @@ impl Subcommand for ConvertArgs {
 impl ConvertArgs {
     fn target_format(&self) -> &str {
         self.target_format.as_deref().unwrap_or("raw")
+    }
+
+    /// Files that are named here, which images may name too.
+    fn typed(&self) -> Vec<PathBuf> {
+        let target = self.operands.last().map(OsString::as_os_str);
+        let backing = self.backing.as_ref().and_then(|backing| name::beside(target, OsStr::new(backing)));
+        let sources = self.operands.iter().rev().skip(1).filter(|_| !self.image_opts);
+        sources.cloned().chain(backing).map(PathBuf::from).collect()
     }
 
     fn request(&self) -> ConvertRequest {

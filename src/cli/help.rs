@@ -9,12 +9,34 @@ use crate::drivers::DRIVERS;
 /// parse it.
 const REFERENCE: &str = "10.0.2";
 
-/// A clap command with the one option that all have.
+/// A clap command with the options that all have.
 pub fn command(name: &'static str) -> Command {
     Command::new(name)
         .disable_help_flag(true)
         .disable_version_flag(true)
         .arg(Arg::new("help").short('h').long("help").action(ArgAction::Help).help("print this help and exit"))
+        .args(trust())
+}
+
+/// What images may make us open: before the subcommand, or behind it. Shown by the help of the program alone.
+fn trust() -> [Arg; 2] {
+    [
+        Arg::new("untrusted")
+            .long("untrusted")
+            .action(ArgAction::SetTrue)
+            .help("refuse images that name other files: backing files, data files, extents"),
+        Arg::new("allow")
+            .long("allow")
+            .value_name("DIR_OR_FILE")
+            .value_parser(clap::value_parser!(std::ffi::OsString))
+            .action(ArgAction::Append)
+            .help("with --untrusted: images may name that file, or files in that folder"),
+    ]
+}
+
+/// A clap command of a subcommand.
+pub fn subcommand(name: &'static str) -> Command {
+    ["untrusted", "allow"].into_iter().fold(command(name), |command, id| command.mut_arg(id, |arg| arg.hide(true)))
 }
 
 /// What may stand before the subcommand.
@@ -27,10 +49,6 @@ pub fn top_level() -> Command {
             .value_name("TRACE")
             .action(ArgAction::Append)
             .help("choose trace events: [[enable=]PATTERN][,events=FILE][,file=FILE]"),
-        Arg::new("untrusted")
-            .long("untrusted")
-            .action(ArgAction::SetTrue)
-            .help("refuse images that name other files: backing files, data files, extents"),
         Arg::new("rest")
             .value_parser(clap::value_parser!(std::ffi::OsString))
             .action(ArgAction::Append)

@@ -71,7 +71,7 @@ const fn row<S: Subcommand>() -> Row {
         about: S::ABOUT,
         usage: S::USAGE,
         signed_operands: S::SIGNED_OPERANDS,
-        command: || S::augment_args(help::command(S::NAME)),
+        command: || S::augment_args(help::subcommand(S::NAME)),
         run: |matches, program| S::from_arg_matches(matches)?.run(program),
     }
 }
@@ -103,9 +103,7 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
         help::print_program(program)?;
         return Ok(Exit::Success);
     };
-    if matches.get_flag("untrusted") {
-        program.distrust();
-    }
+    distrust(program, &matches)?;
     for spec in matches.get_many::<String>("trace").unwrap_or_default() {
         trace::apply(program, spec)?;
     }
@@ -125,12 +123,27 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
     let style = Style { permute, signed_operands: row.signed_operands };
     let words = getopt::canonical(&(row.command)(), &operands.collect::<Vec<_>>(), style);
     match parse((row.command)(), &words)? {
-        Some(matches) => (row.run)(&matches, program),
+        Some(matches) => {
+            distrust(program, &matches)?;
+            program.check_trust()?;
+            (row.run)(&matches, program)
+        }
         None => {
             help::print_subcommand(program, row, &(row.command)())?;
             Ok(Exit::Success)
         }
     }
+}
+
+/// Takes what is said of images that are not trusted.
+fn distrust(program: &mut Program, matches: &ArgMatches) -> anyhow::Result<()> {
+    if matches.get_flag("untrusted") {
+        program.distrust();
+    }
+    for path in matches.get_many::<OsString>("allow").unwrap_or_default() {
+        program.allow(path)?;
+    }
+    Ok(())
 }
 
 /// What clap makes of the words; `None` if help was asked for. The first error on the line is the one reported.

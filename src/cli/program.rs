@@ -4,12 +4,13 @@
 //! error is written at once.
 
 use std::cell::RefCell;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::{self, BufWriter, IsTerminal, LineWriter, Stdout, Write};
 use std::path::Path;
 
 use super::exit::Exit;
-use crate::block::{Notice, Opener, Policy};
+use super::report::Complaint;
+use crate::block::{Allowed, Notice, Opener, Policy};
 use crate::drivers::DRIVERS;
 
 enum Out {
@@ -27,7 +28,8 @@ pub struct Program {
     typed: String,
     name: String,
     subcommand: Option<&'static str>,
-    policy: Policy,
+    untrusted: bool,
+    allowed: Allowed,
     out: RefCell<Out>,
     trouble: RefCell<Option<io::Error>>,
 }
@@ -47,7 +49,8 @@ impl Program {
             typed,
             name,
             subcommand: None,
-            policy: Policy::Follow,
+            untrusted: false,
+            allowed: Allowed::default(),
             out: RefCell::new(out),
             trouble: RefCell::default(),
         }
@@ -73,7 +76,20 @@ impl Program {
 
     /// From here on images may not make us open other files.
     pub(super) fn distrust(&mut self) {
-        self.policy = Policy::Refuse;
+        self.untrusted = true;
+    }
+
+    /// Images may name that file all the same, or the files in that folder.
+    pub(super) fn allow(&mut self, path: &OsStr) -> anyhow::Result<()> {
+        Ok(self.allowed.add(Path::new(path))?)
+    }
+
+    /// Refuses exceptions to what is not the rule.
+    pub(super) fn check_trust(&self) -> anyhow::Result<()> {
+        match self.untrusted || self.allowed == Allowed::default() {
+            true => Ok(()),
+            false => Err(Complaint::usage("--allow has no effect without --untrusted").into()),
+        }
     }
 
     /// Writes to standard output, as it is.
@@ -128,7 +144,8 @@ impl Program {
 
     /// What opens images.
     pub fn opener(&self) -> Opener<'static> {
-        Opener::new(DRIVERS, self.policy)
+        let policy = if self.untrusted { Policy::Refuse(self.allowed.clone()) } else { Policy::Follow };
+        Opener::new(DRIVERS, policy)
     }
 
     /// Shows what came up while opening.

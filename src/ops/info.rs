@@ -183,7 +183,7 @@ pub fn chain(opener: &Opener<'_>, image: &ImageRef, how: &OpenHow, whole: bool) 
             opener.notice(Notice::Warning(error.message()));
         }
         if let (true, Some(backing)) = (whole, &info.backing) {
-            opener.may_open(&info.filename, &backing.name)?;
+            opener.may_open(&info.filename, &backing.name, backing.path.as_deref())?;
             let path = backing
                 .path
                 .clone()

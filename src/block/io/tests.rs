@@ -1,8 +1,10 @@
 #![allow(clippy::unwrap_used)]
 
 use std::num::NonZero;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::super::last_unit::LastUnit;
 use super::*;
 use crate::block::driver::Write;
 use crate::block::info::ImageInfo;

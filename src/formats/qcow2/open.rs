@@ -5,8 +5,8 @@ use std::sync::{Mutex, RwLock};
 
 use serde_json::Value;
 
+use crate::block::Notice;
 use crate::block::keys::{take_number, take_size, take_switch, take_text};
-use crate::block::opener::Notice;
 use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Result};
 
 use super::alloc::Allocator;

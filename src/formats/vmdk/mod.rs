@@ -33,7 +33,7 @@ use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
     BackingRef, BlockDriver, Child, CompressedUnit, Create, Error, Extent, ExtentKind, Format, GuestOffset, HostOffset,
-    HostPlace, OpenRequest, Resize, Result, Write,
+    HostPlace, Kind, OpenRequest, Resize, Result, Write,
 };
 use crate::storage::Storage;
 
@@ -78,6 +78,8 @@ enum Body {
     Sparse { file: usize, sparse: Box<Sparse> },
     /// Behind the tables of a space-efficient extent; read only.
     SeSparse { file: usize, sparse: Box<SeSparse> },
+    /// In a file that must not be opened, so that nothing but its name is known.
+    Closed { name: String },
     /// Nowhere: zeros.
     Zero,
     /// The guest has no access.
@@ -167,6 +169,7 @@ impl BlockDriver for VmdkDriver {
         let max = max.min(part.end().saturating_sub(at.get()));
         let (kind, len) = match &part.body {
             Body::Zero => (ExtentKind::Zero(None), max),
+            Body::Closed { name } => return Err(Error::new(Kind::Forbidden, format!("'{name}' was not opened"))),
             Body::Forbidden => {
                 return Err(Error::unsupported(format!("offset {at} lies in an extent that is marked NOACCESS")));
             }
@@ -245,7 +248,11 @@ impl BlockDriver for VmdkDriver {
                     }
                     _ => None,
                 };
-                extent.insert("filename".into(), json!(file.map_or("", |file| file.name.as_str())));
+                let name = match &part.body {
+                    Body::Closed { name } => name,
+                    _ => file.map_or("", |file| file.name.as_str()),
+                };
+                extent.insert("filename".into(), json!(name));
                 extent.insert("format".into(), json!(part.word));
                 extent.insert("virtual-size".into(), json!(part.len()));
                 if let Some(grain) = part.grain() {

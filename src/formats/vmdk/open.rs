@@ -22,7 +22,7 @@ pub(super) type TextAt = (u64, Option<u64>);
 
 impl VmdkDriver {
     pub(super) fn open(request: OpenRequest<'_>) -> Result<Self> {
-        let OpenRequest { file, write, related, .. } = request;
+        let OpenRequest { file, write, related, look_only, .. } = request;
         let mut head = vec![0; 512];
         file.storage.read_at(0, &mut head).context("Could not read the header")?;
         let mut files = vec![file];
@@ -31,7 +31,7 @@ impl VmdkDriver {
         } else if head.starts_with(COWD_MAGIC) || is_sesparse(&head) {
             return Err(no_disk());
         } else {
-            open_row(&mut files, related)?
+            open_row(&mut files, related, look_only)?
         };
         if write && parts.iter().any(|part| part.grain().is_some_and(|grain| !part.start.is_multiple_of(grain))) {
             return Err(Error::unsupported("An extent that begins within a grain can be read, but not written"));
@@ -105,7 +105,7 @@ pub(super) fn read_text(storage: &dyn Storage, at: u64, len: u64) -> Result<Vec<
 }
 
 /// Opens a row of extents by their descriptor, which is a file of its own.
-fn open_row(files: &mut Vec<Child>, related: &dyn Related) -> Result<(Descriptor, TextAt, Vec<Part>)> {
+fn open_row(files: &mut Vec<Child>, related: &dyn Related, look_only: bool) -> Result<(Descriptor, TextAt, Vec<Part>)> {
     let main = files[0].storage.clone();
     let len = main.len().context("Could not get the length of the descriptor")?;
     if len == 0 {
@@ -124,7 +124,7 @@ fn open_row(files: &mut Vec<Child>, related: &dyn Related) -> Result<(Descriptor
     }
     let (mut parts, mut start, mut entries) = (Vec::new(), 0u64, 0);
     for (index, line) in descriptor.extents.iter().enumerate() {
-        let body = open_extent(index, line, &descriptor, files, related)?;
+        let body = open_extent(index, line, &descriptor, files, related, look_only)?;
         if let Body::Sparse { sparse, .. } = &body {
             entries += sparse.directory_entries();
         }
@@ -156,13 +156,20 @@ fn open_extent(
     descriptor: &Descriptor,
     files: &mut Vec<Child>,
     related: &dyn Related,
+    look_only: bool,
 ) -> Result<Body> {
     match (line.access, line.kind) {
         (Access::None, _) => return Ok(Body::Forbidden),
         (_, ExtentType::Zero) => return Ok(Body::Zero),
         _ => {}
     }
-    let child = open_first(&format!("extents.{index}"), descriptor.names(&line.file), related)?;
+    let names = descriptor.names(&line.file);
+    let child = match open_first(&format!("extents.{index}"), &names, related) {
+        Err(error) if look_only && error.kind == Kind::Forbidden => {
+            return Ok(Body::Closed { name: names.first().map(|name| related.shown(name)).unwrap_or_default() });
+        }
+        opened => opened?,
+    };
     let (name, storage) = (child.name.clone(), child.storage.clone());
     files.push(child);
     let file = files.len() - 1;
@@ -184,11 +191,11 @@ fn open_extent(
 }
 
 /// Opens the first file of these names that is there.
-fn open_first(role: &str, names: Vec<OsString>, related: &dyn Related) -> Result<Child> {
+fn open_first(role: &str, names: &[OsString], related: &dyn Related) -> Result<Child> {
     let mut missing = None;
     for name in names {
-        match related.open(role, &name) {
-            Err(error) if error.kind == Kind::NotFound => missing = missing.or(Some(error)),
+        match related.open(role, name) {
+            Err(error) if matches!(error.kind, Kind::NotFound | Kind::Forbidden) => missing = missing.or(Some(error)),
             other => return other,
         }
     }

@@ -6,7 +6,8 @@
 use crate::block::error::Context;
 use crate::block::io::punch_at;
 use crate::block::{
-    Action, Compress, Effort, Encoded, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write,
+    Action, Compress, Effort, Encoded, Error, GuestOffset, HostOffset, HostPlace, Kind, Placed, Result, Store, Ticket,
+    Write,
 };
 use crate::codec::deflate::How;
 
@@ -167,6 +168,7 @@ impl Write for VmdkDriver {
         self.renew()?;
         match &part.body {
             Body::Forbidden => Err(Error::unsupported("the extent is marked NOACCESS")),
+            Body::Closed { name } => Err(Error::new(Kind::Forbidden, format!("'{name}' was not opened"))),
             Body::SeSparse { .. } => Err(Error::unsupported("seSparse extents cannot be written")),
             Body::Zero => match store {
                 Store::Zero { .. } => {

@@ -5,21 +5,16 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Map, Value};
 
-use super::bare::Bare;
-use super::error::Context;
-use super::format::{Child, OpenRequest, Related};
-use super::generic::{Names, Settings};
-use super::keys::{as_text, take_text};
-use super::name::{self, OptionTree, first_key, take_below};
-use super::node::Origin;
-use super::opener::{Notice, Opener, Trail};
-use super::over::{HEAD, NodeStorage, ProbedRaw};
-use super::protocol::{FileRequest, Protocol, Spelt};
-use super::{BlockDriver, Driver, Error, Format, Kind, Node, OpenHow, Result, foreign};
+use super::related::{Beside, DATA_FILE};
+use super::settings::{Names, Settings};
+use super::{OpenHow, Opener, Trail};
+use crate::block::bare::Bare;
+use crate::block::keys::take_text;
+use crate::block::name::{self, first_key, take_below};
+use crate::block::node::Origin;
+use crate::block::protocol::{FileRequest, Protocol, Spelt};
+use crate::block::{BlockDriver, Child, Driver, Error, Kind, Node, Notice, OpenRequest, OptionTree, Result};
 use crate::storage::{self, Identity, Storage};
-
-/// Images in images in images: nobody needs as many.
-const DEEPEST: usize = 32;
 
 /// What is to be opened.
 #[derive(Debug)]
@@ -65,6 +60,8 @@ pub(super) struct Layer {
     pub origin: Origin,
     pub settings: Settings,
     pub below: Below,
+    /// The image has just been made: what it names, the user has typed.
+    pub own: bool,
     /// The backing file is not the one that the header names.
     overridden: bool,
 }
@@ -120,14 +117,14 @@ fn add(options: &mut OptionTree, more: OptionTree) {
 }
 
 /// The file of a layer, and where it came from.
-struct Opened {
-    child: Child,
-    tree: Map<String, Value>,
-    path: Option<OsString>,
+pub(super) struct Opened {
+    pub child: Child,
+    pub tree: Map<String, Value>,
+    pub path: Option<OsString>,
     /// Names found in the image are relative to it.
-    base: Option<OsString>,
-    inner: Option<Arc<Node>>,
-    locking: bool,
+    pub base: Option<OsString>,
+    pub inner: Option<Arc<Node>>,
+    pub locking: bool,
 }
 
 impl MadeFiles {
@@ -148,6 +145,7 @@ impl Opener<'_> {
     /// Opens one layer.
     pub(super) fn layer(&self, ask: Ask, how: &OpenHow, trail: &mut Trail) -> Result<Layer> {
         let Ask { path, mut options, settings, made } = ask;
+        let own = made.is_some();
         let driver = match options.shift_remove("driver") {
             Some(Value::String(name)) => Some(name),
             _ => None,
@@ -211,6 +209,7 @@ impl Opener<'_> {
             settings,
             locking: file.locking,
             given: Mutex::new(take_below(&mut options, DATA_FILE)),
+            own,
             made,
         };
         if let Some(reference) = take_text(&mut options, DATA_FILE) {
@@ -236,7 +235,7 @@ impl Opener<'_> {
         let named = driver.backing().is_some();
         let overridden = !how.no_backing && (given || (named && matches!(below, Below::Nothing)));
         let below = if how.no_backing { Below::Nothing } else { below };
-        Ok(Layer { driver, origin, settings, below, overridden })
+        Ok(Layer { driver, origin, settings, below, own, overridden })
     }
 
     /// Takes what is said of the layer below.
@@ -288,7 +287,7 @@ impl Opener<'_> {
         let driver = Box::new(Bare::open(protocol.name(), opened.child, settings.write)?);
         let origin =
             Origin { path: opened.path, base: opened.base, tree: opened.tree, protocol: true, inner: Vec::new() };
-        Ok(Layer { driver, origin, settings, below: Below::Nothing, overridden: false })
+        Ok(Layer { driver, origin, settings, below: Below::Nothing, own: false, overridden: false })
     }
 
     /// The file that a format lies in: a file of the host, or another image.
@@ -339,43 +338,13 @@ impl Opener<'_> {
         Ok(self.bytes(protocol, path, below, *parent, "file", &mut trail.names)?.0)
     }
 
-    fn nested(
-        &self,
-        driver: String,
-        path: Option<OsString>,
-        mut options: OptionTree,
-        settings: &Settings,
-        how: &OpenHow,
-        trail: &mut Trail,
-    ) -> Result<Opened> {
-        if trail.depth >= DEEPEST {
-            return Err(Error::invalid("Images are nested too deeply"));
-        }
-        options.insert("driver".to_owned(), driver.into());
-        trail.depth += 1;
-        let ask = Ask { path, options, settings: *settings, made: None };
-        let how = OpenHow { no_backing: false, look_only: false, ..how.clone() };
-        let node = self.chain(ask, &how, trail);
-        trail.depth -= 1;
-        let node = node?;
-        let origin = node.origin();
-        let child = Child {
-            role: "file".to_owned(),
-            name: node.name().to_owned(),
-            driver: node.driver().format(),
-            storage: Arc::new(NodeStorage::new(node.clone())),
-        };
-        let (tree, base) = (origin.tree.clone(), origin.base.clone());
-        Ok(Opened { child, tree, path: None, base, inner: Some(node), locking: false })
-    }
-
     /// What a name says to a protocol that was chosen by its own name.
     fn spelt(&self, protocol: &'static dyn Protocol, name: Option<OsString>) -> Result<Spelt> {
         name.map_or(Ok(Spelt::default()), |name| self.drivers.spelt(protocol, &name))
     }
 
     /// What a protocol gives, with the options of its node.
-    fn bytes(
+    pub(super) fn bytes(
         &self,
         protocol: &'static dyn Protocol,
         path: Option<OsString>,
@@ -408,115 +377,5 @@ impl Opener<'_> {
         let child = Child { role: role.to_owned(), name, driver: protocol.name(), storage: opened.storage };
         let base = opened.path.clone().filter(|_| opened.based);
         Ok((Opened { child, tree, path: opened.path, base, inner: None, locking: opened.locking }, settings))
-    }
-
-    /// Finds out the format by the first bytes.
-    fn probe(&self, storage: &dyn Storage, name: &str) -> Result<&'static dyn Format> {
-        let formats = self.drivers.formats;
-        let raw = formats.last().copied().ok_or_else(|| Error::invalid("no formats"))?;
-        let text = || format!("Could not determine image format of '{name}'");
-        if storage.len().with_context(text)? == 0 {
-            return Ok(raw);
-        }
-        let mut head = [0; HEAD];
-        storage.read_at(0, &mut head).context("Could not read image for determining its format")?;
-        let mut best = (raw, raw.probe(&head, name));
-        for format in formats.iter().copied() {
-            let score = format.probe(&head, name);
-            if score > best.1 {
-                best = (format, score);
-            }
-        }
-        if let Some(other) = foreign::of(&head).filter(|_| best.0.name() == raw.name()) {
-            return Err(Error::unsupported(format!(
-                "Image is in {other} format, which is not supported (the format raw takes its bytes as they are)"
-            )));
-        }
-        Ok(best.0)
-    }
-
-    fn warn_of_probed_raw(&self, child: &mut Child) {
-        for line in [
-            format!("WARNING: Image format was not specified for '{}' and probing guessed raw.", child.name),
-            "         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.".to_owned(),
-            "         Specify the 'raw' format explicitly to remove the restrictions.".to_owned(),
-        ] {
-            self.notice(Notice::Line(line));
-        }
-        let formats = self.drivers.formats.iter().copied().filter(|format| format.name() != "raw").collect();
-        let storage = child.storage.clone();
-        child.storage = Arc::new(ProbedRaw { storage, formats, name: child.name.clone() });
-    }
-}
-
-const DATA_FILE: &str = "data-file";
-
-/// The way of a driver to the other files of its layer.
-struct Beside<'a> {
-    opener: &'a Opener<'a>,
-    image: Option<&'a OsStr>,
-    how: &'a OpenHow,
-    settings: Settings,
-    locking: bool,
-    /// What the user says of the external data file.
-    given: Mutex<OptionTree>,
-    /// Files that were made together with the image, by the names that are written in it.
-    made: MadeBeside,
-}
-
-impl Beside<'_> {
-    /// Takes the permissions on a file of the layer.
-    fn lock(&self, storage: &dyn Storage, role: &str, settings: &Settings) -> Result<()> {
-        let access = self.how.access(settings);
-        let access = match (self.how.exclusive, role) {
-            (false, DATA_FILE) => access.of_data_file(),
-            _ => access,
-        };
-        Ok(storage::lock(storage, access)?)
-    }
-}
-
-impl Related for Beside<'_> {
-    fn open(&self, role: &str, name: &OsStr) -> Result<Child> {
-        let shown = name.to_string_lossy();
-        if let Some((_, storage)) = self.made.iter().find(|(made, _)| OsStr::new(made) == name) {
-            self.lock(&**storage, role, &self.settings)?;
-            let path = name::literally_beside(self.image, name).unwrap_or_else(|| name.into());
-            let driver = self.opener.drivers.of_path(&path)?.name();
-            let name = path.to_string_lossy().into_owned();
-            return Ok(Child { role: role.to_owned(), name, driver, storage: storage.clone() });
-        }
-        self.opener.may_open(&self.image.unwrap_or_default().to_string_lossy(), &shown)?;
-        let mut given = match role {
-            DATA_FILE => std::mem::take(&mut *self.given.lock().unwrap_or_else(|e| e.into_inner())),
-            _ => OptionTree::new(),
-        };
-        let path = match given.get("filename").and_then(as_text) {
-            Some(_) => None,
-            None => Some(name::literally_beside(self.image, name).ok_or_else(|| {
-                Error::invalid(format!("Cannot tell where the file '{shown}' is, because the image has no plain name"))
-            })?),
-        };
-        let named = path.clone().or_else(|| given.get("filename").and_then(as_text).map(OsString::from));
-        let driver = match given.shift_remove("driver") {
-            Some(Value::String(driver)) => Some(driver),
-            _ => None,
-        };
-        let protocol = match driver {
-            None => self.opener.drivers.of_path(named.as_deref().unwrap_or_default())?,
-            Some(driver) => self.opener.drivers.protocol(&driver).ok_or_else(|| {
-                Error::unsupported(format!("The file '{shown}' must be a plain file, not '{driver}'"))
-            })?,
-        };
-        let (opened, settings) =
-            self.opener.bytes(protocol, path, given, self.settings, role, &mut Names::default())?;
-        if self.locking && opened.locking {
-            self.lock(&*opened.child.storage, role, &settings)?;
-        }
-        Ok(opened.child)
-    }
-
-    fn notice(&self, notice: Notice) {
-        self.opener.notice(notice);
     }
 }

@@ -1,8 +1,8 @@
 //! Options that any node takes, whatever its driver, and what children inherit of them.
 
-use super::keys::{take_switch, take_text};
-use super::name::in_order;
-use super::{Error, OptionTree, Result};
+use crate::block::keys::{take_switch, take_text};
+use crate::block::name::in_order;
+use crate::block::{Error, OptionTree, Result};
 use crate::storage::CacheMode;
 
 /// What is settled for a node before its driver is asked.

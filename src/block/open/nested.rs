@@ -1,13 +1,54 @@
-//! Storages that are not files of the host: an image inside an image, and the guard before a raw image that
-//! nobody called raw.
+//! An image in an image: the guest's disk of one as the file of another.
+//!
+//! Invariant: recursion into images inside images is capped.
 
+use std::ffi::OsString;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 
-use super::io::Scratch;
-use super::{ExtentKind, Format, GuestOffset, Node, foreign};
+use super::layer::{Ask, Opened};
+use super::settings::Settings;
+use super::{OpenHow, Opener, Trail};
+use crate::block::io::Scratch;
+use crate::block::{self, Child, ExtentKind, GuestOffset, Node, OptionTree};
 use crate::storage::{Error, Facts, HostExtent, HostFile, HostKind, Preallocation, Result, Storage, Zeroing};
+
+/// Images in images in images: nobody needs as many.
+const DEEPEST: usize = 32;
+
+impl Opener<'_> {
+    /// Opens the image that another one lies in.
+    pub(super) fn nested(
+        &self,
+        driver: String,
+        path: Option<OsString>,
+        mut options: OptionTree,
+        settings: &Settings,
+        how: &OpenHow,
+        trail: &mut Trail,
+    ) -> block::Result<Opened> {
+        if trail.depth >= DEEPEST {
+            return Err(block::Error::invalid("Images are nested too deeply"));
+        }
+        options.insert("driver".to_owned(), driver.into());
+        trail.depth += 1;
+        let ask = Ask { path, options, settings: *settings, made: None };
+        let how = OpenHow { no_backing: false, look_only: false, ..how.clone() };
+        let node = self.chain(ask, &how, trail);
+        trail.depth -= 1;
+        let node = node?;
+        let origin = node.origin();
+        let child = Child {
+            role: "file".to_owned(),
+            name: node.name().to_owned(),
+            driver: node.driver().format(),
+            storage: Arc::new(NodeStorage::new(node.clone())),
+        };
+        let (tree, base) = (origin.tree.clone(), origin.base.clone());
+        Ok(Opened { child, tree, path: None, base, inner: Some(node), locking: false })
+    }
+}
 
 /// The guest's disk of one image as the file of another.
 ///
@@ -123,78 +164,5 @@ impl Drop for NodeStorage {
             // Whoever needs to know has flushed before.
             let _ = self.node.driver().close();
         }
-    }
-}
-
-/// How many bytes are looked at to find out a format.
-pub const HEAD: usize = 512;
-
-/// A file that was taken for raw because nothing else fits. Its first block must not become the header of
-/// another format, or whoever opens it next would follow what its guest wrote there.
-#[derive(Debug)]
-pub struct ProbedRaw {
-    /// The file.
-    pub storage: Arc<dyn Storage>,
-    /// The formats that would be recognised.
-    pub formats: Vec<&'static dyn Format>,
-    /// Its name.
-    pub name: String,
-}
-
-impl Storage for ProbedRaw {
-    fn len(&self) -> Result<u64> {
-        self.storage.len()
-    }
-
-    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        self.storage.read_at(at, buf)
-    }
-
-    fn write_at(&self, at: u64, buf: &[u8]) -> Result<()> {
-        if at < HEAD as u64 {
-            let mut head = vec![0; HEAD];
-            self.storage.read_at(0, &mut head)?;
-            let skip = usize::try_from(at).unwrap_or(HEAD);
-            for (old, new) in head.iter_mut().skip(skip).zip(buf) {
-                *old = *new;
-            }
-            let known = |format: &&dyn Format| format.probe(&head, &self.name) > 1;
-            if self.formats.iter().any(known) || foreign::of(&head).is_some() {
-                return Err(Errno::EPERM.into());
-            }
-        }
-        self.storage.write_at(at, buf)
-    }
-
-    fn extent(&self, at: u64, max: u64) -> Result<HostExtent> {
-        self.storage.extent(at, max)
-    }
-
-    fn zero(&self, at: u64, len: u64, how: Zeroing) -> Result<()> {
-        self.storage.zero(at, len, how)
-    }
-
-    fn discard(&self, at: u64, len: u64) -> Result<()> {
-        self.storage.discard(at, len)
-    }
-
-    fn set_len(&self, len: u64, fill: Preallocation) -> Result<()> {
-        self.storage.set_len(len, fill)
-    }
-
-    fn flush(&self) -> Result<()> {
-        self.storage.flush()
-    }
-
-    fn allocated(&self) -> Result<Option<u64>> {
-        self.storage.allocated()
-    }
-
-    fn facts(&self) -> Facts {
-        Facts { offload: false, ..self.storage.facts() }
-    }
-
-    fn host(&self) -> Option<&HostFile> {
-        self.storage.host()
     }
 }

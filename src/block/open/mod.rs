@@ -1,0 +1,132 @@
+//! The one way to an open image: `chain` opens what lies below a layer, `layer` one layer, `nested` an image that
+//! another lies in, `related` the other files of a layer; `probe` finds out formats, `settings` takes what any node
+//! takes, and `policy` says what an image may make us open.
+//!
+//! Invariants: a chain is opened and closed link by link, never by recursion; recursion into images inside images
+//! is capped; a file is locked before its header is believed.
+
+mod chain;
+mod foreign;
+mod layer;
+mod nested;
+mod policy;
+mod probe;
+mod related;
+mod settings;
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use layer::Ask;
+pub use layer::MadeFiles;
+pub use policy::{Allowed, Policy};
+use settings::{Names, Settings};
+
+use super::{Drivers, ImageRef, Node, Notice, Result};
+use crate::storage::lock::Access;
+use crate::storage::{CacheMode, Identity};
+
+/// How an image is opened.
+#[derive(Debug, Clone, Default)]
+pub struct OpenHow {
+    /// The format of the top layer; `None` to probe.
+    pub format: Option<String>,
+    /// For reading and writing (the top layer alone).
+    pub write: bool,
+    /// Without its backing file.
+    pub no_backing: bool,
+    /// Only the header will be looked at.
+    pub look_only: bool,
+    /// Bear others that write meanwhile (`-U`).
+    pub force_share: bool,
+    /// Nobody may write to any layer meanwhile, whatever its format (the sources of `convert`).
+    pub exclusive: bool,
+    /// What the page cache does.
+    pub cache: CacheMode,
+    /// Read on, with a warning, where a layer was made on another backing file than the one that is there.
+    pub salvage: bool,
+}
+
+impl OpenHow {
+    /// The permissions that a node with these settings takes, but for what is particular to its format.
+    pub(super) fn access(&self, settings: &Settings) -> Access {
+        match (settings.force_share, settings.write, self.look_only) {
+            (true, _, true) => Access::NONE,
+            (true, ..) => Access::SHARED,
+            (_, true, _) => Access::WRITE,
+            (_, _, true) => Access::LOOK,
+            _ => Access::READ,
+        }
+    }
+}
+
+/// Opens images.
+#[derive(Debug)]
+pub struct Opener<'a> {
+    pub(super) drivers: &'a Drivers,
+    policy: Policy,
+    notices: Mutex<Vec<Notice>>,
+}
+
+/// What is known while one image is opened.
+#[derive(Debug, Default)]
+pub(super) struct Trail {
+    /// Names given to nodes.
+    pub names: Names,
+    /// Layers with a backing file that were met.
+    seen: Vec<(Identity, &'static str)>,
+    /// How many images we are inside of.
+    pub depth: usize,
+}
+
+impl<'a> Opener<'a> {
+    /// An opener that knows these drivers.
+    pub fn new(drivers: &'a Drivers, policy: Policy) -> Self {
+        Self { drivers, policy, notices: Mutex::default() }
+    }
+
+    /// The drivers it knows.
+    pub fn drivers(&self) -> &'a Drivers {
+        self.drivers
+    }
+
+    /// What images may make it open.
+    pub fn policy(&self) -> Policy {
+        self.policy.clone()
+    }
+
+    /// The same, but images may name that file too: the user has typed its name.
+    pub fn allowing(mut self, path: &Path) -> Self {
+        self.policy.allow_typed(path);
+        self
+    }
+
+    /// What came up while opening, since the last call.
+    pub fn take_notices(&self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+
+    /// Something that came up, to be told by whoever asks for it.
+    pub fn notice(&self, notice: Notice) {
+        self.notices.lock().unwrap_or_else(|e| e.into_inner()).push(notice);
+    }
+
+    /// Opens an image with its backing chain.
+    pub fn open(&self, image: &ImageRef, how: &OpenHow) -> Result<Arc<Node>> {
+        self.open_named(image, how).map_err(|error| error.context(format!("Could not open '{}'", image.shown())))
+    }
+
+    /// The same for an image that is being talked of: errors do not begin with its name.
+    pub fn open_named(&self, image: &ImageRef, how: &OpenHow) -> Result<Arc<Node>> {
+        self.ask(image, how).and_then(|ask| self.chain(ask, how, &mut Trail::default()))
+    }
+
+    /// Opens an image that has just been made, in its files, which nobody can find by name yet, with its backing chain.
+    pub fn open_made(&self, name: &OsStr, made: MadeFiles, how: &OpenHow) -> Result<Arc<Node>> {
+        let image = ImageRef::name(name);
+        let ask = self.ask(&image, how).map(|ask| Ask { made: Some(made), ..ask });
+        ask.and_then(|ask| self.chain(ask, how, &mut Trail::default()))
+            .map_err(|error| error.context(format!("Could not open '{}'", image.shown())))
+    }
+}

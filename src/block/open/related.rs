@@ -1,0 +1,97 @@
+//! The way of a driver to the other files of its layer.
+
+use std::ffi::{OsStr, OsString};
+use std::sync::Mutex;
+
+use serde_json::Value;
+
+use super::layer::MadeBeside;
+use super::settings::{Names, Settings};
+use super::{OpenHow, Opener};
+use crate::block::keys::as_text;
+use crate::block::{Child, Error, Notice, OptionTree, Related, Result, name};
+use crate::storage::{self, Storage};
+
+/// The part that an external data file plays.
+pub(super) const DATA_FILE: &str = "data-file";
+
+/// See the module.
+pub(super) struct Beside<'a> {
+    pub opener: &'a Opener<'a>,
+    /// Names are relative to that one.
+    pub image: Option<&'a OsStr>,
+    pub how: &'a OpenHow,
+    pub settings: Settings,
+    pub locking: bool,
+    /// What the image names, the user has typed.
+    pub own: bool,
+    /// What the user says of the external data file.
+    pub given: Mutex<OptionTree>,
+    /// Files that were made together with the image, by the names that are written in it.
+    pub made: MadeBeside,
+}
+
+impl Beside<'_> {
+    /// Takes the permissions on a file of the layer.
+    fn lock(&self, storage: &dyn Storage, role: &str, settings: &Settings) -> Result<()> {
+        let access = self.how.access(settings);
+        let access = match (self.how.exclusive, role) {
+            (false, DATA_FILE) => access.of_data_file(),
+            _ => access,
+        };
+        Ok(storage::lock(storage, access)?)
+    }
+}
+
+impl Related for Beside<'_> {
+    fn open(&self, role: &str, name: &OsStr) -> Result<Child> {
+        let shown = name.to_string_lossy();
+        if let Some((_, storage)) = self.made.iter().find(|(made, _)| OsStr::new(made) == name) {
+            self.lock(&**storage, role, &self.settings)?;
+            let path = name::literally_beside(self.image, name).unwrap_or_else(|| name.into());
+            let driver = self.opener.drivers.of_path(&path)?.name();
+            let name = path.to_string_lossy().into_owned();
+            return Ok(Child { role: role.to_owned(), name, driver, storage: storage.clone() });
+        }
+        let mut given = match role {
+            DATA_FILE => std::mem::take(&mut *self.given.lock().unwrap_or_else(|e| e.into_inner())),
+            _ => OptionTree::new(),
+        };
+        let path = match given.get("filename").and_then(as_text) {
+            Some(_) => None,
+            None => Some(name::literally_beside(self.image, name).ok_or_else(|| {
+                Error::invalid(format!("Cannot tell where the file '{shown}' is, because the image has no plain name"))
+            })?),
+        };
+        if path.is_some() && !self.own {
+            let image = self.image.unwrap_or_default().to_string_lossy();
+            self.opener.may_open_file(&image, &shown, path.as_deref())?;
+        }
+        let named = path.clone().or_else(|| given.get("filename").and_then(as_text).map(OsString::from));
+        let driver = match given.shift_remove("driver") {
+            Some(Value::String(driver)) => Some(driver),
+            _ => None,
+        };
+        let protocol = match driver {
+            None => self.opener.drivers.of_path(named.as_deref().unwrap_or_default())?,
+            Some(driver) => self.opener.drivers.protocol(&driver).ok_or_else(|| {
+                Error::unsupported(format!("The file '{shown}' must be a plain file, not '{driver}'"))
+            })?,
+        };
+        let (opened, settings) =
+            self.opener.bytes(protocol, path, given, self.settings, role, &mut Names::default())?;
+        if self.locking && opened.locking {
+            self.lock(&*opened.child.storage, role, &settings)?;
+        }
+        Ok(opened.child)
+    }
+
+    fn shown(&self, name: &OsStr) -> String {
+        let path = name::literally_beside(self.image, name);
+        path.as_deref().unwrap_or(name).to_string_lossy().into_owned()
+    }
+
+    fn notice(&self, notice: Notice) {
+        self.opener.notice(notice);
+    }
+}
