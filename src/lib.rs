@@ -24,7 +24,8 @@
 //! A driver ([`block::BlockDriver`]) does not read or write guest data. It answers *where* data is
 //! ([`extent`](block::BlockDriver::extent)) and *where* new data may go ([`place`](block::Write::place), then
 //! [`publish`](block::Write::publish)). The walk down a backing chain, the decoding of compressed units and the fill
-//! of a partly written cluster are each written once, in [`block::Node`]. No lock is held while guest data moves, and
+//! of a partly written cluster are each written once, in [`block::node`] and [`block::io`], where a layer's cipher is
+//! applied too. No lock is held while guest data moves, and
 //! the order of the calls to `place` alone decides where data lies: that is why a conversion gives the same bytes on
 //! any number of threads.
 //!
