@@ -2,7 +2,10 @@
 //!
 //! Header, backing file name, L1 table; L2 tables and clusters wherever they were added.
 
-use byteorder::{BigEndian as Be, ByteOrder};
+use std::mem::{offset_of, size_of};
+
+use zerocopy::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::block::{Error, Result};
 
@@ -19,52 +22,65 @@ pub const MAX_OFFSET: u64 = i64::MAX.unsigned_abs();
 /// L2 entry: the cluster is compressed.
 pub const COMPRESSED: u64 = 1 << 63;
 
-// Offset 0: magic, 4 bytes
-const VERSION: usize = 4; // 4 bytes: 1
-const BACKING_OFFSET: usize = 8; // 8 bytes: 0 for none
-const BACKING_LENGTH: usize = 16; // 4 bytes
-// 20: time of the backing file's last change, 4 bytes: always 0
-const SIZE: usize = 24; // 8 bytes
-const CLUSTER_BITS: usize = 32; // 1 byte
-const L2_BITS: usize = 33; // 1 byte
-// 34: padding, 2 bytes
-const CRYPT: usize = 36; // 4 bytes: 0 none, 1 AES
-const L1_OFFSET: usize = 40; // 8 bytes
+#[derive(Debug, Clone, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Fields {
+    magic: [u8; 4],
+    version: U32,
+    /// 0 for none.
+    backing_offset: U64,
+    backing_length: U32,
+    /// Time of the backing file's last change: always 0.
+    backing_time: U32,
+    size: U64,
+    cluster_bits: u8,
+    l2_bits: u8,
+    padding: U16,
+    /// 0 none, 1 AES.
+    crypt: U32,
+    l1_offset: U64,
+}
+
+const _: () = {
+    assert!(size_of::<Fields>() == HEADER_BYTES);
+    assert!(offset_of!(Fields, size) == 24);
+    assert!(offset_of!(Fields, crypt) == 36);
+    assert!(offset_of!(Fields, l1_offset) == 40);
+};
 
 /// The header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
-    raw: [u8; HEADER_BYTES],
+    raw: Fields,
 }
 
 impl Header {
     /// That of a new image with a backing file's name of that length. With a backing file the clusters are one
     /// sector each, so that a small write copies little.
     pub fn new(size: u64, backing: Option<u32>) -> Self {
-        let mut raw = [0; HEADER_BYTES];
-        raw[..4].copy_from_slice(&MAGIC);
-        Be::write_u32(&mut raw[VERSION..], 1);
+        let mut raw = Fields::new_zeroed();
+        raw.magic = MAGIC;
+        raw.version = 1.into();
+        raw.size = size.into();
         let mut end = HEADER_BYTES as u64;
-        (raw[CLUSTER_BITS], raw[L2_BITS]) = (12, 9);
+        (raw.cluster_bits, raw.l2_bits) = (12, 9);
         if let Some(length) = backing {
-            Be::write_u64(&mut raw[BACKING_OFFSET..], end);
-            Be::write_u32(&mut raw[BACKING_LENGTH..], length);
+            raw.backing_offset = end.into();
+            raw.backing_length = length.into();
             end += u64::from(length);
-            (raw[CLUSTER_BITS], raw[L2_BITS]) = (9, 12);
+            (raw.cluster_bits, raw.l2_bits) = (9, 12);
         }
-        let mut header = Self { raw };
-        header.set_size(size);
-        header.set_l1_offset(end.next_multiple_of(8));
-        header
+        raw.l1_offset = end.next_multiple_of(8).into();
+        Self { raw }
     }
 
     /// Takes the bytes in after having checked them.
     pub fn parse(raw: [u8; HEADER_BYTES]) -> Result<Self> {
-        let header = Self { raw };
-        if header.raw[..4] != MAGIC {
+        let header = Self { raw: zerocopy::transmute!(raw) };
+        if header.raw.magic != MAGIC {
             return Err(Error::corrupt("Image not in qcow format"));
         }
-        let version = Be::read_u32(&header.raw[VERSION..]);
+        let version = header.raw.version.get();
         if version != 1 {
             let error = Error::unsupported(format!("qcow (v1) does not support qcow version {version}"));
             return Err(match version {
@@ -75,10 +91,10 @@ impl Header {
         if header.size() <= 1 {
             return Err(Error::corrupt("Image size is too small (must be at least 2 bytes)"));
         }
-        if !(9..=16).contains(&header.raw[CLUSTER_BITS]) {
+        if !(9..=16).contains(&header.raw.cluster_bits) {
             return Err(Error::corrupt("Cluster size must be between 512 and 64k"));
         }
-        if !(6..=13).contains(&header.raw[L2_BITS]) {
+        if !(6..=13).contains(&header.raw.l2_bits) {
             return Err(Error::corrupt("L2 table size must be between 512 and 64k"));
         }
         if header.crypt() > 1 {
@@ -99,48 +115,48 @@ impl Header {
 
     /// The bytes as they are written.
     pub fn bytes(&self) -> &[u8; HEADER_BYTES] {
-        &self.raw
+        zerocopy::transmute_ref!(&self.raw)
     }
 
     /// The virtual size as it stands there.
     pub fn size(&self) -> u64 {
-        Be::read_u64(&self.raw[SIZE..])
+        self.raw.size.get()
     }
 
     /// Sets the virtual size.
     pub fn set_size(&mut self, size: u64) {
-        Be::write_u64(&mut self.raw[SIZE..], size);
+        self.raw.size = size.into();
     }
 
     /// Where the backing file's name is, and how long it is.
     pub fn backing(&self) -> Option<(u64, u32)> {
-        let at = Be::read_u64(&self.raw[BACKING_OFFSET..]);
-        (at != 0).then(|| (at, Be::read_u32(&self.raw[BACKING_LENGTH..])))
+        let at = self.raw.backing_offset.get();
+        (at != 0).then(|| (at, self.raw.backing_length.get()))
     }
 
     /// A cluster's size is two to this power.
     pub fn cluster_bits(&self) -> u32 {
-        u32::from(self.raw[CLUSTER_BITS])
+        u32::from(self.raw.cluster_bits)
     }
 
     /// Entries of an L2 table: two to this power.
     pub fn l2_bits(&self) -> u32 {
-        u32::from(self.raw[L2_BITS])
+        u32::from(self.raw.l2_bits)
     }
 
     /// The encryption method.
     pub fn crypt(&self) -> u32 {
-        Be::read_u32(&self.raw[CRYPT..])
+        self.raw.crypt.get()
     }
 
     /// Where the L1 table is.
     pub fn l1_offset(&self) -> u64 {
-        Be::read_u64(&self.raw[L1_OFFSET..])
+        self.raw.l1_offset.get()
     }
 
     /// Sets where the L1 table is.
     pub fn set_l1_offset(&mut self, at: u64) {
-        Be::write_u64(&mut self.raw[L1_OFFSET..], at);
+        self.raw.l1_offset = at.into();
     }
 
     /// How many L1 entries that size takes.
@@ -205,7 +221,6 @@ mod tests {
         assert_eq!((read.size(), read.backing(), read.l1_offset()), (1 << 30, Some((48, 5)), 56));
         assert_eq!((read.cluster_bits(), read.l2_bits(), read.l1_entries(1 << 30)), (9, 12, Some(512)));
         assert_eq!(Header::new(512, None).l1_offset(), 48);
-        assert_eq!(L1_OFFSET + 8, HEADER_BYTES);
     }
 
     #[test]

@@ -2,8 +2,6 @@
 
 use std::collections::HashMap;
 
-use byteorder::{BigEndian as Be, ByteOrder};
-
 use super::layout::{Entry, Header};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
@@ -84,7 +82,7 @@ impl State {
         let mut entry = [0; 8];
         let at = self.header.l1_offset().saturating_add(number * 8);
         self.l1.read(storage, at, &mut entry).context(READING)?;
-        Ok(Be::read_u64(&entry))
+        Ok(u64::from_be_bytes(entry))
     }
 
     /// The entry of a cluster, and how many (at most `max`) go on like it: one after the other in the file, or
@@ -125,7 +123,7 @@ impl State {
                 self.l2.read(storage, at, &mut one).context(READING)?;
                 &one
             };
-            for entry in entries.chunks_exact(8).map(|bytes| Entry::decode(Be::read_u64(bytes), bits)) {
+            for entry in entries.as_chunks().0.iter().map(|bytes| Entry::decode(u64::from_be_bytes(*bytes), bits)) {
                 let goes_on = match (first, entry) {
                     _ if count == 0 => {
                         first = entry;

@@ -3,7 +3,10 @@
 //! The header is one sector that is read, kept and written back whole, so fields that mean nothing to us
 //! survive. Then come the block map (a `u32` for each block) and, from the data offset on, the blocks.
 
-use byteorder::{ByteOrder, LittleEndian as Le};
+use std::mem::{offset_of, size_of};
+
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::block::{Error, Result};
 
@@ -28,22 +31,56 @@ pub const SIGNATURE: u32 = 0xbeda_107f;
 /// Offset 0x40, 4 bytes.
 pub const SIGNATURE_AT: usize = 0x40;
 
-const TEXT: &[u8] = b"<<< QEMU VM Virtual Disk Image >>>\n"; // 0x000, 64 bytes
-const VERSION: usize = 0x44; // 4 bytes: major << 16 | minor
-const HEADER_SIZE: usize = 0x48; // 4 bytes: of the fields from here to the end
-const KIND: usize = 0x4c; // 4 bytes: 1 dynamic, 2 static, 3 undo, 4 differencing
-const MAP_OFF: usize = 0x154; // 4 bytes
-const DATA_OFF: usize = 0x158; // 4 bytes
-const SECTOR_SIZE: usize = 0x168; // 4 bytes
-const DISK_SIZE: usize = 0x170; // 8 bytes
-const BLOCK: usize = 0x178; // 4 bytes
-const EXTRA: usize = 0x17c; // 4 bytes: kept before each block's data
-const BLOCKS: usize = 0x180; // 4 bytes: entries of the map
-const ALLOCATED: usize = 0x184; // 4 bytes: blocks in the file
-const UUID_IMAGE: usize = 0x188; // 16 bytes
-const UUID_SNAPSHOT: usize = 0x198; // 16 bytes
-const UUID_LINK: usize = 0x1a8; // 16 bytes: zero unless differencing
-const UUID_PARENT: usize = 0x1b8; // 16 bytes: zero unless differencing
+const TEXT: &[u8] = b"<<< QEMU VM Virtual Disk Image >>>\n";
+
+/// The header's sector.
+#[derive(Debug, Clone, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Sector {
+    text: [u8; 64],
+    signature: U32,
+    /// Major in the high half, minor in the low one.
+    version: U32,
+    /// Bytes of the fields from here to the parent's UUID.
+    header_size: U32,
+    /// 1 dynamic, 2 static, 3 undo, 4 differencing.
+    kind: U32,
+    flags: U32,
+    comment: [u8; 256],
+    map_offset: U32,
+    data_offset: U32,
+    cylinders: U32,
+    heads: U32,
+    sectors: U32,
+    sector_size: U32,
+    unused: U32,
+    disk_size: U64,
+    block_size: U32,
+    /// Bytes kept before each block's data.
+    extra: U32,
+    /// Entries of the map.
+    blocks: U32,
+    /// Blocks in the file.
+    allocated: U32,
+    image: [u8; 16],
+    snapshot: [u8; 16],
+    /// Zero unless differencing.
+    link: [u8; 16],
+    /// Zero unless differencing.
+    parent: [u8; 16],
+    rest: [u8; 56],
+}
+
+const _: () = {
+    assert!(size_of::<Sector>() == HEADER_BYTES);
+    assert!(offset_of!(Sector, signature) == SIGNATURE_AT);
+    assert!(offset_of!(Sector, map_offset) == 0x154);
+    assert!(offset_of!(Sector, sector_size) == 0x168);
+    assert!(offset_of!(Sector, disk_size) == 0x170);
+    assert!(offset_of!(Sector, allocated) == 0x184);
+    assert!(offset_of!(Sector, rest) == 0x48 + 0x180);
+    assert!(MAX_BLOCKS as u64 * BLOCK_SIZE as u64 == MAX_SIZE);
+};
 
 const VERSION_1_1: u32 = 0x0001_0001;
 /// Image type: blocks are added as they are written.
@@ -54,57 +91,42 @@ pub const STATIC: u32 = 2;
 /// The header sector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
-    raw: [u8; HEADER_BYTES],
-}
-
-macro_rules! word {
-    ($(#[$doc:meta])* $get:ident, $set:ident, $at:ident) => {
-        $(#[$doc])*
-        pub fn $get(&self) -> u32 {
-            Le::read_u32(&self.raw[$at..])
-        }
-
-        $(#[$doc])*
-        pub fn $set(&mut self, value: u32) {
-            Le::write_u32(&mut self.raw[$at..], value);
-        }
-    };
+    raw: Sector,
 }
 
 impl Header {
     /// That of a new image, whose block size is 1 MiB.
     pub fn new(size: u64, fixed: bool, blocks: u32, image: [u8; 16], snapshot: [u8; 16]) -> Self {
-        let mut header = Self { raw: [0; HEADER_BYTES] };
-        header.raw[..TEXT.len()].copy_from_slice(TEXT);
-        Le::write_u32(&mut header.raw[SIGNATURE_AT..], SIGNATURE);
-        Le::write_u32(&mut header.raw[VERSION..], VERSION_1_1);
-        Le::write_u32(&mut header.raw[HEADER_SIZE..], 0x180);
-        Le::write_u32(&mut header.raw[KIND..], if fixed { STATIC } else { DYNAMIC });
-        header.set_map_offset(MAP_OFFSET);
-        header.set_data_offset(MAP_OFFSET + (blocks * 4).next_multiple_of(512));
-        Le::write_u32(&mut header.raw[SECTOR_SIZE..], 512);
-        header.set_size(size);
-        Le::write_u32(&mut header.raw[BLOCK..], BLOCK_SIZE);
-        header.set_blocks(blocks);
-        header.set_allocated(if fixed { blocks } else { 0 });
-        header.raw[UUID_IMAGE..UUID_IMAGE + 16].copy_from_slice(&image);
-        header.raw[UUID_SNAPSHOT..UUID_SNAPSHOT + 16].copy_from_slice(&snapshot);
-        header
+        let mut raw = Sector::new_zeroed();
+        raw.text[..TEXT.len()].copy_from_slice(TEXT);
+        raw.signature = SIGNATURE.into();
+        raw.version = VERSION_1_1.into();
+        raw.header_size = 0x180.into();
+        raw.kind = if fixed { STATIC } else { DYNAMIC }.into();
+        raw.map_offset = MAP_OFFSET.into();
+        raw.data_offset = (MAP_OFFSET + (blocks * 4).next_multiple_of(512)).into();
+        raw.sector_size = 512.into();
+        raw.disk_size = size.into();
+        raw.block_size = BLOCK_SIZE.into();
+        raw.blocks = blocks.into();
+        raw.allocated = if fixed { blocks } else { 0 }.into();
+        (raw.image, raw.snapshot) = (image, snapshot);
+        Self { raw }
     }
 
     /// Takes the sector in after having checked everything but the map.
     pub fn parse(raw: [u8; HEADER_BYTES]) -> Result<Self> {
-        let header = Self { raw };
-        let word = |at: usize| Le::read_u32(&header.raw[at..]);
+        let header = Self { raw: zerocopy::transmute!(raw) };
+        let fields = &header.raw;
         let refuse = |what: String| Err(Error::unsupported(format!("unsupported VDI image ({what})")));
         if header.size() > MAX_SIZE {
             return Err(too_large(header.size()));
         }
-        let signature = word(SIGNATURE_AT);
+        let signature = fields.signature.get();
         if signature != SIGNATURE {
             return Err(Error::corrupt(format!("Image not in VDI format (bad signature {signature:08x})")));
         }
-        let version = word(VERSION);
+        let version = fields.version.get();
         if version != VERSION_1_1 {
             return refuse(format!("version {}.{}", version >> 16, version & 0xffff));
         }
@@ -114,8 +136,8 @@ impl Header {
         if !header.data_offset().is_multiple_of(512) {
             return refuse(format!("unaligned data offset {:#x}", header.data_offset()));
         }
-        if word(SECTOR_SIZE) != 512 {
-            return refuse(format!("sector size {} is not 512", word(SECTOR_SIZE)));
+        if fields.sector_size.get() != 512 {
+            return refuse(format!("sector size {} is not 512", fields.sector_size.get()));
         }
         let block = header.block_size();
         if !block.is_power_of_two() || !(512..=MAX_BLOCK_SIZE).contains(&block) {
@@ -126,10 +148,10 @@ impl Header {
         if size > room {
             return refuse(format!("disk size {size}, image bitmap has room for {room}"));
         }
-        if header.raw[UUID_LINK..UUID_LINK + 16] != [0; 16] {
+        if fields.link != [0; 16] {
             return refuse("non-NULL link UUID".to_owned());
         }
-        if header.raw[UUID_PARENT..UUID_PARENT + 16] != [0; 16] {
+        if fields.parent != [0; 16] {
             return refuse("non-NULL parent UUID".to_owned());
         }
         if header.blocks() > MAX_BLOCKS {
@@ -141,53 +163,76 @@ impl Header {
             4 => return refuse("differencing image".to_owned()),
             _ => {}
         }
-        if word(EXTRA) != 0 {
-            return refuse(format!("{} extra bytes before each block", word(EXTRA)));
+        if fields.extra.get() != 0 {
+            return refuse(format!("{} extra bytes before each block", fields.extra.get()));
         }
         Ok(header)
     }
 
     /// The sector as it is written.
     pub fn bytes(&self) -> &[u8; HEADER_BYTES] {
-        &self.raw
+        zerocopy::transmute_ref!(&self.raw)
     }
 
     /// The virtual size as it stands there.
     pub fn size(&self) -> u64 {
-        Le::read_u64(&self.raw[DISK_SIZE..])
+        self.raw.disk_size.get()
     }
 
     /// Sets the virtual size.
     pub fn set_size(&mut self, size: u64) {
-        Le::write_u64(&mut self.raw[DISK_SIZE..], size);
+        self.raw.disk_size = size.into();
     }
 
     /// The image type.
     pub fn kind(&self) -> u32 {
-        Le::read_u32(&self.raw[KIND..])
+        self.raw.kind.get()
     }
 
     /// Bytes of a block.
     pub fn block_size(&self) -> u32 {
-        Le::read_u32(&self.raw[BLOCK..])
+        self.raw.block_size.get()
     }
 
-    word!(
-        /// Where the map is in the file.
-        map_offset, set_map_offset, MAP_OFF
-    );
-    word!(
-        /// Where block 0 is in the file.
-        data_offset, set_data_offset, DATA_OFF
-    );
-    word!(
-        /// Entries of the map.
-        blocks, set_blocks, BLOCKS
-    );
-    word!(
-        /// Blocks in the file. QEMU takes it for the index of the next new block.
-        allocated, set_allocated, ALLOCATED
-    );
+    /// Where the map is in the file.
+    pub fn map_offset(&self) -> u32 {
+        self.raw.map_offset.get()
+    }
+
+    /// Sets where the map is.
+    pub fn set_map_offset(&mut self, value: u32) {
+        self.raw.map_offset = value.into();
+    }
+
+    /// Where block 0 is in the file.
+    pub fn data_offset(&self) -> u32 {
+        self.raw.data_offset.get()
+    }
+
+    /// Sets where block 0 is.
+    pub fn set_data_offset(&mut self, value: u32) {
+        self.raw.data_offset = value.into();
+    }
+
+    /// Entries of the map.
+    pub fn blocks(&self) -> u32 {
+        self.raw.blocks.get()
+    }
+
+    /// Sets how many entries the map has.
+    pub fn set_blocks(&mut self, value: u32) {
+        self.raw.blocks = value.into();
+    }
+
+    /// Blocks in the file. QEMU takes it for the index of the next new block.
+    pub fn allocated(&self) -> u32 {
+        self.raw.allocated.get()
+    }
+
+    /// Sets how many blocks are in the file.
+    pub fn set_allocated(&mut self, value: u32) {
+        self.raw.allocated = value.into();
+    }
 }
 
 /// The error for a virtual size past what the map can hold.
@@ -200,40 +245,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-
-    #[test]
-    fn fields_do_not_overlap() {
-        let fields = [
-            (0, 64),
-            (SIGNATURE_AT, 4),
-            (VERSION, 4),
-            (HEADER_SIZE, 4),
-            (KIND, 4),
-            (0x50, 4),
-            (0x54, 256),
-            (MAP_OFF, 4),
-            (DATA_OFF, 4),
-            (0x15c, 12),
-            (SECTOR_SIZE, 4),
-            (0x16c, 4),
-            (DISK_SIZE, 8),
-            (BLOCK, 4),
-            (EXTRA, 4),
-            (BLOCKS, 4),
-            (ALLOCATED, 4),
-            (UUID_IMAGE, 16),
-            (UUID_SNAPSHOT, 16),
-            (UUID_LINK, 16),
-            (UUID_PARENT, 16),
-        ];
-        let mut end = 0;
-        for (at, len) in fields {
-            assert_eq!(at, end);
-            end = at + len;
-        }
-        assert_eq!(end, 0x48 + 0x180);
-        assert_eq!(u64::from(MAX_BLOCKS) * u64::from(BLOCK_SIZE), MAX_SIZE);
-    }
 
     #[test]
     fn what_is_written_is_read() {

@@ -1,7 +1,5 @@
 //! The block map in memory, and which blocks of the file are in use.
 
-use byteorder::{ByteOrder, LittleEndian as Le};
-
 use super::layout::{DISCARDED, HEADER_BYTES, Header, UNALLOCATED};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
@@ -130,7 +128,7 @@ impl State {
             let at = self.entry_at(block + count);
             let wanted = usize::try_from((max - count) * 4).unwrap_or(usize::MAX);
             let part = self.map.slice(storage, at, wanted).context("Could not read the VDI block map")?;
-            for entry in part.chunks_exact(4).map(Le::read_u32) {
+            for entry in part.as_chunks().0.iter().copied().map(u32::from_le_bytes) {
                 if count == 0 {
                     first = entry;
                 } else if first >= DISCARDED {

@@ -14,8 +14,6 @@ mod resize;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use byteorder::{ByteOrder, LittleEndian as Le};
-
 use self::layout::{DISCARDED, HEADER_BYTES, Header, STATIC};
 use self::map::State;
 use crate::block::error::Context;
@@ -40,8 +38,8 @@ impl Format for Vdi {
     }
 
     fn probe(&self, head: &[u8], _name: &str) -> u32 {
-        let signature = head.get(layout::SIGNATURE_AT..).filter(|rest| rest.len() >= 4).map(Le::read_u32);
-        if signature == Some(layout::SIGNATURE) { 100 } else { 0 }
+        let signature = head.get(layout::SIGNATURE_AT..).unwrap_or_default();
+        if signature.starts_with(&layout::SIGNATURE.to_le_bytes()) { 100 } else { 0 }
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {

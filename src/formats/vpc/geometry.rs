@@ -1,7 +1,5 @@
 //! CHS geometry of a VHD, and when it is the size.
 
-use super::layout::{Footer, SECTOR};
-
 /// The most sectors that cylinders, heads and sectors per track can count.
 const MAX_SECTORS: u64 = 65535 * 16 * 255;
 
@@ -88,12 +86,11 @@ impl SizeRule {
         }
     }
 
-    /// The virtual size in bytes.
-    pub fn size(self, footer: &Footer) -> u64 {
-        let geometry = footer.geometry();
+    /// The sectors of a disk whose footer has that geometry, and that many sectors as its current size.
+    pub fn sectors(self, geometry: Geometry, current: u64) -> u64 {
         match self {
-            Self::Geometry if geometry != Geometry::MAX => geometry.count() * SECTOR,
-            _ => footer.current_size() / SECTOR * SECTOR,
+            Self::Geometry if geometry != Geometry::MAX => geometry.count(),
+            _ => current,
         }
     }
 }

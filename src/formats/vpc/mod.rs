@@ -55,7 +55,7 @@ impl Format for Vpc {
             return Err(Error::unsupported("differencing VHD images are not supported"));
         }
         let rule = rule.unwrap_or_else(|| SizeRule::of(footer.creator()));
-        let size = rule.size(&footer);
+        let size = footer.size(rule);
         if size > MAX_SIZE {
             return Err(Error::unsupported(format!("Could not open '{}': File too large", file.name)));
         }
@@ -127,11 +127,11 @@ fn find_footer(storage: &dyn Storage, length: u64) -> Result<(Footer, Option<u64
 
 fn read_header(storage: &dyn Storage, footer: &Footer) -> Result<DynamicHeader> {
     let at = footer.data_offset();
-    let mut raw = Box::new([0; HEADER_BYTES]);
+    let mut raw = [0; HEADER_BYTES];
     let reading = "Error reading dynamic VHD header";
     if at > MAX_OFFSET - HEADER_BYTES as u64 {
         return Err(Error::corrupt(reading));
     }
-    storage.read_at(at, &mut raw[..]).context(reading)?;
+    storage.read_at(at, &mut raw).context(reading)?;
     DynamicHeader::parse(raw).ok_or_else(|| Error::corrupt("Invalid header magic"))
 }

@@ -2,8 +2,6 @@
 
 use std::ops::Range;
 
-use byteorder::{BigEndian as Be, ByteOrder};
-
 use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, UNALLOCATED};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
@@ -152,14 +150,15 @@ impl State {
         if !self.header.table().is_multiple_of(4) {
             let mut entry = [0; 4];
             self.table.read(storage, self.entry_at(block), &mut entry).context(reading)?;
-            let entry = Be::read_u32(&entry);
+            let entry = u32::from_be_bytes(entry);
             return Ok(((entry != UNALLOCATED).then_some(u64::from(entry) * SECTOR), 1));
         }
         let mut count = 0;
         while count < max {
             let wanted = usize::try_from((max - count) * 4).unwrap_or(usize::MAX);
             let at = self.entry_at(block + count);
-            for entry in self.table.slice(storage, at, wanted).context(reading)?.chunks_exact(4).map(Be::read_u32) {
+            let part = self.table.slice(storage, at, wanted).context(reading)?;
+            for entry in part.as_chunks().0.iter().copied().map(u32::from_be_bytes) {
                 if entry != UNALLOCATED {
                     return Ok(if count == 0 { (Some(u64::from(entry) * SECTOR), 1) } else { (None, count) });
                 }
