@@ -64,12 +64,15 @@ pub trait Ids: fmt::Debug + Sync {
 
 /// Makes the files of a new image.
 pub trait CreateFiles {
-    /// The main file's name, as typed.
+    /// The main file's path, without the protocol that may stand before it.
     fn name(&self) -> &str;
     /// Makes the file that carries the image's own name: empty, or a device as it is. Called once.
     fn main(&self) -> Result<Arc<dyn Storage>>;
-    /// Makes a file beside it (`name` relative to the main file's folder, or absolute).
+    /// Makes a file beside it. `name` is a path, however it is spelt: relative to the main file's folder, or absolute.
     fn beside(&self, name: &str) -> Result<Arc<dyn Storage>>;
+    /// Makes a file that the user named: from the working directory on, perhaps with a protocol. Gives the name that
+    /// the image has for it.
+    fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)>;
 }
 
 /// What a new image shall be.
@@ -112,6 +115,15 @@ pub trait Create: Sync {
     }
 }
 
+/// The end of a file, as it is looked at to find out a format.
+#[derive(Debug, Clone, Copy)]
+pub struct Trailer<'a> {
+    /// The last 512 bytes, or fewer where the file is shorter.
+    pub bytes: &'a [u8],
+    /// The file's length.
+    pub len: u64,
+}
+
 /// What is known of a format without an image: one static each.
 pub trait Format: Sync + fmt::Debug {
     /// Its name on the command line.
@@ -119,6 +131,13 @@ pub trait Format: Sync + fmt::Debug {
 
     /// How sure we are, from the first 512 bytes and the file's name, that it is this format: 0 to 100.
     fn probe(&self, head: &[u8], name: &str) -> u32;
+
+    /// Whether the end of a file, of which no format has known the start, says that it is this format. Guest data can
+    /// lie there too, so what is found this way is read, and written to only where the user names the format.
+    fn probe_end(&self, end: &Trailer<'_>) -> bool {
+        let _ = end;
+        false
+    }
 
     /// Options that change what the guest sees: where they are given, a plain name does not name the image.
     fn strong_options(&self) -> &'static [&'static str] {

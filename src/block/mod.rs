@@ -34,7 +34,7 @@ pub use drivers::{Driver, Drivers};
 pub use error::{Error, Kind, Result};
 pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace};
 pub use files::{BackingRef, Child, FileEnd, NoFiles, ResizeFiles};
-pub use format::{Create, CreateFiles, CreateRequest, Format, Ids, OpenRequest, Related};
+pub use format::{Create, CreateFiles, CreateRequest, Format, Ids, OpenRequest, Related, Trailer};
 pub use name::{ImageRef, OptionTree};
 pub use node::{Mapping, Node};
 pub use notice::Notice;

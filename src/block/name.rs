@@ -6,6 +6,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
@@ -231,6 +232,23 @@ pub fn literally_beside(image: Option<&OsStr>, name: &OsStr) -> Option<OsString>
     let mut path = image.get(..folder).unwrap_or_default().to_vec();
     path.extend_from_slice(name.as_bytes());
     Some(OsString::from_vec(path))
+}
+
+/// Where a backing file is that an image names: as [`beside`] says, or, where nothing is there and the image's name is
+/// a symbolic link, beside what that leads to.
+pub fn find_beside(image: Option<&OsStr>, name: &OsStr) -> Option<OsString> {
+    if protocol(name).is_some() { beside(image, name) } else { find_literally_beside(image, name) }
+}
+
+/// The same for a name that is never taken for a protocol.
+pub fn find_literally_beside(image: Option<&OsStr>, name: &OsStr) -> Option<OsString> {
+    let first = literally_beside(image, name)?;
+    if name.as_bytes().starts_with(b"/") || Path::new(&first).symlink_metadata().is_ok() {
+        return Some(first);
+    }
+    let target = image.and_then(|image| std::fs::canonicalize(image).ok());
+    let second = target.and_then(|target| literally_beside(Some(target.as_os_str()), name));
+    Some(second.filter(|second| Path::new(second).exists()).unwrap_or(first))
 }
 
 #[cfg(test)]

@@ -123,7 +123,7 @@ impl Node {
     /// The name that would open its backing file; nothing if it names none, or if where it is cannot be told.
     pub fn backing_path(&self) -> Option<OsString> {
         let name = OsStr::new(&self.driver.backing()?.name);
-        name::beside(self.origin.base.as_deref(), name)
+        name::find_beside(self.origin.base.as_deref(), name)
     }
 
     /// The layer itself.

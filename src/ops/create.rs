@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::ids::ImageIds;
 use crate::block::error::Context;
-use crate::block::protocol::CreateFile;
+use crate::block::protocol::{CreateFile, Protocol};
 use crate::block::{
     Child, Create, CreateFiles, CreateOptions, CreateRequest, Drivers, Error, Format, ImageRef, Kind, MadeFiles, Node,
     Notice, OpenHow, Opener, OptionValue, Related, Result, format, name,
@@ -158,13 +158,19 @@ struct Place {
     path: PathBuf,
 }
 
+impl Place {
+    fn of(protocol: &dyn Protocol, path: PathBuf) -> Result<Self> {
+        let maker = protocol.creating(&path).ok_or_else(|| {
+            Error::unsupported(format!("Protocol driver '{}' does not support image creation", protocol.name()))
+        })?;
+        Ok(Self { protocol: protocol.name(), maker, path })
+    }
+}
+
 fn place(drivers: &Drivers, name: &OsStr) -> Result<Place> {
     let (protocol, spelt) = drivers.of_name(name)?;
     let path = PathBuf::from(spelt.path.unwrap_or_default());
-    let maker = protocol.creating(&path).ok_or_else(|| {
-        Error::unsupported(format!("Protocol driver '{}' does not support image creation", protocol.name()))
-    })?;
-    Ok(Place { protocol: protocol.name(), maker, path })
+    Place::of(protocol, path)
 }
 
 /// Which file a name stands for, if it is a regular one that is there.
@@ -215,7 +221,7 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
     let files = Files {
         drivers: opener.drivers(),
         place: &place,
-        shown: &shown,
+        shown: &place.path.to_string_lossy(),
         options: &new.options,
         own_preallocation: create.options().iter().any(|spec| spec.name == "preallocation"),
         staging,
@@ -259,6 +265,19 @@ struct Files<'a> {
     made: Mutex<Vec<(String, Arc<dyn Storage>)>>,
 }
 
+impl Files<'_> {
+    /// Makes a file beside the main one, which the image calls `written`.
+    fn second(&self, place: Place, written: &str) -> Result<Arc<dyn Storage>> {
+        if self.staging.has(&place.path) {
+            let shown = place.path.display();
+            return Err(Error::invalid(format!("'{shown}' cannot be two files of one image")));
+        }
+        let made = place.maker.create(&place.path, self.options, true, self.staging)?;
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).push((written.to_owned(), made.clone()));
+        Ok(made)
+    }
+}
+
 impl CreateFiles for Files<'_> {
     fn name(&self) -> &str {
         self.shown
@@ -273,15 +292,15 @@ impl CreateFiles for Files<'_> {
     }
 
     fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
-        let full = beside(self.place.path.as_os_str(), name);
-        let Place { maker, path, .. } = place(self.drivers, &full)?;
-        if self.staging.has(&path) {
-            let shown = full.to_string_lossy();
-            return Err(Error::invalid(format!("'{shown}' cannot be two files of one image")));
-        }
-        let made = maker.create(&path, self.options, true, self.staging)?;
-        self.made.lock().unwrap_or_else(PoisonError::into_inner).push((name.to_owned(), made.clone()));
-        Ok(made)
+        let path = name::literally_beside(Some(self.place.path.as_os_str()), name.as_ref());
+        let path = path.unwrap_or_else(|| name.into());
+        self.second(Place::of(self.drivers.of_path(&path)?, path.into())?, name)
+    }
+
+    fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)> {
+        let place = place(self.drivers, name.as_ref())?;
+        let written = place.path.to_string_lossy().into_owned();
+        Ok((self.second(place, &written)?, written))
     }
 }
 

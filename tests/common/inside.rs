@@ -92,6 +92,10 @@ impl CreateFiles for Making<'_> {
         self.files.put(name, storage.clone());
         Ok(storage)
     }
+
+    fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)> {
+        Ok((self.beside(name)?, name.to_owned()))
+    }
 }
 
 /// New files in a folder of the host.
@@ -121,6 +125,10 @@ impl CreateFiles for Folder {
         let missing = |_| Error::invalid(format!("Could not create '{name}': No such file or directory"));
         std::fs::File::create(&path).map_err(missing)?;
         Ok(host_file(&path))
+    }
+
+    fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)> {
+        Ok((self.beside(name)?, name.to_owned()))
     }
 }
 

@@ -123,10 +123,10 @@ impl Opener<'_> {
 fn path_of(layer: &Layer, named: &BackingRef) -> Option<OsString> {
     let base = layer.origin.base.as_deref();
     let there = |name: &OsString| Path::new(name).symlink_metadata().is_ok();
-    match name::beside(base, named.name.as_ref()) {
+    match name::find_beside(base, named.name.as_ref()) {
         Some(full) if there(&full) => Some(full),
         as_named => {
-            let mut elsewhere = named.elsewhere.iter().filter_map(|name| name::literally_beside(base, name));
+            let mut elsewhere = named.elsewhere.iter().filter_map(|name| name::find_literally_beside(base, name));
             elsewhere.find(there).or(as_named)
         }
     }

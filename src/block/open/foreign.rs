@@ -1,4 +1,4 @@
-//! Formats that the reference opens and vimg does not: known by their first bytes alone, so that no such image is
+//! Formats that the reference opens and vimg does not: known by their first or last bytes alone, so that no such image is
 //! taken for raw and copied, or written over, as if its headers were guest data.
 
 /// A format and how it is known.
@@ -19,6 +19,11 @@ const FOREIGN: &[Foreign] = &[
     Foreign { name: "bochs", marks: &[(0, b"Bochs Virtual HD Image"), (32, b"Redolog")] },
     Foreign { name: "cloop", marks: &[(0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop")] },
 ];
+
+/// The format of an image that is known by its last 512 bytes: a UDIF trailer ("koly", version 4, 512 bytes long).
+pub fn of_end(end: &[u8]) -> Option<&'static str> {
+    end.starts_with(b"koly\0\0\0\x04\0\0\x02\0").then_some("dmg")
+}
 
 /// The format of such an image.
 pub fn of(head: &[u8]) -> Option<&'static str> {

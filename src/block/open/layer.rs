@@ -168,7 +168,7 @@ impl Opener<'_> {
         let probed = format.is_none();
         let format = match format {
             Some(format) => format,
-            None => self.probe(&*file.child.storage, &file.child.name)?,
+            None => self.probe(&*file.child.storage, &file.child.name, settings.write)?,
         };
         let raw = format.name() == "raw";
         if file.locking {

@@ -1,4 +1,4 @@
-//! What format an image has, by its first bytes, and the guard before a raw image that nobody called raw.
+//! What format an image has, by its first bytes or else its last, and the guard before a raw image that nobody called raw.
 
 use std::sync::Arc;
 
@@ -6,19 +6,20 @@ use nix::errno::Errno;
 
 use super::{Opener, foreign};
 use crate::block::error::Context;
-use crate::block::{self, Child, Format, Notice};
+use crate::block::{self, Child, Format, Notice, Trailer};
 use crate::storage::{Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
 
 /// How many bytes are looked at to find out a format.
 const HEAD: usize = 512;
 
 impl Opener<'_> {
-    /// Finds out the format by the first bytes.
-    pub(super) fn probe(&self, storage: &dyn Storage, name: &str) -> block::Result<&'static dyn Format> {
+    /// Finds out the format. What only the end of the file tells is not believed by whoever is going to write.
+    pub(super) fn probe(&self, storage: &dyn Storage, name: &str, write: bool) -> block::Result<&'static dyn Format> {
         let formats = self.drivers.formats;
         let raw = formats.last().copied().ok_or_else(|| block::Error::invalid("no formats"))?;
         let text = || format!("Could not determine image format of '{name}'");
-        if storage.len().with_context(text)? == 0 {
+        let len = storage.len().with_context(text)?;
+        if len == 0 {
             return Ok(raw);
         }
         let mut head = [0; HEAD];
@@ -30,12 +31,27 @@ impl Opener<'_> {
                 best = (format, score);
             }
         }
-        if let Some(other) = foreign::of(&head).filter(|_| best.0.name() == raw.name()) {
+        if best.0.name() != raw.name() {
+            return Ok(best.0);
+        }
+        let start = len.saturating_sub(HEAD as u64);
+        let mut end = vec![0; usize::try_from(len - start).unwrap_or(HEAD)];
+        storage.read_at(start, &mut end).context("Could not read image for determining its format")?;
+        if let Some(other) = foreign::of(&head).or_else(|| foreign::of_end(&end)) {
             return Err(block::Error::unsupported(format!(
                 "Image is in {other} format, which is not supported (the format raw takes its bytes as they are)"
             )));
         }
-        Ok(best.0)
+        let end = Trailer { bytes: &end, len };
+        match formats.iter().copied().find(|format| format.probe_end(&end)) {
+            Some(format) if write => Err(block::Error::invalid(format!(
+                "The end of '{name}' says that it is a {} image, which its guest can have written: say the format, or \
+                 raw for the bytes as they are",
+                format.name()
+            ))),
+            Some(format) => Ok(format),
+            None => Ok(raw),
+        }
     }
 
     /// Says that raw was guessed, and guards the file against what that allows.

@@ -1,6 +1,8 @@
 //! The way of a driver to the other files of its layer.
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Mutex;
 
 use serde_json::Value;
@@ -41,6 +43,31 @@ impl Beside<'_> {
         };
         Ok(storage::lock(storage, access)?)
     }
+
+    /// Where a file is that the image names. Its name is a path, however it is spelt: never a protocol.
+    fn locate(&self, role: &str, name: &OsStr) -> Result<OsString> {
+        let shown = name.to_string_lossy();
+        let beside = name::find_literally_beside(self.image, name);
+        // The reference makes and opens a data file from the working directory on, whichever folder the image is in.
+        if role == DATA_FILE && Path::new(name).exists() {
+            let same = |other: &OsString| same_file(Path::new(name), Path::new(other));
+            if let Some(other) = beside.filter(|other| Path::new(other).exists() && !same(other)) {
+                self.notice(Notice::Warning(format!(
+                    "The data file '{shown}' is the one in the working directory, not '{}'",
+                    other.to_string_lossy()
+                )));
+            }
+            return Ok(name.into());
+        }
+        beside.ok_or_else(|| {
+            Error::invalid(format!("Cannot tell where the file '{shown}' is, because the image has no plain name"))
+        })
+    }
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    let of = |path: &Path| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    of(a).is_some_and(|file| of(b) == Some(file))
 }
 
 impl Related for Beside<'_> {
@@ -59,9 +86,7 @@ impl Related for Beside<'_> {
         };
         let path = match given.get("filename").and_then(as_text) {
             Some(_) => None,
-            None => Some(name::literally_beside(self.image, name).ok_or_else(|| {
-                Error::invalid(format!("Cannot tell where the file '{shown}' is, because the image has no plain name"))
-            })?),
+            None => Some(self.locate(role, name)?),
         };
         if path.is_some() && !self.own {
             let image = self.image.unwrap_or_default().to_string_lossy();
@@ -87,7 +112,7 @@ impl Related for Beside<'_> {
     }
 
     fn shown(&self, name: &OsStr) -> String {
-        let path = name::literally_beside(self.image, name);
+        let path = name::find_literally_beside(self.image, name);
         path.as_deref().unwrap_or(name).to_string_lossy().into_owned()
     }
 

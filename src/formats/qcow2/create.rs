@@ -3,7 +3,6 @@
 //! Header, refcount table, refcount block, L1 table; then what `preallocation=` lays out. Everything is planned first
 //! and written in one pass.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::block::error::Context;
@@ -110,21 +109,13 @@ impl Create for Qcow2 {
         }
         let file = request.files.main()?;
         let data = match options.text("data_file") {
-            Some(name) => Some(request.files.beside(&as_typed(request.files.name(), name))?),
+            Some(name) => Some(request.files.named(name)?),
             None => None,
         };
         let decided = decide(options, request.size)?;
-        write(&decided, options.text("data_file").map(str::to_owned), &file, data.as_ref())
+        let (data, name) = data.unzip();
+        write(&decided, name, &file, data.as_ref())
     }
-}
-
-/// The reference makes the data file where its name leads from the working directory, not from the image's folder.
-fn as_typed(image: &str, name: &str) -> String {
-    let beside = Path::new(image).parent().is_none_or(|folder| folder.as_os_str().is_empty());
-    if beside || Path::new(name).is_absolute() || name.is_empty() {
-        return name.to_owned();
-    }
-    std::path::absolute(name).map_or_else(|_| name.to_owned(), |path| path.to_string_lossy().into_owned())
 }
 
 /// An enumeration's value, or the reference's refusal (which names the key as its own interface does).

@@ -22,7 +22,7 @@ use self::layout::{
     DIFFERENCING, DynamicHeader, FIXED, FOOTER_BYTES, Footer, HEADER_BYTES, MAX_OFFSET, MAX_SIZE, SECTOR,
 };
 use crate::block::error::Context;
-use crate::block::{BlockDriver, Create, Error, Format, OpenRequest, OptionTree, Result};
+use crate::block::{BlockDriver, Create, Error, Format, OpenRequest, OptionTree, Result, Trailer};
 use crate::storage::Storage;
 
 /// The format.
@@ -36,6 +36,15 @@ impl Format for Vpc {
 
     fn probe(&self, head: &[u8], _name: &str) -> u32 {
         if head.starts_with(b"conectix") { 100 } else { 0 }
+    }
+
+    /// A fixed disk has nothing but its footer, behind the data.
+    fn probe_end(&self, end: &Trailer<'_>) -> bool {
+        let footer = <[u8; FOOTER_BYTES]>::try_from(end.bytes).ok().and_then(Footer::parse);
+        footer.is_some_and(|footer| {
+            let whole = footer.current_size().checked_add(FOOTER_BYTES as u64) == Some(end.len);
+            footer.is_sound() && footer.kind() == FIXED && whole
+        })
     }
 
     fn strong_options(&self) -> &'static [&'static str] {
