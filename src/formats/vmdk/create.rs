@@ -268,14 +268,6 @@ fn write_stream(storage: &dyn Storage, size: u64) -> Result<()> {
     storage.write_at(overhead * SECTOR, &tail).context("Could not write the footer")
 }
 
-/// A descriptor has no way to write a quotation mark, or the end of a line, within a name.
-fn quotable(name: &str) -> Result<&str> {
-    match name.contains(['"', '\n', '\r']) {
-        true => Err(Error::invalid(format!("An extent cannot be called '{name}': it could not be read back"))),
-        false => Ok(name),
-    }
-}
-
 impl Create for Vmdk {
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
@@ -305,7 +297,7 @@ impl Create for Vmdk {
                 (main.clone(), name.rsplit('/').next().unwrap_or(name).to_owned())
             } else {
                 let name = extent_name(request.files.name(), &subformat, index);
-                (request.files.beside(quotable(&name)?)?, name)
+                (request.files.beside(&name)?, name)
             };
             let sectors = size / SECTOR;
             if subformat.flat {
