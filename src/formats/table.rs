@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use crate::storage::{Result, Storage};
 
 /// Bytes of one cached page.
-const PAGE: usize = 4096;
+pub const PAGE: usize = 4096;
 /// Bytes of one unit of change.
 const GRAIN: usize = 4;
 
@@ -92,6 +92,20 @@ impl TableCache {
     /// Whether so much waits that it should be written now.
     pub fn is_full(&self) -> bool {
         self.changed >= self.limit
+    }
+
+    /// Writes what changed in the file's first page, in one write: from the first change to the last, so nothing else
+    /// may write what lies between them. Returns whether there was any.
+    pub fn write_first(&mut self, storage: &dyn Storage) -> Result<bool> {
+        let Some(page) = self.pages.get_mut(&0).filter(|page| page.is_changed()) else { return Ok(false) };
+        let mut changed = (0..PAGE / GRAIN).filter(|grain| page.grain_changed(*grain));
+        let first = changed.next().unwrap_or(0);
+        let last = changed.next_back().unwrap_or(first);
+        let (from, to) = (first * GRAIN, (last + 1) * GRAIN);
+        storage.write_at(from as u64, &page.bytes[from..to])?;
+        page.changed = Default::default();
+        self.changed = self.changed.saturating_sub(1);
+        Ok(true)
     }
 
     /// Writes every change, in the order of the file.
@@ -193,6 +207,22 @@ mod tests {
         cache.write_out(&file).unwrap();
         assert!(!cache.is_changed());
         assert_eq!(file.to_vec()[..20], [7, 7, 7, 7, 9, 9, 9, 9, 1, 2, 3, 4, 9, 9, 9, 9, 7, 7, 7, 7]);
+    }
+
+    #[test]
+    fn the_first_page_is_written_at_once() {
+        let file = Memory::new(vec![7; 2 * PAGE]);
+        let mut cache = TableCache::new(1 << 16);
+        for at in [8, 16, PAGE as u64] {
+            cache.write(&file, at, &[1; 4]).unwrap();
+        }
+        // What lies between two changes is written again.
+        file.write_at(12, &[9; 4]).unwrap();
+        assert!(cache.write_first(&file).unwrap() && !cache.write_first(&file).unwrap());
+        assert_eq!(file.to_vec()[4..24], [7, 7, 7, 7, 1, 1, 1, 1, 7, 7, 7, 7, 1, 1, 1, 1, 7, 7, 7, 7]);
+        assert_eq!(file.to_vec()[PAGE], 7);
+        cache.write_out(&file).unwrap();
+        assert_eq!(file.to_vec()[PAGE], 1);
     }
 
     #[test]

@@ -31,6 +31,9 @@ pub const SIGNATURE: u32 = 0xbeda_107f;
 /// Offset 0x40, 4 bytes.
 pub const SIGNATURE_AT: usize = 0x40;
 
+/// Offset of the counter of blocks, a `u32`.
+pub const ALLOCATED_AT: usize = offset_of!(Sector, allocated);
+
 const TEXT: &[u8] = b"<<< QEMU VM Virtual Disk Image >>>\n";
 
 /// The header's sector.
@@ -77,7 +80,7 @@ const _: () = {
     assert!(offset_of!(Sector, map_offset) == 0x154);
     assert!(offset_of!(Sector, sector_size) == 0x168);
     assert!(offset_of!(Sector, disk_size) == 0x170);
-    assert!(offset_of!(Sector, allocated) == 0x184);
+    assert!(ALLOCATED_AT == 0x184);
     assert!(offset_of!(Sector, rest) == 0x48 + 0x180);
     assert!(MAX_BLOCKS as u64 * BLOCK_SIZE as u64 == MAX_SIZE);
 };

@@ -1,9 +1,9 @@
 //! The block map in memory, and which blocks of the file are in use.
 
-use super::layout::{DISCARDED, HEADER_BYTES, Header, UNALLOCATED};
+use super::layout::{ALLOCATED_AT, DISCARDED, HEADER_BYTES, Header, UNALLOCATED};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
-use crate::formats::table::TableCache;
+use crate::formats::table::{PAGE, TableCache};
 use crate::storage::{Preallocation, Storage};
 
 /// Working set of the map: 32 MiB map 8 TiB of disk.
@@ -16,8 +16,7 @@ const STEPS: u64 = 1 << 20;
 pub struct State {
     /// As it shall be in the file.
     pub header: Header,
-    /// Whether the file has another header.
-    header_changed: bool,
+    /// The map, and the header's counter of blocks.
     map: TableCache,
     /// Whether the file was found to have all of the map.
     map_is_there: bool,
@@ -85,7 +84,7 @@ impl Space {
 impl State {
     /// Nothing read yet.
     pub fn new(header: Header) -> Self {
-        Self { header, header_changed: false, map: TableCache::new(CACHE), map_is_there: false, space: None }
+        Self { header, map: TableCache::new(CACHE), map_is_there: false, space: None }
     }
 
     fn block(&self) -> u64 {
@@ -228,29 +227,35 @@ impl State {
         self.map.is_full()
     }
 
-    /// Writes what waits: length of the file, header, map, in this order.
+    /// Whether the entries of that many blocks lie in one page of the file with the header's counter: they and it
+    /// change in one write.
+    pub fn is_beside_header(&self, blocks: u64) -> bool {
+        self.entry_at(blocks) <= PAGE as u64
+    }
+
+    /// Writes what waits: length of the file, the header's counter and the entries that are beside it, the rest of the
+    /// map, in this order.
     pub fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
-        if !self.map.is_changed() && !self.header_changed {
+        if !self.map.is_changed() {
             return Ok(());
         }
+        let failed = "Could not write the VDI block map";
         if let Some(space) = &self.space {
             let (top, end) = (space.top, u64::from(self.header.data_offset()) + space.top * self.block());
             let top = u32::try_from(top).unwrap_or(u32::MAX);
             if self.header.allocated() != top {
                 self.header.set_allocated(top);
-                self.header_changed = true;
+                self.map.write(storage, ALLOCATED_AT as u64, &top.to_le_bytes()).context(failed)?;
             }
             if !storage.facts().fixed_len && storage.len().context("Could not get the size of the file")? < end {
                 storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
             }
         }
         storage.flush().context("Could not flush")?;
-        if self.header_changed {
-            storage.write_at(0, self.header.bytes()).context("Could not write the VDI header")?;
+        if self.map.write_first(storage).context(failed)? && self.map.is_changed() {
             storage.flush().context("Could not flush")?;
-            self.header_changed = false;
         }
-        self.map.write_out(storage).context("Could not write the VDI block map")
+        self.map.write_out(storage).context(failed)
     }
 
     /// Writes the header at once, between two flushes, and forgets what was derived from the old one.

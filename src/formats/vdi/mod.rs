@@ -2,7 +2,9 @@
 //!
 //! Invariants: no two map entries name the same block; the header's counter of blocks is above every index in
 //! use, because QEMU and VirtualBox take it for the index of the next new block. Hence the order on disk: data,
-//! then the header with the counter, then the map. A stop in between leaves a block that nothing names.
+//! then the counter, in one write with the entries that share the file's first page with it (those of the first
+//! 896 MiB), then the rest of the map. A stop in between leaves a block that nothing names, or a counter that is too
+//! high.
 //!
 //! One lock, [`VdiDriver::state`]; it is held for tables alone, never while guest data moves.
 

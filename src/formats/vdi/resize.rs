@@ -1,9 +1,12 @@
 //! The virtual size of a VDI image: grow and shrink.
 //!
 //! The switch from old to new is one write of the header's sector. What the new header names is complete and
-//! flushed before; what only the old one named is cleaned up after. A map that must grow over blocks is written
+//! flushed before; what only the old one named is cleaned up after: until then the map is longer than the disk, so
+//! that the counter of blocks stays right. A map that must grow over blocks is written
 //! anew where the first blocks were, once these have been copied to the end.
 
+use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::VdiDriver;
@@ -87,6 +90,12 @@ fn grow(state: &mut State, storage: &dyn Storage, size: u64, fixed: Option<Preal
     // The guest sees whole sectors of a disk whose size is none.
     clear_tail(state, storage, state.header.size().next_multiple_of(512))?;
     let block = u64::from(state.header.block_size());
+    let there = state.header.size().div_ceil(block);
+    if there < u64::from(state.header.blocks()) {
+        // What a stopped shrink has left in the map must not come into view.
+        cut(state, storage, there)?;
+        state.space(storage)?;
+    }
     let old = u64::from(state.header.blocks());
     let new = size.div_ceil(block).max(old);
     let mut header = state.header.clone();
@@ -159,7 +168,7 @@ fn write_map(
     state: &mut State,
     storage: &dyn Storage,
     at: u64,
-    range: std::ops::Range<u64>,
+    range: Range<u64>,
     skip: u64,
     first: Option<u64>,
 ) -> Result<()> {
@@ -208,35 +217,48 @@ fn clear_tail(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()>
 }
 
 fn shrink(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()> {
-    let block = u64::from(state.header.block_size());
-    let blocks = size.div_ceil(block);
     let mut header: Header = state.header.clone();
     header.set_size(size);
-    header.set_blocks(narrow(blocks)?);
     state.replace_header(storage, header)?;
     clear_tail(state, storage, size)?;
+    cut(state, storage, size.div_ceil(u64::from(state.header.block_size())))
+}
 
-    // Close the gaps, so that the counter is both the number of blocks and above all of them.
+/// Gives the guest blocks of a range that are there to `see`, each with its place.
+fn each(state: &mut State, storage: &dyn Storage, range: Range<u64>, mut see: impl FnMut(u64, u64)) -> Result<()> {
+    let mut at = range.start;
+    while at < range.end {
+        let (entry, run) = state.run(storage, at, range.end - at)?;
+        if entry < DISCARDED {
+            (0..run).for_each(|n| see(at + n, u64::from(entry) + n));
+        }
+        at += run;
+    }
+    Ok(())
+}
+
+/// Ends the map after the first `blocks` entries and closes the gaps in the file, so that the counter is both the
+/// number of blocks and above all of them.
+fn cut(state: &mut State, storage: &dyn Storage, blocks: u64) -> Result<()> {
+    let block = u64::from(state.header.block_size());
+    if !state.is_beside_header(u64::from(state.header.blocks())) {
+        // Two entries cannot change at once there: the counter is too high until the end.
+        let mut header = state.header.clone();
+        header.set_blocks(narrow(blocks)?);
+        state.replace_header(storage, header)?;
+    }
     let mut space = state.scan(storage, blocks)?;
-    let mut high = Vec::new();
-    let mut count = 0;
-    let mut at = 0;
-    while at < blocks {
-        let (entry, run) = state.run(storage, at, blocks - at)?;
-        if entry < DISCARDED {
-            count += run;
+    let (mut count, mut high, mut dropped) = (0, Vec::new(), HashMap::new());
+    each(state, storage, 0..blocks, |_, _| count += 1)?;
+    each(state, storage, 0..blocks, |guest, index| {
+        if index >= count {
+            high.push((guest, index));
         }
-        at += run;
-    }
-    at = 0;
-    while at < blocks {
-        let (entry, run) = state.run(storage, at, blocks - at)?;
-        if entry < DISCARDED {
-            let first = u64::from(entry);
-            high.extend((0..run).filter(|n| first + n >= count).map(|n| (at + n, first + n)));
-        }
-        at += run;
-    }
+    })?;
+    let all = u64::from(state.header.blocks());
+    each(state, storage, blocks..all, |guest, index| {
+        dropped.insert(index, guest);
+    })?;
     let mut free = 0;
     for (guest, index) in high {
         free = space.free_from(free);
@@ -244,8 +266,12 @@ fn shrink(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()> {
         let (from, to) = (state.host(narrow(index)?), state.host(narrow(free)?));
         table::copy(storage, from, to, block).context("Could not move a block")?;
         state.set(storage, guest, free)?;
+        if let Some(guest) = dropped.get(&free) {
+            state.set(storage, *guest, index)?;
+        }
     }
     let mut header = state.header.clone();
+    header.set_blocks(narrow(blocks)?);
     header.set_allocated(narrow(count)?);
     state.replace_header(storage, header)?;
     let end = u64::from(state.header.data_offset()) + count * block;
