@@ -34,15 +34,18 @@ impl Opener<'_> {
         if best.0.name() != raw.name() {
             return Ok(best.0);
         }
-        let start = len.saturating_sub(HEAD as u64);
+        let start = len.saturating_sub(foreign::END);
         let mut end = vec![0; usize::try_from(len - start).unwrap_or(HEAD)];
         storage.read_at(start, &mut end).context("Could not read image for determining its format")?;
-        if let Some(other) = foreign::of(&head).or_else(|| foreign::of_end(&end)) {
+        if let Some(other) = foreign::of(&head).or_else(|| foreign::of_end(&end, start)) {
             return Err(block::Error::unsupported(format!(
                 "Image is in {other} format, which is not supported (the format raw takes its bytes as they are)"
             )));
         }
-        let end = Trailer { bytes: &end, len };
+        if foreign::is_dmg_name(name) {
+            return Err(block::Error::corrupt("Could not locate UDIF trailer in dmg file"));
+        }
+        let end = Trailer { bytes: &end[end.len().saturating_sub(HEAD)..], len };
         match formats.iter().copied().find(|format| format.probe_end(&end)) {
             Some(format) if write => Err(block::Error::invalid(format!(
                 "The end of '{name}' says that it is a {} image, which its guest can have written: say the format, or \
