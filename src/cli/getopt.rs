@@ -97,7 +97,10 @@ fn long(command: &Command, word: &[u8], rest: &mut Rest<'_>, options: &mut Vec<O
     let (known, arg) = match exact {
         Some(found) => found,
         None => {
-            let mut candidates = long_names(command).filter(|(known, _)| known.as_bytes().starts_with(name));
+            // An option of our own is not abbreviated: it must not change what a qemu-img command line means.
+            let ours = |arg: &Arg| arg.is_hide_set();
+            let mut candidates =
+                long_names(command).filter(|(known, arg)| known.as_bytes().starts_with(name) && !ours(arg));
             let first = candidates.next().ok_or_else(|| format!("unrecognized option '--{shown}'"))?;
             let others: Vec<_> = candidates.filter(|(_, arg)| arg.get_id() != first.1.get_id()).collect();
             if !others.is_empty() {

@@ -20,6 +20,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::direct::Direct;
 use super::lock::{self, Access};
+use super::pieces::Pieces;
 use super::writeback::{Track, Writeback};
 use super::{CacheMode, Error, Facts, HostExtent, Identity, Preallocation, Result, Storage, Zeroing, host, sparse};
 
@@ -36,13 +37,6 @@ pub enum Kind {
 
 /// Requests in flight that suit what has a queue of its own: the device, or what is behind it, sorts them.
 const QUEUE: u32 = 8;
-
-/// How much is written into the page cache in one call. The kernel takes pages as large as the call for it. Where a
-/// hypervisor takes back free memory (free page reporting), large pages have to be fetched from it again, which takes
-/// many times as long: on a host of two cores, kernel 6.18, 900 MiB took 15 to 19 s in calls of 2 MiB and 0.8 to 2.9 s
-/// in calls of 256 KiB, each time in turn (`dd if=/dev/zero of=x bs=2M count=450`, `bs=256k count=3600`). Where that is
-/// not so, larger calls gain less than a tenth.
-const PIECE: usize = 256 << 10;
 
 /// How a file is opened.
 #[derive(Debug, Clone, Copy, Default)]
@@ -78,6 +72,7 @@ pub struct HostFile {
     direct: Option<Direct>,
     locks: Mutex<Access>,
     growth: RwLock<()>,
+    pieces: Pieces,
     track: Option<Track>,
 }
 
@@ -124,15 +119,16 @@ impl HostFile {
             direct,
             locks: Mutex::default(),
             growth: RwLock::default(),
+            pieces: Pieces::default(),
             track: None,
         })
     }
 
-    /// Its write-back starts while it is being written. (Under `O_DIRECT` there is none to start, and where every write
-    /// waits for stable storage it is over each time.)
-    pub(super) fn write_back_early(&mut self, writeback: &Writeback) {
+    /// Its writes are counted; `early` starts their write-back while it is being written. (Under `O_DIRECT` there is
+    /// none to start, and where every write waits for stable storage it is over each time.)
+    pub(super) fn track_writes(&mut self, writeback: &Writeback, early: bool) {
         if self.kind == Kind::Regular && !self.cache.direct() && !self.cache.write_through() {
-            self.track = Some(writeback.track(self.file.clone()));
+            self.track = Some(writeback.track(self.file.clone(), early));
         }
     }
 
@@ -229,16 +225,6 @@ pub(super) fn read_full(file: &File, at: u64, buf: &mut [u8]) -> Result<()> {
     Ok(())
 }
 
-/// Writes all of `buf` into the page cache, [`PIECE`] by [`PIECE`].
-fn write_pieces(file: &File, at: u64, buf: &[u8]) -> io::Result<()> {
-    let mut at = at;
-    for piece in buf.chunks(PIECE) {
-        file.write_all_at(piece, at)?;
-        at = at.saturating_add(piece.len() as u64);
-    }
-    Ok(())
-}
-
 /// Whether a range lies where a file can have bytes at all.
 fn addressable(at: u64, len: usize) -> bool {
     at.checked_add(len as u64).is_some_and(|end| i64::try_from(end).is_ok())
@@ -271,7 +257,7 @@ impl Storage for HostFile {
         match &self.direct {
             Some(direct) => direct.write_at(&self.file, at, buf),
             None => {
-                write_pieces(&self.file, at, buf)?;
+                self.pieces.write_all_at(&self.file, at, buf)?;
                 if let Some(track) = &self.track {
                     track.wrote(at, buf.len());
                 }

@@ -15,6 +15,7 @@ pub mod host;
 pub mod lock;
 pub mod memory;
 pub mod offload;
+pub mod pieces;
 pub mod sparse;
 pub mod staging;
 pub mod temporary;

@@ -1,7 +1,7 @@
 //! Starting the write-back of new files while they are still being written, so that bringing them to stable storage
-//! at the end waits for little.
+//! at the end waits for little; and counting what is written to them, so that the end knows how much that is.
 //!
-//! Each file gathers what is written into runs ([`Track`]); a thread of its own, made once there is more than
+//! Each file that is to be written back early gathers what is written into runs ([`Track`]); a thread of its own, made once there is more than
 //! [`LITTLE`], has the kernel write them (`sync_file_range(2)`), a few at a time, and counts what is done. Where no
 //! thread can be had nothing is started early: everything is waited for at the end.
 //!
@@ -70,14 +70,15 @@ pub struct Writeback {
 /// What one file tells of its writes.
 #[derive(Debug)]
 pub struct Track {
+    early: bool,
     run: Mutex<Run>,
     shared: Arc<Shared>,
 }
 
 impl Writeback {
-    /// For one more file.
-    pub fn track(&self, file: Arc<File>) -> Track {
-        Track { run: Mutex::new(Run { file, start: 0, end: 0, bytes: 0 }), shared: self.shared.clone() }
+    /// For one more file, whose writes are counted and, if `early`, written back at once.
+    pub fn track(&self, file: Arc<File>, early: bool) -> Track {
+        Track { early, run: Mutex::new(Run { file, start: 0, end: 0, bytes: 0 }), shared: self.shared.clone() }
     }
 
     /// Ends it, and says how many bytes may still be waiting to be written back, or what went wrong.
@@ -112,6 +113,9 @@ impl Track {
     /// That much was written there.
     pub fn wrote(&self, at: u64, len: usize) {
         let (len, end) = (len as u64, at.saturating_add(len as u64));
+        if !self.early {
+            return self.shared.count(len);
+        }
         let mut run = lock(&self.run);
         let near = run.bytes > 0 && at <= run.end.saturating_add(STEP) && end.saturating_add(STEP) >= run.start;
         let far = (run.bytes > 0 && !near).then(|| run.take());
@@ -130,6 +134,11 @@ impl Run {
 }
 
 impl Shared {
+    fn count(&self, len: u64) {
+        let mut queue = lock(&self.queue);
+        queue.written = queue.written.saturating_add(len);
+    }
+
     fn wrote(self: &Arc<Self>, len: u64, runs: impl Iterator<Item = Run>) {
         let mut queue = lock(&self.queue);
         queue.written = queue.written.saturating_add(len);
@@ -203,7 +212,7 @@ mod tests {
     fn what_is_little_is_left_to_the_end_and_more_is_started() {
         let file = Arc::new(tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap());
         let writeback = Writeback::default();
-        let track = writeback.track(file.clone());
+        let track = writeback.track(file.clone(), true);
         let piece = vec![7; 1 << 20];
         let write = |count: u64| {
             for i in 0..count {
@@ -222,9 +231,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_only_counted_is_not_started() {
+        let writeback = Writeback::default();
+        let track = writeback.track(Arc::new(tempfile::tempfile().unwrap()), false);
+        for i in 0..5 {
+            track.wrote(i * LITTLE, LITTLE as usize);
+        }
+        let queue = lock(&writeback.shared.queue);
+        assert!(queue.thread.is_none() && queue.runs.is_empty());
+        drop(queue);
+        assert_eq!(writeback.finish().unwrap(), 5 * LITTLE);
+    }
+
+    #[test]
     fn runs_are_gathered_where_they_are_near() {
         let writeback = Writeback::default();
-        let track = writeback.track(Arc::new(tempfile::tempfile().unwrap()));
+        let track = writeback.track(Arc::new(tempfile::tempfile().unwrap()), true);
         for i in [1, 0, 2, 3] {
             track.wrote(i << 20, 1 << 20);
         }
