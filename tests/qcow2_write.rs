@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use vimg::block::io::Scratch as Buffers;
-use vimg::block::{Effort, GuestOffset, ImageRef, Node, OpenHow, Opener, Policy, Store};
+use vimg::block::{Effort, GuestOffset, ImageRef, Node, OpenHow, Opener, Policy, Purpose, Store};
 use vimg::drivers::DRIVERS;
 use vimg::storage::Preallocation;
 
@@ -13,7 +13,7 @@ use crate::qcow2_create::create;
 
 fn open(path: &Path) -> std::sync::Arc<Node> {
     let opener = Opener::new(DRIVERS, Policy::Follow);
-    let how = OpenHow { format: Some("qcow2".to_owned()), write: true, ..OpenHow::default() };
+    let how = OpenHow { format: Some("qcow2".to_owned()), purpose: Purpose::Write, ..OpenHow::default() };
     opener.open(&ImageRef::name(path.as_os_str()), &how).unwrap()
 }
 

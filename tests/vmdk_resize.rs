@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 use vimg::block::io::Scratch as Buffers;
 use vimg::block::{
-    BlockDriver, Child, Error, Format, GuestOffset, OpenRequest, OptionTree, Related, ResizeFiles, Result, format,
+    BlockDriver, Child, Error, Format, GuestOffset, OpenRequest, OptionTree, Purpose, Related, ResizeFiles, Result, format,
 };
 use vimg::formats::FORMATS;
 use vimg::storage::fault::{Fault, Faulty, Operation};
@@ -61,7 +61,7 @@ impl Folder {
         let mut options = OptionTree::new();
         let vmdk: &dyn Format = format::find(FORMATS, "vmdk").expect("vmdk");
         let file = self.child(NAME);
-        let request = OpenRequest { file, options: &mut options, write: true, look_only: false, related: self };
+        let request = OpenRequest { file, options: &mut options, purpose: Purpose::Write, related: self };
         vmdk.open(request).unwrap_or_else(|e| panic!("{}", e.message()))
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::notice::Notice;
 use super::options::{CreateOptions, OptionSpec};
-use super::{BlockDriver, Child, Effort, Error, OptionTree, Result};
+use super::{BlockDriver, Child, Effort, Error, OptionTree, Purpose, Result};
 use crate::storage::Storage;
 
 /// Opens the other files of a layer. The only way for a driver to a file that it was not given.
@@ -44,10 +44,8 @@ pub struct OpenRequest<'a> {
     /// The user's options for this layer that are the format's own: the driver takes out those it knows; what
     /// is left is refused.
     pub options: &'a mut OptionTree,
-    /// For reading and writing.
-    pub write: bool,
-    /// Only the header will be looked at: no keys are needed and related files may be missing.
-    pub look_only: bool,
+    /// What it is opened for.
+    pub purpose: Purpose,
     /// The way to related files.
     pub related: &'a dyn Related,
 }

@@ -26,6 +26,7 @@ pub mod number;
 pub mod open;
 pub mod options;
 pub mod protocol;
+pub mod purpose;
 
 pub use driver::{
     Action, BlockDriver, Cipher, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write,
@@ -36,7 +37,8 @@ pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, Ho
 pub use files::{BackingRef, Child, FileEnd, NoFiles, ResizeFiles};
 pub use format::{Create, CreateFiles, CreateRequest, Format, Ids, OpenRequest, Related, Trailer};
 pub use name::{ImageRef, OptionTree};
-pub use node::{Mapping, Node};
+pub use node::{Layer, Mapping, Node};
 pub use notice::Notice;
 pub use open::{Allowed, MadeFiles, OpenHow, Opener, Policy};
 pub use options::{CreateOptions, OptionKind, OptionSpec, OptionValue};
+pub use purpose::Purpose;

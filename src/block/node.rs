@@ -30,21 +30,41 @@ pub struct Origin {
     pub inner: Vec<(String, Arc<Node>)>,
 }
 
-/// A layer and its backing chain.
-pub struct Node {
+/// An opened layer, whatever lies below it: several nodes may share it.
+#[derive(Debug)]
+pub struct Layer {
     driver: Box<dyn BlockDriver>,
-    backing: Option<Arc<Node>>,
-    name: String,
-    origin: Origin,
     last_unit: LastUnit,
     /// Of each file, where the layer is not written to.
     ends: Box<[FileEnd]>,
 }
 
+impl Layer {
+    /// What that driver has opened.
+    pub fn new(driver: Box<dyn BlockDriver>) -> Self {
+        let files = if driver.writing().is_some() { 0 } else { driver.files().len() };
+        let ends = (0..files).map(|_| FileEnd::default()).collect();
+        Self { driver, last_unit: LastUnit::default(), ends }
+    }
+
+    /// What it can do.
+    pub fn driver(&self) -> &dyn BlockDriver {
+        &*self.driver
+    }
+}
+
+/// A layer and its backing chain.
+pub struct Node {
+    layer: Arc<Layer>,
+    backing: Option<Arc<Node>>,
+    name: String,
+    origin: Origin,
+}
+
 impl fmt::Debug for Node {
     /// Not the whole chain: it may be longer than the stack is deep.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Node").field("name", &self.name).field("format", &self.driver.format()).finish()
+        f.debug_struct("Node").field("name", &self.name).field("format", &self.driver().format()).finish()
     }
 }
 
@@ -93,11 +113,24 @@ impl Mapping<'_> {
 }
 
 impl Node {
-    /// A layer on top of `backing`.
+    /// A layer of its own on top of `backing`.
     pub fn new(driver: Box<dyn BlockDriver>, backing: Option<Arc<Node>>, name: String) -> Self {
-        let files = if driver.writing().is_some() { 0 } else { driver.files().len() };
-        let ends = (0..files).map(|_| FileEnd::default()).collect();
-        Self { driver, backing, name, origin: Origin::default(), last_unit: LastUnit::default(), ends }
+        Self::of(Arc::new(Layer::new(driver)), backing, name)
+    }
+
+    /// A layer, which other nodes may share, on top of `backing`.
+    pub fn of(layer: Arc<Layer>, backing: Option<Arc<Node>>, name: String) -> Self {
+        Self { layer, backing, name, origin: Origin::default() }
+    }
+
+    /// The same layer on top of something else: one driver, and its files and locks, under two chains. What both read
+    /// is right as long as only one of them is written through.
+    pub fn on(&self, backing: Option<Arc<Node>>) -> Self {
+        let mut origin = self.origin.clone();
+        let tree = backing.as_ref().map_or(Value::Null, |node| Value::Object(node.origin.tree.clone()));
+        origin.tree.insert("backing".to_owned(), tree);
+        origin.path = None;
+        Self { layer: self.layer.clone(), backing, name: self.name.clone(), origin }
     }
 
     /// The same, with the knowledge of where it came from.
@@ -115,20 +148,25 @@ impl Node {
     pub fn identity(&self) -> Option<(Identity, &'static str)> {
         let identity = match self.origin.inner.first() {
             Some((_, node)) => node.identity()?.0,
-            None => self.driver.files().first()?.storage.facts().identity?,
+            None => self.driver().files().first()?.storage.facts().identity?,
         };
-        Some((identity, self.driver.format()))
+        Some((identity, self.driver().format()))
     }
 
     /// The name that would open its backing file; nothing if it names none, or if where it is cannot be told.
     pub fn backing_path(&self) -> Option<OsString> {
-        let name = OsStr::new(&self.driver.backing()?.name);
+        let name = OsStr::new(&self.driver().backing()?.name);
         name::find_beside(self.origin.base.as_deref(), name)
     }
 
     /// The layer itself.
+    pub fn layer(&self) -> &Arc<Layer> {
+        &self.layer
+    }
+
+    /// What the layer can do.
     pub fn driver(&self) -> &dyn BlockDriver {
-        &*self.driver
+        self.layer.driver()
     }
 
     /// What lies below it.
@@ -148,23 +186,23 @@ impl Node {
 
     /// The guest's disk size in bytes.
     pub fn virtual_size(&self) -> u64 {
-        self.driver.virtual_size()
+        self.driver().virtual_size()
     }
 
     /// Where the layer's file ends, if that is before `wanted`; nothing where that cannot be told, because it is
     /// written to: what was placed need not be there yet.
     pub(super) fn file_end(&self, place: HostPlace, wanted: u64) -> Result<Option<u64>> {
-        let Some(end) = self.ends.get(place.file) else { return Ok(None) };
+        let Some(end) = self.layer.ends.get(place.file) else { return Ok(None) };
         end.reach(&*self.child(place)?.storage, wanted).map(|end| Some(end).filter(|end| *end < wanted))
     }
 
     pub(super) fn last_unit(&self) -> &LastUnit {
-        &self.last_unit
+        &self.layer.last_unit
     }
 
     /// The file that a place lies in.
     pub(super) fn child(&self, place: HostPlace) -> Result<&Child> {
-        let files = self.driver.files();
+        let files = self.driver().files();
         files.get(place.file).ok_or_else(|| Error::corrupt(format!("{}: no file {}", self.name, place.file)))
     }
 
@@ -177,7 +215,7 @@ impl Node {
                 // A backing file that is too short answers "zero" itself.
                 return Ok(Mapping { start: at, len, kind: ExtentKind::Zero(None), depth, node });
             }
-            let extent = node.driver.extent(at, len.min(size - at.get()))?;
+            let extent = node.driver().extent(at, len.min(size - at.get()))?;
             if extent.len == 0 || extent.len > len {
                 return Err(Error::corrupt(format!("{}: the map makes no progress at {at}", node.name)));
             }
@@ -195,7 +233,7 @@ impl Node {
 
     /// The ability to write, or the error that says it is not there.
     pub fn writing(&self) -> Result<&dyn Write> {
-        self.driver.writing().ok_or_else(|| Error::unsupported(format!("'{}' is read-only", self.name)))
+        self.driver().writing().ok_or_else(|| Error::unsupported(format!("'{}' is read-only", self.name)))
     }
 }
 

@@ -6,7 +6,7 @@ use super::common::Common;
 use super::exit::Exit;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand};
-use crate::block::{self, OpenHow, number};
+use crate::block::{self, OpenHow, Purpose, number};
 use crate::ops::resize::{self, Decision, NewSize};
 use crate::storage::Preallocation;
 
@@ -65,7 +65,7 @@ impl Subcommand for ResizeArgs {
         source.check()?;
         let (image, how) = source.image(program, name)?;
         let opener = program.opener();
-        let node = opener.open(&image, &OpenHow { write: true, ..how });
+        let node = opener.open(&image, &OpenHow { purpose: Purpose::Write, ..how });
         program.notices(&opener);
         let node = node?;
         match resize::decide(&node, new, fill, self.shrink)? {

@@ -36,7 +36,8 @@ impl Format for Raw {
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
-        let OpenRequest { file, options, write, .. } = request;
+        let OpenRequest { file, options, purpose, .. } = request;
+        let write = purpose.writes();
         let end = file.storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
         // A file counts in whole sectors.
         let length = end.checked_next_multiple_of(SECTOR).unwrap_or(end);

@@ -11,7 +11,7 @@ use crate::block::error::Context;
 use crate::block::protocol::{CreateFile, Protocol};
 use crate::block::{
     Child, Create, CreateFiles, CreateOptions, CreateRequest, Drivers, Error, Format, ImageRef, Kind, MadeFiles, Node,
-    Notice, OpenHow, Opener, OptionValue, Related, Result, format, name,
+    Notice, OpenHow, Opener, OptionValue, Purpose, Related, Result, format, name,
 };
 use crate::storage::staging::{Durability, Staging};
 use crate::storage::{CacheMode, Identity, Storage};
@@ -128,7 +128,7 @@ impl Wanted<'_> {
         if self.backing_unseen {
             return backing_format.map(|_| ()).ok_or_else(no_format);
         }
-        let how = OpenHow { format: backing_format.clone(), look_only: true, force_share: true, ..OpenHow::default() };
+        let how = OpenHow { format: backing_format.clone(), purpose: Purpose::Look, force_share: true, ..OpenHow::default() };
         let node = opener
             .open_named(&ImageRef::name(path), &how)
             .map_err(|error| error.hint("Could not open backing image."))?;
@@ -199,7 +199,7 @@ pub fn create(new: &NewImage, opener: &Opener<'_>) -> Result<Vec<String>> {
 pub fn create_open(new: &NewImage, staging: &Staging, opener: &Opener<'_>, cache: CacheMode) -> Result<Arc<Node>> {
     let made = make(new, staging, opener).with_context(|| new.converting());
     staging.take_notices().into_iter().for_each(|text| opener.notice(Notice::Warning(text)));
-    let how = OpenHow { format: Some(new.format.name().to_owned()), write: true, cache, ..OpenHow::default() };
+    let how = OpenHow { format: Some(new.format.name().to_owned()), purpose: Purpose::Write, cache, ..OpenHow::default() };
     opener.open_made(&new.name, made?, &how)
 }
 
@@ -313,7 +313,7 @@ struct BackingBytes<'a> {
 impl Related for BackingBytes<'_> {
     fn open(&self, role: &str, name: &OsStr) -> Result<Child> {
         let plain = self.opener.drivers().formats.last().map(|format| format.name().to_owned());
-        let how = OpenHow { format: plain, look_only: true, force_share: true, ..OpenHow::default() };
+        let how = OpenHow { format: plain, purpose: Purpose::Look, force_share: true, ..OpenHow::default() };
         let name = beside(self.image, name);
         let node = self.opener.open_named(&ImageRef::name(&name), &how)?;
         let child = node.driver().files().first().cloned();

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use crate::block::error::Operation;
 use crate::block::info::SnapshotInfo;
-use crate::block::{Child, Error, GuestOffset, ImageRef, Node, Notice, OpenHow, Opener, Result};
+use crate::block::{Child, Error, GuestOffset, ImageRef, Node, Notice, OpenHow, Opener, Purpose, Result};
 
 /// The backing file that an image names.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -172,7 +172,7 @@ fn of_file(child: &Child) -> Result<Info> {
 pub fn chain(opener: &Opener<'_>, image: &ImageRef, how: &OpenHow, whole: bool) -> Result<Vec<Info>> {
     let mut infos = Vec::new();
     let mut seen = HashSet::new();
-    let mut next = Some((image.clone(), OpenHow { no_backing: true, look_only: true, ..how.clone() }));
+    let mut next = Some((image.clone(), OpenHow { no_backing: true, purpose: Purpose::Look, ..how.clone() }));
     while let Some((image, how)) = next.take() {
         let node = opener.open(&image, &how)?;
         if !seen.insert(node.identity()) && node.driver().backing().is_some() {

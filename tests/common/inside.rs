@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vimg::block::{
-    Child, CreateFiles, CreateOptions, CreateRequest, Error, Format, Ids, Node, OpenRequest, OptionKind, OptionSpec,
+    Child, CreateFiles, CreateOptions, CreateRequest, Error, Format, Ids, Node, OpenRequest, OptionKind, OptionSpec, Purpose,
     OptionTree, OptionValue, Related, Result,
 };
 use vimg::storage::file::OpenHow;
@@ -253,7 +253,8 @@ fn open_child(
 ) -> Result<Node> {
     let name = file.name.clone();
     let mut options = OptionTree::new();
-    let request = OpenRequest { file, options: &mut options, write, look_only: false, related };
+    let purpose = if write { Purpose::Write } else { Purpose::Read };
+    let request = OpenRequest { file, options: &mut options, purpose, related };
     Ok(Node::new(format.open(request)?, backing, name))
 }
 

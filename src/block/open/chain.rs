@@ -23,7 +23,7 @@ impl Opener<'_> {
         if let Some(format) = &how.format {
             options.insert("driver".to_owned(), format.clone().into());
         }
-        let settings = Settings::new(how.write, how.force_share, how.cache);
+        let settings = Settings::new(how.purpose, how.force_share, how.cache);
         Ok(Ask { path, options, settings, made: None })
     }
 
@@ -83,7 +83,7 @@ impl Opener<'_> {
     }
 
     fn ask_below(&self, layer: &Layer, mut options: OptionTree) -> Result<Ask> {
-        let settings = layer.settings.for_reading();
+        let settings = layer.settings.below();
         let reference = options.shift_remove("").as_ref().and_then(as_text);
         if let Some(reference) = reference {
             return Err(super::layer::no_such_node(&reference, options.is_empty()));

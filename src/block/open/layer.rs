@@ -168,15 +168,15 @@ impl Opener<'_> {
         let probed = format.is_none();
         let format = match format {
             Some(format) => format,
-            None => self.probe(&*file.child.storage, &file.child.name, settings.write)?,
+            None => self.probe(&*file.child.storage, &file.child.name, settings.purpose.writes())?,
         };
         let raw = format.name() == "raw";
         if file.locking {
-            let access = how.access(&settings);
+            let access = settings.access();
             storage::lock(&*file.child.storage, if raw && !how.exclusive { access.of_raw() } else { access })?;
         }
         let mut child = file.child;
-        if raw && probed && settings.write {
+        if raw && probed && settings.purpose.writes() {
             self.warn_of_probed_raw(&mut child);
         }
         let mut tree = Map::new();
@@ -218,13 +218,12 @@ impl Opener<'_> {
         let request = OpenRequest {
             file: child,
             options: &mut options,
-            write: settings.write,
-            look_only: how.look_only,
+            purpose: settings.purpose,
             related: &beside,
         };
         let driver = format.open(request)?;
         let left = beside.given.into_inner().unwrap_or_else(|e| e.into_inner());
-        if !left.is_empty() && !how.look_only {
+        if !left.is_empty() && !settings.purpose.only_looks() {
             return Err(Error::invalid("'data-file' can only be set for images with an external data file"));
         }
         if let Some(key) = first_key(&options) {
@@ -281,10 +280,10 @@ impl Opener<'_> {
         add(&mut options, spelt.options);
         let (opened, settings) = self.bytes(protocol, spelt.path, options, settings, "file", &mut trail.names)?;
         if opened.locking {
-            let access = how.access(&settings);
+            let access = settings.access();
             storage::lock(&*opened.child.storage, if how.exclusive { access } else { access.of_raw() })?;
         }
-        let driver = Box::new(Bare::open(protocol.name(), opened.child, settings.write)?);
+        let driver = Box::new(Bare::open(protocol.name(), opened.child, settings.purpose.writes())?);
         let origin =
             Origin { path: opened.path, base: opened.base, tree: opened.tree, protocol: true, inner: Vec::new() };
         Ok(Layer { driver, origin, settings, below: Below::Nothing, own: false, overridden: false })
@@ -359,7 +358,7 @@ impl Opener<'_> {
         let opened = protocol.open(FileRequest {
             path,
             options: &mut options,
-            write: settings.write,
+            write: settings.purpose.writes(),
             cache: settings.cache(),
         })?;
         if let Some(key) = first_key(&options) {

@@ -21,10 +21,9 @@ use std::sync::{Arc, Mutex};
 use layer::Ask;
 pub use layer::MadeFiles;
 pub use policy::{Allowed, Policy};
-use settings::{Names, Settings};
+use settings::Names;
 
-use super::{Drivers, ImageRef, Node, Notice, Result};
-use crate::storage::lock::Access;
+use super::{Drivers, ImageRef, Node, Notice, Purpose, Result};
 use crate::storage::{CacheMode, Identity};
 
 /// How an image is opened.
@@ -32,12 +31,10 @@ use crate::storage::{CacheMode, Identity};
 pub struct OpenHow {
     /// The format of the top layer; `None` to probe.
     pub format: Option<String>,
-    /// For reading and writing (the top layer alone).
-    pub write: bool,
+    /// What for (the top layer; those below are read, or looked at).
+    pub purpose: Purpose,
     /// Without its backing file.
     pub no_backing: bool,
-    /// Only the header will be looked at.
-    pub look_only: bool,
     /// Bear others that write meanwhile (`-U`).
     pub force_share: bool,
     /// Nobody may write to any layer meanwhile, whatever its format (the sources of `convert`).
@@ -46,19 +43,6 @@ pub struct OpenHow {
     pub cache: CacheMode,
     /// Read on, with a warning, where a layer was made on another backing file than the one that is there.
     pub salvage: bool,
-}
-
-impl OpenHow {
-    /// The permissions that a node with these settings takes, but for what is particular to its format.
-    pub(super) fn access(&self, settings: &Settings) -> Access {
-        match (settings.force_share, settings.write, self.look_only) {
-            (true, _, true) => Access::NONE,
-            (true, ..) => Access::SHARED,
-            (_, true, _) => Access::WRITE,
-            (_, _, true) => Access::LOOK,
-            _ => Access::READ,
-        }
-    }
 }
 
 /// Opens images.

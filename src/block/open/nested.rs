@@ -33,8 +33,8 @@ impl Opener<'_> {
         }
         options.insert("driver".to_owned(), driver.into());
         trail.depth += 1;
-        let ask = Ask { path, options, settings: *settings, made: None };
-        let how = OpenHow { no_backing: false, look_only: false, ..how.clone() };
+        let ask = Ask { path, options, settings: settings.inside(), made: None };
+        let how = OpenHow { no_backing: false, ..how.clone() };
         let node = self.chain(ask, &how, trail);
         trail.depth -= 1;
         let node = node?;

@@ -36,7 +36,7 @@ pub(super) struct Beside<'a> {
 impl Beside<'_> {
     /// Takes the permissions on a file of the layer.
     fn lock(&self, storage: &dyn Storage, role: &str, settings: &Settings) -> Result<()> {
-        let access = self.how.access(settings);
+        let access = settings.access();
         let access = match (self.how.exclusive, role) {
             (false, DATA_FILE) => access.of_data_file(),
             _ => access,

@@ -2,14 +2,15 @@
 
 use crate::block::keys::{take_switch, take_text};
 use crate::block::name::in_order;
-use crate::block::{Error, OptionTree, Result};
+use crate::block::{Error, OptionTree, Purpose, Result};
 use crate::storage::CacheMode;
+use crate::storage::lock::Access;
 
 /// What is settled for a node before its driver is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// For reading and writing.
-    pub write: bool,
+    /// What for.
+    pub purpose: Purpose,
     /// Bear others that write meanwhile.
     pub force_share: bool,
     direct: bool,
@@ -24,9 +25,9 @@ pub struct Settings {
 
 impl Settings {
     /// What the command asks of the top node.
-    pub fn new(write: bool, force_share: bool, cache: CacheMode) -> Self {
+    pub fn new(purpose: Purpose, force_share: bool, cache: CacheMode) -> Self {
         Self {
-            write,
+            purpose,
             force_share,
             direct: cache.direct(),
             no_flush: !cache.flushes(),
@@ -37,9 +38,25 @@ impl Settings {
         }
     }
 
-    /// The same, for reading alone.
-    pub fn for_reading(self) -> Self {
-        Self { write: false, refused: false, bad: None, ..self }
+    /// What a layer inherits that lies below one with these settings.
+    pub fn below(self) -> Self {
+        Self { purpose: self.purpose.below(), refused: false, bad: None, ..self }
+    }
+
+    /// What an image inherits that one with these settings lies in.
+    pub fn inside(self) -> Self {
+        Self { purpose: self.purpose.inside(), ..self }
+    }
+
+    /// The permissions that a node with these settings takes, but for what is particular to its format.
+    pub fn access(&self) -> Access {
+        match (self.force_share, self.purpose) {
+            (true, Purpose::Look) => Access::NONE,
+            (true, _) => Access::SHARED,
+            (false, Purpose::Write | Purpose::Repair | Purpose::Commit) => Access::WRITE,
+            (false, Purpose::Look) => Access::LOOK,
+            (false, Purpose::Read | Purpose::Check) => Access::READ,
+        }
     }
 
     /// The cache mode that comes out.
@@ -79,7 +96,7 @@ impl Settings {
             }
         }
         own.bad = bad.or(own.bad);
-        own.refused = own.write && read_only == Some(true);
+        own.refused = own.purpose.writes() && read_only == Some(true);
         let discard = take_text(options, "discard");
         match discard.as_deref() {
             Some("unmap" | "on") => own.unmap = true,
@@ -88,7 +105,7 @@ impl Settings {
         }
         let claims = Claims {
             bad: own.bad,
-            shared: own.force_share && (own.write || read_only == Some(false)),
+            shared: own.force_share && (own.purpose.writes() || read_only == Some(false)),
             discard,
             detect_zeroes: take_text(options, "detect-zeroes"),
             unmap: own.unmap,

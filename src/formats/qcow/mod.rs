@@ -44,7 +44,8 @@ impl Format for Qcow {
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
-        let OpenRequest { file, options, write, look_only, .. } = request;
+        let OpenRequest { file, options, purpose, .. } = request;
+        let (write, look_only) = (purpose.writes(), purpose.only_looks());
         let storage = &*file.storage;
         let mut raw = [0; HEADER_BYTES];
         storage.read_at(0, &mut raw).context("Could not read the qcow header")?;

@@ -17,23 +17,23 @@ use super::{Qcow2Driver, bitmap, info, snapshot};
 
 /// Opens a layer.
 pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
-    let OpenRequest { file, options, write, look_only, related } = request;
+    let OpenRequest { file, options, purpose, related } = request;
     let mut header = Header::read(&*file.storage)?;
     let geometry = header.geometry();
-    if write && header.fields.incompatible & layout::CORRUPT != 0 {
+    if !purpose.bears_damage() && header.fields.incompatible & layout::CORRUPT != 0 {
         return Err(Error::corrupt("qcow2: Image is corrupt; cannot be opened read/write"));
     }
     let cache_bytes = cache_bytes(options, &header)?;
     check_tuning(options, &header)?;
     check_lazy(options, &header)?;
-    unlock(options, &header, look_only)?;
+    unlock(options, &header, purpose.only_looks())?;
     let luks = match header.crypto {
         Some(place) => Some(info::read_luks(&*file.storage, place)?),
         None => None,
     };
     let external = header.fields.incompatible & layout::DATA_FILE != 0;
     let mut files = vec![file];
-    if !look_only {
+    if !purpose.only_looks() {
         match (&header.data_file, external) {
             (Some(name), true) => files.push(related.open("data-file", name.as_ref())?),
             (None, true) => return Err(Error::invalid("'data-file' is required for this image")),
@@ -74,10 +74,10 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         bitmaps: RwLock::new(bitmaps),
         luks,
         backing,
-        write,
+        write: purpose.writes(),
         told_corrupt: AtomicBool::new(false),
     };
-    if write {
+    if purpose.mends() {
         driver.make_ready()?;
     }
     Ok(driver)

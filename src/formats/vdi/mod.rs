@@ -45,7 +45,8 @@ impl Format for Vdi {
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
-        let OpenRequest { file, write, .. } = request;
+        let OpenRequest { file, purpose, .. } = request;
+        let write = purpose.writes();
         let mut head = [0; HEADER_BYTES];
         file.storage.read_at(0, &mut head).context("Could not read the VDI header")?;
         let header = Header::parse(head)?;

@@ -22,7 +22,8 @@ pub(super) type TextAt = (u64, Option<u64>);
 
 impl VmdkDriver {
     pub(super) fn open(request: OpenRequest<'_>) -> Result<Self> {
-        let OpenRequest { file, write, related, look_only, .. } = request;
+        let OpenRequest { file, purpose, related, .. } = request;
+        let (write, look_only) = (purpose.writes(), purpose.only_looks());
         let mut head = vec![0; 512];
         file.storage.read_at(0, &mut head).context("Could not read the header")?;
         let mut files = vec![file];

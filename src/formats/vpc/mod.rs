@@ -52,7 +52,8 @@ impl Format for Vpc {
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
-        let OpenRequest { file, options, write, .. } = request;
+        let OpenRequest { file, options, purpose, .. } = request;
+        let write = purpose.writes();
         let rule = size_rule(options)?;
         let storage = &*file.storage;
         let length = storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::{Conversion, bitmaps};
 use crate::block::error::Context;
-use crate::block::{BlockDriver, Error, ExtentKind, GuestOffset, ImageRef, Node, OpenHow, Opener, Result};
+use crate::block::{BlockDriver, Error, ExtentKind, GuestOffset, ImageRef, Node, OpenHow, Opener, Purpose, Result};
 use crate::ops::copy::{self, Above, Joined, Observer, TargetFacts};
 use crate::ops::create::{self, NewImage};
 use crate::storage::staging::{Durability, Staging};
@@ -94,7 +94,7 @@ impl Job<'_> {
 
     /// To an image that is there.
     pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<()> {
-        let how = OpenHow { write: true, cache: self.cache, ..how.clone() };
+        let how = OpenHow { purpose: Purpose::Write, cache: self.cache, ..how.clone() };
         let target = opener.open(image, &how)?;
         let facts = TargetFacts { reads_zero: self.conversion.target_is_zero, ..TargetFacts::default() };
         let done = self.run(&target, facts);

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::block::format::Alone;
-use crate::block::{Child, Format, OpenRequest, OptionTree};
+use crate::block::{Child, Format, OpenRequest, OptionTree, Purpose};
 use crate::formats::raw::Raw;
 use crate::storage::memory::Memory;
 use crate::storage::{Error as StorageError, Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
@@ -92,8 +92,7 @@ fn layer(storage: Arc<dyn Storage>, backing: Option<Arc<Node>>, name: &str) -> A
         .open(OpenRequest {
             file: Child { role: "file".to_owned(), name: name.to_owned(), driver: "file", storage },
             options: &mut OptionTree::new(),
-            write: true,
-            look_only: false,
+            purpose: Purpose::Write,
             related: &Alone,
         })
         .unwrap();
