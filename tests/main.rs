@@ -16,6 +16,7 @@ mod guard;
 mod hostile;
 mod killed;
 mod kinds;
+mod opening;
 mod qcow;
 mod qcow2_create;
 mod qcow2_read;

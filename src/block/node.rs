@@ -126,11 +126,16 @@ impl Node {
     /// The same layer on top of something else: one driver, and its files and locks, under two chains. What both read
     /// is right as long as only one of them is written through.
     pub fn on(&self, backing: Option<Arc<Node>>) -> Self {
-        let mut origin = self.origin.clone();
         let tree = backing.as_ref().map_or(Value::Null, |node| Value::Object(node.origin.tree.clone()));
-        origin.tree.insert("backing".to_owned(), tree);
-        origin.path = None;
-        Self { layer: self.layer.clone(), backing, name: self.name.clone(), origin }
+        let mut node = self.over(backing);
+        node.origin.tree.insert("backing".to_owned(), tree);
+        node.origin.path = None;
+        node
+    }
+
+    /// The same where it is the same image that lies below, opened anew.
+    pub(super) fn over(&self, backing: Option<Arc<Node>>) -> Self {
+        Self { layer: self.layer.clone(), backing, name: self.name.clone(), origin: self.origin.clone() }
     }
 
     /// The same, with the knowledge of where it came from.

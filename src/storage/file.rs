@@ -173,6 +173,19 @@ impl HostFile {
         Ok(())
     }
 
+    /// Takes permissions on a file that `old`, which is going to be closed, has open too. Nobody can come between, and
+    /// on failure `old` has what it had.
+    pub fn lock_after(&self, old: &HostFile, access: Access) -> Result<()> {
+        let was = *old.locks.lock().unwrap_or_else(|e| e.into_inner());
+        old.lock(access)?;
+        let taken = lock::take_with(self.file.as_fd(), access);
+        if taken.is_ok() {
+            *self.locks.lock().unwrap_or_else(|e| e.into_inner()) = access;
+        }
+        old.lock(was)?;
+        taken
+    }
+
     /// Makes a regular file at least that long; the new part is a hole.
     pub(super) fn grow(&self, len: u64) -> Result<()> {
         let _alone = self.growth.write().unwrap_or_else(|e| e.into_inner());

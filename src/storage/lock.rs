@@ -89,6 +89,8 @@ pub fn change(fd: BorrowedFd<'_>, from: Access, to: Access, name: &str) -> Resul
     let missing = Access { uses: to.uses & !from.uses, refuses: to.refuses & !from.refuses };
     let surplus = Access { uses: from.uses & !to.uses, refuses: from.refuses & !to.refuses };
     let taken = match lock_all(fd, missing) {
+        // Who claims nothing new is in nobody's way.
+        Ok(_) if missing == Access::NONE => Ok(()),
         Ok(true) => test(fd, to, name),
         Ok(false) => return Ok(()),
         Err(error) => Err(error),
@@ -99,6 +101,12 @@ pub fn change(fd: BorrowedFd<'_>, from: Access, to: Access, name: &str) -> Resul
         let _ = fcntl(fd, FcntlArg::F_OFD_SETLK(&flock(libc::F_UNLCK, byte)));
     }
     taken
+}
+
+/// Takes the locks for another descriptor of a file whose locks by the first one are the same: whoever could be in the
+/// way was in its way.
+pub fn take_with(fd: BorrowedFd<'_>, access: Access) -> Result<()> {
+    lock_all(fd, access).map(|_| ())
 }
 
 /// False if the file system has no such locks.
@@ -207,6 +215,20 @@ mod tests {
         assert_eq!(claimed(&b, "y"), "ok");
         drop((a, b));
         assert_eq!(claimed(&folder(), "x"), "ok");
+    }
+
+    #[test]
+    fn locks_pass_to_another_descriptor_with_nobody_between() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let [a, b, other] = [0; 3].map(|_| file.reopen().unwrap());
+        take(a.as_fd(), Access::READ, "x").unwrap();
+        change(a.as_fd(), Access::READ, Access::WRITE, "x").unwrap();
+        take_with(b.as_fd(), Access::WRITE).unwrap();
+        change(a.as_fd(), Access::WRITE, Access::READ, "x").unwrap();
+        drop(a);
+        assert_eq!(text(take(other.as_fd(), Access::READ, "x")), "Failed to get shared \"write\" lock");
+        drop(b);
+        assert_eq!(text(take(other.as_fd(), Access::READ, "x")), "ok");
     }
 
     #[test]

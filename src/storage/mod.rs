@@ -199,6 +199,14 @@ pub fn lock(storage: &dyn Storage, access: lock::Access) -> Result<()> {
     storage.host().map_or(Ok(()), |file| file.lock(access))
 }
 
+/// The same on a file that `old` has open too, which is going to be closed.
+pub fn lock_after(storage: &dyn Storage, old: &dyn Storage, access: lock::Access) -> Result<()> {
+    match (storage.host(), old.host()) {
+        (Some(file), Some(old)) => file.lock_after(old, access),
+        _ => lock(storage, access),
+    }
+}
+
 /// How a file is cached, in the reference's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CacheMode {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Map, Value};
 
+use super::held::Key;
 use super::related::{Beside, DATA_FILE};
 use super::settings::{Names, Settings};
 use super::{OpenHow, Opener, Trail};
@@ -13,8 +14,8 @@ use crate::block::keys::take_text;
 use crate::block::name::{self, first_key, take_below};
 use crate::block::node::Origin;
 use crate::block::protocol::{FileRequest, Protocol, Spelt};
-use crate::block::{BlockDriver, Child, Driver, Error, Kind, Node, Notice, OpenRequest, OptionTree, Result};
-use crate::storage::{self, Identity, Storage};
+use crate::block::{BlockDriver, Child, Driver, Error, Kind, Layer, Node, Notice, OpenRequest, OptionTree, Result};
+use crate::storage::{Identity, Storage};
 
 /// What is to be opened.
 #[derive(Debug)]
@@ -54,9 +55,11 @@ pub(super) enum Below {
     Given(OptionTree),
 }
 
-/// An opened layer.
-pub(super) struct Layer {
-    pub driver: Box<dyn BlockDriver>,
+/// A layer, and what is known of it until what lies below it is open too.
+pub(super) struct OpenedLayer {
+    pub layer: Arc<Layer>,
+    /// By which it is found when it is asked for again.
+    pub key: Option<Key>,
     pub origin: Origin,
     pub settings: Settings,
     pub below: Below,
@@ -66,7 +69,25 @@ pub(super) struct Layer {
     overridden: bool,
 }
 
-impl Layer {
+impl OpenedLayer {
+    /// With nothing below it.
+    fn new(layer: Arc<Layer>, key: Option<Key>, origin: Origin, settings: Settings, own: bool) -> Self {
+        Self { layer, key, origin, settings, below: Below::Nothing, own, overridden: false }
+    }
+
+    /// With that below it; `given`: by the user's word.
+    fn above(mut self, below: Below, given: bool, how: &OpenHow) -> Self {
+        if !how.no_backing {
+            self.overridden = given || (self.driver().backing().is_some() && matches!(below, Below::Nothing));
+            self.below = below;
+        }
+        self
+    }
+
+    pub fn driver(&self) -> &dyn BlockDriver {
+        self.layer.driver()
+    }
+
     /// Its name, as far as it can be told without what is below.
     pub fn name(&self) -> String {
         shown(&self.origin)
@@ -76,9 +97,9 @@ impl Layer {
     pub fn identity(&self) -> Option<(Identity, &'static str)> {
         let identity = match self.origin.inner.first() {
             Some((_, node)) => node.identity()?.0,
-            None => self.driver.files().first()?.storage.facts().identity?,
+            None => self.driver().files().first()?.storage.facts().identity?,
         };
-        Some((identity, self.driver.format()))
+        Some((identity, self.driver().format()))
     }
 
     /// On top of that.
@@ -89,7 +110,7 @@ impl Layer {
             self.origin.path = None;
         }
         let name = shown(&self.origin);
-        Node::new(self.driver, backing, name).with_origin(self.origin)
+        Node::of(self.layer, backing, name).with_origin(self.origin)
     }
 }
 
@@ -143,7 +164,7 @@ impl MadeFiles {
 
 impl Opener<'_> {
     /// Opens one layer.
-    pub(super) fn layer(&self, ask: Ask, how: &OpenHow, trail: &mut Trail) -> Result<Layer> {
+    pub(super) fn layer(&self, ask: Ask, how: &OpenHow, trail: &mut Trail) -> Result<OpenedLayer> {
         let Ask { path, mut options, settings, made } = ask;
         let own = made.is_some();
         let driver = match options.shift_remove("driver") {
@@ -171,9 +192,11 @@ impl Opener<'_> {
             None => self.probe(&*file.child.storage, &file.child.name, settings.purpose.writes())?,
         };
         let raw = format.name() == "raw";
-        if file.locking {
+        let key = Key::of(&file, format.name(), &options, settings, how);
+        let found = key.as_ref().and_then(|key| self.held.find(key, file.base.as_ref()));
+        if file.locking && found.is_none() {
             let access = settings.access();
-            storage::lock(&*file.child.storage, if raw && !how.exclusive { access.of_raw() } else { access })?;
+            trail.lock(&*file.child.storage, if raw && !how.exclusive { access.of_raw() } else { access })?;
         }
         let mut child = file.child;
         if raw && probed && settings.purpose.writes() {
@@ -202,12 +225,16 @@ impl Opener<'_> {
             Below::Given(options) => options.contains_key("file.filename"),
             Below::Nothing => false,
         };
+        if let Some(layer) = found {
+            return Ok(OpenedLayer::new(layer, key, origin, settings, own).above(below, given, how));
+        }
         let beside = Beside {
             opener: self,
             image: origin.base.as_deref(),
             how,
             settings,
             locking: file.locking,
+            instead: &trail.instead,
             given: Mutex::new(take_below(&mut options, DATA_FILE)),
             own,
             made,
@@ -231,10 +258,8 @@ impl Opener<'_> {
             return Err(Error::invalid(text));
         }
         settings.may_write()?;
-        let named = driver.backing().is_some();
-        let overridden = !how.no_backing && (given || (named && matches!(below, Below::Nothing)));
-        let below = if how.no_backing { Below::Nothing } else { below };
-        Ok(Layer { driver, origin, settings, below, own, overridden })
+        let layer = Arc::new(Layer::new(driver));
+        Ok(OpenedLayer::new(layer, key, origin, settings, own).above(below, given, how))
     }
 
     /// Takes what is said of the layer below.
@@ -272,7 +297,7 @@ impl Opener<'_> {
         settings: Settings,
         how: &OpenHow,
         trail: &mut Trail,
-    ) -> Result<Layer> {
+    ) -> Result<OpenedLayer> {
         if path.is_some() && options.contains_key("filename") {
             return Err(Error::invalid("Can't specify 'file' and 'filename' options at the same time"));
         }
@@ -281,12 +306,12 @@ impl Opener<'_> {
         let (opened, settings) = self.bytes(protocol, spelt.path, options, settings, "file", &mut trail.names)?;
         if opened.locking {
             let access = settings.access();
-            storage::lock(&*opened.child.storage, if how.exclusive { access } else { access.of_raw() })?;
+            trail.lock(&*opened.child.storage, if how.exclusive { access } else { access.of_raw() })?;
         }
-        let driver = Box::new(Bare::open(protocol.name(), opened.child, settings.purpose.writes())?);
+        let driver = Bare::open(protocol.name(), opened.child, settings.purpose.writes())?;
         let origin =
             Origin { path: opened.path, base: opened.base, tree: opened.tree, protocol: true, inner: Vec::new() };
-        Ok(Layer { driver, origin, settings, below: Below::Nothing, own: false, overridden: false })
+        Ok(OpenedLayer::new(Arc::new(Layer::new(Box::new(driver))), None, origin, settings, false))
     }
 
     /// The file that a format lies in: a file of the host, or another image.

@@ -1,12 +1,13 @@
 //! The one way to an open image: `chain` opens what lies below a layer, `layer` one layer, `nested` an image that
 //! another lies in, `related` the other files of a layer; `probe` finds out formats, `settings` takes what any node
-//! takes, and `policy` says what an image may make us open.
+//! takes, `policy` says what an image may make us open, and `held` finds what is open already.
 //!
 //! Invariants: a chain is opened and closed link by link, never by recursion; recursion into images inside images
 //! is capped; a file is locked before its header is believed.
 
 mod chain;
 mod foreign;
+mod held;
 mod layer;
 mod nested;
 mod policy;
@@ -18,13 +19,15 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use held::HeldLayers;
 use layer::Ask;
 pub use layer::MadeFiles;
 pub use policy::{Allowed, Policy};
 use settings::Names;
 
 use super::{Drivers, ImageRef, Node, Notice, Purpose, Result};
-use crate::storage::{CacheMode, Identity};
+use crate::storage::lock::Access;
+use crate::storage::{self, CacheMode, Identity, Storage};
 
 /// How an image is opened.
 #[derive(Debug, Clone, Default)]
@@ -51,6 +54,7 @@ pub struct Opener<'a> {
     pub(super) drivers: &'a Drivers,
     policy: Policy,
     notices: Mutex<Vec<Notice>>,
+    held: HeldLayers,
 }
 
 /// What is known while one image is opened.
@@ -62,12 +66,32 @@ pub(super) struct Trail {
     seen: Vec<(Identity, &'static str)>,
     /// How many images we are inside of.
     pub depth: usize,
+    /// Files of the layer that is opened again: they give up their locks to what is opened.
+    pub instead: Vec<Arc<dyn Storage>>,
+}
+
+impl Trail {
+    /// Takes the permissions on a file.
+    fn lock(&self, storage: &dyn Storage, access: Access) -> Result<()> {
+        lock(storage, access, &self.instead)
+    }
+}
+
+/// Takes the permissions on a file, from the one of `instead` that it is.
+fn lock(storage: &dyn Storage, access: Access, instead: &[Arc<dyn Storage>]) -> Result<()> {
+    let identity = storage.facts().identity;
+    let same = |old: &&Arc<dyn Storage>| identity.is_some() && old.facts().identity == identity;
+    match instead.iter().find(same) {
+        Some(old) => storage::lock_after(storage, &**old, access)?,
+        None => storage::lock(storage, access)?,
+    }
+    Ok(())
 }
 
 impl<'a> Opener<'a> {
     /// An opener that knows these drivers.
     pub fn new(drivers: &'a Drivers, policy: Policy) -> Self {
-        Self { drivers, policy, notices: Mutex::default() }
+        Self { drivers, policy, notices: Mutex::default(), held: HeldLayers::default() }
     }
 
     /// The drivers it knows.

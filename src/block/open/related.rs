@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
@@ -12,7 +12,7 @@ use super::settings::{Names, Settings};
 use super::{OpenHow, Opener};
 use crate::block::keys::as_text;
 use crate::block::{Child, Error, Notice, OptionTree, Related, Result, name};
-use crate::storage::{self, Storage};
+use crate::storage::Storage;
 
 /// The part that an external data file plays.
 pub(super) const DATA_FILE: &str = "data-file";
@@ -25,6 +25,8 @@ pub(super) struct Beside<'a> {
     pub how: &'a OpenHow,
     pub settings: Settings,
     pub locking: bool,
+    /// Whose locks pass to what is opened.
+    pub instead: &'a [Arc<dyn Storage>],
     /// What the image names, the user has typed.
     pub own: bool,
     /// What the user says of the external data file.
@@ -41,7 +43,7 @@ impl Beside<'_> {
             (false, DATA_FILE) => access.of_data_file(),
             _ => access,
         };
-        Ok(storage::lock(storage, access)?)
+        super::lock(storage, access, self.instead)
     }
 
     /// Where a file is that the image names. Its name is a path, however it is spelt: never a protocol.
