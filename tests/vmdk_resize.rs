@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 use vimg::block::io::Scratch as Buffers;
 use vimg::block::{
-    BlockDriver, Child, Error, Format, GuestOffset, OpenRequest, OptionTree, Purpose, Related, ResizeFiles, Result, format,
+    BlockDriver, Child, Error, Format, GuestOffset, OpenRequest, OptionTree, Purpose, Related, ResizeFiles, Result,
+    format,
 };
 use vimg::formats::FORMATS;
 use vimg::storage::fault::{Fault, Faulty, Operation};

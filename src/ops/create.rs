@@ -128,7 +128,8 @@ impl Wanted<'_> {
         if self.backing_unseen {
             return backing_format.map(|_| ()).ok_or_else(no_format);
         }
-        let how = OpenHow { format: backing_format.clone(), purpose: Purpose::Look, force_share: true, ..OpenHow::default() };
+        let how =
+            OpenHow { format: backing_format.clone(), purpose: Purpose::Look, force_share: true, ..OpenHow::default() };
         let node = opener
             .open_named(&ImageRef::name(path), &how)
             .map_err(|error| error.hint("Could not open backing image."))?;
@@ -199,7 +200,8 @@ pub fn create(new: &NewImage, opener: &Opener<'_>) -> Result<Vec<String>> {
 pub fn create_open(new: &NewImage, staging: &Staging, opener: &Opener<'_>, cache: CacheMode) -> Result<Arc<Node>> {
     let made = make(new, staging, opener).with_context(|| new.converting());
     staging.take_notices().into_iter().for_each(|text| opener.notice(Notice::Warning(text)));
-    let how = OpenHow { format: Some(new.format.name().to_owned()), purpose: Purpose::Write, cache, ..OpenHow::default() };
+    let how =
+        OpenHow { format: Some(new.format.name().to_owned()), purpose: Purpose::Write, cache, ..OpenHow::default() };
     opener.open_made(&new.name, made?, &how)
 }
 

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vimg::block::{
-    Child, CreateFiles, CreateOptions, CreateRequest, Error, Format, Ids, Node, OpenRequest, OptionKind, OptionSpec, Purpose,
-    OptionTree, OptionValue, Related, Result,
+    Child, CreateFiles, CreateOptions, CreateRequest, Error, Format, Ids, Node, OpenRequest, OptionKind, OptionSpec,
+    OptionTree, OptionValue, Purpose, Related, Result,
 };
 use vimg::storage::file::OpenHow;
 use vimg::storage::memory::Memory;
