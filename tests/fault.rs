@@ -12,6 +12,7 @@ use vimg::block::io::Scratch as Buffers;
 use vimg::block::{Format, GuestOffset, Node, Result, format};
 use vimg::formats::FORMATS;
 use vimg::storage::fault::{Fault, Faulty, Operation};
+use vimg::storage::memory::Memory;
 use vimg::storage::{Preallocation, Storage};
 
 use crate::common::inside::{self, Files};
@@ -235,6 +236,63 @@ fn a_failed_shrinking_leaves_a_consistent_image_of_any_format() {
     Case::shrinking("qcow2", "cluster_size=4096").every_point(3);
     for (format, options) in OTHERS {
         Case::shrinking(format, options).every_point(1);
+    }
+}
+
+/// Where the backing file is longer than the disk, what it holds past the disk's end never shows, wherever a growth
+/// stops.
+#[test]
+fn a_stopped_growth_over_a_longer_backing_file_shows_none_of_it() {
+    // How the base is made; how the disk is; its new length.
+    let qcow = "qemu-img create -q -f qcow -b base -F raw i";
+    let vmdk = "qemu-img create -q -f vmdk -b base -F vmdk";
+    let cases = [
+        ("qcow", "raw", format!("{qcow} 1000448"), 5 << 20),
+        // A longer first table.
+        ("qcow", "raw", format!("{qcow} 300k"), 64 << 20),
+        ("vmdk", "vmdk", format!("{vmdk} i 1000448"), 5 << 20),
+        ("vmdk", "vmdk", format!("{vmdk} i 640k"), 100 << 20),
+        ("vmdk", "vmdk", format!("{vmdk} -o zeroed_grain=on i 640k"), 100 << 20),
+    ];
+    for (overlay, base, line, size) in cases {
+        let scratch = Scratch::new();
+        std::fs::write(scratch.file("disk"), pattern(9, 4 << 20)).expect("disk");
+        scratch.sh(&format!("qemu-img convert -f raw -O {base} disk base; {line}"));
+        let files = Files::default();
+        for name in ["i", "base"] {
+            files.put(name, Arc::new(Memory::new(std::fs::read(scratch.file(name)).expect("made"))));
+        }
+        let grown = |stop: Option<usize>| -> (Faulty, Files) {
+            let files = files.copy();
+            let plain = files.get("i").expect("image");
+            let faulty =
+                stop.map_or_else(|| Faulty::recording(plain.clone()), |at| Faulty::new(plain.clone(), at, Fault::Stop));
+            files.put("i", Arc::new(faulty.beside(plain.clone())));
+            let below = inside::open(&files, find(base), "base", false, None).expect("base");
+            let node = inside::open(&files, find(overlay), "i", true, Some(Arc::new(below))).expect("overlay");
+            let done = vimg::ops::resize::resize(&node, size, Preallocation::Off);
+            assert!(stop.is_some() || done.is_ok(), "{line}: {done:?}");
+            files.put("i", plain);
+            (faulty, files)
+        };
+        let shown = || {
+            scratch.judge(&["convert", "-f", overlay, "-O", "raw", "i", "shown"]);
+            std::fs::read(scratch.file("shown")).expect("shown")
+        };
+        let old = shown();
+        let count = grown(None).0.operations().len();
+        let mut new = 0;
+        for stop in 0..=count {
+            grown(Some(stop)).1.save(scratch.path());
+            let is = shown();
+            let (before, after) = is.split_at(old.len());
+            assert!(before == old, "{line}: {stop} of {count}");
+            assert!([0, size - old.len() as u64].contains(&(after.len() as u64)), "{line}: {stop} of {count}");
+            let seen = after.iter().position(|byte| *byte != 0);
+            assert!(seen.is_none(), "{line}: {stop} of {count}: {seen:?} past the old end");
+            new += usize::from(!after.is_empty());
+        }
+        assert!(new > 0 && new <= count, "{line}: {new} of {count}");
     }
 }
 

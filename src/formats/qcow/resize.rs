@@ -1,7 +1,8 @@
 //! The virtual size of a qcow image: grow and shrink.
 //!
 //! The switch is one write of the header. An L1 table that must be longer is written anew at the end of the file
-//! before; what no longer belongs to the disk is cleared after.
+//! before; what no longer belongs to the disk is cleared after. What a longer backing file holds past the old end is
+//! covered by clusters of zeros before the switch.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -10,7 +11,7 @@ use super::QcowDriver;
 use super::layout::{Entry, HEADER_BYTES, MAX_L1, too_large};
 use super::tables::State;
 use crate::block::error::Context;
-use crate::block::{BlockDriver, CompressedUnit, Error, GuestOffset, HostPlace, Resize, Result};
+use crate::block::{BlockDriver, CompressedUnit, Error, GuestOffset, HostPlace, Resize, ResizeFiles, Result};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 /// Whose a part of the file is.
@@ -41,27 +42,11 @@ impl Resize for QcowDriver {
     }
 
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
-        self.check(size, fill)?;
-        let storage = self.storage();
-        let mut state = self.state();
-        state.write_tables(storage)?;
-        let old = self.virtual_size();
-        let mut header = state.header.clone();
-        header.set_size(size);
-        if size < old {
-            state.replace_header(storage, header)?;
-            self.clear_past(&mut state, size)?;
-            state.write_tables(storage)?;
-            shorten(&mut state, storage)?;
-        } else {
-            self.clear_past(&mut state, old)?;
-            if header.l1_entries(size) != header.l1_entries(state.header.size()) {
-                header.set_l1_offset(move_l1(&mut state, storage, size)?);
-            }
-            state.replace_header(storage, header)?;
-        }
-        self.size.store(size, Ordering::Relaxed);
-        storage.flush().context("Could not flush")
+        self.resize_over(size, fill, 0)
+    }
+
+    fn resize_with(&self, size: u64, fill: Preallocation, files: &dyn ResizeFiles) -> Result<()> {
+        self.resize_over(size, fill, files.covered())
     }
 }
 
@@ -96,6 +81,61 @@ fn shorten(state: &mut State, storage: &dyn Storage) -> Result<()> {
 }
 
 impl QcowDriver {
+    /// The backing file covers the first `covered` bytes.
+    fn resize_over(&self, size: u64, fill: Preallocation, covered: u64) -> Result<()> {
+        self.check(size, fill)?;
+        let storage = self.storage();
+        let mut state = self.state();
+        state.write_tables(storage)?;
+        let old = self.virtual_size();
+        if size < old {
+            let mut header = state.header.clone();
+            header.set_size(size);
+            state.replace_header(storage, header)?;
+            self.clear_past(&mut state, size)?;
+            state.write_tables(storage)?;
+            shorten(&mut state, storage)?;
+        } else {
+            self.clear_past(&mut state, old)?;
+            let covered = covered.min(size);
+            let mut header = state.header.clone();
+            if header.l1_entries(size) != header.l1_entries(header.size()) {
+                header.set_l1_offset(move_l1(&mut state, storage, size)?);
+            }
+            if covered > old && self.backing.is_some() {
+                // A table that is longer than the disk needs is none the worse.
+                state.replace_header(storage, header.clone())?;
+                self.hide_backing(&mut state, old, covered)?;
+            }
+            header.set_size(size);
+            state.replace_header(storage, header)?;
+        }
+        self.size.store(size, Ordering::Relaxed);
+        storage.flush().context("Could not flush")
+    }
+
+    /// Gives the clusters from `from` to `to`, which have no place, one that reads as zeros. The L1 table may be
+    /// longer than the header's size tells.
+    fn hide_backing(&self, state: &mut State, from: u64, to: u64) -> Result<()> {
+        let storage = self.storage();
+        let (mut index, end) = (from.div_ceil(self.cluster), to.div_ceil(self.cluster));
+        while index < end {
+            let count = (end - index).min(state.left_in_table(index));
+            let (host, fresh) = state.take(storage, index, count * self.cluster, self.cluster)?;
+            if !fresh {
+                storage.zero(host, count * self.cluster, Zeroing::Allocate).context("Could not write zeros")?;
+            }
+            for n in 0..count {
+                state.set(storage, index + n, host + n * self.cluster)?;
+            }
+            index += count;
+            if state.wants_writing() {
+                state.write_tables(storage)?;
+            }
+        }
+        state.write_tables(storage)
+    }
+
     /// Refuses an image where what is overwritten when all past `size` is cleared (the header, the L1 table, the L2
     /// table and the cluster in which that lies) is a part of anything else.
     fn check_apart(&self, state: &mut State, size: u64) -> Result<()> {

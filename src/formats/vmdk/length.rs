@@ -17,8 +17,8 @@ use super::stream::tail;
 use super::tables::{ExtentFile, Grain, State};
 
 impl Sparse {
-    /// Makes the extent `len` bytes long; what is new reads as nothing.
-    pub fn grow(&self, len: u64) -> Result<()> {
+    /// Makes the extent `len` bytes long; what is new reads as nothing, or, up to `covered`, as zeros.
+    pub fn grow(&self, len: u64, covered: u64) -> Result<()> {
         let mut guard = self.state();
         let state = &mut *guard;
         let Some(header) = state.header else { return Err(Error::unsupported("not a hosted sparse extent")) };
@@ -32,14 +32,26 @@ impl Sparse {
         if state.stream.is_some() {
             return grow_stream(self, state, &header, len, tables);
         }
-        if tables <= state.gd.len() {
-            return put_capacity(self, state, len, None);
+        let covered = covered.min(len);
+        let longer = if tables > state.gd.len() {
+            let new = Directories::new(self, state, &header, tables)?;
+            new.write(self)?;
+            Some(new)
+        } else {
+            None
+        };
+        if covered <= old_len {
+            put_capacity(self, state, len, longer.as_ref())?;
+            state.adopt(longer);
+            return Ok(());
         }
-        let new = Directories::new(self, state, &header, tables)?;
-        new.write(self)?;
-        put_capacity(self, state, len, Some(&new))?;
-        (state.gd, state.rgd, state.next) = (new.gd, new.rgd, new.end);
-        Ok(())
+        if longer.is_some() {
+            // Directories that are longer than the extent needs are none the worse.
+            put_capacity(self, state, old_len, longer.as_ref())?;
+            state.adopt(longer);
+        }
+        hide_backing(self, state, old_len, covered)?;
+        put_capacity(self, state, len, None)
     }
 
     /// Makes the extent `len` bytes long. What lies beyond is cleared, so that growing again shows zeros.
@@ -52,6 +64,42 @@ impl Sparse {
         self.storage.flush().with_context(|| format!("{}: could not flush", self.name))?;
         clear_beyond(self, &mut state, len)
     }
+}
+
+impl State {
+    fn adopt(&mut self, new: Option<Directories>) {
+        if let Some(new) = new {
+            (self.gd, self.rgd, self.next) = (new.gd, new.rgd, new.end);
+        }
+    }
+}
+
+/// Makes the grains from `from` to `to`, which are unallocated and have tables, read as zeros.
+fn hide_backing(file: &ExtentFile, state: &mut State, from: u64, to: u64) -> Result<()> {
+    let (shape, failed) = (file.shape, || format!("{}: could not write zeros", file.name));
+    let (mut grain, end) = (from.div_ceil(shape.grain), to.div_ceil(shape.grain));
+    while grain < end {
+        let count = (end - grain).min(shape.gtes - grain % shape.gtes);
+        state.ensure_table(file, grain)?;
+        let first = state.next;
+        if !shape.zeroed {
+            state.next += count * shape.grain_sectors();
+            sector32(state.next)?;
+            let (at, end) = (first * SECTOR, state.next * SECTOR);
+            file.storage
+                .zero(at, end - at, Zeroing::Punch)
+                .and_then(|()| file.storage.set_len(end, Preallocation::Off))
+                .with_context(failed)?;
+        }
+        for n in 0..count {
+            let entry = if shape.zeroed { GTE_ZEROED } else { sector32(first + n * shape.grain_sectors())? };
+            state.change(file, grain + n, entry)?;
+        }
+        grain += count;
+    }
+    file.storage.flush().with_context(failed)?;
+    state.write_tables(file)?;
+    file.storage.flush().with_context(failed)
 }
 
 /// Writes the header's sector with the new length, and the directories' new places if they moved.

@@ -4,7 +4,8 @@
 //! what is after it can be missing. Stopped anywhere, the image opens with its old or its new size and all its
 //! content:
 //!
-//! * sparse, growing: new tables, then the header that uses them, then the text, whose numbers are copies;
+//! * sparse, growing: new tables, then the header that uses them (with the old size first, where what a longer backing
+//!   file holds has to be covered by zeros), then the text, whose numbers are copies;
 //! * flat, growing: the file, then the text;
 //! * growing past the last extent of a split image: new files, then the text that names them. A sparse last extent
 //!   stays as short as it is then, because its size is in its own header: two files cannot change at once. If it
@@ -38,6 +39,14 @@ impl Resize for VmdkDriver {
 
     fn resize_with(&self, size: u64, fill: Preallocation, files: &dyn ResizeFiles) -> Result<()> {
         let plan = self.plan(size, fill)?;
+        let covered = if self.backing.is_some() { files.covered().min(size) } else { 0 };
+        if let Body::Sparse { sparse, .. } = &plan.last.body
+            && sparse.shape.compressed
+            && covered > plan.last.end()
+        {
+            // Grains of zeros would have to come before the end of the stream.
+            return Err(Error::unsupported("a stream-optimized image cannot grow over a longer backing file"));
+        }
         // What has no room in the end is refused now.
         self.changed(|text| plan.text(text))?;
         self.write_out()?;
@@ -65,7 +74,7 @@ impl Resize for VmdkDriver {
                 match len.cmp(&last.len()) {
                     Less => sparse.shrink(len)?,
                     Equal => {}
-                    Greater => sparse.grow(len)?,
+                    Greater => sparse.grow(len, covered.saturating_sub(last.start))?,
                 }
                 self.tell(&plan, files)?;
             }
