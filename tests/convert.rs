@@ -274,19 +274,21 @@ fn a_full_disk_says_which_file_and_leaves_nothing() {
     fs::write(scratch.file("s.raw"), pattern(1, 8 << 20)).unwrap();
     sh(&format!("mount -t tmpfs -o size=4m none {}", full.display())).ok();
     fs::write(full.join("old"), b"old").unwrap();
-    let outcomes: Vec<_> = ["new", "old"]
-        .iter()
-        .map(|name| {
-            let target = format!("full/{name}");
-            let out = vimg(&["convert", "-f", "raw", "s.raw", &target]).dir(scratch.path()).run();
-            (target, out, fs::read(full.join("old")), fs::read_dir(&full).map(|dir| dir.count()))
-        })
-        .collect();
+    let data = ["-O", "qcow2", "-o", "data_file=full/new"];
+    let outcomes: Vec<_> =
+        [("full/new", &data[..0], "full/new"), ("full/old", &[], "full/old"), ("full/q", &data, "full/new")]
+            .into_iter()
+            .map(|(target, options, named)| {
+                let args = [&["convert", "-f", "raw"], options, &["s.raw", target]].concat();
+                let out = vimg(&args).dir(scratch.path()).run();
+                (named, out, fs::read(full.join("old")), fs::read_dir(&full).map(|dir| dir.count()))
+            })
+            .collect();
     sh(&format!("umount {}", full.display())).ok();
-    for (target, out, old, count) in outcomes {
+    for (named, out, old, count) in outcomes {
         let stderr = out.stderr;
         assert_eq!(out.code, Some(1), "{stderr}");
-        assert!(stderr.starts_with(&format!("qemu-img: {target}: error while writing at byte ")), "{stderr}");
+        assert!(stderr.starts_with(&format!("qemu-img: {named}: error while writing at byte ")), "{stderr}");
         assert!(stderr.ends_with(": No space left on device\n"), "{stderr}");
         assert_eq!((old.unwrap(), count.unwrap()), (b"old".to_vec(), 1));
     }

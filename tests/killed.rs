@@ -8,6 +8,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::common::run::plain;
 use crate::common::trace::{Ended, killed_at};
 use crate::common::{Scratch, vimg, write_pattern};
 
@@ -137,4 +138,39 @@ fn killed_at_each_system_call_leaves_no_mixture_of_two_images() {
         fs::remove_dir_all(&folder).expect("remove");
     }
     assert!(before > 50 && after > 2, "{before} before, {after} after");
+}
+
+/// A disk that is written in place is the older one, none, or the newer one, also where the format has its mark at the end.
+#[test]
+fn killed_in_place_leaves_no_disk_that_is_not_complete() {
+    let scratch = Scratch::new();
+    write_pattern(&scratch.file("old.raw"), 0, 1, 1 << 20);
+    write_pattern(&scratch.file("new.raw"), 0, 2, 1 << 20);
+    for subformat in ["dynamic", "fixed"] {
+        let options = format!("subformat={subformat},force_size=on");
+        let convert = |from| ["convert", "-f", "raw", "-O", "vpc", "-o", &options, from, "disk.vpc"].map(str::to_owned);
+        let (mut n, mut none, mut after) = (0, 0, 0);
+        loop {
+            n += 11;
+            let folder = scratch.file(&format!("{subformat}-{n}"));
+            fs::create_dir(&folder).expect("a folder");
+            let (old, new) = (convert("../old.raw"), convert("../new.raw"));
+            vimg(&old.each_ref().map(String::as_str)).dir(&folder).ok();
+            fs::hard_link(folder.join("disk.vpc"), folder.join("link")).expect("link");
+            if killed_at(&folder, &new.each_ref().map(String::as_str), n) != Ended::Killed {
+                break;
+            }
+            let shown = ["convert", "-f", "vpc", "-O", "raw", "disk.vpc", "seen.raw"];
+            for read in [vimg(&shown), plain("qemu-img", &shown)] {
+                let opens = read.dir(&folder).run().code == Some(0);
+                let seen = opens.then(|| fs::read(folder.join("seen.raw")).expect("read"));
+                let is = |name: &str| seen.as_ref() == Some(&fs::read(scratch.file(name)).expect("read"));
+                assert!(seen.is_none() || is("old.raw") || is("new.raw"), "{subformat}: a mixture at call {n}");
+                none += usize::from(seen.is_none());
+                after += usize::from(is("new.raw"));
+            }
+            fs::remove_dir_all(&folder).expect("remove");
+        }
+        assert!(none > 5 && after > 0, "{subformat}: {none} none, {after} after");
+    }
 }

@@ -14,7 +14,7 @@ use crate::block::{
     Notice, OpenHow, Opener, OptionValue, Purpose, Related, Result, format, name,
 };
 use crate::storage::staging::{Durability, Staging};
-use crate::storage::{CacheMode, Identity, Storage};
+use crate::storage::{self, CacheMode, Identity, Storage};
 
 /// What a new image goes to: a format, and a protocol by the name.
 #[derive(Clone, Copy)]
@@ -240,8 +240,21 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
     create.create(&request)?;
     let main = files.main.into_inner().unwrap_or_else(PoisonError::into_inner);
     let main = main.ok_or_else(|| Error::invalid(format!("'{format}' makes no file")))?;
+    if main.host().is_some_and(|file| file.kind() == storage::Kind::CharDevice) {
+        was_taken(new, &*main)?;
+    }
     let beside = files.made.into_inner().unwrap_or_else(PoisonError::into_inner);
     Ok(MadeFiles { main, protocol: place.protocol, path: place.path.into_os_string(), beside })
+}
+
+/// Whether a device that may be none for data (`/dev/null`) holds the header that it was given.
+fn was_taken(new: &NewImage, main: &dyn Storage) -> Result<()> {
+    let mut head = [0; 512];
+    main.read_at(0, &mut head)?;
+    if new.format.probe(&head, "") > 0 {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("Image is not in {} format", new.format.name())))
 }
 
 /// The words of `create` alone: `convert` shows the driver's own.
@@ -274,6 +287,8 @@ impl Files<'_> {
             let shown = place.path.display();
             return Err(Error::invalid(format!("'{shown}' cannot be two files of one image")));
         }
+        // Preallocation is the main file's.
+        place.maker.check(&place.path, self.options, true)?;
         let made = place.maker.create(&place.path, self.options, true, self.staging)?;
         self.made.lock().unwrap_or_else(PoisonError::into_inner).push((written.to_owned(), made.clone()));
         Ok(made)

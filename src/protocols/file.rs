@@ -53,9 +53,8 @@ impl Protocol for File {
         open_host(self.name(), request, "a regular file", |kind| kind == Kind::Regular)
     }
 
-    fn creating(&self, path: &Path) -> Option<&'static dyn CreateFile> {
-        // A device is one whatever its name says.
-        if host_device::is_device(path) { Some(&host_device::DEVICE) } else { Some(&File) }
+    fn creating(&self, _path: &Path) -> Option<&'static dyn CreateFile> {
+        Some(&File)
     }
 }
 
@@ -64,10 +63,15 @@ impl CreateFile for File {
         OPTIONS
     }
 
-    fn check(&self, _path: &Path, options: &CreateOptions, preallocates: bool) -> Result<()> {
+    fn check(&self, path: &Path, options: &CreateOptions, preallocates: bool) -> Result<()> {
         match preallocation(options, preallocates)? {
-            Preallocation::Off | Preallocation::Falloc | Preallocation::Full => Ok(()),
-            mode => Err(Error::unsupported(format!("Unsupported preallocation mode: {}", mode.name()))),
+            Preallocation::Off | Preallocation::Falloc | Preallocation::Full => {}
+            mode => return Err(Error::unsupported(format!("Unsupported preallocation mode: {}", mode.name()))),
+        }
+        match host_device::is_device(path) {
+            // Only a name that says `file:` leads here with one.
+            true => Err(Error::invalid("Could not resize file: Invalid argument")),
+            false => Ok(()),
         }
     }
 

@@ -98,7 +98,8 @@ struct Staged {
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        if !self.committed && matches!(self.way, Way::InPlace) && self.storage.kind() == Kind::Regular {
+        let untouched = self.head.as_ref().is_some_and(|head| !head.has_begun());
+        if !self.committed && self.in_place() && !untouched {
             // Half an image must not look like one. There is nobody left to tell of a failure.
             let _ = self.storage.set_len(0, Preallocation::Off);
         }
@@ -150,15 +151,12 @@ impl Staging {
     fn add(&self, staged: Staged) -> Result<Arc<dyn Storage>> {
         let storage = staged.storage();
         let mut files = self.files();
-        files.push(staged);
-        // Data that is written over in place must not be seen under the older header.
-        if files.len() > 1 && files.iter().any(|staged| staged.in_place() && staged.secondary) {
-            for staged in files.iter().filter(|staged| !staged.secondary) {
-                if let Way::Replace { old } = &staged.way {
-                    old.set_len(0, Preallocation::Off)?;
-                }
-            }
+        if staged.in_place() && staged.secondary {
+            // Data that is written over in place must not be seen under the older header.
+            files.iter().filter(|staged| !staged.secondary).try_for_each(Staged::drop_older_header)?;
+            staged.storage.set_len(0, Preallocation::Off)?;
         }
+        files.push(staged);
         Ok(storage)
     }
 
@@ -183,16 +181,20 @@ impl Staging {
         self.files().iter().all(|staged| staged.storage.kind() == Kind::Regular)
     }
 
-    /// An older file that stays until it is replaced, and takes room that the new one lacks: at least half as much as
-    /// that has taken so far.
+    /// An older file that stays until it is replaced, where all such files take room that the new ones lack: at least
+    /// half as much as those have taken so far.
     pub fn replaces(&self) -> Option<String> {
         let files = self.files();
         let space = |file: &HostFile| file.allocated().ok().flatten().unwrap_or(0);
-        let held = |staged: &&Staged| match &staged.way {
-            Way::Replace { old } => space(old) > 0 && space(old).saturating_mul(2) >= space(&staged.storage),
-            _ => false,
+        let old = |staged: &Staged| match &staged.way {
+            Way::Replace { old } => space(old),
+            _ => 0,
         };
-        files.iter().find(held).map(|staged| staged.storage.name().to_owned())
+        let sum = |of: &dyn Fn(&Staged) -> u64| files.iter().map(of).fold(0, u64::saturating_add);
+        if sum(&old).saturating_mul(2) < sum(&|staged| space(&staged.storage)) {
+            return None;
+        }
+        files.iter().filter(|staged| old(staged) > 0).max_by_key(|staged| old(staged)).map(|most| most.shown())
     }
 
     /// Warnings that came up, since the last call.
@@ -215,6 +217,9 @@ impl Staging {
         let durable = self.durability == Durability::Always || (self.durability != Durability::Never && replaces);
         let sync = durable || (self.durability != Durability::Never && behind.map_err(named)? <= LITTLE);
         for staged in &files {
+            if let Some(head) = &staged.head {
+                head.begin()?;
+            }
             staged.settle(sync, self.cache)?;
         }
         publish::publish(&mut files, durable)
@@ -236,6 +241,15 @@ impl Staged {
 
     fn in_place(&self) -> bool {
         matches!(self.way, Way::InPlace) && self.storage.kind() == Kind::Regular
+    }
+
+    /// What it is to take the place of is no image any more.
+    fn drop_older_header(&self) -> Result<()> {
+        match (&self.way, &self.head) {
+            (Way::Replace { old }, _) => old.set_len(0, Preallocation::Off),
+            (_, Some(head)) => head.begin(),
+            _ => Ok(()),
+        }
     }
 
     fn shown(&self) -> String {

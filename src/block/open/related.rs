@@ -77,7 +77,10 @@ impl Related for Beside<'_> {
         let shown = name.to_string_lossy();
         if let Some((_, storage)) = self.made.iter().find(|(made, _)| OsStr::new(made) == name) {
             self.lock(&**storage, role, &self.settings)?;
-            let path = name::literally_beside(self.image, name).unwrap_or_else(|| name.into());
+            let path = match storage.host() {
+                Some(file) => file.name().into(),
+                None => name::literally_beside(self.image, name).unwrap_or_else(|| name.into()),
+            };
             let driver = self.opener.drivers.of_path(&path)?.name();
             let name = path.to_string_lossy().into_owned();
             return Ok(Child { role: role.to_owned(), name, driver, storage: storage.clone() });

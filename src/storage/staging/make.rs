@@ -16,7 +16,7 @@ use super::{Durability, Staged, Staging, Way};
 use crate::storage::file::{self, HostFile, Kind, cache_flags};
 use crate::storage::lock::{self, Access};
 use crate::storage::temporary::TemporaryName;
-use crate::storage::{CacheMode, Error, Preallocation, Result, Storage, host};
+use crate::storage::{CacheMode, Error, Result, Storage, host};
 
 /// What a new file's permissions are, less the umask.
 const MODE: u32 = 0o644;
@@ -103,9 +103,6 @@ impl Staging {
             return self.staged(file, Parts { path, full, target, way, temporary, mode, secondary });
         }
         let mut old = old;
-        if old.kind() == Kind::Regular {
-            old.set_len(0, Preallocation::Off)?;
-        }
         self.track(&mut old, true);
         let storage = Arc::new(old);
         let head = (storage.kind() == Kind::Regular && !secondary).then(|| Arc::new(HeadLast::new(storage.clone())));

@@ -237,7 +237,8 @@ fn images_of_several_files_are_replaced() {
         let how = CreateHow { secondary: name != "header", ..CreateHow::default() };
         staging.create_with(&at(name), &how).unwrap().write_at(0, b"new").unwrap();
     }
-    assert_eq!(staging.replaces(), Some(at("header").to_string_lossy().into_owned()));
+    // Both of the older ones take a block; the larger one, or the last of equals, is told.
+    assert_eq!(staging.replaces(), Some(at("data").to_string_lossy().into_owned()));
     assert!(staging.is_unseen() && staging.is_blank());
     staging.commit().unwrap();
     assert_eq!(names(dir.path()), ["data", "header", "more"]);
@@ -275,6 +276,8 @@ fn a_header_in_place_is_written_last() {
     fs::hard_link(at("a"), at("b")).unwrap();
     let staging = Staging::new(CacheMode::Unsafe, Durability::Replacing);
     let file = staging.create(&at("a")).unwrap();
+    file.set_len(0, Preallocation::Off).unwrap();
+    assert_eq!((file.len().unwrap(), fs::read(at("b")).unwrap()), (0, b"old".to_vec()));
     let bytes: Vec<u8> = (0..2000u32).map(|i| (i % 251) as u8 + 1).collect();
     file.write_at(0, &bytes[..100]).unwrap();
     assert_eq!(file.len().unwrap(), 100);
@@ -288,7 +291,33 @@ fn a_header_in_place_is_written_last() {
     file.read_at(510, &mut seen[..9]).unwrap();
     assert_eq!(seen[..9], expected[510..519]);
     let there = fs::read(at("b")).unwrap();
-    assert!(there[..512].iter().all(|byte| *byte == 0) && there[512..] == expected[512..]);
+    assert!(there[..512].iter().all(|byte| *byte == 0) && there[512..2000] == expected[512..]);
+    assert!(there.len() > 2000 && there[2000..].iter().all(|byte| *byte == 0));
+    assert!(file.extent(2000, 9).unwrap().is_zero());
     staging.commit().unwrap();
     assert!(fs::read(at("b")).unwrap() == expected);
+}
+
+/// What fails before anything is written has changed nothing.
+#[test]
+fn an_older_header_in_place_stays_until_something_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for (name, link) in [("header", "header2"), ("data", "data2")] {
+        fs::write(at(name), b"old").unwrap();
+        fs::hard_link(at(name), at(link)).unwrap();
+    }
+    let staging = Staging::new(CacheMode::Unsafe, Durability::Replacing);
+    let header = staging.create(&at("header")).unwrap();
+    staging.create_with(&at("missing/data"), &secondary()).unwrap_err();
+    assert_eq!(fs::read(at("header")).unwrap(), b"old");
+    let mut seen = [1; 3];
+    header.read_at(0, &mut seen).unwrap();
+    assert_eq!(seen, [0; 3]);
+    drop((header, staging));
+    assert_eq!(fs::read(at("header2")).unwrap(), b"old");
+    let staging = Staging::new(CacheMode::Unsafe, Durability::Replacing);
+    staging.create(&at("header")).unwrap();
+    staging.create_with(&at("data"), &secondary()).unwrap();
+    assert_eq!((fs::read(at("header")).unwrap(), fs::read(at("data")).unwrap()), (Vec::new(), Vec::new()));
 }
