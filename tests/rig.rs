@@ -314,6 +314,18 @@ pub fn walk(node: &Node) {
     }
 }
 
+/// Nothing can be written, at the disk's start or further on, and the attempt leaves the image as it is.
+pub fn assert_writes_change_nothing(format: &str, bytes: Vec<u8>) {
+    for at in [0, 8192, (2 << 20) + 4096] {
+        let memory = Arc::new(Memory::new(bytes.clone()));
+        let node = open_on(memory.clone(), format, true).unwrap();
+        let wrote = node.write(GuestOffset(at), &[1; 512], &mut Buffers::default());
+        assert!(wrote.is_err(), "{format} at {at}");
+        drop(node);
+        assert!(memory.to_vec() == bytes, "{format} at {at}");
+    }
+}
+
 /// None of these sizes can be had, and the attempt leaves the image as it is.
 pub fn assert_resizes_change_nothing(format: &str, bytes: Vec<u8>, sizes: &[u64]) {
     for size in sizes {

@@ -308,6 +308,7 @@ fn what_overlaps_is_not_written_to() {
     for (at, value) in [(0x154, 0u32), (0x154, 0x400), (0x158, 0x200), (0x158, 0), (0x200, 1)] {
         let mut bad = good.clone();
         bad[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        crate::rig::assert_writes_change_nothing("vdi", bad.clone());
         crate::rig::assert_resizes_change_nothing("vdi", bad, &[M, 5 * M, 900 * M]);
     }
 }

@@ -4,6 +4,7 @@ mod effort;
 pub mod qcow;
 pub mod qcow2;
 pub mod raw;
+mod runs;
 mod table;
 pub mod vdi;
 pub mod vmdk;

@@ -1,7 +1,8 @@
 //! qcow: the first version of QEMU's copy-on-write image.
 //!
 //! Invariants: space is only ever taken from the end of the file; a cluster's data is written before the L2
-//! entry that names it, an L2 table before its L1 entry. A stop in between leaves space that nothing names.
+//! entry that names it, an L2 table before its L1 entry. A stop in between leaves space that nothing names. An image
+//! in which tables and clusters overlap is not written to.
 //!
 //! One lock, [`QcowDriver::state`]; it is held for tables alone, never while guest data moves.
 
@@ -208,6 +209,7 @@ impl Write for QcowDriver {
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
         let (index, within) = (at.get() / self.cluster, at.get() % self.cluster);
         let mut state = self.state();
+        state.prepare(self.storage())?;
         let done = |len, action, ticket| Ok(Placed { start: at, len, store, action, ticket });
         if let Store::Compressed { bytes } = store {
             if within != 0 {

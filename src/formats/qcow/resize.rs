@@ -4,24 +4,14 @@
 //! before; what no longer belongs to the disk is cleared after. What a longer backing file holds past the old end is
 //! covered by clusters of zeros before the switch.
 
-use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::QcowDriver;
-use super::layout::{Entry, HEADER_BYTES, MAX_L1, too_large};
+use super::layout::{Entry, MAX_L1, too_large};
 use super::tables::State;
 use crate::block::error::Context;
 use crate::block::{BlockDriver, CompressedUnit, Error, GuestOffset, HostPlace, Resize, ResizeFiles, Result};
 use crate::storage::{Preallocation, Storage, Zeroing};
-
-/// Whose a part of the file is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Owner {
-    /// That of the L1 entry with this number.
-    Table(u64),
-    /// The cluster with this index.
-    Cluster(u64),
-}
 
 impl Resize for QcowDriver {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
@@ -38,7 +28,7 @@ impl Resize for QcowDriver {
         if state.header.l1_entries(size).is_none_or(|entries| entries > MAX_L1) {
             return Err(too_large());
         }
-        self.check_apart(&mut state, size.min(self.virtual_size()))
+        state.prepare(self.storage())
     }
 
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
@@ -134,66 +124,6 @@ impl QcowDriver {
             }
         }
         state.write_tables(storage)
-    }
-
-    /// Refuses an image where what is overwritten when all past `size` is cleared (the header, the L1 table, the L2
-    /// table and the cluster in which that lies) is a part of anything else.
-    fn check_apart(&self, state: &mut State, size: u64) -> Result<()> {
-        let storage = self.storage();
-        let tables = state.table_entries();
-        let cut = size / self.cluster;
-        let name = state.header.backing().map_or(0..0, |(at, length)| at..at.saturating_add(u64::from(length)));
-        let l1 = state.header.l1_offset();
-        let l1 = l1..l1.saturating_add(state.l1_entries() * 8);
-        let header = 0..HEADER_BYTES as u64;
-        let mut kept = vec![(None, header), (None, name), (None, l1)];
-        if cut < state.l1_entries().saturating_mul(tables) {
-            let table = state.l2_table(storage, cut / tables)?;
-            if table != 0 {
-                kept.push((Some(Owner::Table(cut / tables)), table..table.saturating_add(tables * 8)));
-            }
-            if let Entry::Plain(at) = state.run(storage, cut, 1)?.0 {
-                kept.push((Some(Owner::Cluster(cut)), at..at.saturating_add(self.cluster)));
-            }
-        }
-        let apart = |owner: Owner, range: Range<u64>| {
-            kept.iter().all(|(whose, kept)| *whose == Some(owner) || kept.start >= range.end || range.start >= kept.end)
-        };
-        let mut good = !kept
-            .iter()
-            .enumerate()
-            .any(|(n, (_, a))| kept.iter().skip(n + 1).any(|(_, b)| a.start < b.end && b.start < a.end));
-        for number in 0..state.l1_entries() {
-            let table = state.l2_table(storage, number)?;
-            if table == 0 {
-                continue;
-            }
-            good &= apart(Owner::Table(number), table..table.saturating_add(tables * 8));
-            let (mut index, last) = (number * tables, (number + 1) * tables);
-            while good && index < last {
-                // The one that is overwritten is seen by itself.
-                let most = if index < cut {
-                    cut - index
-                } else if index == cut {
-                    1
-                } else {
-                    last - index
-                };
-                let (entry, run) = state.run(storage, index, most.min(last - index))?;
-                good &= match entry {
-                    Entry::Unallocated => true,
-                    Entry::Plain(at) => {
-                        apart(Owner::Cluster(index), at..at.saturating_add(run.saturating_mul(self.cluster)))
-                    }
-                    Entry::Compressed(at, bytes) => apart(Owner::Cluster(index), at..at.saturating_add(bytes)),
-                };
-                index += run;
-            }
-            if !good {
-                break;
-            }
-        }
-        if good { Ok(()) } else { Err(Error::corrupt("tables and clusters of the image overlap")) }
     }
 
     /// Makes all that lies past `size` in the tables, and in the last cluster, read as nothing: it was cut off, or

@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 
-use super::layout::{Entry, Header};
+use super::layout::{Entry, HEADER_BYTES, Header};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
+use crate::formats::runs::Runs;
 use crate::formats::table::TableCache;
 use crate::storage::{Preallocation, Storage};
 
@@ -33,13 +34,16 @@ pub struct State {
     fresh: u64,
     /// The file was found to be as long as this, at least.
     length: u64,
+    /// Whether the image was found fit to be written to.
+    prepared: bool,
 }
 
 impl State {
     /// Nothing read yet.
     pub fn new(header: Header) -> Self {
         let (l1, l2) = (TableCache::new(L1_CACHE), TableCache::new(L2_CACHE));
-        Self { header, l1, l2, pending: HashMap::new(), end: None, fresh: u64::MAX, length: 0 }
+        let (pending, end, prepared) = (HashMap::new(), None, false);
+        Self { header, l1, l2, pending, end, fresh: u64::MAX, length: 0, prepared }
     }
 
     fn cluster(&self) -> u64 {
@@ -165,27 +169,62 @@ impl State {
         self.fresh = u64::MAX;
     }
 
-    /// The end of the highest thing that anything names.
-    pub fn used_end(&mut self, storage: &dyn Storage) -> Result<u64> {
-        let mut end = self.header.l1_offset() + self.l1_entries() * 8;
+    /// Gives `see` every L2 table and every run of clusters that are there, each with its length, until it says that
+    /// this is enough.
+    fn each(&mut self, storage: &dyn Storage, mut see: impl FnMut(u64, u64) -> bool) -> Result<()> {
         for number in 0..self.l1_entries() {
             let table = self.l2_table(storage, number)?;
             if table == 0 {
                 continue;
             }
-            end = end.max(table.saturating_add(self.table_entries() * 8));
+            let mut goes_on = see(table, self.table_entries() * 8);
             let (mut index, last) = (number * self.table_entries(), (number + 1) * self.table_entries());
-            while index < last {
+            while index < last && goes_on {
                 let (entry, run) = self.run(storage, index, last - index)?;
-                end = end.max(match entry {
-                    Entry::Unallocated => 0,
-                    Entry::Plain(at) => at.saturating_add(run.saturating_mul(self.cluster())),
-                    Entry::Compressed(at, bytes) => at + bytes,
-                });
+                goes_on = match entry {
+                    Entry::Unallocated => true,
+                    Entry::Plain(at) => see(at, run.saturating_mul(self.cluster())),
+                    Entry::Compressed(at, bytes) => see(at, bytes),
+                };
                 index += run;
             }
+            if !goes_on {
+                break;
+            }
         }
+        Ok(())
+    }
+
+    /// The end of the highest thing that anything names.
+    pub fn used_end(&mut self, storage: &dyn Storage) -> Result<u64> {
+        let mut end = self.header.l1_offset() + self.l1_entries() * 8;
+        self.each(storage, |at, len| {
+            end = end.max(at.saturating_add(len));
+            true
+        })?;
         Ok(end)
+    }
+
+    /// Makes sure, once, that the image can be written to without harm: header, tables and clusters do not overlap.
+    pub fn prepare(&mut self, storage: &dyn Storage) -> Result<()> {
+        if self.prepared {
+            return Ok(());
+        }
+        let mut runs = Runs::default();
+        runs.add(0, HEADER_BYTES as u64);
+        if let Some((at, length)) = self.header.backing() {
+            runs.add(at, length.into());
+        }
+        runs.add(self.header.l1_offset(), self.l1_entries() * 8);
+        self.each(storage, |at, len| {
+            runs.add(at, len);
+            !runs.is_overlapping()
+        })?;
+        if runs.disjoint().is_none() {
+            return Err(Error::corrupt("tables and clusters of the image overlap"));
+        }
+        self.prepared = true;
+        Ok(())
     }
 
     /// Room at the end of the file; whether it reads as zeros now.

@@ -4,6 +4,7 @@
 
 use crate::block::error::Context;
 use crate::block::{Error, Result};
+use crate::formats::runs::{Runs, overlaps};
 
 use super::grain::{read_whole, short_last};
 use super::layout::*;
@@ -13,9 +14,6 @@ use super::tables::Grain;
 
 /// Compressed grains whose markers are compared with their places.
 const MARKERS: usize = 1024;
-
-/// A run of sectors in the file: where it starts and where it ends.
-type Run = (u64, u64);
 
 /// Refuses an extent in whose file something overlaps. `text` is where the descriptor lies in the same file, and its
 /// length, in bytes.
@@ -65,7 +63,7 @@ pub fn check(sparse: &Sparse, text: Option<(u64, u64)>) -> Result<()> {
             metadata.add((*table).into(), sparse.shape.table_sectors());
         }
     }
-    let metadata = metadata.sorted().ok_or_else(|| refused("its header, descriptor and grain tables overlap"))?;
+    let metadata = metadata.disjoint().ok_or_else(|| refused("its header, descriptor and grain tables overlap"))?;
     if metadata.last().is_some_and(|(_, end)| *end > file_end) {
         return Err(refused("grain tables lie past the end of the file"));
     }
@@ -109,7 +107,7 @@ pub fn check(sparse: &Sparse, text: Option<(u64, u64)>) -> Result<()> {
     drop(state);
     let grains = match compressed {
         true => grains.merged(),
-        false => grains.sorted().ok_or_else(|| refused("grains overlap"))?,
+        false => grains.disjoint().ok_or_else(|| refused("grains overlap"))?,
     };
     if grains.iter().any(|run| overlaps(&metadata, *run)) {
         return Err(refused("grains lie in its header, descriptor or grain tables"));
@@ -125,70 +123,4 @@ fn has_footer(sparse: &Sparse, file_end: u64) -> Result<bool> {
     let Some(at) = file_end.checked_sub(2) else { return Ok(false) };
     let footer: SparseHeader = read(&*sparse.storage, at * SECTOR).context("Could not read the footer")?;
     Ok(footer.magic == *MAGIC)
-}
-
-/// Runs as they come; those that follow on each other are one.
-#[derive(Debug, Default)]
-struct Runs(Vec<Run>);
-
-impl Runs {
-    fn add(&mut self, start: u64, len: u64) {
-        let end = start.saturating_add(len);
-        match self.0.last_mut() {
-            _ if len == 0 => {}
-            Some((_, last)) if *last == start => *last = end,
-            _ => self.0.push((start, end)),
-        }
-    }
-
-    /// In the order of the file; `None` if two overlap.
-    fn sorted(mut self) -> Option<Vec<Run>> {
-        self.0.sort_unstable();
-        let disjoint = self.0.windows(2).all(|pair| matches!(pair, [(_, end), (next, _)] if end <= next));
-        disjoint.then_some(self.0)
-    }
-
-    /// In the order of the file, overlapping or not.
-    fn merged(mut self) -> Vec<Run> {
-        self.0.sort_unstable();
-        self.0.dedup_by(|next, run| {
-            let joined = next.0 <= run.1;
-            if joined {
-                run.1 = run.1.max(next.1);
-            }
-            joined
-        });
-        self.0
-    }
-}
-
-/// Whether a run touches one of those, which are disjoint and in order.
-fn overlaps(runs: &[Run], (start, end): Run) -> bool {
-    let index = runs.partition_point(|(_, other_end)| *other_end <= start);
-    runs.get(index).is_some_and(|(other_start, _)| *other_start < end)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{Runs, overlaps};
-
-    fn runs(list: &[(u64, u64)]) -> Runs {
-        let mut runs = Runs::default();
-        for (start, len) in list {
-            runs.add(*start, *len);
-        }
-        runs
-    }
-
-    #[test]
-    fn runs_that_overlap_are_found() {
-        assert_eq!(runs(&[(5, 2), (7, 3), (0, 1), (1, 4)]).sorted(), Some(vec![(0, 5), (5, 10)]));
-        assert_eq!(runs(&[(5, 2), (0, 6)]).sorted(), None);
-        assert_eq!(runs(&[(5, 2), (5, 2)]).sorted(), None);
-        assert_eq!(runs(&[(5, 2), (0, 6), (9, 1), (u64::MAX, 5)]).merged(), [(0, 7), (9, 10), (u64::MAX, u64::MAX)]);
-        let known = [(2, 4), (8, 10)];
-        for (run, expected) in [((0, 2), false), ((1, 3), true), ((4, 8), false), ((9, 20), true), ((10, 11), false)] {
-            assert_eq!(overlaps(&known, run), expected, "{run:?}");
-        }
-    }
 }

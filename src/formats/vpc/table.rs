@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, UNALLOCATED};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
+use crate::formats::runs::Runs;
 use crate::formats::table::TableCache;
 use crate::storage::{Preallocation, Storage};
 
@@ -257,23 +258,18 @@ impl State {
         if !self.header.table().is_multiple_of(SECTOR) {
             return Err(Error::unsupported("the block allocation table does not start at a sector"));
         }
-        let fixed = [0..FOOTER_BYTES as u64, self.header_range(), self.header.table()..self.table_end()];
-        let [copy, header, table] = &fixed;
-        if overlap(copy, header) || overlap(copy, table) || overlap(header, table) {
-            return Err(Error::corrupt("header and block allocation table of the image overlap"));
+        let table = self.header.table();
+        let mut runs = Runs::default();
+        for range in [0..FOOTER_BYTES as u64, self.header_range(), table..self.table_end()] {
+            runs.add(range.start, range.end.saturating_sub(range.start));
         }
-        // By sectors, as they are in the table: it may be long.
-        let (mut places, mut apart, stride) = (Vec::new(), true, self.stride());
-        self.each(storage, |_, at| {
-            let block = at..at.saturating_add(stride);
-            apart &= fixed.iter().all(|range| !overlap(range, &block));
-            if apart {
-                places.push(u32::try_from(at / SECTOR).unwrap_or(u32::MAX));
-            }
-        })?;
-        places.sort_unstable();
-        apart &= places.windows(2).all(|pair| u64::from(pair[1] - pair[0]) * SECTOR >= stride);
-        if !apart {
+        let Some(fixed) = runs.disjoint() else {
+            return Err(Error::corrupt("header and block allocation table of the image overlap"));
+        };
+        let (mut blocks, stride) = (Runs::default(), self.stride());
+        fixed.iter().for_each(|(start, end)| blocks.add(*start, end - start));
+        self.each(storage, |_, at| blocks.add(at, stride))?;
+        if blocks.disjoint().is_none() {
             return Err(Error::corrupt("blocks of the image overlap"));
         }
         // The last footer is about to be overwritten: the copy has to be whole.
