@@ -34,14 +34,14 @@
 //! How much of an image is data, and what is in its first sector:
 //!
 //! ```
-//! use vimg::block::{Allowed, GuestOffset, ImageRef, OpenHow, Opener, Policy, io::Scratch};
+//! use vimg::block::{Allowed, GuestOffset, ImageRef, NO_SECRETS, OpenHow, Opener, Policy, io::Scratch};
 //! use vimg::drivers::DRIVERS;
 //!
 //! # let folder = std::env::temp_dir().join(format!("vimg-doc-{}", std::process::id()));
 //! # std::fs::create_dir_all(&folder)?;
 //! # let path = folder.join("disk.img");
 //! # std::fs::write(&path, vec![7u8; 4096])?;
-//! let opener = Opener::new(DRIVERS, Policy::Refuse(Allowed::default()));
+//! let opener = Opener::new(DRIVERS, Policy::Refuse(Allowed::default()), &NO_SECRETS);
 //! let node = opener.open(&ImageRef::name(&path), &OpenHow::default())?;
 //!
 //! let (mut at, mut data) = (0, 0);

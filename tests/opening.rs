@@ -8,13 +8,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use vimg::block::io::Scratch as Buffers;
-use vimg::block::{GuestOffset, ImageRef, Kind, Node, OpenHow, Opener, Policy, Purpose, Result};
+use vimg::block::{GuestOffset, ImageRef, Kind, NO_SECRETS, Node, OpenHow, Opener, Policy, Purpose, Result};
 use vimg::drivers::DRIVERS;
 
 use crate::common::{Scratch, judge};
 
 fn opener() -> Opener<'static> {
-    Opener::new(DRIVERS, Policy::Follow)
+    Opener::new(DRIVERS, Policy::Follow, &NO_SECRETS)
 }
 
 fn how(format: &str, purpose: Purpose) -> OpenHow {

@@ -72,8 +72,8 @@ fn a_backing_file_shows_through() {
     scratch.qemu_io("qcow", "a.qcow", &writes[..2]);
     scratch.qemu_io("raw", "model", &writes);
 
-    use vimg::block::{GuestOffset, ImageRef, OpenHow, Opener, Policy, Purpose};
-    let opener = Opener::new(vimg::drivers::DRIVERS, Policy::Follow);
+    use vimg::block::{GuestOffset, ImageRef, NO_SECRETS, OpenHow, Opener, Policy, Purpose};
+    let opener = Opener::new(vimg::drivers::DRIVERS, Policy::Follow, &NO_SECRETS);
     let how = OpenHow { format: Some("qcow".to_owned()), purpose: Purpose::Write, ..OpenHow::default() };
     let node = opener.open(&ImageRef::name(scratch.file("a.qcow")), &how).unwrap();
     let mut buffers = Default::default();

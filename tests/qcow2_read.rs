@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use vimg::block::driver::SnapshotKey;
 use vimg::block::io::Scratch as Buffers;
-use vimg::block::{ExtentKind, GuestOffset, ImageRef, Kind, Node, OpenHow, Opener, Policy};
+use vimg::block::{ExtentKind, GuestOffset, ImageRef, Kind, NO_SECRETS, Node, OpenHow, Opener, Policy};
 use vimg::drivers::DRIVERS;
 
 use crate::common::inside::{self, Capped, Reads};
@@ -18,7 +18,7 @@ const MIB: u64 = 1 << 20;
 
 fn open(path: &Path, format: &str) -> Arc<Node> {
     let how = OpenHow { format: Some(format.to_owned()), ..OpenHow::default() };
-    Opener::new(DRIVERS, Policy::Follow).open(&ImageRef::name(path), &how).unwrap()
+    Opener::new(DRIVERS, Policy::Follow, &NO_SECRETS).open(&ImageRef::name(path), &how).unwrap()
 }
 
 /// All guest bytes, read in pieces of odd lengths.
@@ -330,7 +330,7 @@ fn info_of_every_feature_is_the_references() {
         assert_same_info(&t, name, format);
         let how = OpenHow { format: Some("qcow2".into()), ..OpenHow::default() };
         let image = ImageRef::name(t.file(name));
-        let error = Opener::new(DRIVERS, Policy::Follow).open(&image, &how).unwrap_err();
+        let error = Opener::new(DRIVERS, Policy::Follow, &NO_SECRETS).open(&image, &how).unwrap_err();
         assert!(error.message().ends_with("Parameter 'encrypt.key-secret' is required for cipher"), "{error:?}");
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use vimg::block::io::Scratch as Buffers;
-use vimg::block::{Effort, GuestOffset, ImageRef, Node, OpenHow, Opener, Policy, Purpose, Store};
+use vimg::block::{Effort, GuestOffset, ImageRef, NO_SECRETS, Node, OpenHow, Opener, Policy, Purpose, Store};
 use vimg::drivers::DRIVERS;
 use vimg::storage::Preallocation;
 
@@ -12,7 +12,7 @@ use crate::common::{Scratch, assert_same_bytes, judge, pattern};
 use crate::qcow2_create::create;
 
 fn open(path: &Path) -> std::sync::Arc<Node> {
-    let opener = Opener::new(DRIVERS, Policy::Follow);
+    let opener = Opener::new(DRIVERS, Policy::Follow, &NO_SECRETS);
     let how = OpenHow { format: Some("qcow2".to_owned()), purpose: Purpose::Write, ..OpenHow::default() };
     opener.open(&ImageRef::name(path.as_os_str()), &how).unwrap()
 }

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use nix::errno::Errno;
 use vimg::block::io::Scratch as Buffers;
 use vimg::block::{
-    BlockDriver, Child, Error, Format, GuestOffset, OpenRequest, OptionTree, Purpose, Related, ResizeFiles, Result,
-    format,
+    BlockDriver, Child, Error, Format, GuestOffset, NO_SECRETS, OpenRequest, OptionTree, Purpose, Related, ResizeFiles,
+    Result, format,
 };
 use vimg::formats::FORMATS;
 use vimg::storage::fault::{Fault, Faulty, Operation};
@@ -62,7 +62,8 @@ impl Folder {
         let mut options = OptionTree::new();
         let vmdk: &dyn Format = format::find(FORMATS, "vmdk").expect("vmdk");
         let file = self.child(NAME);
-        let request = OpenRequest { file, options: &mut options, purpose: Purpose::Write, related: self };
+        let request =
+            OpenRequest { file, options: &mut options, purpose: Purpose::Write, secrets: &NO_SECRETS, related: self };
         vmdk.open(request).unwrap_or_else(|e| panic!("{}", e.message()))
     }
 

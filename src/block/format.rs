@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::notice::Notice;
 use super::options::{CreateOptions, OptionSpec};
-use super::{BlockDriver, Child, Effort, Error, OptionTree, Purpose, Result};
+use super::{BlockDriver, Child, Effort, Error, OptionTree, Purpose, Result, Secrets};
 use crate::storage::Storage;
 
 /// Opens the other files of a layer. The only way for a driver to a file that it was not given.
@@ -46,6 +46,8 @@ pub struct OpenRequest<'a> {
     pub options: &'a mut OptionTree,
     /// What it is opened for.
     pub purpose: Purpose,
+    /// Where keys are that the options name.
+    pub secrets: &'a Secrets,
     /// The way to related files.
     pub related: &'a dyn Related,
 }
@@ -83,6 +85,8 @@ pub struct CreateRequest<'a> {
     pub files: &'a dyn CreateFiles,
     /// Makes identifiers and times.
     pub ids: &'a dyn Ids,
+    /// Where keys are that the options name.
+    pub secrets: &'a Secrets,
     /// The way to the backing file's bytes, for a format that writes down what its backing file is.
     pub related: &'a dyn Related,
 }

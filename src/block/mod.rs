@@ -27,6 +27,7 @@ pub mod open;
 pub mod options;
 pub mod protocol;
 pub mod purpose;
+pub mod secrets;
 
 pub use driver::{
     Action, BlockDriver, Cipher, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write,
@@ -42,3 +43,4 @@ pub use notice::Notice;
 pub use open::{Allowed, MadeFiles, OpenHow, Opener, Policy};
 pub use options::{CreateOptions, OptionKind, OptionSpec, OptionValue};
 pub use purpose::Purpose;
+pub use secrets::{NO_SECRETS, Secrets};

@@ -1,6 +1,7 @@
 //! The options that begin those subcommands which change an image and say so.
 
 use super::{Complaint, Program, object};
+use crate::block::Secrets;
 
 /// The options.
 #[derive(Debug, clap::Args)]
@@ -15,7 +16,7 @@ pub struct Common {
 
 impl Common {
     /// See [`object::define`].
-    pub fn define(&self, program: &Program) -> Result<bool, Complaint> {
+    pub fn define(&self, program: &Program) -> Result<Option<Secrets>, Complaint> {
         object::define(program, &self.object)
     }
 }

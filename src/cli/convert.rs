@@ -187,14 +187,12 @@ impl Subcommand for ConvertArgs {
     ];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
-        if !object::define(program, &self.object)? {
-            return Ok(Exit::Success);
-        }
+        let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
         let warnings = self.snapshot.iter().flat_map(|snapshot| &snapshot.warnings);
         warnings.for_each(|(warning, hint)| program.deprecated(warning, hint));
         let request = self.request();
         request.check()?;
-        let opener = self.typed().iter().fold(program.opener(), |opener, path| opener.allowing(path));
+        let opener = self.typed().iter().fold(program.opener(&secrets), |opener, path| opener.allowing(path));
         let create_options = options::joined(&self.target_format_options).unwrap_or_default();
         if create_options.help {
             return self.help(program, &opener);

@@ -48,10 +48,8 @@ impl Subcommand for CreateArgs {
     ];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
-        if !self.common.define(program)? {
-            return Ok(Exit::Success);
-        }
-        let opener = program.opener();
+        let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };
+        let opener = program.opener(&secrets);
         let given = options::joined(&self.options).unwrap_or_default();
         if given.help {
             let target = Target::find(opener.drivers(), &self.format, self.name.as_deref())?;

@@ -64,9 +64,7 @@ impl Subcommand for InfoArgs {
     ];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
-        if !object::define(program, &self.object)? {
-            return Ok(Exit::Success);
-        }
+        let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
         let [name] = &self.operands[..] else {
             return Err(Complaint::usage("Expecting one image file name").into());
         };
@@ -75,7 +73,7 @@ impl Subcommand for InfoArgs {
         source.check()?;
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::target)?;
         let (image, how) = source.image(program, name)?;
-        let opener = program.opener();
+        let opener = program.opener(&secrets);
         let infos = info::chain(&opener, &image, &OpenHow { cache, ..how }, self.backing_chain);
         program.notices(&opener);
         let infos = infos?;

@@ -2,13 +2,14 @@
 //!
 //! Of the reference's other types those are taken that change nothing here; the rest are refused by name.
 
-use std::collections::HashSet;
-
 use serde_json::Value;
 
 use super::{Complaint, Program};
+use crate::block::Secrets;
 use crate::block::jsonish;
 use crate::block::keys::{self, Dialect, Item};
+use crate::block::secrets::SecretBytes;
+use crate::codec::base64;
 use crate::storage::error::strerror;
 
 #[derive(Clone, Copy)]
@@ -76,36 +77,17 @@ pub enum Object {
     },
 }
 
-impl Object {
-    fn id(&self) -> Option<&str> {
-        match self {
-            Self::Help(_) => None,
-            Self::Secret(secret) => Some(&secret.id),
-            Self::Other { id } => Some(id),
-        }
-    }
-}
-
 /// A secret: a passphrase or key that images refer to by its name.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Secret {
     /// Its name.
     pub id: String,
-    /// What it holds, as given.
-    pub data: Vec<u8>,
-    /// The data is base64.
-    pub base64: bool,
+    /// What it holds; what is encrypted is so still.
+    pub data: SecretBytes,
     /// The secret that it is encrypted with.
     pub keyid: Option<String>,
     /// The initialisation vector for that, in base64.
     pub iv: Option<String>,
-}
-
-impl std::fmt::Debug for Secret {
-    /// Does not show what is secret.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Secret").field("id", &self.id).finish_non_exhaustive()
-    }
 }
 
 /// Reads the value of `--object`.
@@ -148,15 +130,16 @@ pub fn parse(text: &str) -> Result<Object, Complaint> {
         let data = match (text("data")?, text("file")?) {
             (None, None) => return Err(Complaint::value("Either 'file' or 'data' must be provided")),
             (Some(_), Some(_)) => return Err(Complaint::value("'file' and 'data' are mutually exclusive")),
-            (Some(data), None) => data.into_bytes(),
-            (None, Some(file)) => read(&file)?,
+            (Some(data), None) => SecretBytes::from(data.into_bytes()),
+            (None, Some(file)) => SecretBytes::from(read(&file)?),
         };
-        let base64 = text("format")?.is_some_and(|format| format == "base64");
-        let digit = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'=' | b'\n');
-        if base64 && !data.iter().all(digit) {
-            return Err(Complaint::value("Base64 data contains invalid characters"));
-        }
-        Object::Secret(Secret { id: id.clone(), data, base64, keyid: text("keyid")?, iv: text("iv")? })
+        let data = match text("format")?.as_deref() {
+            Some("base64") => base64::decode(data.get())
+                .map(SecretBytes::from)
+                .ok_or_else(|| Complaint::value("Base64 data contains invalid characters"))?,
+            _ => data,
+        };
+        Object::Secret(Secret { id: id.clone(), data, keyid: text("keyid")?, iv: text("iv")? })
     } else {
         Object::Other { id: id.clone() }
     };
@@ -255,28 +238,33 @@ fn check_key(key: &str) -> Result<(), Complaint> {
     if key.chars().all(known) { Ok(()) } else { Err(invalid()) }
 }
 
-/// Brings the objects of a command line into being. `false`: help was asked for and shown, and nothing else is
+/// Brings the objects of a command line into being. `None`: help was asked for and shown, and nothing else is
 /// to be done.
-pub fn define(program: &Program, objects: &[Object]) -> Result<bool, Complaint> {
-    let mut ids = HashSet::new();
+pub fn define(program: &Program, objects: &[Object]) -> Result<Option<Secrets>, Complaint> {
+    let mut secrets = Secrets::default();
     for object in objects {
-        if let Object::Help(kind) = object {
-            help(program, *kind);
-            return Ok(false);
-        }
-        let id = object.id().unwrap_or_default();
-        if let Object::Secret(Secret { keyid: Some(key), .. }) = object
-            && !ids.contains(key.as_str())
-        {
-            return Err(Complaint::value(format!("No secret with id '{key}'")));
-        }
-        if !ids.insert(id) {
+        let id = match object {
+            Object::Help(kind) => {
+                help(program, *kind);
+                return Ok(None);
+            }
+            Object::Secret(Secret { keyid: Some(key), .. }) if !secrets.has(key) => {
+                return Err(Complaint::value(format!("No secret with id '{key}'")));
+            }
+            Object::Secret(Secret { id, .. }) | Object::Other { id } => id,
+        };
+        if secrets.has(id) {
             return Err(Complaint::value(format!(
                 "attempt to add duplicate property '{id}' to object (type 'container')"
             )));
         }
+        match object {
+            Object::Secret(Secret { keyid: None, data, .. }) => secrets.add(id, data.clone()),
+            Object::Secret(_) => secrets.add_sealed(id),
+            Object::Help(_) | Object::Other { .. } => secrets.add_other(id),
+        }
     }
-    Ok(true)
+    Ok(Some(secrets))
 }
 
 fn help(program: &Program, kind: Option<&str>) {
@@ -345,9 +333,9 @@ mod tests {
     #[test]
     fn good_objects() {
         let Ok(Object::Secret(secret)) = parse("secret,id=s,data=a,,b") else { panic!("a secret") };
-        assert_eq!((secret.id.as_str(), &secret.data[..], secret.base64), ("s", &b"a,b"[..], false));
+        assert_eq!((secret.id.as_str(), secret.data.get()), ("s", &b"a,b"[..]));
         let Ok(Object::Secret(secret)) = parse("secret,id=s,data=YQ==,format=base64") else { panic!("a secret") };
-        assert!(secret.base64);
+        assert_eq!(secret.data.get(), b"a");
         assert!(parse(r#"{"qom-type":"secret","id":"s","data":"abc"}"#).is_ok());
         assert!(parse("secret,data=x,data=y,id=s,").is_ok());
         assert_eq!(parse("x,help"), Ok(Object::Help(None)));

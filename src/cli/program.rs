@@ -10,7 +10,7 @@ use std::path::Path;
 
 use super::exit::Exit;
 use super::report::Complaint;
-use crate::block::{Allowed, Notice, Opener, Policy};
+use crate::block::{Allowed, Notice, Opener, Policy, Secrets};
 use crate::drivers::DRIVERS;
 
 enum Out {
@@ -143,9 +143,9 @@ impl Program {
     }
 
     /// What opens images.
-    pub fn opener(&self) -> Opener<'static> {
+    pub fn opener<'a>(&self, secrets: &'a Secrets) -> Opener<'a> {
         let policy = if self.untrusted { Policy::Refuse(self.allowed.clone()) } else { Policy::Follow };
-        Opener::new(DRIVERS, policy)
+        Opener::new(DRIVERS, policy, secrets)
     }
 
     /// Shows what came up while opening.

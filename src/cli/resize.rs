@@ -50,9 +50,7 @@ impl Subcommand for ResizeArgs {
     const SIGNED_OPERANDS: bool = true;
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
-        if !self.common.define(program)? {
-            return Ok(Exit::Success);
-        }
+        let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };
         let (Some(name), Some(new)) = (&self.name, &self.size) else {
             return Err(Complaint::usage("Expecting image file name and size").into());
         };
@@ -64,7 +62,7 @@ impl Subcommand for ResizeArgs {
         let source = ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
         source.check()?;
         let (image, how) = source.image(program, name)?;
-        let opener = program.opener();
+        let opener = program.opener(&secrets);
         let node = opener.open(&image, &OpenHow { purpose: Purpose::Write, ..how });
         program.notices(&opener);
         let node = node?;

@@ -3,6 +3,7 @@
 //! Output is always bounded by the caller's buffer or limit, whatever the input says. State that is costly to set up
 //! is kept for each thread and used again.
 
+pub mod base64;
 pub mod deflate;
 pub mod luks;
 pub mod sample;

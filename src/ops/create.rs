@@ -235,6 +235,7 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
         options: &new.options,
         files: &files,
         ids: &ImageIds::of(&shown, new.size),
+        secrets: opener.secrets(),
         related: &BackingBytes { image: &new.name, opener },
     };
     create.create(&request)?;

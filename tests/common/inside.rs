@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vimg::block::{
-    Child, CreateFiles, CreateOptions, CreateRequest, Error, Format, Ids, Node, OpenRequest, OptionKind, OptionSpec,
-    OptionTree, OptionValue, Purpose, Related, Result,
+    Child, CreateFiles, CreateOptions, CreateRequest, Error, Format, Ids, NO_SECRETS, Node, OpenRequest, OptionKind,
+    OptionSpec, OptionTree, OptionValue, Purpose, Related, Result,
 };
 use vimg::storage::file::OpenHow;
 use vimg::storage::memory::Memory;
@@ -213,7 +213,8 @@ pub fn create_wrapped(
     let mut options = options(format, text);
     options.set("size", OptionValue::Size(size))?;
     let making = Making { name, files, wrap };
-    let request = CreateRequest { size, options: &options, files: &making, ids: &SameIds, related: files };
+    let request =
+        CreateRequest { size, options: &options, files: &making, ids: &SameIds, secrets: &NO_SECRETS, related: files };
     format.creating().expect("a format that can be created").create(&request)
 }
 
@@ -221,7 +222,8 @@ pub fn create_wrapped(
 pub fn create_in(folder: &Path, format: &dyn Format, name: &str, size: u64, text: &str) -> Result<()> {
     let options = options(format, text);
     let files = Folder::new(folder, name);
-    let request = CreateRequest { size, options: &options, files: &files, ids: &SameIds, related: &Alone };
+    let request =
+        CreateRequest { size, options: &options, files: &files, ids: &SameIds, secrets: &NO_SECRETS, related: &Alone };
     format.creating().expect("a format that can be created").create(&request)
 }
 
@@ -254,7 +256,7 @@ fn open_child(
     let name = file.name.clone();
     let mut options = OptionTree::new();
     let purpose = if write { Purpose::Write } else { Purpose::Read };
-    let request = OpenRequest { file, options: &mut options, purpose, related };
+    let request = OpenRequest { file, options: &mut options, purpose, secrets: &NO_SECRETS, related };
     Ok(Node::new(format.open(request)?, backing, name))
 }
 

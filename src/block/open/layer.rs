@@ -242,7 +242,13 @@ impl Opener<'_> {
         if let Some(reference) = take_text(&mut options, DATA_FILE) {
             return Err(no_such_node(&reference, true));
         }
-        let request = OpenRequest { file: child, options: &mut options, purpose: settings.purpose, related: &beside };
+        let request = OpenRequest {
+            file: child,
+            options: &mut options,
+            purpose: settings.purpose,
+            secrets: self.secrets,
+            related: &beside,
+        };
         let driver = format.open(request)?;
         let left = beside.given.into_inner().unwrap_or_else(|e| e.into_inner());
         if !left.is_empty() && !settings.purpose.only_looks() {

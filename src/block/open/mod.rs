@@ -25,7 +25,7 @@ pub use layer::MadeFiles;
 pub use policy::{Allowed, Policy};
 use settings::Names;
 
-use super::{Drivers, ImageRef, Node, Notice, Purpose, Result};
+use super::{Drivers, ImageRef, Node, Notice, Purpose, Result, Secrets};
 use crate::storage::lock::Access;
 use crate::storage::{self, CacheMode, Identity, Storage};
 
@@ -53,6 +53,7 @@ pub struct OpenHow {
 pub struct Opener<'a> {
     pub(super) drivers: &'a Drivers,
     policy: Policy,
+    secrets: &'a Secrets,
     notices: Mutex<Vec<Notice>>,
     held: HeldLayers,
 }
@@ -89,14 +90,19 @@ fn lock(storage: &dyn Storage, access: Access, instead: &[Arc<dyn Storage>]) -> 
 }
 
 impl<'a> Opener<'a> {
-    /// An opener that knows these drivers.
-    pub fn new(drivers: &'a Drivers, policy: Policy) -> Self {
-        Self { drivers, policy, notices: Mutex::default(), held: HeldLayers::default() }
+    /// An opener that knows these drivers and these secrets.
+    pub fn new(drivers: &'a Drivers, policy: Policy, secrets: &'a Secrets) -> Self {
+        Self { drivers, policy, secrets, notices: Mutex::default(), held: HeldLayers::default() }
     }
 
     /// The drivers it knows.
     pub fn drivers(&self) -> &'a Drivers {
         self.drivers
+    }
+
+    /// The secrets it knows.
+    pub fn secrets(&self) -> &'a Secrets {
+        self.secrets
     }
 
     /// What images may make it open.

@@ -77,8 +77,9 @@ fn refuse_encryption(request: &CreateRequest<'_>) -> Result<()> {
     if let Some(format) = format.filter(|format| *format != "aes") {
         return Err(Error::invalid(format!("Parameter 'encrypt.format' does not accept value '{format}'")));
     }
-    Err(match options.text("encrypt.key-secret") {
-        None => Error::invalid("Parameter 'encrypt.key-secret' is required for cipher"),
-        Some(_) => Error::unsupported("AES-encrypted qcow images are not supported"),
-    })
+    let id = options.text("encrypt.key-secret");
+    request
+        .secrets
+        .passphrase(id.ok_or_else(|| Error::invalid("Parameter 'encrypt.key-secret' is required for cipher"))?)?;
+    Err(Error::unsupported("AES-encrypted qcow images are not supported"))
 }

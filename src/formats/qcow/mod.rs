@@ -18,6 +18,7 @@ use self::layout::{Entry, HEADER_BYTES, Header, MAX_OFFSET};
 use self::tables::State;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
+use crate::block::keys;
 use crate::block::{
     Action, BackingRef, BlockDriver, Child, Compress, CompressedUnit, Create, Effort, Encoded, Error, Extent,
     ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
@@ -32,9 +33,6 @@ pub struct Qcow;
 /// The most bytes that one placement covers.
 const RUN: u64 = 2 << 20;
 
-/// The user's options that name the key.
-const KEY_OPTIONS: [&str; 2] = ["encrypt.key-secret", "encrypt.format"];
-
 impl Format for Qcow {
     fn name(&self) -> &'static str {
         "qcow"
@@ -45,7 +43,7 @@ impl Format for Qcow {
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
-        let OpenRequest { file, options, purpose, .. } = request;
+        let OpenRequest { file, options, purpose, secrets, .. } = request;
         let (write, look_only) = (purpose.writes(), purpose.only_looks());
         let storage = &*file.storage;
         let mut raw = [0; HEADER_BYTES];
@@ -53,12 +51,10 @@ impl Format for Qcow {
         let header = Header::parse(raw)?;
         let encrypted = header.crypt() != 0;
         if encrypted && !look_only {
-            let key = KEY_OPTIONS.map(|name| options.remove(name)).iter().any(Option::is_some);
-            return Err(Error::unsupported(if key {
-                "AES-encrypted qcow images are not supported"
-            } else {
-                "Parameter 'encrypt.key-secret' is required for cipher"
-            }));
+            let id = keys::take_text(options, "encrypt.key-secret");
+            let id = id.ok_or_else(|| Error::invalid("Parameter 'encrypt.key-secret' is required for cipher"))?;
+            secrets.passphrase(&id)?;
+            return Err(Error::unsupported("AES-encrypted qcow images are not supported"));
         }
         let size = header.size() / 512 * 512;
         let backing = read_backing(&file, &header, look_only)?;

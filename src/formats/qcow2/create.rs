@@ -6,7 +6,9 @@
 use std::sync::Arc;
 
 use crate::block::error::Context;
-use crate::block::{Create, CreateOptions, CreateRequest, Effort, Error, Kind, OptionKind, OptionSpec, Result};
+use crate::block::{
+    Create, CreateOptions, CreateRequest, Effort, Error, Kind, OptionKind, OptionSpec, Result, Secrets,
+};
 use crate::formats::effort;
 use crate::storage::{Preallocation, Storage};
 
@@ -83,10 +85,11 @@ struct Decided {
     encrypted: Option<Encryption>,
 }
 
-/// Which encryption, and whether a key was named.
+/// What an image shall be encrypted with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Encryption {
-    secret: bool,
+    /// The id of the secret that holds the key.
+    secret: Option<String>,
 }
 
 impl Create for Qcow2 {
@@ -112,7 +115,7 @@ impl Create for Qcow2 {
             Some(name) => Some(request.files.named(name)?),
             None => None,
         };
-        let decided = decide(options, request.size)?;
+        let decided = decide(options, request.size, request.secrets)?;
         let (data, name) = data.unzip();
         write(&decided, name, &file, data.as_ref())
     }
@@ -124,7 +127,7 @@ fn choice<'a, T>(key: &str, value: &'a str, of: impl FnOnce(&'a str) -> Option<T
 }
 
 /// Every check, in the reference's order.
-fn decide(options: &CreateOptions, size: u64) -> Result<Decided> {
+fn decide(options: &CreateOptions, size: u64, secrets: &Secrets) -> Result<Decided> {
     let too_large =
         || Error::new(Kind::TooLarge, "Could not resize image: Failed to grow the L1 table: File too large");
     let newer = |what: &str| {
@@ -201,10 +204,13 @@ fn decide(options: &CreateOptions, size: u64) -> Result<Decided> {
         return Err(unassignable(name, backing_format, "Invalid argument"));
     }
     match &encrypted {
-        Some(Encryption { secret: false }) => {
+        Some(Encryption { secret: None }) => {
             return Err(Error::invalid("Parameter 'encrypt.key-secret' is required for cipher"));
         }
-        Some(_) => return Err(Error::unsupported("Encryption is not supported for new images")),
+        Some(Encryption { secret: Some(id) }) => {
+            secrets.passphrase(id)?;
+            return Err(Error::unsupported("Encryption is not supported for new images"));
+        }
         None => {}
     }
     // A raw data file can be told from the image alone only if every cluster has its place.
@@ -215,7 +221,7 @@ fn decide(options: &CreateOptions, size: u64) -> Result<Decided> {
 
 fn encryption(options: &CreateOptions) -> Result<Option<Encryption>> {
     let format = options.text("encrypt.format").or(options.switch("encryption").then_some("aes"));
-    let secret = options.text("encrypt.key-secret").is_some();
+    let secret = options.text("encrypt.key-secret").map(str::to_owned);
     let Some(format) = format else {
         let given = |spec: &&OptionSpec| spec.name.starts_with("encrypt.") && options.given(spec.name).is_some();
         return match options.specs().iter().find(given) {

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::block::Notice;
 use crate::block::keys::{take_number, take_size, take_switch, take_text};
-use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Result};
+use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Purpose, Result, Secrets};
 
 use super::alloc::Allocator;
 use super::header::Header;
@@ -17,7 +17,7 @@ use super::{Qcow2Driver, bitmap, info, snapshot};
 
 /// Opens a layer.
 pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
-    let OpenRequest { file, options, purpose, related } = request;
+    let OpenRequest { file, options, purpose, secrets, related } = request;
     let mut header = Header::read(&*file.storage)?;
     let geometry = header.geometry();
     if !purpose.bears_damage() && header.fields.incompatible & layout::CORRUPT != 0 {
@@ -26,7 +26,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     let cache_bytes = cache_bytes(options, &header)?;
     check_tuning(options, &header)?;
     check_lazy(options, &header)?;
-    unlock(options, &header, purpose.only_looks())?;
+    unlock(options, &header, purpose, secrets)?;
     let luks = match header.crypto {
         Some(place) => Some(info::read_luks(&*file.storage, place)?),
         None => None,
@@ -123,14 +123,14 @@ impl Qcow2Driver {
 }
 
 /// Encrypted data can be neither read nor written yet; looking at the header is fine.
-fn unlock(options: &mut OptionTree, header: &Header, look_only: bool) -> Result<()> {
+fn unlock(options: &mut OptionTree, header: &Header, purpose: Purpose, secrets: &Secrets) -> Result<()> {
     let format = match header.fields.crypt_method {
         layout::CRYPT_AES => Some("aes"),
         layout::CRYPT_LUKS => Some("luks"),
         _ => None,
     };
     let wanted = take_inner(options, "encrypt", "format");
-    let secret = take_inner(options, "encrypt", "key-secret").is_some();
+    let secret = take_inner(options, "encrypt", "key-secret");
     match (format, wanted) {
         (None, Some(wanted)) => {
             return Err(Error::invalid(format!(
@@ -145,10 +145,13 @@ fn unlock(options: &mut OptionTree, header: &Header, look_only: bool) -> Result<
         _ => {}
     }
     match format {
-        Some(_) if look_only => Ok(()),
-        Some(_) if !secret => Err(Error::invalid("Parameter 'encrypt.key-secret' is required for cipher")),
-        Some(format) => Err(Error::unsupported(format!("'{format}' encryption is not supported"))),
         None => Ok(()),
+        Some(_) if purpose.only_looks() => Ok(()),
+        Some(format) => {
+            let id = secret.ok_or_else(|| Error::invalid("Parameter 'encrypt.key-secret' is required for cipher"))?;
+            secrets.passphrase(&id)?;
+            Err(Error::unsupported(format!("'{format}' encryption is not supported")))
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::block::format::Alone;
-use crate::block::{Child, Format, OpenRequest, OptionTree, Purpose};
+use crate::block::{Child, Format, NO_SECRETS, OpenRequest, OptionTree, Purpose};
 use crate::formats::raw::Raw;
 use crate::storage::memory::Memory;
 use crate::storage::{Error as StorageError, Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
@@ -93,6 +93,7 @@ fn layer(storage: Arc<dyn Storage>, backing: Option<Arc<Node>>, name: &str) -> A
             file: Child { role: "file".to_owned(), name: name.to_owned(), driver: "file", storage },
             options: &mut OptionTree::new(),
             purpose: Purpose::Write,
+            secrets: &NO_SECRETS,
             related: &Alone,
         })
         .unwrap();
