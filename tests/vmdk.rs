@@ -532,6 +532,29 @@ fn a_mark_before_a_descriptor_and_a_later_version_are_no_hindrance() {
     }
 }
 
+/// However little of a descriptor is there, from its title on, it is no disk of text, and no shorter disk.
+#[test]
+fn a_descriptor_that_is_cut_short_is_refused_at_every_length() {
+    let s = Scratch::new();
+    s.judge(&["create", "-q", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentFlat", "x.vmdk", "5G"]);
+    let text = fs::read(s.file("x.vmdk")).unwrap();
+    let end = String::from_utf8_lossy(&text).find("#DDB").unwrap();
+    for len in "# Disk DescriptorFile".len()..end {
+        fs::write(s.file("cut.vmdk"), &text[..len]).unwrap();
+        let out = vimg(&["info", "cut.vmdk"]).dir(s.path()).fails(1);
+        assert!(out.stderr.contains("Could not open"), "{len}: {out:?}");
+    }
+    // Padding behind a text that is whole is none of it, and a title is as good as a version that comes late.
+    let mut padded = text.clone();
+    padded.resize(2 << 20, 0);
+    fs::write(s.file("padded.vmdk"), padded).unwrap();
+    let late = String::from_utf8(text).unwrap().replace("version=1", "encoding=\"UTF-8\"\nversion=1");
+    fs::write(s.file("late.vmdk"), late).unwrap();
+    for name in ["padded.vmdk", "late.vmdk"] {
+        assert!(s.vimg(&["info", name]).stdout.contains("virtual size: 5 GiB"), "{name}");
+    }
+}
+
 /// A device that ends before its extent does is another device.
 #[test]
 fn a_device_that_is_too_small_is_refused() {

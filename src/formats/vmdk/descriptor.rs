@@ -77,6 +77,10 @@ pub struct Descriptor {
     pub cylinders: Option<String>,
     /// `encoding`.
     encoding: Option<String>,
+    /// Whether a comment announces the extents, as writers put it,
+    announced: bool,
+    /// and whether anything of the disk data base, which follows on them, is there.
+    database: bool,
     /// Whether the bytes were not UTF-8.
     other_encoding: bool,
 }
@@ -93,17 +97,23 @@ fn text_bytes(bytes: &[u8]) -> &[u8] {
     bytes.split(|b| *b == 0).next().unwrap_or_default()
 }
 
-/// Whether a file's first bytes can be a descriptor: comments and blank lines before `version=`.
+/// Whether a file's first bytes can be a descriptor: comments and blank lines before `version=`, or the title that all
+/// writers give it and no version that is too new.
 pub fn looks_like(head: &[u8]) -> bool {
+    let mut titled = false;
     for line in text_bytes(head).split(|b| *b == b'\n') {
-        let line = line.strip_suffix(b"\r").unwrap_or(line).trim_ascii();
-        if line.is_empty() || line.starts_with(b"#") {
+        let line: Vec<u8> = line.iter().filter(|b| !matches!(b, b' ' | b'\r')).map(u8::to_ascii_lowercase).collect();
+        if line.trim_ascii().is_empty() || line.starts_with(b"#") {
+            titled |= line.starts_with(b"#diskdescriptorfile");
             continue;
         }
-        let line: Vec<u8> = line.iter().filter(|b| **b != b' ').map(u8::to_ascii_lowercase).collect();
-        return matches!(line.as_slice(), b"version=1" | b"version=2" | b"version=3");
+        return match line.strip_prefix(b"version=") {
+            Some(b"1" | b"2" | b"3") => true,
+            Some([b'0'..=b'9', ..]) => false,
+            _ => titled,
+        };
     }
-    false
+    titled
 }
 
 /// Whether the bytes are a descriptor, of whatever version: the type of the image is in it.
@@ -146,6 +156,9 @@ impl Descriptor {
         let mut this =
             Self { parent_cid: NO_PARENT, other_encoding: std::str::from_utf8(bytes).is_err(), ..Self::default() };
         for line in text(bytes).lines().map(str::trim) {
+            let lower = line.to_ascii_lowercase();
+            this.announced |= lower.starts_with("# extent description");
+            this.database |= lower.starts_with("#ddb") || lower.starts_with("ddb.");
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
@@ -172,6 +185,12 @@ impl Descriptor {
             }
         }
         Ok(this)
+    }
+
+    /// Whether the text ends where extents may be missing: behind those of a split disk, without the data base that
+    /// every writer of the heading before them writes after them.
+    pub fn is_cut(&self) -> bool {
+        self.create_type.to_ascii_lowercase().contains("gbmaxextent") && self.announced && !self.database
     }
 
     /// The parent's name, if it has one. Named, it is meant, even where the parent's id says that there is none:

@@ -116,7 +116,7 @@ fn open_row(files: &mut Vec<Child>, related: &dyn Related, look_only: bool) -> R
     if !descriptor::is_one(&text) {
         return Err(Error::corrupt("invalid VMDK image descriptor"));
     }
-    if len > MAX_DESCRIPTOR {
+    if len > MAX_DESCRIPTOR && !text.contains(&0) {
         return Err(Error::corrupt("The descriptor is longer than 1 MiB"));
     }
     let descriptor = Descriptor::parse(&text)?;
@@ -143,6 +143,9 @@ fn open_row(files: &mut Vec<Child>, related: &dyn Related, look_only: bool) -> R
     }
     if let Some(line) = &descriptor.malformed {
         return Err(Error::corrupt(format!("Invalid extent line: {line}")));
+    }
+    if descriptor.is_cut() {
+        return Err(Error::corrupt("The descriptor ends behind an extent: it is not complete"));
     }
     // A disk of 0 bytes has no extents; that it is one is said elsewhere in the text.
     if parts.is_empty() && descriptor.cylinders.as_deref() != Some("0") {
