@@ -1,9 +1,11 @@
 //! vmdk: what vimg writes is what qemu-img, 7z and the makers of the format read, and the reverse.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 
-use crate::common::{Scratch, judge, need, pattern, plain, vimg};
+use crate::common::{Scratch, assert_same_bytes, judge, need, pattern, plain, vimg};
 
 const SUBFORMATS: [&str; 5] =
     ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized"];
@@ -650,6 +652,47 @@ fn extents_are_plain_paths() {
         }
         let third = name.replace(".vmdk", "-s003.vmdk");
         assert!(s.path().join(&third).exists(), "{third}");
+    }
+}
+
+/// Two names that are different bytes, though not text, are different disks; the extents are called as qemu-img's.
+#[test]
+fn extents_have_the_bytes_of_the_images_name() {
+    let s = Scratch::new();
+    disk(&s, "d.raw", 1 << 20);
+    fs::write(s.file("e.raw"), pattern(9, 1 << 20)).unwrap();
+    let disks = [(b"caf\xe9.vmdk".as_slice(), "d.raw"), (b"caf\xe8.vmdk", "e.raw")];
+    let run = |ours: bool, args: &[&str], name: &[u8], last: &str| {
+        let name = [OsStr::from_bytes(name)];
+        let args: Vec<_> = args.iter().map(OsStr::new).chain(name).chain([last].map(OsStr::new)).collect();
+        if ours { vimg(&args) } else { judge(&args) }.dir(s.path()).ok()
+    };
+    for subformat in ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"] {
+        let option = format!("subformat={subformat}");
+        let files = [true, false].map(|ours| {
+            for (name, _) in disks {
+                run(ours, &["create", "-q", "-f", "vmdk", "-o", &option], name, "1M");
+            }
+            let mut files: Vec<_> = fs::read_dir(s.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            files.sort();
+            s.sh("rm -f caf*");
+            files
+        });
+        assert_eq!(files[0], files[1], "{subformat}");
+        for (name, source) in disks {
+            let to = [OsStr::from_bytes(name)];
+            let args = ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, source].map(OsStr::new);
+            vimg(&[args.as_slice(), &to].concat()).dir(s.path()).ok();
+        }
+        for (ours, (name, source)) in [true, false].into_iter().flat_map(|ours| disks.map(|disk| (ours, disk))) {
+            run(ours, &["convert", "-f", "vmdk", "-O", "raw"], name, "o");
+            assert_same_bytes(&s.file("o"), &s.file(source));
+        }
+        if subformat == "twoGbMaxExtentSparse" {
+            run(true, &["resize", "-q"], disks[0].0, "3G");
+            run(false, &["info"], disks[0].0, "-U");
+        }
+        s.sh("rm -f caf* o");
     }
 }
 

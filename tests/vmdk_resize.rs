@@ -82,7 +82,8 @@ impl Related for Folder {
 }
 
 impl ResizeFiles for Folder {
-    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
+    fn beside(&self, name: &OsStr) -> Result<Arc<dyn Storage>> {
+        let name = name.to_str().expect("text");
         if self.path.join(name).exists() {
             return Err(Error::invalid(name));
         }

@@ -1,6 +1,6 @@
 //! The files that a layer is made of, where they end, and how they change when an image is resized.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -100,7 +100,7 @@ pub trait ResizeFiles {
     }
 
     /// Makes a file beside the main one. It has no name yet; one that is taken is refused.
-    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>>;
+    fn beside(&self, name: &OsStr) -> Result<Arc<dyn Storage>>;
     /// Gives the files made so far their names, then makes `main` the content of the main file: all of it, or none.
     /// After an error there are no new names. `None` where the main file has to stay as it is (a hard link, an
     /// image in an image): the others have their names, it is as it was.
@@ -112,8 +112,8 @@ pub trait ResizeFiles {
 pub struct NoFiles;
 
 impl ResizeFiles for NoFiles {
-    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
-        Err(Error::unsupported(format!("The file '{name}' cannot be made here")))
+    fn beside(&self, name: &OsStr) -> Result<Arc<dyn Storage>> {
+        Err(Error::unsupported(format!("The file '{}' cannot be made here", name.display())))
     }
 
     fn commit(&self, _main: &[u8]) -> Result<Option<Arc<dyn Storage>>> {

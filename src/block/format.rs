@@ -65,11 +65,11 @@ pub trait Ids: fmt::Debug + Sync {
 /// Makes the files of a new image.
 pub trait CreateFiles {
     /// The main file's path, without the protocol that may stand before it.
-    fn name(&self) -> &str;
+    fn name(&self) -> &OsStr;
     /// Makes the file that carries the image's own name: empty, or a device as it is. Called once.
     fn main(&self) -> Result<Arc<dyn Storage>>;
     /// Makes a file beside it. `name` is a path, however it is spelt: relative to the main file's folder, or absolute.
-    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>>;
+    fn beside(&self, name: &OsStr) -> Result<Arc<dyn Storage>>;
     /// Makes a file that the user named: from the working directory on, perhaps with a protocol. Gives the name that
     /// the image has for it.
     fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)>;

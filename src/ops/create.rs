@@ -223,7 +223,6 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
     let files = Files {
         drivers: opener.drivers(),
         place: &place,
-        shown: &place.path.to_string_lossy(),
         options: &new.options,
         own_preallocation: create.options().iter().any(|spec| spec.name == "preallocation"),
         staging,
@@ -270,7 +269,6 @@ fn too_large(new: &NewImage) -> Error {
 struct Files<'a> {
     drivers: &'a Drivers,
     place: &'a Place,
-    shown: &'a str,
     options: &'a CreateOptions,
     /// The format does its own preallocation, so the file's is none of it.
     own_preallocation: bool,
@@ -278,12 +276,12 @@ struct Files<'a> {
     /// What was made.
     main: Mutex<Option<Arc<dyn Storage>>>,
     /// The other files, by the names that are written in the image.
-    made: Mutex<Vec<(String, Arc<dyn Storage>)>>,
+    made: Mutex<Vec<(OsString, Arc<dyn Storage>)>>,
 }
 
 impl Files<'_> {
     /// Makes a file beside the main one, which the image calls `written`.
-    fn second(&self, place: Place, written: &str) -> Result<Arc<dyn Storage>> {
+    fn second(&self, place: Place, written: &OsStr) -> Result<Arc<dyn Storage>> {
         if self.staging.has(&place.path) {
             let shown = place.path.display();
             return Err(Error::invalid(format!("'{shown}' cannot be two files of one image")));
@@ -297,8 +295,8 @@ impl Files<'_> {
 }
 
 impl CreateFiles for Files<'_> {
-    fn name(&self) -> &str {
-        self.shown
+    fn name(&self) -> &OsStr {
+        self.place.path.as_os_str()
     }
 
     fn main(&self) -> Result<Arc<dyn Storage>> {
@@ -309,8 +307,8 @@ impl CreateFiles for Files<'_> {
         Ok(main)
     }
 
-    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
-        let path = name::literally_beside(Some(self.place.path.as_os_str()), name.as_ref());
+    fn beside(&self, name: &OsStr) -> Result<Arc<dyn Storage>> {
+        let path = name::literally_beside(Some(self.place.path.as_os_str()), name);
         let path = path.unwrap_or_else(|| name.into());
         self.second(Place::of(self.drivers.of_path(&path)?, path.into())?, name)
     }
@@ -318,7 +316,7 @@ impl CreateFiles for Files<'_> {
     fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)> {
         let place = place(self.drivers, name.as_ref())?;
         let written = place.path.to_string_lossy().into_owned();
-        Ok((self.second(place, &written)?, written))
+        Ok((self.second(place, written.as_ref())?, written))
     }
 }
 

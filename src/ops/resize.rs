@@ -1,5 +1,6 @@
 //! Changing the size of the guest's disk: decided and checked first, so that what is refused changes nothing.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -117,10 +118,11 @@ impl ResizeFiles for FilesBeside<'_> {
         self.node.backing().map_or(0, |below| below.virtual_size())
     }
 
-    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
+    fn beside(&self, name: &OsStr) -> Result<Arc<dyn Storage>> {
         let base = self.node.origin().base.as_deref();
-        let full = base.and_then(|base| name::literally_beside(Some(base), name.as_ref()));
-        let full = full.ok_or_else(|| Error::invalid(format!("Cannot tell where '{name}' is to be made")))?;
+        let full = base.and_then(|base| name::literally_beside(Some(base), name));
+        let full =
+            full.ok_or_else(|| Error::invalid(format!("Cannot tell where '{}' is to be made", name.display())))?;
         let path = PathBuf::from(full);
         if path.symlink_metadata().is_ok() {
             let shown = path.display();

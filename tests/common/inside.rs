@@ -79,22 +79,22 @@ struct Making<'a> {
 }
 
 impl CreateFiles for Making<'_> {
-    fn name(&self) -> &str {
-        self.name
+    fn name(&self) -> &OsStr {
+        self.name.as_ref()
     }
 
     fn main(&self) -> Result<Arc<dyn Storage>> {
-        self.beside(self.name)
+        self.beside(self.name.as_ref())
     }
 
-    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
+    fn beside(&self, name: &OsStr) -> Result<Arc<dyn Storage>> {
         let storage = (self.wrap)(Arc::new(Memory::default()));
-        self.files.put(name, storage.clone());
+        self.files.put(&name.to_string_lossy(), storage.clone());
         Ok(storage)
     }
 
     fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)> {
-        Ok((self.beside(name)?, name.to_owned()))
+        Ok((self.beside(name.as_ref())?, name.to_owned()))
     }
 }
 
@@ -112,23 +112,23 @@ impl Folder {
 }
 
 impl CreateFiles for Folder {
-    fn name(&self) -> &str {
-        &self.name
+    fn name(&self) -> &OsStr {
+        self.name.as_ref()
     }
 
     fn main(&self) -> Result<Arc<dyn Storage>> {
-        self.beside(&self.name)
+        self.beside(self.name.as_ref())
     }
 
-    fn beside(&self, name: &str) -> Result<Arc<dyn Storage>> {
+    fn beside(&self, name: &OsStr) -> Result<Arc<dyn Storage>> {
         let path = self.path.join(name);
-        let missing = |_| Error::invalid(format!("Could not create '{name}': No such file or directory"));
+        let missing = |_| Error::invalid(format!("Could not create '{}': No such file or directory", name.display()));
         std::fs::File::create(&path).map_err(missing)?;
         Ok(host_file(&path))
     }
 
     fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)> {
-        Ok((self.beside(name)?, name.to_owned()))
+        Ok((self.beside(name.as_ref())?, name.to_owned()))
     }
 }
 

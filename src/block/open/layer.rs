@@ -31,7 +31,7 @@ pub(super) struct Ask {
 }
 
 /// Files of an image, by the names that are written in it.
-pub type MadeBeside = Vec<(String, Arc<dyn Storage>)>;
+pub type MadeBeside = Vec<(OsString, Arc<dyn Storage>)>;
 
 /// The files of an image that has just been made, which have no names yet.
 #[derive(Debug)]

@@ -75,7 +75,7 @@ fn same_file(a: &Path, b: &Path) -> bool {
 impl Related for Beside<'_> {
     fn open(&self, role: &str, name: &OsStr) -> Result<Child> {
         let shown = name.to_string_lossy();
-        if let Some((_, storage)) = self.made.iter().find(|(made, _)| OsStr::new(made) == name) {
+        if let Some((_, storage)) = self.made.iter().find(|(made, _)| made == name) {
             self.lock(&**storage, role, &self.settings)?;
             let path = match storage.host() {
                 Some(file) => file.name().into(),

@@ -6,6 +6,9 @@
 //!
 //! Source: *Virtual Disk Format 5.0*; behaviour of the reference for sizes, names and texts.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
 use zerocopy::IntoBytes;
 
 use crate::block::error::Context;
@@ -132,11 +135,11 @@ impl<'a> Plan<'a> {
             true => Some(extent_name(request.files.name(), &subformat, 0)),
             false => None,
         };
-        if let Some(name) = [extents.as_deref(), backing].into_iter().flatten().find(|name| !descriptor::can_hold(name))
-        {
+        let written = [extents.as_deref(), backing.map(OsStr::new)];
+        if let Some(name) = written.into_iter().flatten().find(|name| !descriptor::can_hold(name)) {
             return Err(Error::invalid(format!(
                 "A vmdk descriptor cannot hold the file name '{}'",
-                name.escape_default()
+                name.to_string_lossy().escape_default()
             )));
         }
         let parent = match backing {
@@ -180,18 +183,22 @@ fn tables(size: u64) -> u64 {
     size.div_ceil(GRAIN_SECTORS * SECTOR * u64::from(HOSTED_GTES))
 }
 
-/// The name of extent `index` (from 0) beside the descriptor: `STEM-s001.EXT`.
-pub fn extent_name(main: &str, subformat: &Subformat, index: usize) -> String {
-    let base = main.rsplit('/').next().unwrap_or(main);
-    let (stem, extension) = match base.rfind('.') {
-        Some(dot) => base.split_at(dot),
-        None => (base, ""),
+/// The last component of a path, as bytes.
+fn base(path: &OsStr) -> &[u8] {
+    path.as_bytes().rsplit(|byte| *byte == b'/').next().unwrap_or_default()
+}
+
+/// The name of extent `index` (from 0) beside the descriptor: `STEM-s001.EXT`, in the bytes of the descriptor's name.
+pub fn extent_name(main: &OsStr, subformat: &Subformat, index: usize) -> OsString {
+    let base = base(main);
+    let dot = base.iter().rposition(|byte| *byte == b'.').unwrap_or(base.len());
+    let (stem, extension) = base.split_at(dot);
+    let number = match (subformat.split, subformat.flat) {
+        (false, _) => "-flat".to_owned(),
+        (true, true) => format!("-f{:03}", index + 1),
+        (true, false) => format!("-s{:03}", index + 1),
     };
-    match (subformat.split, subformat.flat) {
-        (false, _) => format!("{stem}-flat{extension}"),
-        (true, true) => format!("{stem}-f{:03}{extension}", index + 1),
-        (true, false) => format!("{stem}-s{:03}{extension}", index + 1),
-    }
+    OsString::from_vec([stem, number.as_bytes(), extension].concat())
 }
 
 /// Where the tables of a sparse extent lie, in sectors.
@@ -290,23 +297,26 @@ impl Create for Vmdk {
         let subformat = plan.subformat;
         let main = request.files.main()?;
         let embedded = !subformat.split && !subformat.flat;
-        let mut lines = String::new();
+        let mut lines = Vec::new();
         for (index, size) in plan.extents().into_iter().enumerate() {
             let (storage, name) = if embedded {
-                let name = request.files.name();
-                (main.clone(), name.rsplit('/').next().unwrap_or(name).to_owned())
+                (main.clone(), OsStr::from_bytes(base(request.files.name())).to_owned())
             } else {
                 let name = extent_name(request.files.name(), &subformat, index);
                 (request.files.beside(&name)?, name)
             };
-            let sectors = size / SECTOR;
+            let mut line = |kind: &str, end: &str| {
+                lines.extend_from_slice(format!("RW {} {kind} \"", size / SECTOR).as_bytes());
+                lines.extend_from_slice(name.as_bytes());
+                lines.extend_from_slice(end.as_bytes());
+            };
             if subformat.flat {
-                let failed = || format!("Could not create '{name}'");
+                let failed = || format!("Could not create '{}'", name.display());
                 storage.set_len(size, Preallocation::Off).with_context(failed)?;
                 // Like every plain file of the reference: its first block is allocated.
                 let first = if size < 4096 { 512 } else { 4096 };
                 storage.write_at(0, &vec![0; first]).with_context(failed)?;
-                lines.push_str(&format!("RW {sectors} FLAT \"{name}\" 0\n"));
+                line("FLAT", "\" 0\n");
                 continue;
             }
             if subformat.compressed {
@@ -314,7 +324,7 @@ impl Create for Vmdk {
             } else {
                 SparseLayout::new(size, plan.zeroed)?.write(&*storage)?;
             }
-            lines.push_str(&format!("RW {sectors} SPARSE \"{name}\"\n"));
+            line("SPARSE", "\"\n");
         }
         let text = NewDescriptor {
             cid: request.ids.word("cid"),
@@ -332,6 +342,6 @@ impl Create for Vmdk {
         if embedded && text.len() as u64 > DESCRIPTOR_SECTORS * SECTOR {
             return Err(Error::invalid("The descriptor does not fit: the names in it are too long"));
         }
-        main.write_at(at, text.as_bytes()).context("Could not write the descriptor")
+        main.write_at(at, &text).context("Could not write the descriptor")
     }
 }

@@ -6,8 +6,8 @@
 //!
 //! Bytes that are not UTF-8 are shown as Latin-1 would; what they mean as a file's name is in [`Descriptor::names`].
 
-use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use encoding_rs::Encoding;
 
@@ -199,16 +199,22 @@ impl Descriptor {
         self.parent.as_deref().filter(|name| !name.is_empty())
     }
 
+    /// The name of a file in the bytes that the text has for it.
+    pub fn name(&self, written: &str) -> OsString {
+        let latin = || written.chars().map(|c| u8::try_from(c).ok()).collect::<Option<Vec<u8>>>();
+        let bytes = if self.other_encoding { latin() } else { None };
+        OsString::from_vec(bytes.unwrap_or_else(|| written.as_bytes().to_vec()))
+    }
+
     /// What a file that the text names may be called here, the likeliest first: the bytes of the name as they are,
     /// those of the name in UTF-8, and, of a path of Windows, the last component.
     pub fn names(&self, written: &str) -> Vec<OsString> {
-        let latin = || written.chars().map(|c| u8::try_from(c).ok()).collect::<Option<Vec<u8>>>();
-        let bytes = if self.other_encoding { latin() } else { None };
-        let bytes = bytes.unwrap_or_else(|| written.as_bytes().to_vec());
+        let name = self.name(written);
         let decoded = self.encoding.as_deref().and_then(encoding_of).and_then(|encoding| {
-            encoding.decode_without_bom_handling_and_without_replacement(&bytes).map(|text| text.into_owned())
+            let text = encoding.decode_without_bom_handling_and_without_replacement(name.as_bytes());
+            text.map(|text| text.into_owned())
         });
-        let mut names = vec![OsString::from_vec(bytes)];
+        let mut names = vec![name];
         let text = decoded.as_deref().unwrap_or(written);
         let last = last_of_windows_path(text);
         for name in [decoded.as_deref(), last].into_iter().flatten() {
@@ -297,8 +303,8 @@ impl ExtentLine {
 }
 
 /// Whether a name can be written to a descriptor and read again.
-pub fn can_hold(name: &str) -> bool {
-    !name.contains(['"', '\n', '\r', '\0'])
+pub fn can_hold(name: &OsStr) -> bool {
+    !name.as_bytes().iter().any(|byte| matches!(byte, b'"' | b'\n' | b'\r' | 0))
 }
 
 /// What a new descriptor says.
@@ -313,7 +319,7 @@ pub struct NewDescriptor<'a> {
     /// The parent's name.
     pub parent: Option<&'a str>,
     /// The extent lines, each ending in a newline.
-    pub extents: &'a str,
+    pub extents: &'a [u8],
     /// `ddb.virtualHWVersion`.
     pub hardware: &'a str,
     /// Size of the disk in bytes.
@@ -326,21 +332,26 @@ pub struct NewDescriptor<'a> {
 
 impl NewDescriptor<'_> {
     /// The text, as the reference writes it: the CID without leading zeros, cylinders without a cap.
-    pub fn text(&self) -> String {
+    pub fn text(&self) -> Vec<u8> {
         let heads: u64 = if self.adapter == "ide" { 16 } else { 255 };
         let cylinders = self.size / (63 * heads * 512);
         let parent = match self.parent {
             Some(name) => format!("parentFileNameHint=\"{name}\"\n"),
             None => "\n".to_owned(),
         };
-        format!(
+        let head = format!(
             "# Disk DescriptorFile\nversion=1\nCID={:x}\nparentCID={:x}\ncreateType=\"{}\"\n{parent}\
-             # Extent description\n{}\n# The Disk Data Base\n#DDB\n\n\
+             # Extent description\n",
+            self.cid, self.parent_cid, self.create_type
+        );
+        let tail = format!(
+            "\n# The Disk Data Base\n#DDB\n\n\
              ddb.virtualHWVersion = \"{}\"\nddb.geometry.cylinders = \"{cylinders}\"\n\
              ddb.geometry.heads = \"{heads}\"\nddb.geometry.sectors = \"63\"\nddb.adapterType = \"{}\"\n\
              ddb.toolsVersion = \"{}\"\n",
-            self.cid, self.parent_cid, self.create_type, self.extents, self.hardware, self.adapter, self.tools,
-        )
+            self.hardware, self.adapter, self.tools,
+        );
+        [head.as_bytes(), self.extents, tail.as_bytes()].concat()
     }
 }
 

@@ -51,7 +51,7 @@ impl Resize for VmdkDriver {
         self.changed(|text| plan.text(text))?;
         self.write_out()?;
         for extent in &plan.more {
-            let storage = files.beside(&extent.name)?;
+            let storage = files.beside(&self.descriptor.name(&extent.name))?;
             let failed = || format!("Could not create '{}'", extent.name);
             match plan.flat {
                 true => storage.set_len(extent.size, fill).with_context(failed)?,
@@ -231,7 +231,8 @@ impl VmdkDriver {
         let (mut rest, mut more) = (rest, Vec::new());
         while rest > 0 && more.len() <= MAX_EXTENTS {
             let number = self.parts.len() + more.len();
-            let name = numbered(last, number + 1).unwrap_or_else(|| extent_name(main, subformat, number));
+            let name = numbered(last, number + 1)
+                .unwrap_or_else(|| extent_name(main.as_ref(), subformat, number).to_string_lossy().into_owned());
             let size = rest.min(SPLIT);
             more.push(NewExtent { name, size });
             rest -= size;
