@@ -10,14 +10,16 @@
 //! drivers   the table of drivers
 //! formats   raw, qcow2, vmdk, ...: each knows its own on-disk layout and nothing of the others
 //! protocols file, host_device, null-co, ...: names to bytes
-//! block     one vocabulary for every image: BlockDriver, Format, Protocol, Extent, Node, Opener, options, error
+//! filters   blkdebug: between a format and its file
+//! block     one vocabulary for every image: BlockDriver, Format, Protocol, Filter, Extent, Node, Opener, options, error
 //! codec     deflate, zstd: bytes in, bytes out; no files
 //! storage   bytes on the host by position: file, block device, memory; sparse files and preallocation
 //! ```
 //!
 //! [`block`] names no driver: the table, [`drivers::DRIVERS`], is handed to the [`block::Opener`]. Help, `-o help`,
 //! names, create and open read it and nothing else. So to add a format is one folder and one line of
-//! [`formats::FORMATS`], to add a protocol one file and one line of [`protocols::PROTOCOLS`].
+//! [`formats::FORMATS`], to add a protocol one file and one line of [`protocols::PROTOCOLS`], to add a filter one file
+//! and one line of [`filters::FILTERS`].
 //!
 //! # Map, then act
 //!
@@ -67,6 +69,7 @@ pub mod block;
 pub mod cli;
 pub mod codec;
 pub mod drivers;
+pub mod filters;
 pub mod formats;
 pub mod ops;
 pub mod protocols;

@@ -5,9 +5,10 @@
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
+use super::filter::{Filter, Wrapped};
 use super::name;
 use super::protocol::{Protocol, Spelt};
-use super::{Error, Format, Result};
+use super::{Error, Format, OptionTree, Result};
 
 /// Every driver there is.
 #[derive(Debug)]
@@ -16,6 +17,8 @@ pub struct Drivers {
     pub formats: &'static [&'static dyn Format],
     /// Ways to bytes; file last.
     pub protocols: &'static [&'static dyn Protocol],
+    /// What stands between a format and its file.
+    pub filters: &'static [&'static dyn Filter],
 }
 
 /// A driver of the table.
@@ -25,13 +28,25 @@ pub enum Driver {
     Format(&'static dyn Format),
     /// A way to bytes.
     Protocol(&'static dyn Protocol),
+    /// What stands before bytes.
+    Filter(&'static dyn Filter),
+}
+
+/// What a name leads to.
+#[derive(Debug, Clone)]
+pub enum Named {
+    /// Bytes.
+    Protocol(&'static dyn Protocol, Spelt),
+    /// A filter before them.
+    Filter(&'static dyn Filter, Wrapped),
 }
 
 impl Drivers {
     /// The driver with that name.
     pub fn find(&self, name: &str) -> Option<Driver> {
         let format = || self.format(name).map(Driver::Format);
-        format().or_else(|| self.protocol(name).map(Driver::Protocol))
+        let protocol = || self.protocol(name).map(Driver::Protocol);
+        format().or_else(protocol).or_else(|| self.filter(name).map(Driver::Filter))
     }
 
     /// The format with that name.
@@ -44,10 +59,17 @@ impl Drivers {
         self.protocols.iter().copied().find(|protocol| protocol.name() == name)
     }
 
+    /// The filter with that name.
+    pub fn filter(&self, name: &str) -> Option<&'static dyn Filter> {
+        self.filters.iter().copied().find(|filter| filter.name() == name)
+    }
+
     /// Every name, sorted.
     pub fn names(&self) -> Vec<&'static str> {
         let formats = self.formats.iter().map(|format| format.name());
-        let mut names: Vec<_> = formats.chain(self.protocols.iter().map(|protocol| protocol.name())).collect();
+        let protocols = self.protocols.iter().map(|protocol| protocol.name());
+        let mut names: Vec<_> =
+            formats.chain(protocols).chain(self.filters.iter().map(|filter| filter.name())).collect();
         names.sort_unstable();
         names
     }
@@ -59,15 +81,17 @@ impl Drivers {
         found.ok_or_else(|| Error::invalid(format!("No protocol for '{}'", path.display())))
     }
 
-    /// The protocol that a name means, and what the name says to it.
-    pub fn of_name(&self, name: &OsStr) -> Result<(&'static dyn Protocol, Spelt)> {
-        let Some((prefix, _)) = name::protocol(name) else {
-            return Ok((self.of_path(name)?, Spelt::path(name.to_owned())));
+    /// What a name leads to, and what it says to that.
+    pub fn of_name(&self, name: &OsStr) -> Result<Named> {
+        let Some((prefix, rest)) = name::protocol(name) else {
+            return Ok(Named::Protocol(self.of_path(name)?, Spelt::path(name.to_owned())));
         };
-        let protocol = self
-            .protocol(&prefix.to_string_lossy())
-            .ok_or_else(|| Error::invalid(format!("Unknown protocol '{}'", prefix.to_string_lossy())))?;
-        Ok((protocol, self.spelt(protocol, name)?))
+        let prefix = prefix.to_string_lossy();
+        if let Some(filter) = self.filter(&prefix) {
+            return Ok(Named::Filter(filter, filter.spelt(rest)?));
+        }
+        let protocol = self.protocol(&prefix).ok_or_else(|| Error::invalid(format!("Unknown protocol '{prefix}'")))?;
+        Ok(Named::Protocol(protocol, self.spelt(protocol, name)?))
     }
 
     /// What a name says to that protocol, of which it may start with the name.
@@ -75,6 +99,14 @@ impl Drivers {
         match name::protocol(name) {
             Some((prefix, rest)) if prefix == protocol.name() => protocol.spelt(rest),
             _ => protocol.plain(name),
+        }
+    }
+
+    /// What a name says to that filter: all of it is the name of what lies below, unless it starts with the filter's.
+    pub fn wrapped(&self, filter: &'static dyn Filter, name: &OsStr) -> Result<Wrapped> {
+        match name::protocol(name) {
+            Some((prefix, rest)) if prefix == filter.name() => filter.spelt(rest),
+            _ => Ok(Wrapped { below: name.to_owned(), options: OptionTree::new() }),
         }
     }
 }

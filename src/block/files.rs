@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::{Context, Operation, Place};
 use super::{Error, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace, Result};
-use crate::storage::Storage;
+use crate::storage::{Event, Storage};
 
 /// A file that a layer is made of.
 #[derive(Debug, Clone)]
@@ -77,6 +77,7 @@ impl Child {
 
     /// Returns once everything written to it is on stable storage.
     pub fn flush(&self) -> Result<()> {
+        self.storage.announce(Event::FLUSH_TO_DISK);
         self.storage.flush().with_context(|| format!("{}: could not flush", self.name))
     }
 }

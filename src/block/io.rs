@@ -15,7 +15,7 @@ use super::error::{Context, Operation};
 use super::{
     BlockDriver, CompressedUnit, Error, ExtentKind, GuestOffset, HostOffset, HostPlace, Mapping, Node, Result,
 };
-use crate::storage::{self, Zeroing};
+use crate::storage::{self, Event, Zeroing};
 
 /// Bytes of zeros that are encrypted in one go.
 const ZEROS: u64 = 1 << 20;
@@ -49,6 +49,9 @@ impl Node {
         let mut done = 0;
         while done < buf.len() {
             let mapping = self.map(at + done as u64, (buf.len() - done) as u64, layers)?;
+            if mapping.depth > 0 && !mapping.is_zero() {
+                self.announce(Event::READ_BACKING_AIO);
+            }
             let n = usize::try_from(mapping.len).unwrap_or(usize::MAX).min(buf.len() - done);
             mapping.read(&mut buf[done..done + n], scratch)?;
             done += n;
@@ -121,6 +124,13 @@ impl Node {
         Ok(())
     }
 
+    /// Tells the layer's own file, where its tables are, what is about to be done with guest data.
+    fn announce(&self, event: Event) {
+        if let Some(file) = self.driver().files().first() {
+            file.storage.announce(event);
+        }
+    }
+
     /// Reads the file's own bytes.
     fn get_bytes(&self, place: HostPlace, guest: GuestOffset, buf: &mut [u8]) -> Result<()> {
         let child = self.child(place)?;
@@ -129,6 +139,7 @@ impl Node {
 
     /// Writes plain bytes to a place; with a cipher, in whole sectors.
     fn put(&self, place: HostPlace, guest: GuestOffset, bytes: &[u8], scratch: &mut Scratch) -> Result<()> {
+        self.announce(Event::WRITE_AIO);
         let Some(cipher) = self.driver().cipher() else { return self.put_bytes(place, guest, bytes) };
         scratch.sealed.clear();
         scratch.sealed.extend_from_slice(bytes);
@@ -138,6 +149,7 @@ impl Node {
 
     /// Writes encoded units. What was read before they were all there is not kept.
     fn put_encoded(&self, place: HostPlace, guest: GuestOffset, bytes: &[u8]) -> Result<()> {
+        self.announce(Event::WRITE_COMPRESSED);
         let done = self.put_bytes(place, guest, bytes);
         self.last_unit().forget();
         done
@@ -171,6 +183,7 @@ impl Mapping<'_> {
                 if there < buf.len() as u64 {
                     return Err(self.after(there).missing());
                 }
+                self.node.announce(Event::READ_AIO);
                 self.node.get(place, self.start, buf, scratch)?;
             }
             ExtentKind::Compressed(unit) => self.read_compressed(&unit, buf, scratch)?,
@@ -196,6 +209,7 @@ impl Mapping<'_> {
             return Err(self.missing());
         }
         scratch.encoded.resize(usize::try_from(there).map_err(|_| too_long())?, 0);
+        self.node.announce(Event::READ_COMPRESSED);
         self.node.get_bytes(unit.place, self.start, &mut scratch.encoded)?;
         if buf.len() == decoded {
             return self.decode(unit, &scratch.encoded, buf);
@@ -322,9 +336,11 @@ impl Placement<'_> {
         let (head, tail) = (length(before)?, length(after)?);
         let mut whole = vec![0; head + data.len() + tail];
         let start = GuestOffset(self.start().get().saturating_sub(before));
+        self.node.announce(Event::COW_READ);
         self.node.read(start, &mut whole[..head], scratch)?;
         whole[head..head + data.len()].copy_from_slice(data);
         self.node.read(self.end(), &mut whole[head + data.len()..], scratch)?;
+        self.node.announce(Event::COW_WRITE);
         self.node.put(back(place, before)?, start, &whole, scratch)
     }
 

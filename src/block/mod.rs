@@ -13,6 +13,7 @@ pub mod drivers;
 pub mod error;
 pub mod extent;
 pub mod files;
+pub mod filter;
 pub mod format;
 pub mod info;
 pub mod io;
@@ -32,7 +33,7 @@ pub mod secrets;
 pub use driver::{
     Action, BlockDriver, Cipher, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write,
 };
-pub use drivers::{Driver, Drivers};
+pub use drivers::{Driver, Drivers, Named};
 pub use error::{Error, Kind, Result};
 pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace};
 pub use files::{BackingRef, Child, FileEnd, NoFiles, ResizeFiles};

@@ -55,7 +55,8 @@ impl ImageRef {
     }
 }
 
-fn check_id(id: &str) -> Result<()> {
+/// Refuses what is no identifier.
+pub fn check_id(id: &str) -> Result<()> {
     let good = id.starts_with(|c: char| c.is_ascii_alphabetic())
         && id.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'));
     if good {

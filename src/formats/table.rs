@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use crate::storage::{Result, Storage};
+use crate::storage::{Event, Result, Storage};
 
 /// Bytes of one cached page.
 pub const PAGE: usize = 4096;
@@ -20,6 +20,8 @@ pub struct TableCache {
     limit: usize,
     changed: usize,
     clock: u64,
+    /// What is announced before a page is read.
+    reading: Option<Event>,
 }
 
 #[derive(Debug)]
@@ -43,7 +45,12 @@ impl Page {
 impl TableCache {
     /// An empty cache of at most `bytes` (pages that wait to be written apart).
     pub fn new(bytes: usize) -> Self {
-        Self { pages: HashMap::new(), limit: (bytes / PAGE).max(2), changed: 0, clock: 0 }
+        Self { pages: HashMap::new(), limit: (bytes / PAGE).max(2), changed: 0, clock: 0, reading: None }
+    }
+
+    /// The same; the event is announced before each read of the file.
+    pub fn announcing(bytes: usize, reading: Event) -> Self {
+        Self { reading: Some(reading), ..Self::new(bytes) }
     }
 
     /// The bytes from `at` to the end of its page, at most `max`. At least one.
@@ -145,6 +152,9 @@ impl TableCache {
         if !self.pages.contains_key(&number) {
             self.make_room();
             let mut bytes = Box::new([0; PAGE]);
+            if let Some(event) = self.reading {
+                storage.announce(event);
+            }
             storage.read_at(number * PAGE as u64, &mut bytes[..])?;
             self.pages.insert(number, Page { bytes, changed: Default::default(), used: 0 });
         }

@@ -10,8 +10,8 @@ use super::ids::ImageIds;
 use crate::block::error::Context;
 use crate::block::protocol::{CreateFile, Protocol};
 use crate::block::{
-    Child, Create, CreateFiles, CreateOptions, CreateRequest, Drivers, Error, Format, ImageRef, Kind, MadeFiles, Node,
-    Notice, OpenHow, Opener, OptionValue, Purpose, Related, Result, format, name,
+    Child, Create, CreateFiles, CreateOptions, CreateRequest, Drivers, Error, Format, ImageRef, Kind, MadeFiles, Named,
+    Node, Notice, OpenHow, Opener, OptionValue, Purpose, Related, Result, format, name,
 };
 use crate::storage::staging::{Durability, Staging};
 use crate::storage::{self, CacheMode, Identity, Storage};
@@ -161,22 +161,27 @@ struct Place {
 
 impl Place {
     fn of(protocol: &dyn Protocol, path: PathBuf) -> Result<Self> {
-        let maker = protocol.creating(&path).ok_or_else(|| {
-            Error::unsupported(format!("Protocol driver '{}' does not support image creation", protocol.name()))
-        })?;
+        let maker = protocol.creating(&path).ok_or_else(|| no_creation(protocol.name()))?;
         Ok(Self { protocol: protocol.name(), maker, path })
     }
 }
 
+fn no_creation(driver: &str) -> Error {
+    Error::unsupported(format!("Protocol driver '{driver}' does not support image creation"))
+}
+
 fn place(drivers: &Drivers, name: &OsStr) -> Result<Place> {
-    let (protocol, spelt) = drivers.of_name(name)?;
+    let (protocol, spelt) = match drivers.of_name(name)? {
+        Named::Protocol(protocol, spelt) => (protocol, spelt),
+        Named::Filter(filter, _) => return Err(no_creation(filter.name())),
+    };
     let path = PathBuf::from(spelt.path.unwrap_or_default());
     Place::of(protocol, path)
 }
 
 /// Which file a name stands for, if it is a regular one that is there.
 fn identity(drivers: &Drivers, name: &OsStr) -> Option<Identity> {
-    let (_, spelt) = drivers.of_name(name).ok()?;
+    let Named::Protocol(_, spelt) = drivers.of_name(name).ok()? else { return None };
     let meta = std::fs::metadata(spelt.path?).ok().filter(std::fs::Metadata::is_file)?;
     Some(Identity { device: meta.dev(), inode: meta.ino() })
 }

@@ -57,7 +57,7 @@ pub fn of(node: &Node) -> Result<Info> {
     let format = driver.format();
     let mut image = driver.info()?;
     let inner = |role: &str| node.origin().inner.iter().find(|(known, _)| known == role).map(|(_, node)| node);
-    // A window on another image, or on bytes, has their units.
+    // A window on another image, or on bytes, has their units; and what it takes on the host, it alone knows.
     let window = driver.backing().is_none() && image.specific.is_none();
     let mut actual_size = Some(0);
     let mut children = Vec::new();
@@ -66,11 +66,12 @@ pub fn of(node: &Node) -> Result<Info> {
             Some(node) => of(node)?,
             None => of_file(child)?,
         };
-        if window && child.role == "file" {
+        if window {
             image.cluster_size = image.cluster_size.or(file.cluster_size);
             image.dirty = file.dirty;
         }
-        actual_size = actual_size.zip(file.actual_size).and_then(|(a, b): (u64, u64)| a.checked_add(b));
+        let allocated = child.storage.allocated().ok().flatten();
+        actual_size = actual_size.zip(allocated).and_then(|(a, b): (u64, u64)| a.checked_add(b));
         children.push((child.role.clone(), file));
     }
     if node.origin().protocol {

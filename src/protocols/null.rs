@@ -14,7 +14,7 @@ use serde_json::Map;
 use crate::block::keys::{take_number, take_size, take_switch};
 use crate::block::protocol::{CreateFile, FileRequest, OpenedFile, Protocol, Spelt};
 use crate::block::{Error, OptionTree, Result};
-use crate::storage::{self, Facts, HostExtent, HostFile, HostKind, Preallocation, Storage, Zeroing};
+use crate::storage::{self, Event, Facts, HostExtent, HostFile, HostKind, Preallocation, Storage, Zeroing};
 
 /// The protocol, under one of its names: with the reference they differ in how a request waits.
 #[derive(Debug)]
@@ -151,4 +151,6 @@ impl Storage for Nothing {
     fn host(&self) -> Option<&HostFile> {
         None
     }
+
+    fn announce(&self, _event: Event) {}
 }

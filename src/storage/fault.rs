@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 
-use super::{Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
+use super::{Event, Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
 
 /// What goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -201,6 +201,10 @@ impl Storage for Faulty {
 
     fn host(&self) -> Option<&HostFile> {
         self.inner.host()
+    }
+
+    fn announce(&self, event: Event) {
+        self.inner.announce(event);
     }
 }
 

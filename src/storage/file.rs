@@ -22,7 +22,9 @@ use super::direct::Direct;
 use super::lock::{self, Access};
 use super::pieces::Pieces;
 use super::writeback::{Track, Writeback};
-use super::{CacheMode, Error, Facts, HostExtent, Identity, Preallocation, Result, Storage, Zeroing, host, sparse};
+use super::{
+    CacheMode, Error, Event, Facts, HostExtent, Identity, Preallocation, Result, Storage, Zeroing, host, sparse,
+};
 
 /// What kind of thing an open file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -343,6 +345,8 @@ impl Storage for HostFile {
     fn host(&self) -> Option<&HostFile> {
         Some(self)
     }
+
+    fn announce(&self, _event: Event) {}
 }
 
 #[cfg(test)]

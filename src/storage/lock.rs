@@ -68,6 +68,11 @@ impl Access {
         Access { uses: self.uses, refuses: self.refuses & RESIZE }
     }
 
+    /// Both.
+    pub const fn and(self, other: Access) -> Access {
+        Access { uses: self.uses | other.uses, refuses: self.refuses | other.refuses }
+    }
+
     /// The bytes that are locked, in the reference's order.
     fn bytes(self) -> impl Iterator<Item = i64> {
         bits(self.uses).map(|n| USED + n).chain(bits(self.refuses).map(|n| REFUSED + n))

@@ -2,7 +2,7 @@
 
 use std::sync::RwLock;
 
-use super::{Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
+use super::{Event, Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
 
 /// A growable buffer.
 #[derive(Debug, Default)]
@@ -81,4 +81,6 @@ impl Storage for Memory {
     fn host(&self) -> Option<&HostFile> {
         None
     }
+
+    fn announce(&self, _event: Event) {}
 }

@@ -9,6 +9,7 @@
 
 pub mod direct;
 pub mod error;
+pub mod event;
 pub mod fault;
 pub mod file;
 pub mod host;
@@ -24,6 +25,7 @@ pub mod writeback;
 use std::fmt;
 
 pub use error::{Error, Result};
+pub use event::Event;
 pub use file::{HostFile, Kind};
 
 /// What is known of a run of bytes without reading it.
@@ -192,6 +194,9 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The file of the host that the bytes are in, where there is one: for locks and hints. Bytes are moved past a
     /// storage only where [`Facts::offload`] allows it.
     fn host(&self) -> Option<&HostFile>;
+
+    /// Says what its user is about to do, for filters that act on it. What is no filter does nothing.
+    fn announce(&self, event: Event);
 }
 
 /// Changes the permissions that are held on a storage, if it is a file of the host; on failure those it has stay.

@@ -13,7 +13,7 @@ use vimg::block::{
 };
 use vimg::storage::file::OpenHow;
 use vimg::storage::memory::Memory;
-use vimg::storage::{Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
+use vimg::storage::{Event, Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
 
 /// The files of one image (and of its backing files), by name.
 #[derive(Debug, Default, Clone)]
@@ -359,5 +359,9 @@ impl Storage for Capped {
 
     fn host(&self) -> Option<&HostFile> {
         self.inner.host()
+    }
+
+    fn announce(&self, event: Event) {
+        self.inner.announce(event);
     }
 }

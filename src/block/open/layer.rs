@@ -14,7 +14,10 @@ use crate::block::keys::take_text;
 use crate::block::name::{self, first_key, take_below};
 use crate::block::node::Origin;
 use crate::block::protocol::{FileRequest, Protocol, Spelt};
-use crate::block::{BlockDriver, Child, Driver, Error, Kind, Layer, Node, Notice, OpenRequest, OptionTree, Result};
+use crate::block::{
+    BlockDriver, Child, Driver, Error, Kind, Layer, Named, Node, Notice, OpenRequest, OptionTree, Result,
+};
+use crate::storage::lock::Access;
 use crate::storage::{Identity, Storage};
 
 /// What is to be opened.
@@ -71,7 +74,7 @@ pub(super) struct OpenedLayer {
 
 impl OpenedLayer {
     /// With nothing below it.
-    fn new(layer: Arc<Layer>, key: Option<Key>, origin: Origin, settings: Settings, own: bool) -> Self {
+    pub fn new(layer: Arc<Layer>, key: Option<Key>, origin: Origin, settings: Settings, own: bool) -> Self {
         Self { layer, key, origin, settings, below: Below::Nothing, own, overridden: false }
     }
 
@@ -115,7 +118,7 @@ impl OpenedLayer {
 }
 
 /// A plain name if there is one, else the tree.
-fn shown(origin: &Origin) -> String {
+pub(super) fn shown(origin: &Origin) -> String {
     match &origin.path {
         Some(path) => path.to_string_lossy().into_owned(),
         None => format!("json:{}", name::to_json(&Value::Object(origin.tree.clone()))),
@@ -131,7 +134,7 @@ pub(super) fn no_such_node(name: &str, alone: bool) -> Error {
 }
 
 /// Adds what a name says to what was said by options, which rule.
-fn add(options: &mut OptionTree, more: OptionTree) {
+pub(super) fn add(options: &mut OptionTree, more: OptionTree) {
     for (key, value) in more {
         options.entry(key).or_insert(value);
     }
@@ -146,6 +149,8 @@ pub(super) struct Opened {
     pub base: Option<OsString>,
     pub inner: Option<Arc<Node>>,
     pub locking: bool,
+    /// Permissions beside those that the layer takes.
+    pub access: Access,
 }
 
 impl MadeFiles {
@@ -158,7 +163,7 @@ impl MadeFiles {
         ]);
         let child = Child { role: "file".to_owned(), name, driver: self.protocol, storage: self.main };
         let (path, base) = (Some(self.path.clone()), Some(self.path));
-        (Opened { child, tree, path, base, inner: None, locking: true }, self.beside)
+        (Opened { child, tree, path, base, inner: None, locking: true, access: Access::NONE }, self.beside)
     }
 }
 
@@ -174,6 +179,10 @@ impl Opener<'_> {
         let format = match driver.as_deref().map(|name| (name, self.drivers.find(name))) {
             Some((_, Some(Driver::Protocol(protocol)))) => {
                 return self.bare(protocol, path, options, settings, how, trail);
+            }
+            Some((_, Some(Driver::Filter(filter)))) => {
+                let ask = Ask { path, options, settings, made: None };
+                return self.filtered(filter, ask, how, trail)?.into_layer(how, trail);
             }
             Some((_, Some(Driver::Format(format)))) => Some(format),
             Some((name, None)) => return Err(Error::invalid(format!("Unknown driver '{name}'"))),
@@ -196,7 +205,8 @@ impl Opener<'_> {
         let found = key.as_ref().and_then(|key| self.held.find(key, file.base.as_ref()));
         if file.locking && found.is_none() {
             let access = settings.access();
-            trail.lock(&*file.child.storage, if raw && !how.exclusive { access.of_raw() } else { access })?;
+            let access = if raw && !how.exclusive { access.of_raw() } else { access };
+            trail.lock(&*file.child.storage, access.and(file.access))?;
         }
         let mut child = file.child;
         if raw && probed && settings.purpose.writes() {
@@ -209,7 +219,7 @@ impl Opener<'_> {
                 tree.insert((*key).to_owned(), value.clone());
             }
         }
-        let plain = tree.len() == 1 && file.inner.is_none();
+        let plain = tree.len() == 1;
         tree.insert("file".to_owned(), Value::Object(file.tree));
         let origin = Origin {
             path: file.path.clone().filter(|_| plain),
@@ -325,7 +335,7 @@ impl Opener<'_> {
         how: &OpenHow,
         trail: &mut Trail,
     ) -> Result<Opened> {
-        let mut below = take_below(options, "file");
+        let below = take_below(options, "file");
         if let Some(Value::String(reference)) = options.shift_remove("file") {
             return Err(no_such_node(&reference, below.is_empty() && path.is_none()));
         }
@@ -333,34 +343,60 @@ impl Opener<'_> {
         if empty && known {
             return Err(Error::invalid("A block device must be specified for \"file\""));
         }
-        let must = || Error::invalid("Must specify either driver or file");
         if empty {
-            return Err(must());
+            return Err(Error::invalid("Must specify either driver or file"));
         }
+        self.bytes_of("file", path, below, parent, how, trail)
+    }
+
+    /// What gives a node its bytes: a file, a filter before one, or another image.
+    pub(super) fn bytes_of(
+        &self,
+        role: &str,
+        path: Option<OsString>,
+        mut below: OptionTree,
+        parent: &Settings,
+        how: &OpenHow,
+        trail: &mut Trail,
+    ) -> Result<Opened> {
         let driver = match below.shift_remove("driver") {
             Some(Value::String(name)) => Some(name),
             _ => None,
         };
         let (protocol, path) = match (path, driver) {
-            (Some(name), None) => {
-                let (protocol, spelt) = self.drivers.of_name(&name)?;
-                add(&mut below, spelt.options);
-                (protocol, spelt.path)
-            }
-            (path, Some(driver)) => match self.drivers.protocol(&driver) {
-                Some(protocol) => {
+            (Some(name), None) => match self.drivers.of_name(&name)? {
+                Named::Protocol(protocol, spelt) => {
+                    add(&mut below, spelt.options);
+                    (protocol, spelt.path)
+                }
+                Named::Filter(filter, _) => {
+                    let ask = Ask { path: Some(name), options: below, settings: *parent, made: None };
+                    return Ok(self.filtered(filter, ask, how, trail)?.into_file(role));
+                }
+            },
+            (path, Some(driver)) => match self.drivers.find(&driver) {
+                Some(Driver::Protocol(protocol)) => {
                     let spelt = self.spelt(protocol, path)?;
                     add(&mut below, spelt.options);
                     (protocol, spelt.path)
                 }
-                None => return self.nested(driver, path, below, parent, how, trail),
+                Some(Driver::Filter(filter)) => {
+                    let ask = Ask { path, options: below, settings: *parent, made: None };
+                    return Ok(self.filtered(filter, ask, how, trail)?.into_file(role));
+                }
+                _ => {
+                    below.insert("driver".to_owned(), driver.into());
+                    let ask = Ask { path, options: below, settings: *parent, made: None };
+                    return self.nested(role, ask, how, trail);
+                }
             },
             (None, None) => {
-                let name = below.get("filename").and_then(|value| value.as_str()).ok_or_else(must)?;
+                let name = below.get("filename").and_then(|value| value.as_str());
+                let name = name.ok_or_else(|| Error::invalid("Must specify either driver or file"))?;
                 (self.drivers.of_path(OsStr::new(name))?, None)
             }
         };
-        Ok(self.bytes(protocol, path, below, *parent, "file", &mut trail.names)?.0)
+        Ok(self.bytes(protocol, path, below, *parent, role, &mut trail.names)?.0)
     }
 
     /// What a name says to a protocol that was chosen by its own name.
@@ -401,6 +437,7 @@ impl Opener<'_> {
         };
         let child = Child { role: role.to_owned(), name, driver: protocol.name(), storage: opened.storage };
         let base = opened.path.clone().filter(|_| opened.based);
-        Ok((Opened { child, tree, path: opened.path, base, inner: None, locking: opened.locking }, settings))
+        let (path, locking) = (opened.path, opened.locking);
+        Ok((Opened { child, tree, path, base, inner: None, locking, access: Access::NONE }, settings))
     }
 }

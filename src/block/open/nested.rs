@@ -2,51 +2,41 @@
 //!
 //! Invariant: recursion into images inside images is capped.
 
-use std::ffi::OsString;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 
 use super::layer::{Ask, Opened};
-use super::settings::Settings;
 use super::{OpenHow, Opener, Trail};
 use crate::block::io::Scratch;
-use crate::block::{self, Child, ExtentKind, GuestOffset, Node, OptionTree};
-use crate::storage::{Error, Facts, HostExtent, HostFile, HostKind, Preallocation, Result, Storage, Zeroing};
+use crate::block::{self, Child, ExtentKind, GuestOffset, Node};
+use crate::storage::lock::Access;
+use crate::storage::{Error, Event, Facts, HostExtent, HostFile, HostKind, Preallocation, Result, Storage, Zeroing};
 
 /// Images in images in images: nobody needs as many.
-const DEEPEST: usize = 32;
+pub(super) const DEEPEST: usize = 32;
 
 impl Opener<'_> {
     /// Opens the image that another one lies in.
-    pub(super) fn nested(
-        &self,
-        driver: String,
-        path: Option<OsString>,
-        mut options: OptionTree,
-        settings: &Settings,
-        how: &OpenHow,
-        trail: &mut Trail,
-    ) -> block::Result<Opened> {
+    pub(super) fn nested(&self, role: &str, ask: Ask, how: &OpenHow, trail: &mut Trail) -> block::Result<Opened> {
         if trail.depth >= DEEPEST {
             return Err(block::Error::invalid("Images are nested too deeply"));
         }
-        options.insert("driver".to_owned(), driver.into());
         trail.depth += 1;
-        let ask = Ask { path, options, settings: settings.inside(), made: None };
+        let ask = Ask { settings: ask.settings.inside(), ..ask };
         let how = OpenHow { no_backing: false, ..how.clone() };
         let node = self.chain(ask, &how, trail);
         trail.depth -= 1;
         let node = node?;
         let origin = node.origin();
         let child = Child {
-            role: "file".to_owned(),
+            role: role.to_owned(),
             name: node.name().to_owned(),
             driver: node.driver().format(),
             storage: Arc::new(NodeStorage::new(node.clone())),
         };
         let (tree, base) = (origin.tree.clone(), origin.base.clone());
-        Ok(Opened { child, tree, path: None, base, inner: Some(node), locking: false })
+        Ok(Opened { child, tree, path: None, base, inner: Some(node), locking: false, access: Access::NONE })
     }
 }
 
@@ -140,6 +130,8 @@ impl Storage for NodeStorage {
     fn host(&self) -> Option<&HostFile> {
         None
     }
+
+    fn announce(&self, _event: Event) {}
 }
 
 impl NodeStorage {

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use super::{Opener, foreign};
 use crate::block::error::Context;
 use crate::block::{self, Child, Format, Notice, Trailer};
-use crate::storage::{Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
+use crate::storage::{Event, Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
 
 /// How many bytes are looked at to find out a format.
 const HEAD: usize = 512;
@@ -139,5 +139,9 @@ impl Storage for ProbedRaw {
 
     fn host(&self) -> Option<&HostFile> {
         self.storage.host()
+    }
+
+    fn announce(&self, event: Event) {
+        self.storage.announce(event);
     }
 }

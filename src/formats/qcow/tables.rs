@@ -7,7 +7,7 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::formats::runs::Runs;
 use crate::formats::table::TableCache;
-use crate::storage::{Preallocation, Storage};
+use crate::storage::{Event, Preallocation, Storage};
 
 /// Working set of the L2 tables: 32 MiB map 16 GiB in clusters of 4 KiB.
 const L2_CACHE: usize = 32 << 20;
@@ -41,7 +41,7 @@ pub struct State {
 impl State {
     /// Nothing read yet.
     pub fn new(header: Header) -> Self {
-        let (l1, l2) = (TableCache::new(L1_CACHE), TableCache::new(L2_CACHE));
+        let (l1, l2) = (TableCache::new(L1_CACHE), TableCache::announcing(L2_CACHE, Event::L2_LOAD));
         let (pending, end, prepared) = (HashMap::new(), None, false);
         Self { header, l1, l2, pending, end, fresh: u64::MAX, length: 0, prepared }
     }
@@ -242,6 +242,7 @@ impl State {
 
     /// Room for a cluster, and before it for its L2 table if there is none.
     pub fn take(&mut self, storage: &dyn Storage, index: u64, bytes: u64, align: u64) -> Result<(u64, bool)> {
+        storage.announce(Event::CLUSTER_ALLOC);
         let number = index / self.table_entries();
         if self.l2_table(storage, number)? == 0 && !self.pending.contains_key(&number) {
             let bytes = self.table_entries() * 8;
@@ -290,9 +291,11 @@ impl State {
             storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
         }
         storage.flush().context("Could not flush")?;
+        storage.announce(Event::L2_UPDATE);
         self.l2.write_out(storage).context(WRITING)?;
         if self.l1.is_changed() {
             storage.flush().context("Could not flush")?;
+            storage.announce(Event::L1_UPDATE);
             self.l1.write_out(storage).context(WRITING)?;
         }
         Ok(())

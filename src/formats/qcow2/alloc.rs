@@ -5,6 +5,7 @@
 //! worst.
 
 use crate::block::Result;
+use crate::storage::Event;
 
 use super::Qcow2Driver;
 use super::counts::Counts;
@@ -38,11 +39,13 @@ impl Allocator {
 impl Qcow2Driver {
     /// `n` contiguous clusters, counted as used once.
     pub(super) fn allocate(&self, alloc: &mut Allocator, n: u64) -> Result<u64> {
+        self.file().storage.announce(Event::CLUSTER_ALLOC);
         alloc.cursor.allocate(&mut Counts(self), n)
     }
 
     /// Room for bytes, right after the last ones if the clusters follow each other.
     pub(super) fn pack(&self, alloc: &mut Allocator, bytes: u64) -> Result<u64> {
+        self.file().storage.announce(Event::CLUSTER_ALLOC_BYTES);
         let (cluster, bits) = (self.geometry.cluster_size(), self.geometry.cluster_bits);
         let mut host = None;
         if let Some(at) = alloc.packed {

@@ -3,6 +3,7 @@
 
 use crate::block::Result;
 use crate::block::error::Context;
+use crate::storage::Event;
 
 use super::Qcow2Driver;
 use super::alloc::Allocator;
@@ -21,6 +22,7 @@ impl Qcow2Driver {
         let storage = &self.file().storage;
         storage.flush().context("Could not flush")?;
         let bits = self.geometry.cluster_bits;
+        storage.announce(Event::CLUSTER_FREE);
         for (start, n, punch) in std::mem::take(&mut alloc.freed) {
             for (first, count) in self.lower(start, n)? {
                 self.freed(alloc, first, count);
@@ -56,6 +58,7 @@ impl Qcow2Driver {
 
     /// Everything in the files, and the end of compressed data filled up to a sector.
     pub(super) fn flush_all(&self, last: bool) -> Result<()> {
+        self.file().storage.announce(Event::FLUSH_TO_OS);
         let mut alloc = self.lock_alloc();
         if self.write {
             self.settle(&mut alloc)?;
@@ -73,6 +76,7 @@ impl Qcow2Driver {
         }
         drop(alloc);
         for file in &self.files {
+            file.storage.announce(Event::FLUSH_TO_DISK);
             file.storage.flush().with_context(|| format!("{}: could not flush", file.name))?;
         }
         Ok(())

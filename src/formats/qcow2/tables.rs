@@ -25,7 +25,7 @@ use byteorder::{BigEndian, ByteOrder};
 
 use crate::block::error::Context;
 use crate::block::{Error, FileEnd, Result};
-use crate::storage::Storage;
+use crate::storage::{Event, Storage};
 
 use super::geometry::Geometry;
 
@@ -51,6 +51,26 @@ impl Kind {
             Kind::RefcountTable => "refcount table",
             Kind::L2 => "L2 table",
             Kind::L1 => "L1 table",
+        }
+    }
+
+    /// What is announced before a part of it is read; the reference reads L1 tables unannounced.
+    fn reading(self) -> Option<Event> {
+        match self {
+            Kind::RefcountBlock => Some(Event::REFBLOCK_LOAD),
+            Kind::RefcountTable => Some(Event::REFTABLE_LOAD),
+            Kind::L2 => Some(Event::L2_LOAD),
+            Kind::L1 => None,
+        }
+    }
+
+    /// What is announced before a part of it is written.
+    fn writing(self) -> Event {
+        match self {
+            Kind::RefcountBlock => Event::REFBLOCK_UPDATE_PART,
+            Kind::RefcountTable => Event::REFTABLE_UPDATE,
+            Kind::L2 => Event::L2_UPDATE,
+            Kind::L1 => Event::L1_UPDATE,
         }
     }
 }
@@ -277,6 +297,7 @@ impl Tables {
             }
             let part = &slices[first..=n];
             let at = part.first().map_or(0, |slice| slice.at);
+            self.storage.announce(slice.kind.writing());
             self.storage
                 .write_at(at, &batch)
                 .with_context(|| format!("error while writing {} at byte {at}", slice.kind.name()))?;
@@ -304,6 +325,9 @@ impl Tables {
                 self.end.require(&*self.storage, slice.kind.name(), slice.at, slice.len)?;
             }
             let mut read = vec![0; index(slice.len)?].into_boxed_slice();
+            if let Some(event) = slice.kind.reading() {
+                self.storage.announce(event);
+            }
             self.storage
                 .read_at(slice.at, &mut read)
                 .with_context(|| format!("error while reading {} at byte {}", slice.kind.name(), slice.at))?;

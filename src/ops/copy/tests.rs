@@ -10,7 +10,7 @@ use crate::block::format::Alone;
 use crate::block::{Child, Format, NO_SECRETS, OpenRequest, OptionTree, Purpose};
 use crate::formats::raw::Raw;
 use crate::storage::memory::Memory;
-use crate::storage::{Error as StorageError, Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
+use crate::storage::{Error as StorageError, Event, Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
 
 /// A buffer with holes where nothing was written, with sectors that cannot be read or written.
 #[derive(Debug, Default)]
@@ -81,6 +81,7 @@ impl Storage for Patchy {
     fn host(&self) -> Option<&HostFile> {
         None
     }
+    fn announce(&self, _event: Event) {}
 }
 
 fn node(storage: Arc<dyn Storage>, name: &str) -> Arc<Node> {

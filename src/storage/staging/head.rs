@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::storage::file::HostFile;
-use crate::storage::{Facts, HostExtent, Preallocation, Result, Storage, Zeroing};
+use crate::storage::{Event, Facts, HostExtent, Preallocation, Result, Storage, Zeroing};
 
 /// Bytes that are kept back: a sector, which holds the signature of every format.
 const HEAD: usize = 512;
@@ -161,4 +161,6 @@ impl Storage for HeadLast {
     fn host(&self) -> Option<&HostFile> {
         Some(&self.file)
     }
+
+    fn announce(&self, _event: Event) {}
 }

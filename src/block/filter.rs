@@ -1,0 +1,60 @@
+//! What is known of a filter without an image: its name, how it is spelt, how it is put over what lies below. A filter
+//! stands between a format and its file, or over an image, and passes the bytes on as they are.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use super::{Child, OptionTree, Result};
+use crate::storage::lock::Access;
+use crate::storage::{CacheMode, Storage};
+
+/// What a name says to a filter.
+#[derive(Debug, Clone)]
+pub struct Wrapped {
+    /// The name of what lies below.
+    pub below: OsString,
+    /// Options that stand in the name.
+    pub options: OptionTree,
+}
+
+/// What lies below a filter.
+pub struct Below {
+    /// Its bytes.
+    pub child: Child,
+    /// The name that opens it again with nothing else, if there is one.
+    pub path: Option<OsString>,
+    /// It is written to.
+    pub write: bool,
+    /// What the page cache does.
+    pub cache: CacheMode,
+}
+
+/// A filter over what lies below it.
+pub struct Filtered {
+    /// The bytes as they are seen through it.
+    pub storage: Arc<dyn Storage>,
+    /// The name that opens it again with nothing else, if there is one.
+    pub path: Option<OsString>,
+    /// The options that open it again, beside the filter's name and what lies below.
+    pub strong: Map<String, Value>,
+    /// Permissions on what lies below, beside those that its users take.
+    pub access: Access,
+}
+
+/// What is known of a filter: one static each.
+pub trait Filter: Sync + fmt::Debug {
+    /// Its name among the drivers, and what names of it start with.
+    fn name(&self) -> &'static str;
+
+    /// What is below is to it: the key of its options.
+    fn role(&self) -> &'static str;
+
+    /// What `NAME:rest` says.
+    fn spelt(&self, rest: &OsStr) -> Result<Wrapped>;
+
+    /// Puts it over what `below` opens, when it is called. Takes the options that it knows; what is left is refused.
+    fn open(&self, options: &mut OptionTree, below: &mut dyn FnMut() -> Result<Below>) -> Result<Filtered>;
+}
