@@ -10,8 +10,8 @@ use super::ids::ImageIds;
 use crate::block::error::Context;
 use crate::block::protocol::{CreateFile, Protocol};
 use crate::block::{
-    Child, Create, CreateFiles, CreateOptions, CreateRequest, Drivers, Error, Format, ImageRef, Kind, MadeFiles, Named,
-    Node, Notice, OpenHow, Opener, OptionValue, Purpose, Related, Result, format, name,
+    Child, Create, CreateFiles, CreateOptions, CreateRequest, Driver, Drivers, Error, Format, ImageRef, Kind,
+    MadeFiles, Named, Node, Notice, OpenHow, Opener, OptionValue, Purpose, Related, Result, format, name,
 };
 use crate::storage::staging::{Durability, Staging};
 use crate::storage::{self, CacheMode, Identity, Storage};
@@ -30,11 +30,12 @@ pub struct Target {
 impl Target {
     /// The format with that name, and the protocol of that file name.
     pub fn find(drivers: &Drivers, format: &str, name: Option<&OsStr>) -> Result<Self> {
-        let format = format::find(drivers.formats, format)?;
+        let format = match drivers.find(format) {
+            Some(Driver::Protocol(_) | Driver::Filter(_)) => return Err(no_format(format)),
+            _ => format::find(drivers.formats, format)?,
+        };
         let files = name.map(|name| place(drivers, name)).transpose()?.map(|place| place.maker);
-        let create = format.creating().ok_or_else(|| {
-            Error::unsupported(format!("Format driver '{}' does not support image creation", format.name()))
-        })?;
+        let create = format.creating().ok_or_else(|| no_format(format.name()))?;
         Ok(Self { format, create, files })
     }
 
@@ -166,6 +167,10 @@ impl Place {
     }
 }
 
+fn no_format(driver: &str) -> Error {
+    Error::unsupported(format!("Format driver '{driver}' does not support image creation"))
+}
+
 fn no_creation(driver: &str) -> Error {
     Error::unsupported(format!("Protocol driver '{driver}' does not support image creation"))
 }
@@ -213,10 +218,7 @@ pub fn create_open(new: &NewImage, staging: &Staging, opener: &Opener<'_>, cache
 /// Makes the files of an image.
 fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFiles> {
     let format = new.format.name();
-    let create = new
-        .format
-        .creating()
-        .ok_or_else(|| Error::unsupported(format!("Format driver '{format}' does not support image creation")))?;
+    let create = new.format.creating().ok_or_else(|| no_format(format))?;
     let shown = new.name.to_string_lossy();
     let place = place(opener.drivers(), &new.name)?;
     if let Some(backing_format) = new.options.text("backing_fmt")

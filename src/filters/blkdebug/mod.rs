@@ -366,6 +366,9 @@ impl Storage for Debugged {
     }
 
     fn announce(&self, event: Event) {
+        if event == Event::FLUSH_TO_DISK && !self.flushes {
+            return;
+        }
         self.rules.lock().unwrap_or_else(PoisonError::into_inner).announce(event);
     }
 }
