@@ -2,6 +2,11 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use vimg::storage::Preallocation;
+use vimg::storage::fault::{Fault, Faulty};
+use vimg::storage::memory::Memory;
 
 use crate::common::{Scratch, judge, vimg};
 
@@ -202,6 +207,62 @@ fn repair_writes_no_refcounts_where_something_else_is() {
             assert!(old[131_072..196_608].iter().all(|byte| *byte == 2), "{what}");
             let listed = scratch.judge(&["info", "i"]).stdout;
             assert!(listed.contains("name: still") && listed.contains("name: b"), "{what}: {listed}");
+        }
+    }
+}
+
+/// A repair that stops at any write leaves an image that is still dirty, or consistent: the disk is there for the
+/// judge, and the next repair makes all good.
+#[test]
+fn a_repair_that_is_stopped_can_be_done_again() {
+    let scratch = Scratch::new();
+    for options in ["cluster_size=512,refcount_bits=64", "cluster_size=64k"] {
+        scratch.judge(&["create", "-q", "-f", "qcow2", "-o", options, "i", "2M"]);
+        scratch.qemu_io("qcow2", "i", &["write -P 1 0 200k", "write -P 2 1M 100k"]);
+        let shown = |size: usize| {
+            scratch.judge(&["convert", "-f", "qcow2", "-O", "raw", "i", "shown"]);
+            let mut bytes = fs::read(scratch.file("shown")).unwrap();
+            assert!(bytes.len() == 2 << 20 || bytes.len() == size, "{} bytes", bytes.len());
+            let rest = bytes.split_off(2 << 20);
+            assert!(rest.iter().all(|byte| *byte == 0));
+            bytes
+        };
+        let disk = shown(2 << 20);
+        let honest = fs::read(scratch.file("i")).unwrap();
+        let (l1, table) = (word(&honest, 40), word(&honest, 48));
+        // The first refcount block over the L1 table, over the first data, lost, and just out of date.
+        let data = word(&honest, word(&honest, l1) & 0x00ff_ffff_ffff_fe00) & 0x00ff_ffff_ffff_fe00;
+        for place in [l1, data, 0, word(&honest, table)] {
+            fs::write(scratch.file("i"), &honest).unwrap();
+            poke(&scratch, 72, 1);
+            poke(&scratch, table, place);
+            let bad = fs::read(scratch.file("i")).unwrap();
+            let stopped = |at: usize| {
+                let memory = Arc::new(Memory::new(bad.clone()));
+                let faulty = Arc::new(Faulty::new(memory.clone(), at, Fault::Stop));
+                if let Ok(node) = crate::rig::open_on(faulty.clone(), "qcow2", true) {
+                    let done = vimg::ops::resize::resize(&node, 3 << 20, Preallocation::Off);
+                    assert!(done.is_ok() || faulty.tripped(), "{options} {place:#x}: {done:?}");
+                }
+                (faulty.operations().len(), memory.to_vec())
+            };
+            let count = stopped(usize::MAX).0;
+            assert!(count > 3, "{count} operations");
+            for at in (0..=count).rev().step_by(count / 16 + 1) {
+                let what = format!("{options} {place:#x}: stopped at {at} of {count}");
+                let after = stopped(at).1;
+                fs::write(scratch.file("i"), &after).unwrap();
+                if after[79] & 1 == 0 {
+                    let out = judge(&["check", "-f", "qcow2", "i"]).dir(scratch.path()).run();
+                    assert!(matches!(out.code, Some(0 | 3)), "{what}: {out:?}");
+                }
+                assert!(shown(3 << 20) == disk, "{what}");
+                scratch.vimg(&["resize", "-q", "-f", "qcow2", "i", "4M"]);
+                // What was stopped after the repair may have left a leak.
+                let out = judge(&["check", "-f", "qcow2", "i"]).dir(scratch.path()).run();
+                assert!(matches!(out.code, Some(0 | 3)), "{what}: {out:?}");
+                assert!(shown(4 << 20) == disk, "{what}: after the next repair");
+            }
         }
     }
 }

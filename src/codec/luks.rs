@@ -6,8 +6,6 @@
 //! iterations; 168, 40 bytes UUID; 208, 8 key slots of 48 bytes each. Slot: 0, 4 bytes state; 4, 4 bytes iterations; 8,
 //! 32 bytes salt; 40, 4 bytes offset of the key material in sectors; 44, 4 bytes stripes.
 
-use byteorder::{BigEndian, ByteOrder};
-
 /// Length of the header.
 pub const HEADER: usize = 592;
 const MAGIC: &[u8; 6] = b"LUKS\xba\xbe";
@@ -65,11 +63,11 @@ pub struct Header {
 impl Header {
     /// Reads and checks a header. What is wrong is said in the reference's words.
     pub fn parse(bytes: &[u8; HEADER]) -> Result<Self, String> {
-        let u32_at = |at: usize| BigEndian::read_u32(&bytes[at..at + 4]);
+        let u32_at = |at: usize| bytes[at..].first_chunk().map_or(0, |word| u32::from_be_bytes(*word));
         if &bytes[..6] != MAGIC {
             return Err("Volume is not in LUKS format".to_owned());
         }
-        let version = BigEndian::read_u16(&bytes[6..8]);
+        let version = u16::from_be_bytes([bytes[6], bytes[7]]);
         if version != 1 {
             return Err(format!("LUKS version {version} is not supported"));
         }
@@ -187,16 +185,16 @@ mod tests {
         bytes[8..11].copy_from_slice(b"aes");
         bytes[40..51].copy_from_slice(b"xts-plain64");
         bytes[72..78].copy_from_slice(b"sha256");
-        BigEndian::write_u32(&mut bytes[104..108], 4040);
-        BigEndian::write_u32(&mut bytes[108..112], 64);
-        BigEndian::write_u32(&mut bytes[164..168], 1000);
+        bytes[104..108].copy_from_slice(&u32::to_be_bytes(4040));
+        bytes[108..112].copy_from_slice(&u32::to_be_bytes(64));
+        bytes[164..168].copy_from_slice(&u32::to_be_bytes(1000));
         bytes[168..172].copy_from_slice(b"uuid");
         for n in 0..SLOTS {
             let at = SLOTS_AT + n * SLOT;
-            BigEndian::write_u32(&mut bytes[at..at + 4], if n == 0 { ACTIVE } else { INACTIVE });
-            BigEndian::write_u32(&mut bytes[at + 4..at + 8], 7);
-            BigEndian::write_u32(&mut bytes[at + 40..at + 44], 8 + 504 * n as u32);
-            BigEndian::write_u32(&mut bytes[at + 44..at + 48], STRIPES);
+            bytes[at..at + 4].copy_from_slice(&u32::to_be_bytes(if n == 0 { ACTIVE } else { INACTIVE }));
+            bytes[at + 4..at + 8].copy_from_slice(&u32::to_be_bytes(7));
+            bytes[at + 40..at + 44].copy_from_slice(&u32::to_be_bytes(8 + 504 * n as u32));
+            bytes[at + 44..at + 48].copy_from_slice(&u32::to_be_bytes(STRIPES));
         }
         bytes
     }

@@ -7,8 +7,6 @@
 
 use std::collections::HashSet;
 
-use byteorder::{BigEndian, ByteOrder};
-
 use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::storage::Storage;
@@ -163,8 +161,7 @@ impl Qcow2Driver {
         }
         let mut bytes = vec![0; short(u64::from(old.table_size) * ENTRY)?];
         storage.read_at(old.table_offset, &mut bytes).context("Could not read a bitmap table")?;
-        let mut table = vec![0; bytes.len() / 8];
-        BigEndian::read_u64_into(&bytes, &mut table);
+        let mut table: Vec<u64> = layout::words(&bytes).collect();
         let kept = short(clusters)?;
         for entry in table.iter().skip(kept) {
             self.check_data(entry & OFFSET_MASK, u64::from(entry & OFFSET_MASK != 0))?;
@@ -191,8 +188,7 @@ impl Qcow2Driver {
             self.check_data(at, u64::from(at != 0))?;
             self.free_bytes(alloc, at, cluster);
         }
-        let mut bytes = vec![0; table.len() * 8];
-        BigEndian::write_u64_into(&table, &mut bytes);
+        let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         let table_offset = self.put(alloc, &bytes)?;
         self.add_bitmap_table(table_offset, bytes.len() as u64);
         self.free_bytes(alloc, old.table_offset, u64::from(old.table_size) * ENTRY);

@@ -3,8 +3,6 @@
 //! Invariant: what is not understood is kept and written back (extra header bytes, unknown extensions). Every length
 //! is checked against the first cluster before it is used.
 
-use byteorder::{BigEndian, ByteOrder};
-
 use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::storage::Storage;
@@ -42,7 +40,7 @@ impl Header {
         let length = storage.len().context("Could not read qcow2 header")?;
         let mut start = [0; HEADER_FULL];
         storage.read_at(0, &mut start).context("Could not read qcow2 header")?;
-        if BigEndian::read_u32(&start[..4]) != layout::MAGIC {
+        if layout::word32(&start, 0) != Some(layout::MAGIC) {
             return Err(Error::invalid("Image is not in qcow2 format"));
         }
         let fields = HeaderFields::of_any_version(&start);
@@ -213,7 +211,7 @@ impl Header {
             let (is, should) = (data.len(), layout::CRYPTO_EXT);
             return Err(Error::corrupt(format!("CRYPTO header extension size {is}, but expected size {should}")));
         }
-        let (offset, length) = (BigEndian::read_u64(&data[..8]), BigEndian::read_u64(&data[8..]));
+        let (offset, length) = (layout::word(data, 0).unwrap_or(0), layout::word(data, 8).unwrap_or(0));
         let cluster = self.geometry().cluster_size();
         if !offset.is_multiple_of(cluster) {
             return Err(Error::corrupt(format!(
@@ -328,7 +326,7 @@ fn extensions(area: &[u8]) -> Result<Vec<(u32, &[u8])>> {
     let mut found = Vec::new();
     let mut rest = area;
     while let Some((head, after)) = rest.split_at_checked(layout::EXT_HEAD) {
-        let (kind, len) = (BigEndian::read_u32(&head[..4]), BigEndian::read_u32(&head[4..]) as usize);
+        let (kind, len) = (layout::word32(head, 0).unwrap_or(0), layout::word32(head, 4).unwrap_or(0) as usize);
         if kind == layout::EXT_END {
             break;
         }

@@ -327,6 +327,21 @@ on_disk! {
     }
 }
 
+/// The entries of a table: big-endian words of 8 bytes. What is left over at the end is none.
+pub fn words(bytes: &[u8]) -> impl ExactSizeIterator<Item = u64> {
+    bytes.as_chunks().0.iter().map(|word| u64::from_be_bytes(*word))
+}
+
+/// The big-endian word of 8 bytes at `at`.
+pub fn word(bytes: &[u8], at: usize) -> Option<u64> {
+    bytes.get(at..)?.first_chunk().map(|word| u64::from_be_bytes(*word))
+}
+
+/// The big-endian word of 4 bytes at `at`.
+pub fn word32(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..)?.first_chunk().map(|word| u32::from_be_bytes(*word))
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

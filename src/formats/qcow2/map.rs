@@ -6,13 +6,11 @@
 
 use std::sync::atomic::Ordering;
 
-use byteorder::{BigEndian, ByteOrder};
-
 use crate::block::{CompressedUnit, Error, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace, Result};
 
 use super::Qcow2Driver;
 use super::geometry::Geometry;
-use super::layout::{COMPRESSED, COPIED, ENTRY, OFFSET_MASK, SUBCLUSTERS, ZERO};
+use super::layout::{COMPRESSED, COPIED, ENTRY, OFFSET_MASK, SUBCLUSTERS, ZERO, word, words};
 
 /// Most L2 entries that one answer looks at.
 const MOST_ENTRIES: u64 = 64 << 10;
@@ -189,9 +187,9 @@ impl Qcow2Driver {
         let last = (end - 1) / covers;
         // Unallocated L1 entries from here on, as far as the slice goes.
         let (entry, empty) = self.tables.view(l1, first.saturating_mul(ENTRY), |bytes| {
-            let entries = bytes.chunks_exact(ENTRY as usize).map(BigEndian::read_u64);
+            let entries = words(bytes);
             let empty = entries.take_while(|entry| entry & OFFSET_MASK == 0).count() as u64;
-            (bytes.get(..ENTRY as usize).map(BigEndian::read_u64), empty)
+            (word(bytes, 0), empty)
         })?;
         let unallocated = |len: u64| Run { kind: ExtentKind::Unallocated(None), len };
         let Some(entry) = entry else {
@@ -217,7 +215,7 @@ impl Qcow2Driver {
             let mut guest = pos - geometry.in_cluster(pos);
             for (n, words) in (0u64..).zip(bytes.chunks_exact(width as usize)) {
                 *looked += 1;
-                let (entry, bitmap) = (BigEndian::read_u64(words), words.get(8..16).map_or(0, BigEndian::read_u64));
+                let (entry, bitmap) = (word(words, 0).unwrap_or(0), word(words, 8).unwrap_or(0));
                 let place = Position { guest, table, index: index + n };
                 let mut within = if n == 0 { geometry.in_cluster(pos) } else { 0 };
                 while within < geometry.cluster_size() {

@@ -49,8 +49,6 @@ pub mod window;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
-use byteorder::{BigEndian, ByteOrder};
-
 use crate::block::driver::Bitmaps;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
@@ -76,8 +74,8 @@ impl Format for Qcow2 {
     }
 
     fn probe(&self, head: &[u8], _name: &str) -> u32 {
-        let magic = head.get(..4).map(BigEndian::read_u32) == Some(layout::MAGIC);
-        let version = head.get(4..8).map_or(0, BigEndian::read_u32);
+        let magic = layout::word32(head, 0) == Some(layout::MAGIC);
+        let version = layout::word32(head, 4).unwrap_or(0);
         if magic && version >= 2 { 100 } else { 0 }
     }
 

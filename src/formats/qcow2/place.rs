@@ -3,8 +3,6 @@
 //! Invariants: what a placement covers is counted as used from `place` on, but no L2 entry points there before
 //! `publish`. An L2 table for a guest range is made by `place`, before the data clusters, as the reference does.
 
-use byteorder::{BigEndian, ByteOrder};
-
 use crate::block::error::Context;
 use crate::block::{Action, Compress, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write};
 
@@ -127,7 +125,7 @@ impl Qcow2Driver {
             let mut from = 0;
             while from < entries * ENTRY {
                 let seen = self.tables.view(table, from, |bytes| {
-                    let words = bytes.chunks_exact(ENTRY as usize).map(BigEndian::read_u64);
+                    let words = layout::words(bytes);
                     let count = usize::try_from(entries - from / ENTRY).unwrap_or(usize::MAX);
                     words.take(count).all(own).then_some(bytes.len() as u64)
                 })?;

@@ -3,8 +3,6 @@
 //! Widths below a byte are packed from the least significant bit on; wider ones are big endian. Nothing here panics:
 //! an index outside the block reads as 0 and is not written.
 
-use byteorder::{BigEndian, ByteOrder};
-
 /// The refcount with that index.
 pub fn get(order: u32, block: &[u8], index: usize) -> u64 {
     if order < 3 {
@@ -14,7 +12,7 @@ pub fn get(order: u32, block: &[u8], index: usize) -> u64 {
     let width = 1usize << (order - 3);
     let start = index.saturating_mul(width);
     match block.get(start..start.saturating_add(width)) {
-        Some(bytes) => BigEndian::read_uint(bytes, width),
+        Some(bytes) => bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)),
         None => 0,
     }
 }
@@ -31,8 +29,7 @@ pub fn set(order: u32, block: &mut [u8], index: usize, value: u64) {
     let width = 1usize << (order - 3);
     let start = index.saturating_mul(width);
     if let Some(bytes) = block.get_mut(start..start.saturating_add(width)) {
-        let fits = if width == 8 { value } else { value & ((1 << (8 * width)) - 1) };
-        BigEndian::write_uint(bytes, fits, width);
+        bytes.copy_from_slice(&value.to_be_bytes()[8 - width..]);
     }
 }
 

@@ -2,8 +2,6 @@
 //!
 //! Source: specification, section "Snapshots".
 
-use byteorder::{BigEndian, ByteOrder};
-
 use crate::block::driver::SnapshotKey;
 use crate::block::info::SnapshotInfo;
 use crate::block::{BlockDriver, Error, Result, Snapshots};
@@ -12,7 +10,7 @@ use crate::storage::Storage;
 use super::Qcow2Driver;
 use super::header::{Header, c_string};
 use super::layout::{
-    ENTRY, MAX_L1_BYTES, MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, SNAPSHOT_ENTRY, SnapshotFields,
+    ENTRY, MAX_L1_BYTES, MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, SNAPSHOT_ENTRY, SnapshotFields, word,
 };
 use super::window::Window;
 
@@ -31,7 +29,7 @@ pub struct Snapshot {
 
 impl Snapshot {
     fn extra_word(&self, at: usize) -> Option<u64> {
-        self.extra.get(at..at + 8).map(BigEndian::read_u64)
+        word(&self.extra, at)
     }
 
     /// How long the entry is in the table, padding and all.

@@ -13,6 +13,11 @@
 //! * a table that is given up is [`Tables::forget`]-ed before its place is used for anything else;
 //! * call `write_back` when [`Tables::is_full`]: dirty slices are never evicted.
 //!
+//! This is not the cache of the other formats (`formats/table.rs`), and cannot be. Many threads look tables up here at
+//! once, without the allocator's lock, so it is sharded and each slice has a lock of its own; there one lock holds the
+//! driver's whole state, cache and all. What is changed here is whole tables, of four kinds with an order between them;
+//! there it is single entries, in pages which guest data may share.
+//!
 //! Lock order: allocator (the caller's) → shard → nothing; slice → nothing. A slice's lock is never taken while
 //! a shard is locked; a slice is read from the file under its own lock alone.
 
@@ -21,13 +26,12 @@ use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
-use byteorder::{BigEndian, ByteOrder};
-
 use crate::block::error::Context;
 use crate::block::{Error, FileEnd, Result};
 use crate::storage::{Event, Storage};
 
 use super::geometry::Geometry;
+use super::layout::word;
 
 /// What kind of table: in the order in which changes reach the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -183,29 +187,27 @@ impl Tables {
     /// The 8-byte entry with that index.
     pub fn get(&self, table: Table, entry: u64) -> Result<u64> {
         let from = entry.saturating_mul(8);
-        let value = self.view(table, from, |bytes| bytes.get(..8).map(BigEndian::read_u64))?;
+        let value = self.view(table, from, |bytes| word(bytes, 0))?;
         value.ok_or_else(|| Error::corrupt(format!("{} at {:#x}: no entry {entry}", table.kind.name(), table.at)))
     }
 
     /// Sets the 8-byte entry with that index.
     pub fn set(&self, table: Table, entry: u64, value: u64) -> Result<()> {
-        self.change(table, entry.saturating_mul(8), 8, |bytes| BigEndian::write_u64(bytes, value))
+        self.change(table, entry.saturating_mul(8), 8, |bytes| bytes.copy_from_slice(&value.to_be_bytes()))
     }
 
     /// The two words of the 16-byte entry with that index.
     pub fn get_pair(&self, table: Table, entry: u64) -> Result<(u64, u64)> {
         let from = entry.saturating_mul(16);
-        let value = self.view(table, from, |bytes| {
-            Some((BigEndian::read_u64(bytes.get(..8)?), BigEndian::read_u64(bytes.get(8..16)?)))
-        })?;
+        let value = self.view(table, from, |bytes| Some((word(bytes, 0)?, word(bytes, 8)?)))?;
         value.ok_or_else(|| Error::corrupt(format!("{} at {:#x}: no entry {entry}", table.kind.name(), table.at)))
     }
 
     /// Sets the two words of the 16-byte entry with that index.
     pub fn set_pair(&self, table: Table, entry: u64, value: (u64, u64)) -> Result<()> {
         self.change(table, entry.saturating_mul(16), 16, |bytes| {
-            BigEndian::write_u64(&mut bytes[..8], value.0);
-            BigEndian::write_u64(&mut bytes[8..], value.1);
+            bytes[..8].copy_from_slice(&value.0.to_be_bytes());
+            bytes[8..].copy_from_slice(&value.1.to_be_bytes());
         })
     }
 
@@ -435,7 +437,7 @@ mod tests {
     fn memory_is_bounded_and_evicted_slices_come_back() {
         let mut content = vec![0; 8 << 20];
         for (n, entry) in content.chunks_exact_mut(8).enumerate() {
-            BigEndian::write_u64(entry, n as u64);
+            entry.copy_from_slice(&(n as u64).to_be_bytes());
         }
         let tables = Tables::new(Arc::new(Memory::new(content)), 1 << 20);
         for round in 0..2 {

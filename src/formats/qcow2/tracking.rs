@@ -9,8 +9,6 @@
 
 use std::sync::PoisonError;
 
-use byteorder::{BigEndian, ByteOrder};
-
 use crate::block::driver::{BitmapInfo, Bitmaps};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
@@ -239,7 +237,7 @@ impl Bitmaps for Qcow2Driver {
         }
         storage.read_at(fields.table_offset + first * ENTRY, &mut table).context("Could not read a bitmap table")?;
         let (mut within, mut rest, mut read) = (at % cluster, bits, 0);
-        for entry in table.chunks_exact(ENTRY as usize).map(BigEndian::read_u64) {
+        for entry in layout::words(&table) {
             let room = usize::try_from(cluster - within).unwrap_or(rest.len());
             let (part, others) = rest.split_at_mut(room.min(rest.len()));
             match (entry & OFFSET_MASK, entry & ALL_SET) {

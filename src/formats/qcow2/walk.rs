@@ -10,8 +10,6 @@
 
 use std::collections::BTreeMap;
 
-use byteorder::{BigEndian, ByteOrder};
-
 use crate::block::Result;
 use crate::block::error::Context;
 
@@ -299,7 +297,7 @@ impl Qcow2Driver {
         while from < table.len {
             let len = self.tables.view(table, from, |bytes| {
                 piece.clear();
-                piece.extend(bytes.chunks_exact(ENTRY as usize).map(BigEndian::read_u64));
+                piece.extend(layout::words(bytes));
                 bytes.len() as u64
             })?;
             for (n, word) in (0..).zip(&piece).filter(|(_, word)| **word != 0) {

@@ -8,8 +8,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use byteorder::{ByteOrder, LittleEndian as LE};
-
 use crate::block::error::Context;
 use crate::block::{Error, FileEnd, Result};
 use crate::storage::Storage;
@@ -112,9 +110,7 @@ pub fn read_entries(storage: &dyn Storage, at: u64, entries: u64) -> Result<Vec<
     let entries = usize::try_from(entries).map_err(|_| Error::corrupt("table too long"))?;
     let mut bytes = vec![0; entries * 4];
     storage.read_at(at, &mut bytes).context("read error")?;
-    let mut table = vec![0; entries];
-    LE::read_u32_into(&bytes, &mut table);
-    Ok(table)
+    Ok(bytes.as_chunks().0.iter().map(|entry| u32::from_le_bytes(*entry)).collect())
 }
 
 impl State {
