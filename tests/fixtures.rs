@@ -78,7 +78,12 @@ fn info_says_of_fixtures_what_the_judge_says() {
             &["info", &fixture.name],
             &["info", "-f", &fixture.format, &fixture.name],
         ] {
-            let (ours, theirs) = (vimg(args).dir(scratch.path()).run(), judge(args).dir(scratch.path()).run());
+            // Without a format the judge takes a fixed VHD for raw, its footer for guest data: a difference of the README.
+            let mut asked = args.to_vec();
+            if fixture.name.ends_with("fixed.vhd") && !args.contains(&"-f") {
+                asked.extend(["-f", "vpc"]);
+            }
+            let (ours, theirs) = (vimg(args).dir(scratch.path()).run(), judge(&asked).dir(scratch.path()).run());
             if (ours.code, &ours.stdout, &ours.stderr) != (theirs.code, &theirs.stdout, &theirs.stderr) {
                 wrong.push(format!(
                     "{args:?}\n{}{}\nqemu-img:\n{}{}",
