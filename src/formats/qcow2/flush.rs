@@ -61,7 +61,7 @@ impl Qcow2Driver {
         self.file().storage.announce(Event::FLUSH_TO_OS);
         let mut alloc = self.lock_alloc();
         if self.write {
-            self.settle(&mut alloc)?;
+            self.settle(&mut alloc).with_context(|| format!("{}: could not flush", self.file().name))?;
             if last {
                 self.finish_bitmaps(&mut alloc)?;
             }
