@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use crate::common::{Output, Scratch, judge, vimg};
+use crate::common::{Output, Scratch, judge, vimg, vimg_path};
 
 /// Images that name another file, and that file's name.
 fn images(scratch: &Scratch) -> Vec<(&'static str, &'static str)> {
@@ -178,5 +178,16 @@ fn info_shows_extents_that_are_not_opened() {
         // They need not be there.
         fs::remove_file(scratch.file(if image == "flat.vmdk" { "flat-flat.vmdk" } else { "split-s001.vmdk" })).unwrap();
         assert_eq!(run(&scratch, &["info", "--untrusted", image]).code, Some(0));
+    }
+}
+
+/// Where vimg stands in for qemu-img, what it adds is not shown.
+#[test]
+fn the_help_shows_it_under_its_own_name_alone() {
+    let scratch = Scratch::new();
+    symlink(vimg_path(), scratch.file("vimg")).unwrap();
+    for (out, shown) in [(scratch.sh("./vimg --help"), true), (scratch.vimg(&["--help"]), false)] {
+        assert_eq!(out.stdout.contains("--untrusted") && out.stdout.contains("--allow"), shown, "{out:?}");
+        assert!(shown || !out.stdout.contains("allow"), "{out:?}");
     }
 }

@@ -655,6 +655,32 @@ fn extents_are_plain_paths() {
     }
 }
 
+/// Through a link, the extents are where they are without it.
+#[test]
+fn extents_stay_beside_the_target_of_a_link() {
+    let s = Scratch::new();
+    disk(&s, "d.raw", 1 << 20);
+    fs::write(s.file("e.raw"), pattern(9, 1 << 20)).unwrap();
+    for folder in ["real", "links"] {
+        fs::create_dir(s.file(folder)).unwrap();
+    }
+    std::os::unix::fs::symlink("../real/d.vmdk", s.file("links/d.vmdk")).unwrap();
+    for subformat in ["monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"] {
+        let option = format!("subformat={subformat}");
+        for (source, target) in [("d.raw", "real/d.vmdk"), ("e.raw", "links/d.vmdk")] {
+            s.vimg(&["convert", "-f", "raw", "-O", "vmdk", "-o", &option, source, target]);
+        }
+        s.assert_same_content("raw", "e.raw", "vmdk", "real/d.vmdk");
+        if subformat == "twoGbMaxExtentSparse" {
+            s.vimg(&["resize", "-q", "links/d.vmdk", "3G"]);
+            assert!(s.judge(&["info", "real/d.vmdk"]).stdout.contains("virtual size: 3 GiB"));
+        }
+        s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "links/d.vmdk", "o"]);
+        assert_eq!(s.sh("ls links").stdout, "d.vmdk\n");
+        s.sh("rm -f real/*");
+    }
+}
+
 /// Two names that are different bytes, though not text, are different disks; the extents are called as qemu-img's.
 #[test]
 fn extents_have_the_bytes_of_the_images_name() {

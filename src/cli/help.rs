@@ -36,7 +36,12 @@ fn trust() -> [Arg; 2] {
 
 /// A clap command of a subcommand.
 pub fn subcommand(name: &'static str) -> Command {
-    ["untrusted", "allow"].into_iter().fold(command(name), |command, id| command.mut_arg(id, |arg| arg.hide(true)))
+    without_own(command(name))
+}
+
+/// The same, with the options that the reference does not have hidden.
+fn without_own(command: Command) -> Command {
+    ["untrusted", "allow"].into_iter().fold(command, |command, id| command.mut_arg(id, |arg| arg.hide(true)))
 }
 
 /// What may stand before the subcommand.
@@ -75,7 +80,12 @@ pub fn print_program(program: &Program) -> anyhow::Result<()> {
     program.print(&format!(
         "Works on the disk images of virtual machines.  Usage:\n\n  {name} [standard options] COMMAND [--help | command options]\n\nStandard options:\n"
     ));
-    print_options(program, &top_level());
+    // What vimg adds is not shown where it stands in for the reference.
+    let options = match name {
+        "vimg" => top_level(),
+        _ => without_own(top_level()),
+    };
+    print_options(program, &options);
     program.print(&format!("\nRecognized commands (see {name} COMMAND --help for the options of each):\n\n"));
     for row in SUBCOMMANDS {
         program.println(&format!("  {} - {}", row.name, row.about));

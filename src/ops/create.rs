@@ -315,7 +315,8 @@ impl CreateFiles for Files<'_> {
     }
 
     fn beside(&self, name: &OsStr) -> Result<Arc<dyn Storage>> {
-        let path = name::literally_beside(Some(self.place.path.as_os_str()), name);
+        // Where it will be looked for: behind a link, beside what that leads to, if an older one is there.
+        let path = name::find_literally_beside(Some(self.place.path.as_os_str()), name);
         let path = path.unwrap_or_else(|| name.into());
         self.second(Place::of(self.drivers.of_path(&path)?, path.into())?, name)
     }

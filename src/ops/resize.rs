@@ -1,7 +1,7 @@
 //! Changing the size of the guest's disk: decided and checked first, so that what is refused changes nothing.
 
-use std::ffi::OsStr;
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::block::error::Context;
@@ -108,6 +108,17 @@ struct FilesBeside<'a> {
 }
 
 impl FilesBeside<'_> {
+    /// What the names of new files are relative to: the image's name, or, where that is a link, and the other files are
+    /// beside what it leads to, that.
+    fn base(&self) -> Option<OsString> {
+        let base = self.node.origin().base.as_deref()?;
+        let target = std::fs::canonicalize(base).ok()?;
+        let folder = |path: &Path| path.parent().map(Path::to_owned);
+        let mut others = self.node.driver().files().iter().skip(1).peekable();
+        let there = others.peek().is_some() && others.all(|file| folder(Path::new(&file.name)) == folder(&target));
+        Some(if there { target.into_os_string() } else { base.to_owned() })
+    }
+
     fn staging(&self) -> MutexGuard<'_, Option<Staging>> {
         self.staging.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -119,8 +130,7 @@ impl ResizeFiles for FilesBeside<'_> {
     }
 
     fn beside(&self, name: &OsStr) -> Result<Arc<dyn Storage>> {
-        let base = self.node.origin().base.as_deref();
-        let full = base.and_then(|base| name::literally_beside(Some(base), name));
+        let full = self.base().and_then(|base| name::literally_beside(Some(&base), name));
         let full =
             full.ok_or_else(|| Error::invalid(format!("Cannot tell where '{}' is to be made", name.display())))?;
         let path = PathBuf::from(full);
