@@ -163,15 +163,67 @@ pub enum Action {
     Nothing,
 }
 
-/// What the driver needs to know again at publish or withdraw. Means nothing to anybody else.
+/// What the tables say of a range once it is published. Means nothing to anybody but the driver.
+///
+/// Units are counted from the start of the disk (in a vmdk: of the extent). An `entry` is what the table says of the
+/// first unit, in the format's own counting: a host offset, a sector, a block of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Ticket {
-    /// First word.
-    pub a: u64,
-    /// Second word.
-    pub b: u64,
-    /// Third word.
-    pub c: u64,
+pub enum Ticket {
+    /// What they say already.
+    #[default]
+    Nothing,
+    /// Units that have new room, one after the other; what is not written of them is not there.
+    New {
+        /// The first.
+        unit: u64,
+        /// How many.
+        count: u64,
+        /// The entry of the first.
+        entry: u64,
+    },
+    /// The same, but all of their content is there: it is written, or filled around what is.
+    Whole {
+        /// The first.
+        unit: u64,
+        /// How many.
+        count: u64,
+        /// The entry of the first.
+        entry: u64,
+    },
+    /// A unit that is stored compressed.
+    Packed {
+        /// Which.
+        unit: u64,
+        /// Its entry.
+        entry: u64,
+    },
+    /// Units that have their room: the marks of what is there within them change.
+    Marks {
+        /// The first.
+        unit: u64,
+        /// The entry of the first.
+        entry: u64,
+    },
+    /// Units, or marked parts of one, that read as zeros by the tables alone.
+    Zeros {
+        /// The first.
+        unit: u64,
+        /// How many.
+        count: u64,
+        /// What becomes of their room.
+        room: ZeroedRoom,
+    },
+}
+
+/// What becomes of the room of units that read as zeros from now on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ZeroedRoom {
+    /// They keep it.
+    Keep,
+    /// They give it up.
+    GiveUp,
+    /// They give it up, and no entry says that they are zeros: there is no backing file that would show.
+    Forget,
 }
 
 /// Where a range may be put. Not visible until it is published.

@@ -31,7 +31,7 @@ pub mod purpose;
 pub mod secrets;
 
 pub use driver::{
-    Action, BlockDriver, Cipher, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write,
+    Action, BlockDriver, Cipher, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write, ZeroedRoom,
 };
 pub use drivers::{Driver, Drivers, Named};
 pub use error::{Error, Kind, Result};

@@ -193,7 +193,7 @@ impl QcowDriver {
             (within, count * self.cluster - within - len)
         };
         let action = Action::Write { place: HostPlace::main(host + within), before, after };
-        Ok(Placed { start: at, len, store, action, ticket: Ticket { a: host, b: count, c: index } })
+        Ok(Placed { start: at, len, store, action, ticket: Ticket::New { unit: index, count, entry: host } })
     }
 }
 
@@ -215,7 +215,7 @@ impl Write for QcowDriver {
             let entry = Entry::Compressed(host, bytes).encode(self.bits);
             let entry = entry.ok_or_else(|| Error::unsupported("a compressed cluster does not fit the image"))?;
             let action = Action::Write { place: HostPlace::main(host), before: 0, after: 0 };
-            return done(len.min(self.cluster), action, Ticket { a: entry, b: 1, c: index });
+            return done(len.min(self.cluster), action, Ticket::Packed { unit: index, entry });
         }
         let (entry, run) = state.run(self.storage(), index, within.saturating_add(len).div_ceil(self.cluster))?;
         let zero = matches!(store, Store::Zero { .. });
@@ -226,7 +226,7 @@ impl Write for QcowDriver {
             }
             Entry::Unallocated if zero && self.backing.is_none() => {
                 let len = len.min(run.saturating_mul(self.cluster).saturating_sub(within));
-                done(len, Action::Nothing, Ticket::default())
+                done(len, Action::Nothing, Ticket::Nothing)
             }
             Entry::Unallocated => self.place_new(&mut state, at, len, store, run),
             Entry::Compressed(..) => self.place_new(&mut state, at, len, store, 1),
@@ -234,7 +234,11 @@ impl Write for QcowDriver {
     }
 
     fn publish(&self, placed: &Placed) -> Result<()> {
-        let Ticket { a: first, b: count, c: index } = placed.ticket;
+        let (index, count, first) = match placed.ticket {
+            Ticket::New { unit, count, entry } => (unit, count, entry),
+            Ticket::Packed { unit, entry } => (unit, 1, entry),
+            _ => return Ok(()),
+        };
         let storage = self.storage();
         let mut state = self.state();
         for n in 0..count {
@@ -244,14 +248,15 @@ impl Write for QcowDriver {
     }
 
     fn withdraw(&self, placed: &Placed) {
-        let Ticket { a: entry, b: count, .. } = placed.ticket;
-        if count != 0 {
-            let (at, bytes) = match Entry::decode(entry, self.bits) {
+        let (at, bytes) = match placed.ticket {
+            Ticket::New { count, entry, .. } => (entry, count * self.cluster),
+            Ticket::Packed { entry, .. } => match Entry::decode(entry, self.bits) {
                 Entry::Compressed(at, bytes) => (at, bytes),
-                _ => (entry, count * self.cluster),
-            };
-            self.state().give_back(at, bytes);
-        }
+                _ => return,
+            },
+            _ => return,
+        };
+        self.state().give_back(at, bytes);
     }
 
     fn compressing(&self) -> Option<&dyn Compress> {

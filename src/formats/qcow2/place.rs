@@ -4,33 +4,15 @@
 //! `publish`. An L2 table for a guest range is made by `place`, before the data clusters, as the reference does.
 
 use crate::block::error::Context;
-use crate::block::{Action, Compress, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write};
+use crate::block::{
+    Action, Compress, Error, GuestOffset, HostOffset, HostPlace, Placed, Result, Store, Ticket, Write, ZeroedRoom,
+};
 
 use super::Qcow2Driver;
 use super::alloc::Allocator;
 use super::guard;
 use super::layout::{self, COMPRESSED, COPIED, ENTRY, OFFSET_MASK, SUBCLUSTERS, ZERO};
 use super::tables::Table;
-
-/// What [`Ticket::b`] says has to be done at publish.
-mod kind {
-    /// Nothing.
-    pub const NOTHING: u64 = 0;
-    /// New clusters.
-    pub const NEW: u64 = 1;
-    /// New clusters, in place of ones whose content was copied: all of their subclusters are there.
-    pub const WHOLE: u64 = 2;
-    /// Clusters that had room: their marks change.
-    pub const REUSE: u64 = 3;
-    /// One compressed cluster; the entry is in `Ticket::c`.
-    pub const PACKED: u64 = 4;
-    /// Zeros that keep their room.
-    pub const ZERO_KEEP: u64 = 5;
-    /// Zeros that give up their room.
-    pub const ZERO_UNMAP: u64 = 6;
-    /// Unallocated (version 2 without a backing file).
-    pub const CLEAR: u64 = 7;
-}
 
 /// How a cluster can be written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,24 +144,21 @@ impl Qcow2Driver {
         if let (Class::InPlace(host) | Class::Reuse(host), false) = (class, self.external) {
             self.check_data(host, n * cluster)?;
         }
-        let (mut host, kind) = match class {
-            Class::InPlace(host) => (host, kind::NOTHING),
-            Class::Reuse(host) => (host, kind::REUSE),
-            Class::New => (first, kind::NEW),
-            Class::Copy => (first, kind::WHOLE),
+        let host = match class {
+            Class::InPlace(host) | Class::Reuse(host) => host,
+            Class::New | Class::Copy if self.external => first,
+            Class::New | Class::Copy => self.allocate(alloc, n)? << bits,
         };
-        if !self.external && matches!(class, Class::New | Class::Copy) {
-            host = self.allocate(alloc, n)? << bits;
-        }
+        let unit = first >> bits;
+        let ticket = match class {
+            Class::InPlace(_) => Ticket::Nothing,
+            Class::Reuse(_) => Ticket::Marks { unit, entry: host },
+            Class::New => Ticket::New { unit, count: n, entry: host },
+            Class::Copy => Ticket::Whole { unit, count: n, entry: host },
+        };
         let (before, after) = self.fill(table, index, at, len, n, class)?;
         let place = HostPlace { file: self.data_file(), at: HostOffset(host + within) };
-        Ok(Placed {
-            start: GuestOffset(at),
-            len,
-            store,
-            action: Action::Write { place, before, after },
-            ticket: Ticket { a: host, b: kind, c: n },
-        })
+        Ok(Placed { start: GuestOffset(at), len, store, action: Action::Write { place, before, after }, ticket })
     }
 
     /// Bytes before and after a range that have to be filled with what they read as.
@@ -225,7 +204,7 @@ impl Qcow2Driver {
             len: cluster.min(self.header().fields.size.saturating_sub(at)).max(1),
             store: Store::Compressed { bytes },
             action: Action::Write { place, before: 0, after: 0 },
-            ticket: Ticket { a: host, b: kind::PACKED, c: entry },
+            ticket: Ticket::Packed { unit: at >> geometry.cluster_bits, entry },
         })
     }
 
@@ -253,16 +232,17 @@ impl Qcow2Driver {
             let guest = first + n * cluster;
             let index = geometry.l2_index(start) + n;
             let (old, bitmap) = self.l2_entry(table, index)?;
-            let room = || COPIED | placed.ticket.a.saturating_add(n * cluster);
+            let room = |host: u64| COPIED | host.saturating_add(n * cluster);
             let marks = if geometry.extended { self.marks(guest, from, to) } else { 0 };
             let all = if geometry.extended { u64::from(u32::MAX) } else { 0 };
-            let (entry, bits) = match placed.ticket.b {
-                kind::NEW => (room(), (bitmap & !(marks << 32) & !u64::from(u32::MAX)) | marks),
-                kind::WHOLE => (room(), all),
-                kind::REUSE if geometry.extended => (old, (bitmap & !(marks << 32)) | marks),
-                kind::REUSE => (old & !ZERO, 0),
-                kind::PACKED => (placed.ticket.c, 0),
-                _ => self.zeroed(old, bitmap, marks, placed.ticket.b),
+            let (entry, bits) = match placed.ticket {
+                Ticket::Nothing => (old, bitmap),
+                Ticket::New { entry, .. } => (room(entry), (bitmap & !(marks << 32) & !u64::from(u32::MAX)) | marks),
+                Ticket::Whole { entry, .. } => (room(entry), all),
+                Ticket::Marks { .. } if geometry.extended => (old, (bitmap & !(marks << 32)) | marks),
+                Ticket::Marks { .. } => (old & !ZERO, 0),
+                Ticket::Packed { entry, .. } => (entry, 0),
+                Ticket::Zeros { room, .. } => self.zeroed(old, bitmap, marks, room),
             };
             if (entry, bits) == (old, bitmap) {
                 continue;
@@ -270,7 +250,8 @@ impl Qcow2Driver {
             self.set_l2_entry(table, index, entry, bits)?;
             let kept = entry & COMPRESSED == 0 && old & COMPRESSED == 0 && entry & OFFSET_MASK == old & OFFSET_MASK;
             if !kept {
-                let punch = matches!(placed.ticket.b, kind::ZERO_UNMAP | kind::CLEAR);
+                let gives_up = |room| matches!(room, ZeroedRoom::GiveUp | ZeroedRoom::Forget);
+                let punch = matches!(placed.ticket, Ticket::Zeros { room, .. } if gives_up(room));
                 self.free_entry(alloc, old, punch)?;
             }
         }
@@ -278,20 +259,20 @@ impl Qcow2Driver {
     }
 
     /// An entry and its bitmap once the marked subclusters (or the cluster) read as zeros.
-    fn zeroed(&self, old: u64, bitmap: u64, marks: u64, kind: u64) -> (u64, u64) {
-        if kind == kind::CLEAR {
+    fn zeroed(&self, old: u64, bitmap: u64, marks: u64, room: ZeroedRoom) -> (u64, u64) {
+        if room == ZeroedRoom::Forget {
             return (0, 0);
         }
         let all = u64::from(u32::MAX);
         let own = old & COMPRESSED == 0 && old & COPIED != 0;
         if self.geometry.extended {
             let partial = marks != all;
-            let keep = partial || (own && kind == kind::ZERO_KEEP);
+            let keep = partial || (own && room == ZeroedRoom::Keep);
             let entry = if keep { old & !COMPRESSED } else { 0 };
             let rest = if keep { bitmap } else { 0 };
             return (entry, (rest & !marks) | (marks << 32));
         }
-        if own && kind == kind::ZERO_KEEP { (old | ZERO, 0) } else { (ZERO, 0) }
+        if own && room == ZeroedRoom::Keep { (old | ZERO, 0) } else { (ZERO, 0) }
     }
 
     fn place_zero(&self, alloc: &mut Allocator, at: u64, len: u64, unmap: bool, store: Store) -> Result<Placed> {
@@ -306,7 +287,7 @@ impl Qcow2Driver {
         let table = self.writable_l2(alloc, at)?;
         let (index, within) = (geometry.l2_index(at), geometry.in_cluster(at));
         let raw = self.external && self.header().fields.autoclear & layout::DATA_FILE_RAW != 0;
-        let done = |len: u64, kind: u64| Placed {
+        let done = |len: u64, count: u64, room: ZeroedRoom| Placed {
             start: GuestOffset(at),
             len,
             store,
@@ -316,19 +297,19 @@ impl Qcow2Driver {
             } else {
                 Action::Nothing
             },
-            ticket: Ticket { a: 0, b: kind, c: 0 },
+            ticket: Ticket::Zeros { unit: at >> geometry.cluster_bits, count, room },
         };
-        let kind = if unmap { kind::ZERO_UNMAP } else { kind::ZERO_KEEP };
+        let room = if unmap { ZeroedRoom::GiveUp } else { ZeroedRoom::Keep };
         if geometry.version < 3 {
             if self.backing.is_some() {
                 return self.place_data(alloc, at, len, store);
             }
             let n = (whole / cluster).min(geometry.l2_entries() - index);
-            return Ok(done(len.min(n * cluster), kind::CLEAR));
+            return Ok(done(len.min(n * cluster), n, ZeroedRoom::Forget));
         }
         if within == 0 && whole >= cluster {
             let n = (whole / cluster).min(geometry.l2_entries() - index);
-            return Ok(done(len.min(n * cluster), kind));
+            return Ok(done(len.min(n * cluster), n, room));
         }
         // A part of one cluster: its subclusters, if they can be told apart and are nobody else's.
         let (entry, _) = self.l2_entry(table, index)?;
@@ -337,7 +318,7 @@ impl Qcow2Driver {
         if entry & COMPRESSED != 0 || shared {
             return self.place_data(alloc, at, len, store);
         }
-        Ok(done(len, kind::ZERO_KEEP))
+        Ok(done(len, 1, ZeroedRoom::Keep))
     }
 }
 
@@ -370,7 +351,7 @@ impl Write for Qcow2Driver {
     }
 
     fn publish(&self, placed: &Placed) -> Result<()> {
-        if placed.ticket.b == kind::NOTHING {
+        if placed.ticket == Ticket::Nothing {
             return Ok(());
         }
         let mut alloc = self.lock_alloc();
@@ -380,10 +361,12 @@ impl Write for Qcow2Driver {
 
     fn withdraw(&self, placed: &Placed) {
         let bits = self.geometry.cluster_bits;
-        let (first, n) = match placed.ticket.b {
-            kind::NEW | kind::WHOLE if !self.external => (placed.ticket.a >> bits, placed.ticket.c),
-            kind::PACKED => {
-                let (at, len) = self.geometry.compressed(placed.ticket.c);
+        let (first, n) = match placed.ticket {
+            Ticket::New { count, entry, .. } | Ticket::Whole { count, entry, .. } if !self.external => {
+                (entry >> bits, count)
+            }
+            Ticket::Packed { entry, .. } => {
+                let (at, len) = self.geometry.compressed(entry);
                 let first = at >> bits;
                 (first, ((at + len - 1) >> bits) - first + 1)
             }

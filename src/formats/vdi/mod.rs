@@ -175,15 +175,12 @@ impl Write for VdiDriver {
         let place = HostPlace::main(state.host(first).saturating_add(within));
         // Past the end of the file all is zero as it is.
         let (before, after) = if fresh { (0, 0) } else { (within, count * self.block - within - len) };
-        let ticket = Ticket { a: u64::from(first), b: count, c: block };
+        let ticket = Ticket::New { unit: block, count, entry: u64::from(first) };
         Ok(Placed { start: at, len, store, action: Action::Write { place, before, after }, ticket })
     }
 
     fn publish(&self, placed: &Placed) -> Result<()> {
-        let Ticket { a: first, b: count, c: block } = placed.ticket;
-        if count == 0 {
-            return Ok(());
-        }
+        let Ticket::New { unit: block, count, entry: first } = placed.ticket else { return Ok(()) };
         let mut state = self.state();
         for n in 0..count {
             state.set(self.storage(), block + n, first + n)?;
@@ -192,8 +189,7 @@ impl Write for VdiDriver {
     }
 
     fn withdraw(&self, placed: &Placed) {
-        let Ticket { a: first, b: count, .. } = placed.ticket;
-        if count != 0 {
+        if let Ticket::New { count, entry: first, .. } = placed.ticket {
             self.state().give_back(first, count);
         }
     }

@@ -7,7 +7,7 @@ use crate::block::error::Context;
 use crate::block::io::punch_at;
 use crate::block::{
     Action, Compress, Effort, Encoded, Error, GuestOffset, HostOffset, HostPlace, Kind, Placed, Result, Store, Ticket,
-    Write,
+    Write, ZeroedRoom,
 };
 use crate::codec::deflate::How;
 
@@ -56,7 +56,7 @@ impl VmdkDriver {
                 sector32(sector)?.into()
             };
             let action = Action::Write { place: here(sector), before: 0, after: 0 };
-            return Ok(placed(len, action, Ticket { a: sector, b: first, c: 1 }));
+            return Ok(placed(len, action, Ticket::Packed { unit: first, entry: sector }));
         }
         if shape.compressed && store == Store::Data {
             return Err(Error::unsupported("a stream-optimized image takes whole compressed grains only"));
@@ -80,9 +80,9 @@ impl VmdkDriver {
         let mut len = len.min(grains * shape.grain - skip);
         let grains_of = |len: u64| (skip + len).div_ceil(shape.grain);
         match (store, old) {
-            (Store::Zero { .. }, Grain::Zeroed) => Ok(placed(len, Action::Nothing, Ticket::default())),
+            (Store::Zero { .. }, Grain::Zeroed) => Ok(placed(len, Action::Nothing, Ticket::Nothing)),
             (Store::Zero { .. }, Grain::Unallocated) if self.backing.is_none() => {
-                Ok(placed(len, Action::Nothing, Ticket::default()))
+                Ok(placed(len, Action::Nothing, Ticket::Nothing))
             }
             (Store::Zero { .. }, Grain::Unallocated) if shape.compressed => {
                 // Over a parent zeros are data like any other.
@@ -90,18 +90,18 @@ impl VmdkDriver {
             }
             (Store::Zero { .. }, _) if shape.zeroed && !shape.compressed => {
                 state.ensure_table(sparse, first)?;
-                let ticket = Ticket { a: GTE_ZEROED.into(), b: first, c: grains_of(len) };
+                let ticket = Ticket::Zeros { unit: first, count: grains_of(len), room: ZeroedRoom::GiveUp };
                 Ok(placed(len, Action::Nothing, ticket))
             }
             (Store::Zero { .. }, Grain::At(_)) if shape.compressed => {
                 Err(Error::unsupported("a stream-optimized image cannot be written over"))
             }
             (Store::Zero { .. }, Grain::At(sector)) => {
-                Ok(placed(len, Action::Zero { place: here(sector) }, Ticket::default()))
+                Ok(placed(len, Action::Zero { place: here(sector) }, Ticket::Nothing))
             }
             (_, Grain::At(sector)) => {
                 let action = Action::Write { place: here(sector), before: 0, after: 0 };
-                Ok(placed(len, action, Ticket::default()))
+                Ok(placed(len, action, Ticket::Nothing))
             }
             (_, Grain::Unallocated | Grain::Zeroed) => {
                 if matches!(store, Store::Zero { .. }) {
@@ -118,7 +118,7 @@ impl VmdkDriver {
                 state.next += grains * shape.grain_sectors();
                 let after = grains * shape.grain - skip - len;
                 let action = Action::Write { place: here(sector), before: skip, after };
-                Ok(placed(len, action, Ticket { a: sector, b: first, c: grains }))
+                Ok(placed(len, action, Ticket::New { unit: first, count: grains, entry: sector }))
             }
         }
     }
@@ -172,7 +172,7 @@ impl Write for VmdkDriver {
             Body::SeSparse { .. } => Err(Error::unsupported("seSparse extents cannot be written")),
             Body::Zero => match store {
                 Store::Zero { .. } => {
-                    Ok(Placed { start: at, len, store, action: Action::Nothing, ticket: Ticket::default() })
+                    Ok(Placed { start: at, len, store, action: Action::Nothing, ticket: Ticket::Nothing })
                 }
                 _ => Err(Error::unsupported("an extent of type ZERO cannot be written")),
             },
@@ -185,46 +185,45 @@ impl Write for VmdkDriver {
                         return Err(Error::unsupported("Compression not supported for flat extents"));
                     }
                 };
-                Ok(Placed { start: at, len, store, action, ticket: Ticket::default() })
+                Ok(Placed { start: at, len, store, action, ticket: Ticket::Nothing })
             }
             Body::Sparse { file, sparse } => self.place_sparse(*file, part, sparse, inside, len, store),
         }
     }
 
     fn publish(&self, placed: &Placed) -> Result<()> {
-        let Ticket { a, b, c } = placed.ticket;
-        if c == 0 {
-            return Ok(());
-        }
+        let (unit, count, sector) = match placed.ticket {
+            Ticket::New { unit, count, entry } => (unit, count, Some(entry)),
+            Ticket::Packed { unit, entry } => (unit, 1, Some(entry)),
+            Ticket::Zeros { unit, count, .. } => (unit, count, None),
+            Ticket::Nothing | Ticket::Whole { .. } | Ticket::Marks { .. } => return Ok(()),
+        };
         let Some((_, sparse)) = self.sparse_at(placed.start) else { return Ok(()) };
         let mut state = sparse.state();
         if state.stream.is_some() {
             return Ok(());
         }
-        for grain in 0..c {
-            let value = match placed.store {
-                Store::Zero { .. } if a == u64::from(GTE_ZEROED) => GTE_ZEROED,
-                _ => sector32(a + grain * sparse.shape.grain_sectors())?,
+        for grain in 0..count {
+            let value = match sector {
+                Some(sector) => sector32(sector + grain * sparse.shape.grain_sectors())?,
+                None => GTE_ZEROED,
             };
-            state.change(sparse, b + grain, value)?;
+            state.change(sparse, unit + grain, value)?;
         }
         Ok(())
     }
 
     fn withdraw(&self, placed: &Placed) {
-        let Ticket { a, b, c } = placed.ticket;
         let Some((_, sparse)) = self.sparse_at(placed.start) else { return };
-        if c == 0 || a == u64::from(GTE_ZEROED) {
-            return;
-        }
-        let mut state = sparse.state();
-        state.forget(sparse, b);
-        let sectors = match placed.store {
-            Store::Compressed { bytes } => bytes.div_ceil(SECTOR),
-            _ => c * sparse.shape.grain_sectors(),
+        let (unit, sector, sectors) = match (placed.ticket, placed.store) {
+            (Ticket::New { unit, count, entry }, _) => (unit, entry, count * sparse.shape.grain_sectors()),
+            (Ticket::Packed { unit, entry }, Store::Compressed { bytes }) => (unit, entry, bytes.div_ceil(SECTOR)),
+            _ => return,
         };
-        if a + sectors == state.next {
-            state.next = a;
+        let mut state = sparse.state();
+        state.forget(sparse, unit);
+        if sector + sectors == state.next {
+            state.next = sector;
         }
     }
 

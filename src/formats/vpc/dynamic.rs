@@ -17,11 +17,6 @@ use crate::storage::Storage;
 /// The largest block that is written: one has to fit in memory.
 const MAX_WRITTEN_BLOCK: u64 = 64 << 20;
 
-/// Ticket's second word: what publishing has to do.
-const OLD: u64 = 0;
-const NEW: u64 = 1;
-const SECTORS: u64 = 2;
-
 /// A dynamic disk.
 #[derive(Debug)]
 pub struct Dynamic {
@@ -121,51 +116,56 @@ impl Write for Dynamic {
         let Some(old) = place else {
             if zero {
                 let len = len.min((run * self.block).saturating_sub(within));
-                return done(len, Action::Nothing, Ticket::default());
+                return done(len, Action::Nothing, Ticket::Nothing);
             }
             let len = len.min(self.block - within);
             let (new, fresh) = state.take(self.storage())?;
             let place = HostPlace::main(new + self.bitmap + within);
             // Past the end of the file all is zero as it is.
             let (before, after) = if fresh { (0, 0) } else { (within, self.block - within - len) };
-            return done(len, Action::Write { place, before, after }, Ticket { a: new, b: NEW, c: block });
+            return done(
+                len,
+                Action::Write { place, before, after },
+                Ticket::New { unit: block, count: 1, entry: new },
+            );
         };
         state.prepare(self.storage())?;
         let len = len.min(self.block - within);
         let place = HostPlace::main(old + self.bitmap + within);
         if zero {
             // Sectors that are not marked as written read as zeros already.
-            return done(len, Action::Zero { place }, Ticket::default());
+            return done(len, Action::Zero { place }, Ticket::Nothing);
         }
         let (written, sectors) = state.sectors(self.storage(), block, old, within / SECTOR)?;
         if written && sectors * SECTOR >= within % SECTOR + len {
-            return done(len, Action::Write { place, before: 0, after: 0 }, Ticket { a: old, b: OLD, c: block });
+            return done(len, Action::Write { place, before: 0, after: 0 }, Ticket::Nothing);
         }
         // The rest of a sector becomes visible with it.
         let (before, after) = (within % SECTOR, (within + len).next_multiple_of(SECTOR) - within - len);
-        done(len, Action::Write { place, before, after }, Ticket { a: old, b: SECTORS, c: block })
+        done(len, Action::Write { place, before, after }, Ticket::Marks { unit: block, entry: old })
     }
 
     fn publish(&self, placed: &Placed) -> Result<()> {
-        let Ticket { a: place, b: what, c: block } = placed.ticket;
-        if what == OLD {
-            return Ok(());
-        }
         let storage = self.storage();
         let mut state = self.state();
-        if what == SECTORS {
-            let within = placed.start.get() % self.block;
-            let (from, to) = (within / SECTOR, (within + placed.len).div_ceil(SECTOR));
-            return state.mark_sectors(storage, block, place, from, to);
+        match placed.ticket {
+            Ticket::Marks { unit, entry } => {
+                let within = placed.start.get() % self.block;
+                let (from, to) = (within / SECTOR, (within + placed.len).div_ceil(SECTOR));
+                return state.mark_sectors(storage, unit, entry, from, to);
+            }
+            Ticket::New { unit, entry, .. } => {
+                state.write_bitmap(storage, unit, entry)?;
+                state.set(storage, unit, Some(entry))?;
+            }
+            _ => return Ok(()),
         }
-        state.write_bitmap(storage, block, place)?;
-        state.set(storage, block, Some(place))?;
         if state.wants_writing() { state.write_tables(storage) } else { Ok(()) }
     }
 
     fn withdraw(&self, placed: &Placed) {
-        if placed.ticket.b == NEW {
-            self.state().give_back(placed.ticket.a);
+        if let Ticket::New { entry, .. } = placed.ticket {
+            self.state().give_back(entry);
         }
     }
 
