@@ -8,16 +8,18 @@
 //! Invariants: the whole of a buffer is filled or it is an error; what was decoded last is used again only as long as
 //! no unit was stored since it was read. No lock is held. Buffers for `O_DIRECT` are [`storage::direct`](crate::storage::direct)'s.
 
+mod stored;
+
 use std::sync::Arc;
+
+pub use stored::{clear_stored, move_stored, punch, punch_at, read_stored, read_unit, write_stored};
 
 use super::driver::{Action, Placed, Store};
 use super::error::{Context, Operation};
-use super::{
-    BlockDriver, CompressedUnit, Error, ExtentKind, GuestOffset, HostOffset, HostPlace, Mapping, Node, Result,
-};
+use super::{CompressedUnit, Error, ExtentKind, GuestOffset, HostOffset, HostPlace, Mapping, Node, Result};
 use crate::storage::{self, Event, Zeroing};
 
-/// Bytes of zeros that are encrypted in one go.
+/// Bytes that are moved, or zeros that are encrypted, in one go.
 const ZEROS: u64 = 1 << 20;
 
 /// Buffers that are used again from read to read.
@@ -222,7 +224,7 @@ impl Mapping<'_> {
     }
 
     /// How many bytes of the run's start are in the file, or may be left out there (see
-    /// [`BlockDriver::short_unit`]). All of them where nobody can tell.
+    /// [`BlockDriver::short_unit`](super::BlockDriver::short_unit)). All of them where nobody can tell.
     pub fn there(&self) -> Result<u64> {
         let place = match self.kind {
             ExtentKind::Data(place) => place,
@@ -537,30 +539,6 @@ pub fn write_steps(steps: &[Step<'_>], plain: &[u8], encoded: &[u8], scratch: &m
         }
     }
     run.map_or(Ok(()), |run| run.write(plain, encoded, scratch))
-}
-
-/// Gives the space of a range's data back to the host, where a format has no other way to discard: the tables
-/// stay as they are, and the range reads as zeros. Nothing happens where zeros of the host mean nothing.
-pub fn punch(driver: &dyn BlockDriver, at: GuestOffset, len: u64) -> Result<()> {
-    let (mut at, end) = (at, at.get().saturating_add(len).min(driver.virtual_size()));
-    while at.get() < end {
-        let extent = driver.extent(at, end - at.get())?;
-        if let ExtentKind::Data(place) = extent.kind {
-            punch_at(driver, place, extent.len)?;
-        }
-        at = at + extent.len.max(1);
-    }
-    Ok(())
-}
-
-/// The same for a range that lies at that place.
-pub fn punch_at(driver: &dyn BlockDriver, place: HostPlace, len: u64) -> Result<()> {
-    match driver.files().get(place.file) {
-        Some(file) if driver.cipher().is_none() => {
-            file.storage.zero(place.at.get(), len, Zeroing::Punch).with_context(|| format!("{}: discard", file.name))
-        }
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

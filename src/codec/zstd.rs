@@ -4,6 +4,7 @@
 
 use std::cell::RefCell;
 
+use zstd::zstd_safe::zstd_sys::ZSTD_ErrorCode;
 use zstd::zstd_safe::{self, CCtx, CParameter, DCtx};
 
 use super::{Error, Result};
@@ -12,6 +13,9 @@ use super::{Error, Result};
 pub const LEVEL: i32 = 3;
 /// The highest level.
 pub const LEVELS: u8 = 22;
+
+/// What zstd returns where the output does not fit: errors are the negatives of their numbers.
+const TOO_SMALL: usize = (ZSTD_ErrorCode::ZSTD_error_dstSize_tooSmall as usize).wrapping_neg();
 
 thread_local! {
     static ENCODER: RefCell<Option<(i32, CCtx<'static>)>> = const { RefCell::new(None) };
@@ -36,7 +40,7 @@ pub fn encode(level: i32, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> Resu
                 out.truncate(len);
                 Ok(true)
             }
-            Err(code) if zstd_safe::get_error_name(code).contains("too small") => Ok(false),
+            Err(code) if code == TOO_SMALL => Ok(false),
             Err(_) => Err(Error::Encoder),
         }
     })

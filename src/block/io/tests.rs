@@ -8,7 +8,7 @@ use super::super::last_unit::LastUnit;
 use super::*;
 use crate::block::driver::Write;
 use crate::block::info::ImageInfo;
-use crate::block::{Child, Cipher, Extent};
+use crate::block::{BlockDriver, Child, Cipher, Extent};
 use crate::storage::memory::Memory;
 
 /// Bytes of a cluster, and of a sector of the cipher.

@@ -10,6 +10,7 @@ use super::QcowDriver;
 use super::layout::{Entry, MAX_L1, too_large};
 use super::tables::State;
 use crate::block::error::Context;
+use crate::block::io::{clear_stored, read_unit, write_stored};
 use crate::block::{BlockDriver, CompressedUnit, Error, GuestOffset, HostPlace, Resize, ResizeFiles, Result};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
@@ -113,7 +114,9 @@ impl QcowDriver {
             let count = (end - index).min(state.left_in_table(index));
             let (host, fresh) = state.take(storage, index, count * self.cluster, self.cluster)?;
             if !fresh {
-                storage.zero(host, count * self.cluster, Zeroing::Allocate).context("Could not write zeros")?;
+                let (place, guest) = (HostPlace::main(host), GuestOffset(index * self.cluster));
+                clear_stored(self, place, guest, count * self.cluster, Zeroing::Allocate)
+                    .context("Could not write zeros")?;
             }
             for n in 0..count {
                 state.set(storage, index + n, host + n * self.cluster)?;
@@ -155,23 +158,22 @@ impl QcowDriver {
         match state.run(storage, index, 1)?.0 {
             Entry::Unallocated => Ok(()),
             Entry::Plain(at) => {
-                storage.zero(at.saturating_add(within), self.cluster - within, Zeroing::Write).context(clearing)
+                let (guest, place) = (index * self.cluster + within, HostPlace::main(at.saturating_add(within)));
+                let rest = self.cluster - within;
+                clear_stored(self, place, GuestOffset(guest), rest, Zeroing::Write).context(clearing)
             }
             Entry::Compressed(at, bytes) => {
                 let place = HostPlace::main(at);
                 let start = GuestOffset(index * self.cluster);
                 let unit = CompressedUnit { start, len: self.cluster, place, host_len: bytes };
-                let mut encoded = vec![0; usize::try_from(bytes).unwrap_or(0)];
-                storage.read_at(at, &mut encoded).context(clearing)?;
-                let mut plain = vec![0; usize::try_from(self.cluster).unwrap_or(0)];
-                self.decode(&unit, &encoded, &mut plain)?;
+                let mut plain = read_unit(self, &unit).context(clearing)?;
                 let (_, tail) = plain.split_at_mut(usize::try_from(within).unwrap_or(0));
                 if tail.iter().all(|byte| *byte == 0) {
                     return Ok(());
                 }
                 tail.fill(0);
                 let (new, _) = state.take(storage, index, self.cluster, self.cluster)?;
-                storage.write_at(new, &plain).context(clearing)?;
+                write_stored(self, HostPlace::main(new), start, &mut plain).context(clearing)?;
                 state.set(storage, index, new)?;
                 state.write_tables(storage)
             }

@@ -7,7 +7,8 @@
 //! with leaks at worst. What cannot be done is refused before the first write.
 
 use crate::block::error::Context;
-use crate::block::{Error, Resize, ResizeFiles, Result};
+use crate::block::io::clear_stored;
+use crate::block::{Error, GuestOffset, HostOffset, HostPlace, Resize, ResizeFiles, Result};
 use crate::storage::{Preallocation, Zeroing};
 
 use super::Qcow2Driver;
@@ -99,7 +100,9 @@ impl Qcow2Driver {
             let end = if tables == Preallocation::Off { size } else { size.next_multiple_of(unit) };
             let stale = data.storage.len().context("Could not get file size")?.min(end).saturating_sub(old);
             if tables != Preallocation::Off && stale > 0 {
-                data.storage.zero(old, stale, Zeroing::Punch).context("Could not clear the end of the data file")?;
+                let place = HostPlace { file: self.data_file(), at: HostOffset(old) };
+                clear_stored(self, place, GuestOffset(old), stale, Zeroing::Punch)
+                    .context("Could not clear the end of the data file")?;
             }
             if data.storage.len().context("Could not get file size")? < end {
                 data.storage.set_len(end, how).context("Failed to resize underlying file")?;
@@ -205,7 +208,8 @@ impl Qcow2Driver {
                     let (end, len) = (host + n * cluster, storage.len().context("Could not get file size")?);
                     let used = if !storage.facts().new_reads_zero { end } else { len.clamp(host, end) };
                     if !geometry.extended && used > host {
-                        storage.zero(host, used - host, Zeroing::Punch).context("Could not clear new clusters")?;
+                        clear_stored(self, HostPlace::main(host), GuestOffset(guest), used - host, Zeroing::Punch)
+                            .context("Could not clear new clusters")?;
                     }
                     host
                 }

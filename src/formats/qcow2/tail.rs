@@ -6,8 +6,9 @@
 //! not look when they grow an image.
 
 use crate::block::error::Context;
-use crate::block::{CompressedUnit, Error, GuestOffset, HostOffset, HostPlace, Result};
-use crate::storage::{Storage, Zeroing};
+use crate::block::io::{clear_stored, read_stored, read_unit, write_stored};
+use crate::block::{BlockDriver, CompressedUnit, Error, GuestOffset, HostOffset, HostPlace, Result};
+use crate::storage::Zeroing;
 
 use super::Qcow2Driver;
 use super::alloc::Allocator;
@@ -64,13 +65,13 @@ impl Qcow2Driver {
             if !self.external {
                 self.check_data(host, geometry.cluster_size())?;
             }
-            let file = self.files.get(self.data_file()).unwrap_or(self.file());
-            clear(&*file.storage, place + within, end - within, Tail::Clear)?;
-            clear(&*file.storage, place + within, geometry.cluster_size() - within, tail)?;
+            let place = HostPlace { file: self.data_file(), at: HostOffset(place + within) };
+            self.clear(place, size, end - within, Tail::Clear)?;
+            self.clear(place, size, geometry.cluster_size() - within, tail)?;
         } else if there && end > within {
             let mut bytes = self.bytes(geometry.cluster_size())?;
             self.check_data(host, geometry.cluster_size())?;
-            self.file().storage.read_at(host, &mut bytes).context(FAILED)?;
+            read_stored(self, HostPlace::main(host), GuestOffset(first), &mut bytes).context(FAILED)?;
             return self.replace(alloc, first, bytes, within, end, marks);
         }
         if marks != bitmap {
@@ -86,9 +87,7 @@ impl Qcow2Driver {
         self.check_data(at, host_len)?;
         let place = HostPlace { file: 0, at: HostOffset(at) };
         let unit = CompressedUnit { start: GuestOffset(first), len: cluster, place, host_len };
-        let (mut input, mut bytes) = (self.bytes(host_len)?, self.bytes(cluster)?);
-        self.file().storage.read_at(at, &mut input).context(FAILED)?;
-        self.decode_unit(&unit, &input, &mut bytes)?;
+        let bytes = read_unit(self, &unit).context(FAILED)?;
         let marks = if self.geometry.extended { u64::from(u32::MAX) } else { 0 };
         self.replace(alloc, first, bytes, within, cluster, marks)
     }
@@ -113,7 +112,7 @@ impl Qcow2Driver {
         let index = self.geometry.l2_index(guest);
         let (old, _) = self.l2_entry(table, index)?;
         let host = self.allocate(alloc, 1)? << self.geometry.cluster_bits;
-        self.file().storage.write_at(host, &bytes).context(FAILED)?;
+        write_stored(self, HostPlace::main(host), GuestOffset(guest), &mut bytes).context(FAILED)?;
         self.set_l2_entry(table, index, COPIED | host, marks)?;
         self.free_entry(alloc, old, false)
     }
@@ -202,7 +201,7 @@ impl Qcow2Driver {
                 let hidden = beyond & !bitmap & !(bitmap >> 32);
                 self.set_l2_entry(table, index, entry, bitmap | (hidden << 32))?;
             } else if guest >= from && entry & (OFFSET_MASK | COMPRESSED | ZERO) == 0 {
-                let word = if geometry.version < 3 { self.zeros(alloc)? } else { entry | ZERO };
+                let word = if geometry.version < 3 { self.zeros(alloc, guest)? } else { entry | ZERO };
                 self.set_l2_entry(table, index, word, 0)?;
             }
             guest += cluster;
@@ -211,33 +210,40 @@ impl Qcow2Driver {
         Ok(())
     }
 
-    /// The entry of a new cluster of zeros.
-    fn zeros(&self, alloc: &mut Allocator) -> Result<u64> {
+    /// The entry of a new cluster of zeros, which is that one of the guest's.
+    fn zeros(&self, alloc: &mut Allocator, guest: u64) -> Result<u64> {
         let host = self.allocate(alloc, 1)? << self.geometry.cluster_bits;
-        let storage = &self.file().storage;
-        storage.zero(host, self.geometry.cluster_size(), Zeroing::Allocate).context("Could not write zeros")?;
+        let len = self.geometry.cluster_size();
+        clear_stored(self, HostPlace::main(host), GuestOffset(guest), len, Zeroing::Allocate)
+            .context("Could not write zeros")?;
         Ok(COPIED | host)
     }
-}
 
-/// Makes a range of a file, as far as it reaches, read as zeros.
-fn clear(storage: &dyn Storage, at: u64, len: u64, how: Tail) -> Result<()> {
-    if len == 0 {
-        return Ok(());
-    }
-    if how != Tail::Clear {
-        let how = if how == Tail::Write { Zeroing::Write } else { Zeroing::Allocate };
-        return storage.zero(at, len, how).context(FAILED);
-    }
-    let end = storage.len().context("Could not get file size")?.min(at.saturating_add(len));
-    let mut from = at;
-    while from < end {
-        let extent = storage.extent(from, end - from).context("Could not get block status")?;
-        let run = extent.len.clamp(1, end - from);
-        if !extent.is_zero() {
-            storage.zero(from, run, Zeroing::Allocate).context(FAILED)?;
+    /// Makes a range that has its place read as zeros, as far as the file reaches.
+    fn clear(&self, place: HostPlace, guest: u64, len: u64, how: Tail) -> Result<()> {
+        let file = self.files.get(place.file).unwrap_or(self.file());
+        let clear = |done: u64, run: u64, how| {
+            let place = HostPlace { at: place.at + done, ..place };
+            clear_stored(self, place, GuestOffset(guest + done), run, how).context(FAILED)
+        };
+        match how {
+            _ if len == 0 => return Ok(()),
+            Tail::Write => return clear(0, len, Zeroing::Write),
+            Tail::Reserve => return clear(0, len, Zeroing::Allocate),
+            Tail::Clear => {}
         }
-        from += run;
+        let at = place.at.get();
+        let end = file.storage.len().context("Could not get file size")?.min(at.saturating_add(len));
+        let mut from = at;
+        while from < end {
+            let extent = file.storage.extent(from, end - from).context("Could not get block status")?;
+            let run = extent.len.clamp(1, end - from);
+            // Zeros of the host are no zeros of an encrypted disk.
+            if !extent.is_zero() || self.cipher().is_some() {
+                clear(from - at, run, Zeroing::Allocate)?;
+            }
+            from += run;
+        }
+        Ok(())
     }
-    Ok(())
 }

@@ -13,8 +13,8 @@ use super::VdiDriver;
 use super::layout::{DISCARDED, Header, MAX_BLOCKS, MAX_SIZE, UNALLOCATED, too_large};
 use super::map::State;
 use crate::block::error::Context;
-use crate::block::{Error, Resize, Result};
-use crate::formats::table;
+use crate::block::io::{clear_stored, move_stored};
+use crate::block::{Error, GuestOffset, HostPlace, Resize, Result};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 /// Entries of the map that are read or written at once.
@@ -56,10 +56,10 @@ impl Resize for VdiDriver {
         state.write_tables(storage)?;
         state.space(storage)?;
         if size < state.header.size() {
-            shrink(&mut state, storage, size)?;
+            shrink(&mut state, self, size)?;
         } else {
             let fill = if fill == Preallocation::Metadata { Preallocation::Off } else { fill };
-            grow(&mut state, storage, size, self.fixed.then_some(fill))?;
+            grow(&mut state, self, size, self.fixed.then_some(fill))?;
         }
         self.size.store(size, Ordering::Relaxed);
         Ok(())
@@ -86,14 +86,15 @@ fn plan(state: &mut State, storage: &dyn Storage, blocks: u64) -> Result<Plan> {
 }
 
 /// Grows; `fixed` is how the new space is treated where all blocks are there.
-fn grow(state: &mut State, storage: &dyn Storage, size: u64, fixed: Option<Preallocation>) -> Result<()> {
+fn grow(state: &mut State, image: &VdiDriver, size: u64, fixed: Option<Preallocation>) -> Result<()> {
+    let storage = image.storage();
     // The guest sees whole sectors of a disk whose size is none.
-    clear_tail(state, storage, state.header.size().next_multiple_of(512))?;
+    clear_tail(state, image, state.header.size().next_multiple_of(512))?;
     let block = u64::from(state.header.block_size());
     let there = state.header.size().div_ceil(block);
     if there < u64::from(state.header.blocks()) {
         // What a stopped shrink has left in the map must not come into view.
-        cut(state, storage, there)?;
+        cut(state, image, there)?;
         state.space(storage)?;
     }
     let old = u64::from(state.header.blocks());
@@ -103,7 +104,7 @@ fn grow(state: &mut State, storage: &dyn Storage, size: u64, fixed: Option<Preal
     if new > old {
         let plan = plan(state, storage, new)?;
         if let Plan::Over { first_blocks, .. } = plan {
-            make_way(state, storage, first_blocks)?;
+            make_way(state, image, first_blocks)?;
         }
         let top = state.space(storage)?.top;
         let (skip, data) = match plan {
@@ -134,7 +135,8 @@ fn narrow(value: u64) -> Result<u32> {
 }
 
 /// Copies what lies in the first `count` blocks of the file to its end, and names the copies in the old map.
-fn make_way(state: &mut State, storage: &dyn Storage, count: u64) -> Result<()> {
+fn make_way(state: &mut State, image: &VdiDriver, count: u64) -> Result<()> {
+    let storage = image.storage();
     let block = u64::from(state.header.block_size());
     let mut moves = Vec::new();
     let old = u64::from(state.header.blocks());
@@ -154,8 +156,9 @@ fn make_way(state: &mut State, storage: &dyn Storage, count: u64) -> Result<()> 
         let space = state.space(storage)?;
         free = space.free_from(free);
         space.mark(free);
-        let (from, to) = (state.host(narrow(index)?), state.host(narrow(free)?));
-        table::copy(storage, from, to, block).context("Could not move a block")?;
+        let [from, to] = [state.host(narrow(index)?), state.host(narrow(free)?)].map(HostPlace::main);
+        move_stored(image, from, to, GuestOffset(guest.saturating_mul(block)), block)
+            .context("Could not move a block")?;
         state.set(storage, guest, free)?;
     }
     state.write_tables(storage)?;
@@ -202,7 +205,8 @@ fn write_map(
 }
 
 /// Makes the rest of the last block read as zeros: it lies past `size`, and may come into view.
-fn clear_tail(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()> {
+fn clear_tail(state: &mut State, image: &VdiDriver, size: u64) -> Result<()> {
+    let storage = image.storage();
     let block = u64::from(state.header.block_size());
     let within = size % block;
     if within == 0 {
@@ -210,18 +214,20 @@ fn clear_tail(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()>
     }
     let (entry, _) = state.run(storage, size / block, 1)?;
     if entry < DISCARDED {
-        let at = state.host(entry) + within;
-        storage.zero(at, block - within, Zeroing::Allocate).context("Could not clear the last block")?;
+        let place = HostPlace::main(state.host(entry) + within);
+        clear_stored(image, place, GuestOffset(size), block - within, Zeroing::Allocate)
+            .context("Could not clear the last block")?;
     }
     Ok(())
 }
 
-fn shrink(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()> {
+fn shrink(state: &mut State, image: &VdiDriver, size: u64) -> Result<()> {
+    let storage = image.storage();
     let mut header: Header = state.header.clone();
     header.set_size(size);
     state.replace_header(storage, header)?;
-    clear_tail(state, storage, size)?;
-    cut(state, storage, size.div_ceil(u64::from(state.header.block_size())))
+    clear_tail(state, image, size)?;
+    cut(state, image, size.div_ceil(u64::from(state.header.block_size())))
 }
 
 /// Gives the guest blocks of a range that are there to `see`, each with its place.
@@ -239,7 +245,8 @@ fn each(state: &mut State, storage: &dyn Storage, range: Range<u64>, mut see: im
 
 /// Ends the map after the first `blocks` entries and closes the gaps in the file, so that the counter is both the
 /// number of blocks and above all of them.
-fn cut(state: &mut State, storage: &dyn Storage, blocks: u64) -> Result<()> {
+fn cut(state: &mut State, image: &VdiDriver, blocks: u64) -> Result<()> {
+    let storage = image.storage();
     let block = u64::from(state.header.block_size());
     if !state.is_beside_header(u64::from(state.header.blocks())) {
         // Two entries cannot change at once there: the counter is too high until the end.
@@ -263,8 +270,9 @@ fn cut(state: &mut State, storage: &dyn Storage, blocks: u64) -> Result<()> {
     for (guest, index) in high {
         free = space.free_from(free);
         space.mark(free);
-        let (from, to) = (state.host(narrow(index)?), state.host(narrow(free)?));
-        table::copy(storage, from, to, block).context("Could not move a block")?;
+        let [from, to] = [state.host(narrow(index)?), state.host(narrow(free)?)].map(HostPlace::main);
+        move_stored(image, from, to, GuestOffset(guest.saturating_mul(block)), block)
+            .context("Could not move a block")?;
         state.set(storage, guest, free)?;
         if let Some(guest) = dropped.get(&free) {
             state.set(storage, *guest, index)?;

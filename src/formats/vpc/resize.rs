@@ -13,7 +13,8 @@ use super::geometry::{Geometry, SizeRule};
 use super::layout::{FOOTER_BYTES, Footer, MAX_SIZE, MAX_TABLE, SECTOR, UNALLOCATED};
 use super::table::{State, overlap};
 use crate::block::error::Context;
-use crate::block::{Error, Resize, Result};
+use crate::block::io::{clear_stored, move_stored};
+use crate::block::{Error, GuestOffset, HostPlace, Resize, Result};
 use crate::formats::table;
 use crate::storage::{Preallocation, Storage, Zeroing};
 
@@ -179,9 +180,9 @@ impl Resize for Dynamic {
         state.write_tables(storage)?;
         let old = self.size.load(Ordering::Relaxed);
         if size < old {
-            shrink(&mut state, storage, size)?;
+            shrink(&mut state, self, size)?;
         } else {
-            grow(&mut state, storage, old, size)?;
+            grow(&mut state, self, old, size)?;
         }
         self.size.store(size, Ordering::Relaxed);
         storage.flush().context("Could not flush")
@@ -203,14 +204,15 @@ fn write_header(state: &State, storage: &dyn Storage) -> Result<()> {
     storage.flush().context("Could not flush")
 }
 
-fn grow(state: &mut State, storage: &dyn Storage, old: u64, size: u64) -> Result<()> {
-    clear_tail(state, storage, old)?;
+fn grow(state: &mut State, image: &Dynamic, old: u64, size: u64) -> Result<()> {
+    let storage = image.storage();
+    clear_tail(state, image, old)?;
     let wanted = entries_for(state, size)?;
     let had = state.header.entries();
     let first = u32::try_from(old.div_ceil(state.block())).unwrap_or(had).min(had);
     if wanted > had {
         let table_end = state.table_end_with(wanted);
-        make_way(state, storage, table_end)?;
+        make_way(state, image, table_end)?;
         // Entries that the header does not count yet, and the rest of their sector.
         let from = state.header.table() + u64::from(had) * 4;
         let bytes = vec![0xff; usize::try_from(table_end - from).unwrap_or(0)];
@@ -235,7 +237,8 @@ fn grow(state: &mut State, storage: &dyn Storage, old: u64, size: u64) -> Result
 /// Copies blocks away that lie where the table shall be, up to `end`, and names the copies.
 ///
 /// The last footer goes behind all of them first: some readers know no other.
-fn make_way(state: &mut State, storage: &dyn Storage, end: u64) -> Result<()> {
+fn make_way(state: &mut State, image: &Dynamic, end: u64) -> Result<()> {
+    let storage = image.storage();
     let (table, stride) = (state.header.table(), state.stride());
     let mut moves = state.blocks(storage)?;
     moves.retain(|(_, at)| *at < end && at.saturating_add(stride) > table);
@@ -249,33 +252,46 @@ fn make_way(state: &mut State, storage: &dyn Storage, end: u64) -> Result<()> {
     storage.flush().context("Could not flush")?;
     for (n, (block, at)) in moves.into_iter().enumerate() {
         let to = first + stride * n as u64;
-        table::copy(storage, at, to, stride).context("Could not move a block")?;
+        move_block(state, image, block, at, to)?;
         state.set(storage, block, Some(to))?;
     }
     state.write_tables(storage)?;
     storage.flush().context("Could not flush")
 }
 
+/// Copies a block, its bitmap first, to where nothing is.
+fn move_block(state: &State, image: &Dynamic, block: u64, from: u64, to: u64) -> Result<()> {
+    let bitmap = state.bitmap();
+    table::copy(image.storage(), from, to, bitmap).context("Could not move the bitmap of a block")?;
+    let [from, to] = [from, to].map(|at| HostPlace::main(at.saturating_add(bitmap)));
+    let guest = GuestOffset(block.saturating_mul(state.block()));
+    move_stored(image, from, to, guest, state.block()).context("Could not move a block")
+}
+
 /// Makes the rest of the last block read as zeros: it lies past `size`, and may come into view.
-fn clear_tail(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()> {
+fn clear_tail(state: &mut State, image: &Dynamic, size: u64) -> Result<()> {
+    let storage = image.storage();
     let within = size % state.block();
     if within == 0 {
         return Ok(());
     }
     if let (Some(at), _) = state.run(storage, size / state.block(), 1)? {
         let from = at + state.bitmap() + within;
-        storage.zero(from, state.block() - within, Zeroing::Allocate).context("Could not clear the last block")?;
+        let (place, rest) = (HostPlace::main(from), state.block() - within);
+        clear_stored(image, place, GuestOffset(size), rest, Zeroing::Allocate)
+            .context("Could not clear the last block")?;
     }
     Ok(())
 }
 
-fn shrink(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()> {
+fn shrink(state: &mut State, image: &Dynamic, size: u64) -> Result<()> {
+    let storage = image.storage();
     set_size(&mut state.footer, size);
     state.write_front(storage)?;
     let free = state.free;
     state.move_footer(free);
     state.write_tables(storage)?;
-    clear_tail(state, storage, size)?;
+    clear_tail(state, image, size)?;
 
     let wanted = entries_for(state, size)?;
     let stride = state.stride();
@@ -300,7 +316,7 @@ fn shrink(state: &mut State, storage: &dyn Storage, size: u64) -> Result<()> {
     while let Some((at, block)) = kept.pop() {
         match holes.next().filter(|hole| *hole < at) {
             Some(hole) => {
-                table::copy(storage, at, hole, stride).context("Could not move a block")?;
+                move_block(state, image, block, at, hole)?;
                 state.set(storage, block, Some(hole))?;
                 end = end.max(hole + stride);
             }
