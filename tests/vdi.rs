@@ -298,6 +298,22 @@ fn info_shows_what_the_header_alone_says() {
     assert_eq!(std::fs::read(scratch.file("m.vdi")).unwrap(), much);
 }
 
+/// A static image can have lost a block from its map; what lies there in the file is no part of a longer disk.
+#[test]
+fn a_static_image_grows_by_zeros_over_a_lost_block() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "vdi", "-o", "static=on", "a.vdi", "3M"]);
+    scratch.qemu_io("vdi", "a.vdi", &["write -P 5 0 3M"]);
+    let mut image = std::fs::read(scratch.file("a.vdi")).unwrap();
+    image[0x208..0x20c].copy_from_slice(&[0xff; 4]);
+    std::fs::write(scratch.file("a.vdi"), image).unwrap();
+    scratch.vimg(&["resize", "-q", "-f", "vdi", "a.vdi", "5M"]);
+    scratch.judge(&["convert", "-f", "vdi", "-O", "raw", "a.vdi", "a.raw"]);
+    let mut expected = vec![5; 2 << 20];
+    expected.resize(5 << 20, 0);
+    assert!(std::fs::read(scratch.file("a.raw")).unwrap() == expected);
+}
+
 #[test]
 fn what_overlaps_is_not_written_to() {
     let scratch = Scratch::new();

@@ -116,9 +116,15 @@ fn grow(state: &mut State, image: &VdiDriver, size: u64, fixed: Option<Prealloca
         let from = if skip > 0 { 0 } else { old };
         let top = top.max(skip) - skip;
         write_map(state, storage, u64::from(map), from..new, skip, fixed.map(|_| top))?;
+        let end_of_used = u64::from(data) + top * block;
         let top = if fixed.is_some() { top + (new - old) } else { top };
         let end = u64::from(data) + top * block;
         let length = storage.len().context("Could not get the size of the file")?;
+        if fixed.is_some() && end_of_used < length {
+            // What a block that nothing names any more has left where new ones are going to be.
+            let stale = end.min(length).saturating_sub(end_of_used);
+            storage.zero(end_of_used, stale, Zeroing::Allocate).context("Could not clear the new blocks")?;
+        }
         if fixed.is_some() && end > length {
             storage.set_len(end, fixed.unwrap_or_default()).context("Failed to resize underlying file")?;
         }
