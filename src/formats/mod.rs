@@ -1,6 +1,7 @@
 //! The formats: each knows its own on-disk layout and nothing of the others.
 
 mod effort;
+mod one_file;
 pub mod qcow;
 pub mod qcow2;
 pub mod raw;

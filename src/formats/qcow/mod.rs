@@ -4,15 +4,14 @@
 //! entry that names it, an L2 table before its L1 entry. A stop in between leaves space that nothing names. An image
 //! in which tables and clusters overlap is not written to.
 //!
-//! One lock, [`QcowDriver::state`]; it is held for tables alone, never while guest data moves.
+//! One lock, over the tables (`one_file.rs`); it is never held while guest data moves.
 
 mod create;
 mod layout;
 mod resize;
 mod tables;
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::ops::Deref;
 
 use self::layout::{Entry, HEADER_BYTES, Header, MAX_OFFSET};
 use self::tables::State;
@@ -24,7 +23,7 @@ use crate::block::{
     ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
 };
 use crate::codec::deflate::{self, How, Wrap};
-use crate::storage::Storage;
+use crate::formats::one_file::{OneFile, Tables};
 
 /// The format.
 #[derive(Debug)]
@@ -61,12 +60,9 @@ impl Format for Qcow {
         Ok(Box::new(QcowDriver {
             cluster: 1 << header.cluster_bits(),
             bits: header.cluster_bits(),
-            size: AtomicU64::new(size),
             backing,
             encrypted,
-            files: [file],
-            state: Mutex::new(State::new(header)),
-            write,
+            image: OneFile::new(file, size, State::new(header), write),
         }))
     }
 
@@ -94,24 +90,21 @@ fn read_backing(file: &Child, header: &Header, look_only: bool) -> Result<Option
 
 #[derive(Debug)]
 struct QcowDriver {
-    files: [Child; 1],
-    size: AtomicU64,
+    image: OneFile<State>,
     cluster: u64,
     /// log2 of it.
     bits: u32,
     backing: Option<BackingRef>,
     encrypted: bool,
-    state: Mutex<State>,
-    write: bool,
 }
 
-impl QcowDriver {
-    fn storage(&self) -> &dyn Storage {
-        &*self.files[0].storage
-    }
+impl QcowDriver {}
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
+impl Deref for QcowDriver {
+    type Target = OneFile<State>;
+
+    fn deref(&self) -> &OneFile<State> {
+        &self.image
     }
 }
 
@@ -121,7 +114,7 @@ impl BlockDriver for QcowDriver {
     }
 
     fn virtual_size(&self) -> u64 {
-        self.size.load(Ordering::Relaxed)
+        self.image.virtual_size()
     }
 
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
@@ -161,10 +154,7 @@ impl BlockDriver for QcowDriver {
     }
 
     fn flush(&self) -> Result<()> {
-        if self.write {
-            self.state().write_tables(self.storage())?;
-        }
-        self.files[0].flush()
+        self.image.flush()
     }
 
     fn writing(&self) -> Option<&dyn Write> {

@@ -12,6 +12,7 @@ use super::tables::State;
 use crate::block::error::Context;
 use crate::block::io::{clear_stored, read_unit, write_stored};
 use crate::block::{BlockDriver, CompressedUnit, Error, GuestOffset, HostPlace, Resize, ResizeFiles, Result};
+use crate::formats::one_file::Tables;
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 impl Resize for QcowDriver {

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use super::layout::{Entry, HEADER_BYTES, Header};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
+use crate::formats::one_file::Tables;
 use crate::formats::runs::Runs;
 use crate::formats::table::TableCache;
 use crate::storage::{Event, Preallocation, Storage};
@@ -36,6 +37,30 @@ pub struct State {
     length: u64,
     /// Whether the image was found fit to be written to.
     prepared: bool,
+}
+
+impl Tables for State {
+    /// Writes what waits: length of the file, L2 tables, L1 table, in this order.
+    fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
+        if !self.l2.is_changed() && !self.l1.is_changed() {
+            return Ok(());
+        }
+        if let Some(end) = self.end
+            && !storage.facts().fixed_len
+            && storage.len().context("Could not get the size of the file")? < end
+        {
+            storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
+        }
+        storage.flush().context("Could not flush")?;
+        storage.announce(Event::L2_UPDATE);
+        self.l2.write_out(storage).context(WRITING)?;
+        if self.l1.is_changed() {
+            storage.flush().context("Could not flush")?;
+            storage.announce(Event::L1_UPDATE);
+            self.l1.write_out(storage).context(WRITING)?;
+        }
+        Ok(())
+    }
 }
 
 impl State {
@@ -277,28 +302,6 @@ impl State {
     /// Whether so much waits that it should be written now.
     pub fn wants_writing(&self) -> bool {
         self.l2.is_full() || self.l1.is_full()
-    }
-
-    /// Writes what waits: length of the file, L2 tables, L1 table, in this order.
-    pub fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
-        if !self.l2.is_changed() && !self.l1.is_changed() {
-            return Ok(());
-        }
-        if let Some(end) = self.end
-            && !storage.facts().fixed_len
-            && storage.len().context("Could not get the size of the file")? < end
-        {
-            storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
-        }
-        storage.flush().context("Could not flush")?;
-        storage.announce(Event::L2_UPDATE);
-        self.l2.write_out(storage).context(WRITING)?;
-        if self.l1.is_changed() {
-            storage.flush().context("Could not flush")?;
-            storage.announce(Event::L1_UPDATE);
-            self.l1.write_out(storage).context(WRITING)?;
-        }
-        Ok(())
     }
 
     /// Writes the header at once, between two flushes, and forgets what was derived from the old one.

@@ -3,6 +3,7 @@
 use super::layout::{ALLOCATED_AT, DISCARDED, HEADER_BYTES, Header, UNALLOCATED};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
+use crate::formats::one_file::Tables;
 use crate::formats::table::{PAGE, TableCache};
 use crate::storage::{Preallocation, Storage};
 
@@ -78,6 +79,33 @@ impl Space {
             index = if word == Some(&u64::MAX) { (index / 64 + 1) * 64 } else { index + 1 };
         }
         index
+    }
+}
+
+impl Tables for State {
+    /// Writes what waits: length of the file, the header's counter and the entries that are beside it, the rest of the
+    /// map, in this order.
+    fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
+        if !self.map.is_changed() {
+            return Ok(());
+        }
+        let failed = "Could not write the VDI block map";
+        if let Some(space) = &self.space {
+            let (top, end) = (space.top, u64::from(self.header.data_offset()) + space.top * self.block());
+            let top = u32::try_from(top).unwrap_or(u32::MAX);
+            if self.header.allocated() != top {
+                self.header.set_allocated(top);
+                self.map.write(storage, ALLOCATED_AT as u64, &top.to_le_bytes()).context(failed)?;
+            }
+            if !storage.facts().fixed_len && storage.len().context("Could not get the size of the file")? < end {
+                storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
+            }
+        }
+        storage.flush().context("Could not flush")?;
+        if self.map.write_first(storage).context(failed)? && self.map.is_changed() {
+            storage.flush().context("Could not flush")?;
+        }
+        self.map.write_out(storage).context(failed)
     }
 }
 
@@ -231,31 +259,6 @@ impl State {
     /// change in one write.
     pub fn is_beside_header(&self, blocks: u64) -> bool {
         self.entry_at(blocks) <= PAGE as u64
-    }
-
-    /// Writes what waits: length of the file, the header's counter and the entries that are beside it, the rest of the
-    /// map, in this order.
-    pub fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
-        if !self.map.is_changed() {
-            return Ok(());
-        }
-        let failed = "Could not write the VDI block map";
-        if let Some(space) = &self.space {
-            let (top, end) = (space.top, u64::from(self.header.data_offset()) + space.top * self.block());
-            let top = u32::try_from(top).unwrap_or(u32::MAX);
-            if self.header.allocated() != top {
-                self.header.set_allocated(top);
-                self.map.write(storage, ALLOCATED_AT as u64, &top.to_le_bytes()).context(failed)?;
-            }
-            if !storage.facts().fixed_len && storage.len().context("Could not get the size of the file")? < end {
-                storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
-            }
-        }
-        storage.flush().context("Could not flush")?;
-        if self.map.write_first(storage).context(failed)? && self.map.is_changed() {
-            storage.flush().context("Could not flush")?;
-        }
-        self.map.write_out(storage).context(failed)
     }
 
     /// Writes the header at once, between two flushes, and forgets what was derived from the old one.

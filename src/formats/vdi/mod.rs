@@ -6,15 +6,14 @@
 //! 896 MiB), then the rest of the map. A stop in between leaves a block that nothing names, or a counter that is too
 //! high.
 //!
-//! One lock, [`VdiDriver::state`]; it is held for tables alone, never while guest data moves.
+//! One lock, over the tables (`one_file.rs`); it is never held while guest data moves.
 
 mod create;
 mod layout;
 mod map;
 mod resize;
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::ops::Deref;
 
 use self::layout::{DISCARDED, HEADER_BYTES, Header, STATIC};
 use self::map::State;
@@ -25,7 +24,7 @@ use crate::block::{
     Action, BlockDriver, Child, Create, Extent, ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed,
     Resize, Result, Store, Ticket, Write,
 };
-use crate::storage::Storage;
+use crate::formats::one_file::{OneFile, Tables};
 
 /// The format.
 #[derive(Debug)]
@@ -51,12 +50,9 @@ impl Format for Vdi {
         file.storage.read_at(0, &mut head).context("Could not read the VDI header")?;
         let header = Header::parse(head)?;
         Ok(Box::new(VdiDriver {
-            size: AtomicU64::new(header.size().next_multiple_of(512)),
             block: u64::from(header.block_size()),
             fixed: header.kind() == STATIC,
-            files: [file],
-            state: Mutex::new(State::new(header)),
-            write,
+            image: OneFile::new(file, header.size().next_multiple_of(512), State::new(header), write),
         }))
     }
 
@@ -67,26 +63,23 @@ impl Format for Vdi {
 
 #[derive(Debug)]
 struct VdiDriver {
-    files: [Child; 1],
-    size: AtomicU64,
+    image: OneFile<State>,
     /// Bytes of a block.
     block: u64,
     fixed: bool,
-    state: Mutex<State>,
-    write: bool,
 }
 
 impl VdiDriver {
-    fn storage(&self) -> &dyn Storage {
-        &*self.files[0].storage
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
     fn blocks(&self, bytes: u64) -> u64 {
         bytes.div_ceil(self.block)
+    }
+}
+
+impl Deref for VdiDriver {
+    type Target = OneFile<State>;
+
+    fn deref(&self) -> &OneFile<State> {
+        &self.image
     }
 }
 
@@ -96,7 +89,7 @@ impl BlockDriver for VdiDriver {
     }
 
     fn virtual_size(&self) -> u64 {
-        self.size.load(Ordering::Relaxed)
+        self.image.virtual_size()
     }
 
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
@@ -130,10 +123,7 @@ impl BlockDriver for VdiDriver {
     }
 
     fn flush(&self) -> Result<()> {
-        if self.write {
-            self.state().write_tables(self.storage())?;
-        }
-        self.files[0].flush()
+        self.image.flush()
     }
 
     fn writing(&self) -> Option<&dyn Write> {

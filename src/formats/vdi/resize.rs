@@ -15,6 +15,7 @@ use super::map::State;
 use crate::block::error::Context;
 use crate::block::io::{clear_stored, move_stored};
 use crate::block::{Error, GuestOffset, HostPlace, Resize, Result};
+use crate::formats::one_file::Tables;
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 /// Entries of the map that are read or written at once.

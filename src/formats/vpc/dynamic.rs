@@ -1,7 +1,6 @@
 //! The dynamic kind: blocks are added as they are written.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::ops::Deref;
 
 use super::Vpc;
 use super::layout::{DynamicHeader, Footer, SECTOR};
@@ -12,7 +11,7 @@ use crate::block::{
     Action, BlockDriver, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed, Resize, Result,
     Store, Ticket, Write,
 };
-use crate::storage::Storage;
+use crate::formats::one_file::{OneFile, Tables};
 
 /// The largest block that is written: one has to fit in memory.
 const MAX_WRITTEN_BLOCK: u64 = 64 << 20;
@@ -20,12 +19,9 @@ const MAX_WRITTEN_BLOCK: u64 = 64 << 20;
 /// A dynamic disk.
 #[derive(Debug)]
 pub struct Dynamic {
-    pub(super) files: [Child; 1],
-    pub(super) size: AtomicU64,
+    image: OneFile<State>,
     block: u64,
     bitmap: u64,
-    state: Mutex<State>,
-    write: bool,
 }
 
 impl Dynamic {
@@ -36,15 +32,15 @@ impl Dynamic {
         if write && block > MAX_WRITTEN_BLOCK {
             return Err(Error::unsupported(format!("blocks of {block} bytes cannot be written")));
         }
-        Ok(Self { files: [file], size: AtomicU64::new(size), block, bitmap, state: Mutex::new(state), write })
+        Ok(Self { image: OneFile::new(file, size, state, write), block, bitmap })
     }
+}
 
-    pub(super) fn storage(&self) -> &dyn Storage {
-        &*self.files[0].storage
-    }
+impl Deref for Dynamic {
+    type Target = OneFile<State>;
 
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    fn deref(&self) -> &OneFile<State> {
+        &self.image
     }
 }
 
@@ -54,7 +50,7 @@ impl BlockDriver for Dynamic {
     }
 
     fn virtual_size(&self) -> u64 {
-        self.size.load(Ordering::Relaxed)
+        self.image.virtual_size()
     }
 
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
@@ -82,10 +78,7 @@ impl BlockDriver for Dynamic {
     }
 
     fn flush(&self) -> Result<()> {
-        if self.write {
-            self.state().write_tables(self.storage())?;
-        }
-        self.files[0].flush()
+        self.image.flush()
     }
 
     fn writing(&self) -> Option<&dyn Write> {

@@ -15,6 +15,7 @@ use super::table::{State, overlap};
 use crate::block::error::Context;
 use crate::block::io::{clear_stored, move_stored};
 use crate::block::{Error, GuestOffset, HostPlace, Resize, Result};
+use crate::formats::one_file::Tables;
 use crate::formats::table;
 use crate::storage::{Preallocation, Storage, Zeroing};
 

@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, UNALLOCATED};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
+use crate::formats::one_file::Tables;
 use crate::formats::runs::Runs;
 use crate::formats::table::TableCache;
 use crate::storage::{Preallocation, Storage};
@@ -34,6 +35,32 @@ pub struct State {
     footer_moved: bool,
     /// Whether the table was found fit to be written to.
     prepared: bool,
+}
+
+impl Tables for State {
+    /// Writes what waits: the last footer, then the table.
+    fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
+        if self.footer_moved {
+            storage.write_at(self.free, self.footer.bytes()).context("Could not write the VHD footer")?;
+            let end = self.free + FOOTER_BYTES as u64;
+            self.fresh = self.fresh.max(end);
+            let length = storage.len().context("Could not get the size of the file")?;
+            if length > end && !storage.facts().fixed_len {
+                // Nothing that is named lies behind: the footer has to be the last thing in the file.
+                storage.set_len(end, Preallocation::Off).context("Could not shorten the file")?;
+            }
+            // What is given out next starts with a bitmap where this footer is; behind it there is nothing.
+            if storage.facts().new_reads_zero {
+                self.fresh = end;
+            }
+            self.footer_moved = false;
+        }
+        if self.table.is_changed() {
+            storage.flush().context("Could not flush")?;
+            self.table.write_out(storage).context("Could not write the block allocation table")?;
+        }
+        Ok(())
+    }
 }
 
 impl State {
@@ -319,30 +346,6 @@ impl State {
     pub fn move_footer(&mut self, free: u64) {
         self.free = free;
         self.footer_moved = true;
-    }
-
-    /// Writes what waits: the last footer, then the table.
-    pub fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
-        if self.footer_moved {
-            storage.write_at(self.free, self.footer.bytes()).context("Could not write the VHD footer")?;
-            let end = self.free + FOOTER_BYTES as u64;
-            self.fresh = self.fresh.max(end);
-            let length = storage.len().context("Could not get the size of the file")?;
-            if length > end && !storage.facts().fixed_len {
-                // Nothing that is named lies behind: the footer has to be the last thing in the file.
-                storage.set_len(end, Preallocation::Off).context("Could not shorten the file")?;
-            }
-            // What is given out next starts with a bitmap where this footer is; behind it there is nothing.
-            if storage.facts().new_reads_zero {
-                self.fresh = end;
-            }
-            self.footer_moved = false;
-        }
-        if self.table.is_changed() {
-            storage.flush().context("Could not flush")?;
-            self.table.write_out(storage).context("Could not write the block allocation table")?;
-        }
-        Ok(())
     }
 }
 
