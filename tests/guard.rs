@@ -51,6 +51,27 @@ fn tables_are_not_guest_data() {
 }
 
 #[test]
+fn a_resize_refuses_guest_data_that_lies_in_a_table() {
+    let scratch = Scratch::new();
+    for (table, what) in [(3, "active L1 table"), (4, "active L2 table")] {
+        for args in [&["resize", "i", "2G"][..], &["resize", "i", "+1M"], &["resize", "--shrink", "i", "192k"]] {
+            judge(&["create", "-q", "-f", "qcow2", "i", "1M"]).dir(scratch.path()).ok();
+            scratch.qemu_io("qcow2", "i", &["write -P 1 0 64k", "write -P 2 128k 64k"]);
+            // Data that stays: what it shares with the table would change with the size.
+            poke(&scratch, 4 * CLUSTER + 16, COPIED | (table * CLUSTER));
+            let before = fs::read(scratch.file("i")).unwrap();
+            let out = vimg(args).dir(scratch.path()).run();
+            assert_eq!(out.code, Some(1), "{args:?}, {what}: {out:?}");
+            let text = format!("Preventing invalid write on metadata (overlaps with {what}); image marked as corrupt");
+            assert!(out.stderr.contains(&text), "{args:?}: {out:?}");
+            let mut after = fs::read(scratch.file("i")).unwrap();
+            after[79] = before[79];
+            assert!(after == before, "{args:?}, {what}: nothing but the mark has changed");
+        }
+    }
+}
+
+#[test]
 fn tables_that_share_a_place_are_not_changed() {
     let scratch = Scratch::new();
     for (at, word) in [(3 * CLUSTER, COPIED | (3 * CLUSTER)), (3 * CLUSTER, COPIED | (2 * CLUSTER)), (CLUSTER, CLUSTER)]

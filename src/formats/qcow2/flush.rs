@@ -53,7 +53,7 @@ impl Qcow2Driver {
         if !std::mem::replace(&mut alloc.learned, true) {
             self.learn_metadata()?;
         }
-        Ok(())
+        self.data_apart()
     }
 
     /// Everything in the files, and the end of compressed data filled up to a sector.

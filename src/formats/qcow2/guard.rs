@@ -139,6 +139,14 @@ impl Qcow2Driver {
         Ok(())
     }
 
+    /// Refuses to resize an image whose guest data, by an entry of an L2 table, lies where a table does: the size cannot
+    /// change without that table, and which of the two is wrong cannot be told.
+    pub(super) fn data_apart(&self) -> Result<()> {
+        let mut survey = Survey::new(self, DEEPER)?;
+        self.walk(&mut survey)?;
+        survey.data_clash.map_or(Ok(()), |what| Err(self.overlaps(what)))
+    }
+
     /// What is in one piece and moves with the header: offset, length, name.
     fn fixed(&self) -> [(u64, u64, &'static str); 4] {
         let header = self.header();
@@ -193,6 +201,9 @@ impl Qcow2Driver {
 /// cleanly: those of 64 GiB in clusters of 64 KiB.
 const DEEP: u64 = 8 << 20;
 
+/// The same before a resize: those of 1 TiB.
+const DEEPER: u64 = 128 << 20;
+
 /// What a walk learns of where tables are, and of those that lie where they cannot.
 pub(super) struct Survey<'a> {
     driver: &'a Qcow2Driver,
@@ -208,6 +219,8 @@ pub(super) struct Survey<'a> {
     pub refcounts_clash: Option<&'static str>,
     /// What else is wrong with where they are.
     pub refcounts_wrong: Option<String>,
+    /// The table in which guest data lies.
+    pub data_clash: Option<&'static str>,
 }
 
 impl<'a> Survey<'a> {
@@ -224,6 +237,7 @@ impl<'a> Survey<'a> {
             clash: None,
             refcounts_clash: None,
             refcounts_wrong: None,
+            data_clash: None,
         };
         let table = Part::RefcountTable.name();
         for (n, (at, len, what)) in fixed.iter().enumerate() {
@@ -310,6 +324,11 @@ impl<'a> Survey<'a> {
             self.clashes(true, Part::RefcountBlock.name());
         } else if overlap((start, end.saturating_sub(start)), (table.at, table.len)) {
             self.clashes(true, Part::RefcountTable.name());
+        }
+        if self.data_clash.is_none() {
+            let bits = || self.bits.range(start..end).next().map(|_| Part::BitmapData.name());
+            let tables = || self.placed(start, end.saturating_sub(start)).or_else(|| self.places.at(start, end));
+            self.data_clash = tables().or_else(bits);
         }
     }
 }
