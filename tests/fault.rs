@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use vimg::block::io::Scratch as Buffers;
 use vimg::block::{Format, GuestOffset, Node, Result, format};
 use vimg::formats::FORMATS;
-use vimg::storage::fault::{Fault, Faulty, Operation};
+use vimg::storage::fault::{Fault, Faulty, FaultyOperation};
 use vimg::storage::memory::Memory;
 use vimg::storage::{Preallocation, Storage};
 
@@ -120,14 +120,14 @@ impl Case {
         judge.judged(self, &after, &label);
         for fault in FAULTS {
             for (at, operation) in operations.iter().enumerate() {
-                if *fault == Fault::Shorten && matches!(operation, Operation::Write { len: ..512, .. }) {
+                if *fault == Fault::Shorten && matches!(operation, FaultyOperation::Write { len: ..512, .. }) {
                     // No disk writes half a table's entry.
                     continue;
                 }
                 let what = format!("{label}: {fault:?} at {operation:?}, {at} of {count}");
                 let (_, worked, after) = self.run(&files, |inner| Faulty::new(inner, at, *fault));
                 // To give space back is an offer: that it is refused is no failure of the work.
-                let offer = matches!(operation, Operation::Discard { .. });
+                let offer = matches!(operation, FaultyOperation::Discard { .. });
                 let must_tell = *fault != Fault::Stop && !offer;
                 assert!(!(worked && must_tell), "{what}: the failure is not reported");
                 judge.judged(self, &after, &what);

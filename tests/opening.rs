@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use vimg::block::io::Scratch as Buffers;
-use vimg::block::{GuestOffset, ImageRef, Kind, NO_SECRETS, Node, OpenHow, Opener, Policy, Purpose, Result};
+use vimg::block::{ErrorKind, GuestOffset, ImageRef, NO_SECRETS, Node, OpenHow, Opener, Policy, Purpose, Result};
 use vimg::drivers::DRIVERS;
 
 use crate::common::{Scratch, judge};
@@ -94,12 +94,12 @@ fn a_layer_that_is_read_is_found_and_one_that_is_written_is_not() {
     let raw = opener.open(&ImageRef::name(&base), &how("raw", Purpose::Read)).unwrap();
     assert_eq!(raw.driver().format(), "raw");
     let error = open(&opener, &base, Purpose::Write).unwrap_err();
-    assert_eq!(error.kind, Kind::Locked);
+    assert_eq!(error.kind, ErrorKind::Locked);
     drop((x, y, again, shared, raw));
     assert_eq!(descriptors(&base), 0, "what is found is not kept open");
     let writer = open(&opener, &base, Purpose::Write).unwrap();
     let error = open(&opener, &base, Purpose::Read).unwrap_err();
-    assert_eq!(error.kind, Kind::Locked);
+    assert_eq!(error.kind, ErrorKind::Locked);
     drop(writer);
 }
 
@@ -139,7 +139,7 @@ fn a_layer_below_is_opened_again_for_writing_and_keeps_its_locks() {
         if format != "raw" {
             let other = opener().open(&ImageRef::name(t.file("mid")), &how(format, Purpose::Read)).unwrap();
             let error = here.open_lower(&top, 1, Default::default()).unwrap_err();
-            assert_eq!(error.kind, Kind::Locked, "{}", error.message());
+            assert_eq!(error.kind, ErrorKind::Locked, "{}", error.message());
             drop(other);
             t.sh(&format!("{read} >/dev/null && ! {write} 2>/dev/null"));
         }

@@ -175,7 +175,7 @@ fn refusals_are_the_references() {
             let error = create(scratch.path(), "image", &text, size(bytes)).expect_err(&text);
             let message = match error.kind {
                 // What `create` says of it; the driver's own words are what `convert` says.
-                vimg::block::Kind::TooLarge => {
+                vimg::block::ErrorKind::TooLarge => {
                     "The image size is too large for file format 'qcow2' (try using a larger cluster size)".to_owned()
                 }
                 _ => error.message(),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use vimg::block::driver::SnapshotKey;
 use vimg::block::io::Scratch as Buffers;
-use vimg::block::{ExtentKind, GuestOffset, ImageRef, Kind, NO_SECRETS, Node, OpenHow, Opener, Policy};
+use vimg::block::{ErrorKind, ExtentKind, GuestOffset, ImageRef, NO_SECRETS, Node, OpenHow, Opener, Policy};
 use vimg::drivers::DRIVERS;
 
 use crate::common::inside::{self, Capped, Reads};
@@ -294,7 +294,8 @@ fn wrong_tables_are_errors_where_they_matter() {
         assert!(error.all_notes()[0].contains(said), "{what}: {:?}", error.all_notes());
     }
     // Data past the end of the file is missing, and garbage where compressed data should be is none.
-    for (entry, kind) in [(0x8000_0100_0000_0000u64, Kind::Truncated), (0x4000_0000_0005_0000, Kind::Corrupt)] {
+    for (entry, kind) in [(0x8000_0100_0000_0000u64, ErrorKind::Truncated), (0x4000_0000_0005_0000, ErrorKind::Corrupt)]
+    {
         fs::copy(t.file("good.qcow2"), t.file("x.qcow2")).unwrap();
         patch(&t, "x.qcow2", 0x40000, &entry.to_be_bytes());
         let node = open(&t.file("x.qcow2"), "qcow2");

@@ -8,7 +8,7 @@ use vimg::block::{Node, format};
 use vimg::formats::FORMATS;
 use vimg::ops::resize::resize;
 use vimg::storage::Preallocation;
-use vimg::storage::fault::{Fault, Faulty, Operation};
+use vimg::storage::fault::{Fault, Faulty, FaultyOperation};
 use vimg::storage::memory::Memory;
 
 use crate::common::inside::{self, Files};
@@ -85,7 +85,7 @@ fn what_a_shrink_cut_off_reads_as_zeros_when_the_disk_grows_again() {
 }
 
 /// Resizes a copy of `files` in memory, up to a write that is the last one, if any.
-fn resized(files: &Files, stop: Option<usize>, size: u64, fill: Preallocation) -> (Vec<Operation>, bool, Files) {
+fn resized(files: &Files, stop: Option<usize>, size: u64, fill: Preallocation) -> (Vec<FaultyOperation>, bool, Files) {
     let files = files.copy();
     let plain = files.get("i").unwrap();
     let faulty = Arc::new(match stop {

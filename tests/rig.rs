@@ -181,7 +181,7 @@ impl<'a> Pair<'a> {
     /// then is the old disk or the new one.
     pub fn assert_resize_is_safe(&self, size: u64, fill: Preallocation) {
         use nix::errno::Errno;
-        use vimg::storage::fault::{Fault, Faulty, Operation};
+        use vimg::storage::fault::{Fault, Faulty, FaultyOperation};
 
         let before = std::fs::read(self.path()).unwrap();
         let resize = |storage: Arc<dyn Storage>| -> vimg::block::Result<()> {
@@ -204,7 +204,7 @@ impl<'a> Pair<'a> {
         for fault in [Fault::Stop, Fault::Fail(Errno::EIO), Fault::FailFrom(Errno::ENOSPC), Fault::Shorten] {
             for (point, operation) in operations.iter().enumerate() {
                 let what = format!("{} to {size}, {fault:?} at {operation:?}, {point} of {points}", self.format);
-                if fault == Fault::Shorten && matches!(operation, Operation::Write { len: ..=512, .. }) {
+                if fault == Fault::Shorten && matches!(operation, FaultyOperation::Write { len: ..=512, .. }) {
                     // A sector is written or not.
                     continue;
                 }

@@ -6,22 +6,22 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use vimg::storage::file::{HostFile, OpenHow};
+use vimg::storage::file::{FileHow, HostFile};
 use vimg::storage::lock::Access;
 use vimg::storage::staging::{CreateHow, Durability, Staging};
-use vimg::storage::{CacheMode, HostExtent, Kind, Preallocation, Storage, Zeroing};
+use vimg::storage::{CacheMode, FileKind, HostExtent, Preallocation, Storage, Zeroing};
 
 use crate::common::run::Holder;
 use crate::common::{Scratch, judge, need, need_root, pattern, sh, vimg};
 
-const RW: OpenHow = OpenHow { write: true, cache: CacheMode::Writeback, access: Access::NONE };
+const RW: FileHow = FileHow { write: true, cache: CacheMode::Writeback, access: Access::NONE };
 
 /// A program that another test is just starting holds our descriptors for a moment, until it is that program: so
 /// what ought to be free is tried for minutes.
 fn hold(path: &Path, access: Access) -> HostFile {
     let mut tries = 0;
     loop {
-        match HostFile::open(path, &OpenHow { access, ..RW }) {
+        match HostFile::open(path, &FileHow { access, ..RW }) {
             Err(error) if error.errno() == Some(Errno::EAGAIN) && tries < 10_000 => tries += 1,
             other => return other.unwrap(),
         }
@@ -30,7 +30,7 @@ fn hold(path: &Path, access: Access) -> HostFile {
 }
 
 fn taking(path: &Path, access: Access) -> String {
-    HostFile::open(path, &OpenHow { access, ..RW }).map_or_else(|e| e.to_string(), |_| "ok".to_owned())
+    HostFile::open(path, &FileHow { access, ..RW }).map_or_else(|e| e.to_string(), |_| "ok".to_owned())
 }
 
 /// A loop device over a file, detached when dropped.
@@ -154,8 +154,8 @@ fn a_block_device() {
     let device = Loop::new(&backing, "");
     let mut model = pattern(1, size as usize);
     for cache in [CacheMode::Writeback, CacheMode::None, CacheMode::Directsync] {
-        let file = HostFile::open(&device.0, &OpenHow { cache, ..RW }).unwrap();
-        assert_eq!((file.len().unwrap(), file.kind()), (size, Kind::BlockDevice));
+        let file = HostFile::open(&device.0, &FileHow { cache, ..RW }).unwrap();
+        assert_eq!((file.len().unwrap(), file.kind()), (size, FileKind::BlockDevice));
         assert_eq!(file.extent(0, u64::MAX).unwrap(), HostExtent::data(size));
         assert_eq!(file.extent(size, 9).unwrap(), HostExtent::hole(9));
         let check = |model: &[u8]| {

@@ -7,7 +7,7 @@ use crate::common::{Scratch, judge, pattern, vimg, vimg_path};
 
 /// A kind of image: format, how qemu-img makes it of `s.raw`, the file that is cut, and the unit of the last part of
 /// a file that writers may leave out.
-struct Kind {
+struct ErrorKind {
     name: &'static str,
     format: &'static str,
     make: &'static str,
@@ -15,18 +15,18 @@ struct Kind {
     unit: u64,
 }
 
-const fn kind(name: &'static str, format: &'static str, make: &'static str, cut: &'static str, unit: u64) -> Kind {
-    Kind { name, format, make, cut, unit }
+const fn kind(name: &'static str, format: &'static str, make: &'static str, cut: &'static str, unit: u64) -> ErrorKind {
+    ErrorKind { name, format, make, cut, unit }
 }
 
-impl Kind {
+impl ErrorKind {
     fn make(&self, scratch: &Scratch) {
         // The reference cannot make every kind.
         scratch.sh(&format!("vimg() {{ '{}' \"$@\"; }}; {}", vimg_path().display(), self.make));
     }
 }
 
-const KINDS: [Kind; 14] = [
+const KINDS: [ErrorKind; 14] = [
     kind("qcow2", "qcow2", "qemu-img convert -f raw -O qcow2 s.raw i", "i", 65536),
     kind("small clusters", "qcow2", "qemu-img convert -f raw -O qcow2 -o cluster_size=512 s.raw i", "i", 512),
     kind("subclusters", "qcow2", "qemu-img convert -f raw -O qcow2 -o extended_l2=on s.raw i", "i", 65536),
@@ -147,7 +147,7 @@ fn salvage_reads_a_cut_source_with_a_warning_for_each_range() {
 #[test]
 fn info_warns_of_a_cut_image_and_prints_what_the_reference_prints() {
     // Data files are not opened by info.
-    let silent = |kind: &&Kind| kind.cut == "d" || matches!(kind.name, "vpc" | "stream-optimized vmdk");
+    let silent = |kind: &&ErrorKind| kind.cut == "d" || matches!(kind.name, "vpc" | "stream-optimized vmdk");
     for kind in KINDS.iter().filter(|kind| !silent(kind)) {
         let scratch = Scratch::new();
         source(&scratch);

@@ -14,8 +14,8 @@ use vimg::block::{
     Result, format,
 };
 use vimg::formats::FORMATS;
-use vimg::storage::fault::{Fault, Faulty, Operation};
-use vimg::storage::file::{HostFile, OpenHow};
+use vimg::storage::fault::{Fault, Faulty, FaultyOperation};
+use vimg::storage::file::{FileHow, HostFile};
 use vimg::storage::memory::Memory;
 use vimg::storage::{CacheMode, Preallocation, Storage};
 
@@ -44,7 +44,7 @@ impl Folder {
     }
 
     fn storage(&self, path: &Path) -> Arc<dyn Storage> {
-        let file = HostFile::open(path, &OpenHow { write: true, cache: CacheMode::Unsafe, ..OpenHow::default() })
+        let file = HostFile::open(path, &FileHow { write: true, cache: CacheMode::Unsafe, ..FileHow::default() })
             .expect("open");
         Arc::new(self.first.beside(Arc::new(file)))
     }
@@ -170,7 +170,7 @@ fn every_point(case: &Case, floor: usize) {
             let (_, worked) = run(Some((at, fault)));
             assert!(fault == Fault::Stop || !worked, "{what}: not reported");
             if matches!(fault, Fault::FailFrom(_))
-                || (fault == Fault::Shorten && !matches!(operation, Operation::Write { len: 2.., .. }))
+                || (fault == Fault::Shorten && !matches!(operation, FaultyOperation::Write { len: 2.., .. }))
             {
                 // The files are as after a stop.
                 continue;

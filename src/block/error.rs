@@ -14,7 +14,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// What a caller can tell apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum ErrorKind {
     /// The host could not do it: see the cause.
     Io,
     /// There is no such file, image, snapshot or device.
@@ -76,7 +76,7 @@ impl fmt::Display for Place {
 #[error("{context}")]
 pub struct Error {
     /// What a caller can match.
-    pub kind: Kind,
+    pub kind: ErrorKind,
     /// What was being done to which file, or what is wrong with it.
     pub context: String,
     /// Lines to show before the message, as they are.
@@ -94,7 +94,7 @@ pub struct Error {
 
 impl Error {
     /// An error with no further cause.
-    pub fn new(kind: Kind, context: impl Into<String>) -> Self {
+    pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
         Self {
             kind,
             context: context.into(),
@@ -108,22 +108,25 @@ impl Error {
 
     /// The image's own bytes are wrong.
     pub fn corrupt(context: impl Into<String>) -> Self {
-        Self::new(Kind::Corrupt, context)
+        Self::new(ErrorKind::Corrupt, context)
     }
 
     /// What should lie at `at` lies past the end of the file.
     pub fn truncated(what: &str, at: u64, end: u64) -> Self {
-        Self::new(Kind::Truncated, format!("the file is truncated: {what} at offset {at} lies past its end at {end}"))
+        Self::new(
+            ErrorKind::Truncated,
+            format!("the file is truncated: {what} at offset {at} lies past its end at {end}"),
+        )
     }
 
     /// The image, or the format, cannot do this.
     pub fn unsupported(context: impl Into<String>) -> Self {
-        Self::new(Kind::Unsupported, context)
+        Self::new(ErrorKind::Unsupported, context)
     }
 
     /// What was asked for makes no sense.
     pub fn invalid(context: impl Into<String>) -> Self {
-        Self::new(Kind::Invalid, context)
+        Self::new(ErrorKind::Invalid, context)
     }
 
     /// Adds a line to be shown before the message.
@@ -274,16 +277,16 @@ fn from_storage(error: storage::Error, context: String) -> Error {
     Error { kind, context, notes: Vec::new(), hints, source: Some(Box::new(error)), host: None, place: None }
 }
 
-fn kind_of(error: &storage::Error) -> (Kind, Vec<String>) {
+fn kind_of(error: &storage::Error) -> (ErrorKind, Vec<String>) {
     if let Some(inner) = inner_image(error) {
         return (inner.kind, inner.all_hints());
     }
     let kind = match error {
-        storage::Error::Locked { .. } | storage::Error::LockByte(_) => Kind::Locked,
+        storage::Error::Locked { .. } | storage::Error::LockByte(_) => ErrorKind::Locked,
         _ => match error.errno() {
-            Some(nix::errno::Errno::ENOENT) => Kind::NotFound,
-            Some(nix::errno::Errno::EFBIG) => Kind::TooLarge,
-            _ => Kind::Io,
+            Some(nix::errno::Errno::ENOENT) => ErrorKind::NotFound,
+            Some(nix::errno::Errno::EFBIG) => ErrorKind::TooLarge,
+            _ => ErrorKind::Io,
         },
     };
     let hints = match error {
@@ -305,9 +308,9 @@ fn inner_image(error: &storage::Error) -> Option<&Error> {
 impl From<Error> for storage::Error {
     fn from(error: Error) -> Self {
         let errno = error.storage().and_then(storage::Error::errno).or(match error.kind {
-            Kind::Unsupported => Some(nix::errno::Errno::ENOTSUP),
-            Kind::TooLarge => Some(nix::errno::Errno::EFBIG),
-            Kind::Forbidden => Some(nix::errno::Errno::EPERM),
+            ErrorKind::Unsupported => Some(nix::errno::Errno::ENOTSUP),
+            ErrorKind::TooLarge => Some(nix::errno::Errno::EFBIG),
+            ErrorKind::Forbidden => Some(nix::errno::Errno::EPERM),
             _ => None,
         });
         storage::Error::Image { text: error.message(), errno, cause: Box::new(error) }
@@ -333,7 +336,7 @@ mod tests {
         );
         assert_eq!(
             (error.place(), error.kind, error.cause().as_str()),
-            (Some(&place()), Kind::Io, "Input/output error")
+            (Some(&place()), ErrorKind::Io, "Input/output error")
         );
         let error = Error::corrupt("torn").at(place());
         assert_eq!(
@@ -350,12 +353,12 @@ mod tests {
             let lowered = storage::Error::from(inner);
             assert_eq!(lowered.errno(), Some(errno));
             let outer = Err::<(), _>(lowered).context("outer").unwrap_err();
-            assert_eq!((outer.kind, outer.storage().and_then(storage::Error::errno)), (Kind::Io, Some(errno)));
+            assert_eq!((outer.kind, outer.storage().and_then(storage::Error::errno)), (ErrorKind::Io, Some(errno)));
         }
         let lowered = storage::Error::from(Error::corrupt("torn").hint("mend it"));
         assert_eq!((lowered.errno(), lowered.to_string().as_str()), (None, "torn"));
         let outer = Error::from(lowered);
-        assert_eq!((outer.kind, outer.all_hints()), (Kind::Corrupt, vec!["mend it".to_owned()]));
+        assert_eq!((outer.kind, outer.all_hints()), (ErrorKind::Corrupt, vec!["mend it".to_owned()]));
         assert!(storage::Error::from(Error::unsupported("no such thing")).is_unsupported());
     }
 }

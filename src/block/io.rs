@@ -481,7 +481,7 @@ fn bytes_of<'b>(plain: &'b [u8], encoded: &'b [u8], is_encoded: bool, from: usiz
 }
 
 /// A write that may still grow.
-struct Run<'a> {
+struct WriteRun<'a> {
     node: &'a Node,
     place: HostPlace,
     guest: GuestOffset,
@@ -490,7 +490,7 @@ struct Run<'a> {
     encoded: bool,
 }
 
-impl Run<'_> {
+impl WriteRun<'_> {
     fn write(&self, plain: &[u8], encoded: &[u8], scratch: &mut Scratch) -> Result<()> {
         let bytes = bytes_of(plain, encoded, self.encoded, self.from, self.len);
         if self.encoded {
@@ -511,7 +511,7 @@ impl Run<'_> {
 
 /// Writes all steps; what is adjacent in the file and in the buffer goes out in one write.
 pub fn write_steps(steps: &[Step<'_>], plain: &[u8], encoded: &[u8], scratch: &mut Scratch) -> Result<()> {
-    let mut run: Option<Run<'_>> = None;
+    let mut run: Option<WriteRun<'_>> = None;
     for step in steps {
         let place = match (&step.placement.placed.action, step.encoded) {
             // Encoded bytes are whole units.
@@ -533,7 +533,7 @@ pub fn write_steps(steps: &[Step<'_>], plain: &[u8], encoded: &[u8], scratch: &m
             continue;
         }
         let (node, guest) = (step.placement.node, step.placement.start());
-        let next = Run { node, place, guest, from: step.from, len: step.len, encoded: step.encoded };
+        let next = WriteRun { node, place, guest, from: step.from, len: step.len, encoded: step.encoded };
         if let Some(run) = run.replace(next) {
             run.write(plain, encoded, scratch)?;
         }

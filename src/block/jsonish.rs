@@ -7,7 +7,7 @@ use serde_json::{Map, Number, Value};
 
 /// What is wrong with the text.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
+pub enum JsonFault {
     /// There is nothing.
     #[error("Expecting a JSON value")]
     Empty,
@@ -35,24 +35,24 @@ struct Parser<'a> {
 }
 
 /// The one value in that text.
-pub fn parse(text: &str) -> Result<Value, Fault> {
+pub fn parse(text: &str) -> Result<Value, JsonFault> {
     let mut parser = Parser { rest: text, peeked: None };
     if parser.peek()?.is_none() {
-        return Err(Fault::Empty);
+        return Err(JsonFault::Empty);
     }
     let value = parser.value(0)?;
     match parser.peek() {
         Ok(None) => Ok(value),
-        _ => Err(Fault::More),
+        _ => Err(JsonFault::More),
     }
 }
 
-fn fault(text: impl Into<String>) -> Fault {
-    Fault::Parse(text.into())
+fn fault(text: impl Into<String>) -> JsonFault {
+    JsonFault::Parse(text.into())
 }
 
 impl Parser<'_> {
-    fn peek(&mut self) -> Result<Option<&Token>, Fault> {
+    fn peek(&mut self) -> Result<Option<&Token>, JsonFault> {
         if self.peeked.is_none() {
             let token = self.lex()?;
             self.peeked = Some(token);
@@ -60,12 +60,12 @@ impl Parser<'_> {
         Ok(self.peeked.as_ref().and_then(|token| token.as_ref()))
     }
 
-    fn next(&mut self) -> Result<Token, Fault> {
+    fn next(&mut self) -> Result<Token, JsonFault> {
         self.peek()?;
         self.peeked.take().flatten().ok_or_else(|| fault("premature EOI"))
     }
 
-    fn value(&mut self, depth: usize) -> Result<Value, Fault> {
+    fn value(&mut self, depth: usize) -> Result<Value, JsonFault> {
         if depth > DEEPEST {
             return Err(fault("nesting is too deep"));
         }
@@ -84,7 +84,7 @@ impl Parser<'_> {
         }
     }
 
-    fn object(&mut self, depth: usize) -> Result<Value, Fault> {
+    fn object(&mut self, depth: usize) -> Result<Value, JsonFault> {
         let mut object = Map::new();
         if self.peek()? == Some(&Token::Punct('}')) {
             self.next()?;
@@ -109,7 +109,7 @@ impl Parser<'_> {
         }
     }
 
-    fn list(&mut self, depth: usize) -> Result<Value, Fault> {
+    fn list(&mut self, depth: usize) -> Result<Value, JsonFault> {
         let mut list = Vec::new();
         if self.peek()? == Some(&Token::Punct(']')) {
             self.next()?;
@@ -132,7 +132,7 @@ impl Parser<'_> {
         taken
     }
 
-    fn lex(&mut self) -> Result<Option<Token>, Fault> {
+    fn lex(&mut self) -> Result<Option<Token>, JsonFault> {
         self.rest = self.rest.trim_start_matches([' ', '\t', '\r', '\n']);
         let Some(first) = self.rest.chars().next() else { return Ok(None) };
         let token = match first {
@@ -153,7 +153,7 @@ impl Parser<'_> {
 
     /// A number: `-? (0 | [1-9][0-9]*) (. [0-9]+)? ([eE] [+-]? [0-9]+)?`. A bad one is told up to the first
     /// character that does not fit.
-    fn number(&mut self) -> Result<Number, Fault> {
+    fn number(&mut self) -> Result<Number, JsonFault> {
         let bytes = self.rest.as_bytes();
         let digits = |from: usize| bytes.iter().skip(from).take_while(|byte| byte.is_ascii_digit()).count();
         let stray = |at: usize| {
@@ -202,7 +202,7 @@ impl Parser<'_> {
         Number::from_f64(float).ok_or_else(|| fault(format!("number '{text}' is out of range")))
     }
 
-    fn text(&mut self, quote: char) -> Result<String, Fault> {
+    fn text(&mut self, quote: char) -> Result<String, JsonFault> {
         let whole = self.rest;
         let mut out = String::new();
         let mut chars = whole.char_indices().skip(1).peekable();
@@ -242,7 +242,7 @@ impl Parser<'_> {
 }
 
 /// The character of an escape `\uXXXX`, or of two that make a surrogate pair, and how many characters that is.
-fn unicode(text: &str) -> Result<(char, usize), Fault> {
+fn unicode(text: &str) -> Result<(char, usize), JsonFault> {
     let bad = || {
         let shown: String = text.chars().take(6).collect();
         fault(format!("{shown} is not a valid Unicode character"))

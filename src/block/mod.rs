@@ -34,7 +34,7 @@ pub use driver::{
     Action, BlockDriver, Cipher, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write, ZeroedRoom,
 };
 pub use drivers::{Driver, Drivers, Named};
-pub use error::{Error, Kind, Result};
+pub use error::{Error, ErrorKind, Result};
 pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace};
 pub use files::{BackingRef, Child, FileEnd, NoFiles, ResizeFiles};
 pub use format::{Create, CreateFiles, CreateRequest, Format, Ids, OpenRequest, Related, Trailer};

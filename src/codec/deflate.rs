@@ -22,14 +22,14 @@ pub enum Wrap {
 
 /// How far back references go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Window {
-    /// 4 KiB. Levels 1 to [`Window::levels`].
+pub enum DeflateWindow {
+    /// 4 KiB. Levels 1 to [`DeflateWindow::levels`].
     Narrow,
     /// 32 KiB, all that deflate can.
     Full,
 }
 
-impl Window {
+impl DeflateWindow {
     /// The highest level that it has.
     pub fn levels(self) -> u8 {
         match self {
@@ -45,7 +45,7 @@ pub struct How {
     /// What stands around the stream.
     pub wrap: Wrap,
     /// How far back references go.
-    pub window: Window,
+    pub window: DeflateWindow,
     /// From 1 on: higher is smaller and slower.
     pub level: u8,
 }
@@ -53,11 +53,11 @@ pub struct How {
 impl How {
     /// qcow and qcow2: bare, and for strict readers. 2 to 4 % larger than stock zlib's level 6 and 2.7 times as fast;
     /// level 3, 3.4 times as fast, is up to 5 % larger.
-    pub const QCOW: How = How { wrap: Wrap::Raw, window: Window::Narrow, level: 6 };
+    pub const QCOW: How = How { wrap: Wrap::Raw, window: DeflateWindow::Narrow, level: 6 };
     /// qcow2 for all others: smaller than [`How::QCOW`] and faster.
-    pub const QCOW_FULL: How = How { wrap: Wrap::Raw, window: Window::Full, level: 3 };
+    pub const QCOW_FULL: How = How { wrap: Wrap::Raw, window: DeflateWindow::Full, level: 3 };
     /// vmdk. The lowest level that is not larger than stock zlib's level 6.
-    pub const VMDK: How = How { wrap: Wrap::Zlib, window: Window::Full, level: 5 };
+    pub const VMDK: How = How { wrap: Wrap::Zlib, window: DeflateWindow::Full, level: 5 };
 }
 
 /// An encoder that was used last, by how it encodes.
@@ -70,11 +70,13 @@ impl Encoder {
     fn new(how: How) -> Result<Self> {
         let level = how.level.clamp(1, how.window.levels());
         Ok(match how.window {
-            Window::Narrow => {
+            DeflateWindow::Narrow => {
                 let zlib = how.wrap == Wrap::Zlib;
                 Self::Narrow(Compress::new_with_window_bits(Compression::new(level.into()), zlib, 12))
             }
-            Window::Full => Self::Full(Compressor::new(CompressionLvl::new(level.into()).map_err(|_| Error::Encoder)?)),
+            DeflateWindow::Full => {
+                Self::Full(Compressor::new(CompressionLvl::new(level.into()).map_err(|_| Error::Encoder)?))
+            }
         })
     }
 }
@@ -175,7 +177,7 @@ mod tests {
         How { level: 1, ..How::QCOW },
         How { level: 9, ..How::QCOW },
         How { level: 12, ..How::QCOW_FULL },
-        How { window: Window::Narrow, ..How::VMDK },
+        How { window: DeflateWindow::Narrow, ..How::VMDK },
     ];
 
     #[test]
@@ -218,7 +220,7 @@ mod tests {
         let plain: Vec<u8> = noise.iter().copied().cycle().take(65536).collect();
         for how in HOWS {
             let smaller = encode(how, &plain, &mut Vec::new(), plain.len() / 2).unwrap();
-            assert_eq!(smaller, how.window == Window::Full, "{how:?}");
+            assert_eq!(smaller, how.window == DeflateWindow::Full, "{how:?}");
         }
     }
 

@@ -39,7 +39,7 @@ pub struct Slot {
 
 /// What the header says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Header {
+pub struct LuksHeader {
     /// Cipher with its key size: `aes-256`.
     pub cipher: String,
     /// `xts`, `cbc`, ...
@@ -60,7 +60,7 @@ pub struct Header {
     pub slots: [Slot; SLOTS],
 }
 
-impl Header {
+impl LuksHeader {
     /// Reads and checks a header. What is wrong is said in the reference's words.
     pub fn parse(bytes: &[u8; HEADER]) -> Result<Self, String> {
         let u32_at = |at: usize| bytes[at..].first_chunk().map_or(0, |word| u32::from_be_bytes(*word));
@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn a_sound_header() {
-        let header = Header::parse(&sample()).unwrap();
+        let header = LuksHeader::parse(&sample()).unwrap();
         assert_eq!((header.cipher.as_str(), header.mode.as_str()), ("aes-256", "xts"));
         assert_eq!((header.iv_generator.as_str(), header.hash.as_str()), ("plain64", "sha256"));
         assert_eq!(header.uuid, "uuid");
@@ -228,7 +228,7 @@ mod tests {
                 header[108..112].copy_from_slice(&[0, 0, 0, 64]);
                 header[106..108].copy_from_slice(&[0, 8]);
             }
-            assert_eq!(Header::parse(&header).unwrap_err(), text);
+            assert_eq!(LuksHeader::parse(&header).unwrap_err(), text);
         }
     }
 }

@@ -4,7 +4,7 @@
 //! size.
 
 /// Where it starts and where it ends.
-pub type Run = (u64, u64);
+pub type ByteRun = (u64, u64);
 
 /// Runs kept as they come before they are first put in order.
 const AT_ONCE: usize = 1 << 16;
@@ -12,7 +12,7 @@ const AT_ONCE: usize = 1 << 16;
 /// Runs in any order.
 #[derive(Debug)]
 pub struct Runs {
-    runs: Vec<Run>,
+    runs: Vec<ByteRun>,
     /// How many to have before they are put in order again.
     full: usize,
     overlapping: bool,
@@ -58,20 +58,20 @@ impl Runs {
     }
 
     /// In the order of the file; `None` if two overlap.
-    pub fn disjoint(mut self) -> Option<Vec<Run>> {
+    pub fn disjoint(mut self) -> Option<Vec<ByteRun>> {
         self.order();
         (!self.overlapping).then_some(self.runs)
     }
 
     /// In the order of the file, overlapping or not.
-    pub fn merged(mut self) -> Vec<Run> {
+    pub fn merged(mut self) -> Vec<ByteRun> {
         self.order();
         self.runs
     }
 }
 
 /// Whether a run touches one of those, which are disjoint and in order.
-pub fn overlaps(runs: &[Run], (start, end): Run) -> bool {
+pub fn overlaps(runs: &[ByteRun], (start, end): ByteRun) -> bool {
     let index = runs.partition_point(|(_, other_end)| *other_end <= start);
     runs.get(index).is_some_and(|(other_start, _)| *other_start < end)
 }

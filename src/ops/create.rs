@@ -10,7 +10,7 @@ use super::ids::ImageIds;
 use crate::block::error::Context;
 use crate::block::protocol::{CreateFile, Protocol};
 use crate::block::{
-    Child, Create, CreateFiles, CreateOptions, CreateRequest, Driver, Drivers, Error, Format, ImageRef, Kind,
+    Child, Create, CreateFiles, CreateOptions, CreateRequest, Driver, Drivers, Error, ErrorKind, Format, ImageRef,
     MadeFiles, Named, Node, Notice, OpenHow, Opener, OptionValue, Purpose, Related, Result, format, name,
 };
 use crate::storage::staging::{Durability, Staging};
@@ -153,14 +153,14 @@ impl Wanted<'_> {
 }
 
 /// What makes files under a name.
-struct Place {
+struct NewFilePlace {
     protocol: &'static str,
     maker: &'static dyn CreateFile,
     /// The name that they have for it.
     path: PathBuf,
 }
 
-impl Place {
+impl NewFilePlace {
     fn of(protocol: &dyn Protocol, path: PathBuf) -> Result<Self> {
         let maker = protocol.creating(&path).ok_or_else(|| no_creation(protocol.name()))?;
         Ok(Self { protocol: protocol.name(), maker, path })
@@ -175,13 +175,13 @@ fn no_creation(driver: &str) -> Error {
     Error::unsupported(format!("Protocol driver '{driver}' does not support image creation"))
 }
 
-fn place(drivers: &Drivers, name: &OsStr) -> Result<Place> {
+fn place(drivers: &Drivers, name: &OsStr) -> Result<NewFilePlace> {
     let (protocol, spelt) = match drivers.of_name(name)? {
         Named::Protocol(protocol, spelt) => (protocol, spelt),
         Named::Filter(filter, _) => return Err(no_creation(filter.name())),
     };
     let path = PathBuf::from(spelt.path.unwrap_or_default());
-    Place::of(protocol, path)
+    NewFilePlace::of(protocol, path)
 }
 
 /// Which file a name stands for, if it is a regular one that is there.
@@ -200,7 +200,8 @@ fn beside(image: &OsStr, name: impl AsRef<OsStr>) -> OsString {
 /// Makes an image: whole, or nothing of it. Returns warnings.
 pub fn create(new: &NewImage, opener: &Opener<'_>) -> Result<Vec<String>> {
     let staging = Staging::new(CacheMode::Unsafe, Durability::Always);
-    make(new, &staging, opener).map_err(|error| if error.kind == Kind::TooLarge { too_large(new) } else { error })?;
+    make(new, &staging, opener)
+        .map_err(|error| if error.kind == ErrorKind::TooLarge { too_large(new) } else { error })?;
     let warnings = staging.take_notices();
     staging.commit()?;
     Ok(warnings)
@@ -247,7 +248,7 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
     create.create(&request)?;
     let main = files.main.into_inner().unwrap_or_else(PoisonError::into_inner);
     let main = main.ok_or_else(|| Error::invalid(format!("'{format}' makes no file")))?;
-    if main.host().is_some_and(|file| file.kind() == storage::Kind::CharDevice) {
+    if main.host().is_some_and(|file| file.kind() == storage::FileKind::CharDevice) {
         was_taken(new, &*main)?;
     }
     let beside = files.made.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -275,7 +276,7 @@ fn too_large(new: &NewImage) -> Error {
 /// Makes files for one image.
 struct Files<'a> {
     drivers: &'a Drivers,
-    place: &'a Place,
+    place: &'a NewFilePlace,
     options: &'a CreateOptions,
     /// The format does its own preallocation, so the file's is none of it.
     own_preallocation: bool,
@@ -288,7 +289,7 @@ struct Files<'a> {
 
 impl Files<'_> {
     /// Makes a file beside the main one, which the image calls `written`.
-    fn second(&self, place: Place, written: &OsStr) -> Result<Arc<dyn Storage>> {
+    fn second(&self, place: NewFilePlace, written: &OsStr) -> Result<Arc<dyn Storage>> {
         if self.staging.has(&place.path) {
             let shown = place.path.display();
             return Err(Error::invalid(format!("'{shown}' cannot be two files of one image")));
@@ -307,7 +308,7 @@ impl CreateFiles for Files<'_> {
     }
 
     fn main(&self) -> Result<Arc<dyn Storage>> {
-        let Place { maker, path, .. } = self.place;
+        let NewFilePlace { maker, path, .. } = self.place;
         maker.check(path, self.options, self.own_preallocation)?;
         let main = maker.create(path, self.options, false, self.staging)?;
         *self.main.lock().unwrap_or_else(PoisonError::into_inner) = Some(main.clone());
@@ -318,7 +319,7 @@ impl CreateFiles for Files<'_> {
         // Where it will be looked for: behind a link, beside what that leads to, if an older one is there.
         let path = name::find_literally_beside(Some(self.place.path.as_os_str()), name);
         let path = path.unwrap_or_else(|| name.into());
-        self.second(Place::of(self.drivers.of_path(&path)?, path.into())?, name)
+        self.second(NewFilePlace::of(self.drivers.of_path(&path)?, path.into())?, name)
     }
 
     fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)> {

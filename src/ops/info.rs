@@ -122,7 +122,7 @@ fn missing(node: &Node) -> Option<Error> {
         },
         // What is wrong besides is for those who read the image.
         Err(error) => {
-            let cut = stored.get() && error.kind == crate::block::Kind::Truncated;
+            let cut = stored.get() && error.kind == crate::block::ErrorKind::Truncated;
             Err(cut.then(|| error.at(node.place_of(Operation::Status, GuestOffset(at)))))
         }
     };

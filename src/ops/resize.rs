@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::block::error::Context;
 use crate::block::io::Scratch;
-use crate::block::{Error, ExtentKind, GuestOffset, Kind, Node, Resize, ResizeFiles, Result, name};
+use crate::block::{Error, ErrorKind, ExtentKind, GuestOffset, Node, Resize, ResizeFiles, Result, name};
 use crate::storage::lock::Access;
 use crate::storage::staging::{CreateHow, Durability, Staging};
 use crate::storage::{self, CacheMode, Preallocation, Storage};
@@ -65,7 +65,7 @@ pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
     resize_unnamed(node, size, fill).map_err(|error| match error.storage() {
         // The host's reason alone does not say which file it is about. (A size that no file can have is the user's.)
         Some(storage::Error::Io(_) | storage::Error::Step { .. })
-            if error.place().is_none() && !matches!(error.kind, Kind::TooLarge | Kind::Invalid) =>
+            if error.place().is_none() && !matches!(error.kind, ErrorKind::TooLarge | ErrorKind::Invalid) =>
         {
             error.context(node.name())
         }

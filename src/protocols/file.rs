@@ -11,10 +11,10 @@ use crate::block::drivers::plain_path;
 use crate::block::keys::{take_number, take_switch, take_text};
 use crate::block::protocol::{CreateFile, FileRequest, OpenedFile, Protocol, Spelt};
 use crate::block::{CreateOptions, Error, OptionKind, OptionSpec, OptionTree, Result};
-use crate::storage::file::{HostFile, OpenHow};
+use crate::storage::file::{FileHow, HostFile};
 use crate::storage::lock::Access;
 use crate::storage::staging::{CreateHow, Staging};
-use crate::storage::{self, Kind, Preallocation, Storage};
+use crate::storage::{self, FileKind, Preallocation, Storage};
 
 /// The protocol.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ impl Protocol for File {
     }
 
     fn open(&self, request: FileRequest<'_>) -> Result<OpenedFile> {
-        open_host(self.name(), request, "a regular file", |kind| kind == Kind::Regular)
+        open_host(self.name(), request, "a regular file", |kind| kind == FileKind::Regular)
     }
 
     fn creating(&self, _path: &Path) -> Option<&'static dyn CreateFile> {
@@ -106,13 +106,13 @@ pub fn open_host(
     driver: &'static str,
     request: FileRequest<'_>,
     wanted: &str,
-    is_wanted: impl Fn(Kind) -> bool,
+    is_wanted: impl Fn(FileKind) -> bool,
 ) -> Result<OpenedFile> {
     let FileRequest { path, options, write, cache } = request;
     let path = path.unwrap_or_default();
     let locking = take_locking(cache.direct(), options)?;
     let wrong = || Error::invalid(format!("'{driver}' driver requires '{}' to be {wanted}", path.to_string_lossy()));
-    let how = OpenHow { write, cache, access: Access::NONE };
+    let how = FileHow { write, cache, access: Access::NONE };
     let storage = match HostFile::open(Path::new(&path), &how) {
         Ok(file) if is_wanted(file.kind()) => Arc::new(file),
         Ok(_) | Err(storage::Error::WrongKind { .. }) => return Err(wrong()),

@@ -11,7 +11,7 @@ use crate::block::protocol::{CreateFile, FileRequest, OpenedFile, Protocol, Spel
 use crate::block::{CreateOptions, Error, OptionKind, OptionSpec, OptionTree, Result};
 use crate::storage::error::strerror;
 use crate::storage::staging::{CreateHow, Staging};
-use crate::storage::{Kind, Preallocation, Storage};
+use crate::storage::{FileKind, Preallocation, Storage};
 
 /// The protocol, under one of its names.
 #[derive(Debug)]
@@ -65,7 +65,7 @@ impl Protocol for HostDevice {
     }
 
     fn open(&self, request: FileRequest<'_>) -> Result<OpenedFile> {
-        open_host(self.name, request, WANTED, |kind| kind != Kind::Regular)
+        open_host(self.name, request, WANTED, |kind| kind != FileKind::Regular)
     }
 
     fn creating(&self, _path: &Path) -> Option<&'static dyn CreateFile> {

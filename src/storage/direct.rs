@@ -15,7 +15,7 @@ use std::sync::Mutex;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::{Kind, Result, file, host};
+use super::{FileKind, Result, file, host};
 
 /// Largest piece that is copied through an aligned buffer.
 const PIECE: usize = 1 << 20;
@@ -32,7 +32,7 @@ pub struct Direct {
 
 impl Direct {
     /// For a file that was opened with `O_DIRECT`.
-    pub fn new(file: &File, kind: Kind) -> Result<Self> {
+    pub fn new(file: &File, kind: FileKind) -> Result<Self> {
         let same = format!("/proc/self/fd/{}", file.as_raw_fd());
         // What is only read stays so: whoever watches the file must not see a writer.
         let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL)?);
@@ -156,7 +156,7 @@ impl Direct {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::file::{HostFile, OpenHow};
+    use crate::storage::file::{FileHow, HostFile};
     use crate::storage::lock::Access;
     use crate::storage::{CacheMode, Storage};
 
@@ -168,7 +168,7 @@ mod tests {
             let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
             let path = dir.path().join("a");
             std::fs::write(&path, b"").unwrap();
-            let file = HostFile::open(&path, &OpenHow { write: true, cache, access: Access::NONE }).unwrap();
+            let file = HostFile::open(&path, &FileHow { write: true, cache, access: Access::NONE }).unwrap();
             assert!(file.facts().alignment >= 512);
             let mut model = Vec::new();
             let mut random = fastrand::Rng::with_seed(7);
@@ -202,7 +202,7 @@ mod tests {
         std::fs::write(&path, b"text").unwrap();
         for write in [false, true] {
             let file = OpenOptions::new().read(true).write(write).open(&path).unwrap();
-            let direct = Direct::new(&file, Kind::Regular).unwrap();
+            let direct = Direct::new(&file, FileKind::Regular).unwrap();
             assert_eq!(direct.buffered.write_at(b"T", 0).is_ok(), write);
         }
     }

@@ -26,7 +26,7 @@ pub enum Fault {
 
 /// What was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Operation {
+pub enum FaultyOperation {
     /// `write_at`.
     Write {
         /// Where.
@@ -59,7 +59,7 @@ pub enum Operation {
 pub struct Faulty {
     inner: Arc<dyn Storage>,
     fault: Option<(usize, Fault)>,
-    log: Arc<Mutex<Vec<Operation>>>,
+    log: Arc<Mutex<Vec<FaultyOperation>>>,
     /// The read that fails.
     bad_read: Option<usize>,
     reads: Arc<AtomicUsize>,
@@ -95,7 +95,7 @@ impl Faulty {
     }
 
     /// What was asked for so far.
-    pub fn operations(&self) -> Vec<Operation> {
+    pub fn operations(&self) -> Vec<FaultyOperation> {
         self.log().clone()
     }
 
@@ -119,11 +119,11 @@ impl Faulty {
         &self.inner
     }
 
-    fn log(&self) -> MutexGuard<'_, Vec<Operation>> {
+    fn log(&self) -> MutexGuard<'_, Vec<FaultyOperation>> {
         self.log.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    fn begin(&self, operation: Operation) -> Verdict {
+    fn begin(&self, operation: FaultyOperation) -> Verdict {
         let mut log = self.log();
         let number = log.len();
         log.push(operation);
@@ -137,7 +137,7 @@ impl Faulty {
     }
 
     /// Runs an operation as a whole, or half of it, or not at all.
-    fn run(&self, operation: Operation, len: u64, work: impl Fn(u64) -> Result<()>) -> Result<()> {
+    fn run(&self, operation: FaultyOperation, len: u64, work: impl Fn(u64) -> Result<()>) -> Result<()> {
         match self.begin(operation) {
             Verdict::Do => work(len),
             Verdict::Skip => Ok(()),
@@ -164,7 +164,7 @@ impl Storage for Faulty {
 
     fn write_at(&self, at: u64, buf: &[u8]) -> Result<()> {
         let len = buf.len() as u64;
-        self.run(Operation::Write { at, len }, len, |n| {
+        self.run(FaultyOperation::Write { at, len }, len, |n| {
             self.inner.write_at(at, buf.get(..usize::try_from(n).unwrap_or(usize::MAX)).unwrap_or(buf))
         })
     }
@@ -175,20 +175,20 @@ impl Storage for Faulty {
     }
 
     fn zero(&self, at: u64, len: u64, how: Zeroing) -> Result<()> {
-        self.run(Operation::Zero { at, len }, len, |n| self.inner.zero(at, n, how))
+        self.run(FaultyOperation::Zero { at, len }, len, |n| self.inner.zero(at, n, how))
     }
 
     fn discard(&self, at: u64, len: u64) -> Result<()> {
-        self.run(Operation::Discard { at, len }, len, |n| self.inner.discard(at, n))
+        self.run(FaultyOperation::Discard { at, len }, len, |n| self.inner.discard(at, n))
     }
 
     fn set_len(&self, len: u64, fill: Preallocation) -> Result<()> {
         // A length is set or not: nothing lies between.
-        self.run(Operation::SetLen(len), 1, |_| self.inner.set_len(len, fill))
+        self.run(FaultyOperation::SetLen(len), 1, |_| self.inner.set_len(len, fill))
     }
 
     fn flush(&self) -> Result<()> {
-        self.run(Operation::Flush, 1, |_| self.inner.flush())
+        self.run(FaultyOperation::Flush, 1, |_| self.inner.flush())
     }
 
     fn allocated(&self) -> Result<Option<u64>> {

@@ -28,7 +28,7 @@ use super::{
 
 /// What kind of thing an open file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum FileKind {
     /// A regular file: grows and shrinks, may have holes.
     Regular,
     /// A block device: fixed size, discard and zero-out by ioctl.
@@ -42,7 +42,7 @@ const QUEUE: u32 = 8;
 
 /// How a file is opened.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct OpenHow {
+pub struct FileHow {
     /// For reading and writing.
     pub write: bool,
     /// What the page cache does.
@@ -68,7 +68,7 @@ pub(super) fn cache_flags(cache: CacheMode, write: bool) -> OFlag {
 pub struct HostFile {
     file: Arc<File>,
     name: String,
-    kind: Kind,
+    kind: FileKind,
     identity: Identity,
     cache: CacheMode,
     direct: Option<Direct>,
@@ -80,13 +80,13 @@ pub struct HostFile {
 
 impl HostFile {
     /// Opens what is there under that name, and locks it.
-    pub fn open(path: &Path, how: &OpenHow) -> Result<Self> {
+    pub fn open(path: &Path, how: &FileHow) -> Result<Self> {
         let name = path.to_string_lossy();
         if name.is_empty() {
             return Err(Error::Other("The 'file' block driver requires a file name".to_owned()));
         }
         let this = Self::from_file(open(path, "open", how.write, how.cache)?, how.cache, &name)?;
-        if how.write && this.kind == Kind::BlockDevice && host::is_read_only(&this.file) {
+        if how.write && this.kind == FileKind::BlockDevice && host::is_read_only(&this.file) {
             return Err(Error::Step { what: "The device is not writable", cause: Errno::EACCES.into() });
         }
         this.lock(how.access)?;
@@ -98,15 +98,15 @@ impl HostFile {
         let meta = file.metadata()?;
         let kind = meta.file_type();
         let kind = if kind.is_file() {
-            Kind::Regular
+            FileKind::Regular
         } else if kind.is_block_device() {
-            Kind::BlockDevice
+            FileKind::BlockDevice
         } else if kind.is_char_device() {
-            Kind::CharDevice
+            FileKind::CharDevice
         } else {
             return Err(Error::WrongKind { driver: "file", name: name.to_owned(), wanted: "a regular file" });
         };
-        if kind != Kind::Regular {
+        if kind != FileKind::Regular {
             // It was set so that opening could not hang; reading and writing shall wait.
             let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
             fcntl(&file, FcntlArg::F_SETFL(flags & !OFlag::O_NONBLOCK))?;
@@ -129,7 +129,7 @@ impl HostFile {
     /// Its writes are counted; `early` starts their write-back while it is being written. (Under `O_DIRECT` there is
     /// none to start, and where every write waits for stable storage it is over each time.)
     pub(super) fn track_writes(&mut self, writeback: &Writeback, early: bool) {
-        if self.kind == Kind::Regular && !self.cache.direct() && !self.cache.write_through() {
+        if self.kind == FileKind::Regular && !self.cache.direct() && !self.cache.write_through() {
             self.track = Some(writeback.track(self.file.clone(), early));
         }
     }
@@ -137,7 +137,7 @@ impl HostFile {
     /// Returns once everything written is on stable storage, whatever the cache mode.
     pub fn sync(&self) -> Result<()> {
         match self.file.sync_all() {
-            Err(e) if self.kind == Kind::CharDevice && e.raw_os_error() == Some(Errno::EINVAL as i32) => Ok(()),
+            Err(e) if self.kind == FileKind::CharDevice && e.raw_os_error() == Some(Errno::EINVAL as i32) => Ok(()),
             other => Ok(other?),
         }
     }
@@ -153,7 +153,7 @@ impl HostFile {
     }
 
     /// What kind of thing it is.
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> FileKind {
         self.kind
     }
 
@@ -191,7 +191,7 @@ impl HostFile {
     /// Makes a regular file at least that long; the new part is a hole.
     pub(super) fn grow(&self, len: u64) -> Result<()> {
         let _alone = self.growth.write().unwrap_or_else(|e| e.into_inner());
-        if self.kind == Kind::Regular && self.file.metadata()?.len() < len {
+        if self.kind == FileKind::Regular && self.file.metadata()?.len() < len {
             self.file.set_len(len)?;
         }
         Ok(())
@@ -248,7 +248,7 @@ fn addressable(at: u64, len: usize) -> bool {
 impl Storage for HostFile {
     fn len(&self) -> Result<u64> {
         match self.kind {
-            Kind::BlockDevice => host::device_size(&self.file),
+            FileKind::BlockDevice => host::device_size(&self.file),
             _ => Ok(self.file.metadata()?.len()),
         }
     }
@@ -282,7 +282,7 @@ impl Storage for HostFile {
     }
 
     fn extent(&self, at: u64, max: u64) -> Result<HostExtent> {
-        if self.kind != Kind::Regular {
+        if self.kind != FileKind::Regular {
             let len = self.len()?;
             return Ok(match len.checked_sub(at) {
                 Some(left) if left > 0 => HostExtent::data(max.min(left)),
@@ -320,7 +320,7 @@ impl Storage for HostFile {
             return Ok(());
         }
         match self.file.sync_data() {
-            Err(e) if self.kind == Kind::CharDevice && e.raw_os_error() == Some(Errno::EINVAL as i32) => Ok(()),
+            Err(e) if self.kind == FileKind::CharDevice && e.raw_os_error() == Some(Errno::EINVAL as i32) => Ok(()),
             other => Ok(other?),
         }
     }
@@ -330,7 +330,7 @@ impl Storage for HostFile {
     }
 
     fn facts(&self) -> Facts {
-        let regular = self.kind == Kind::Regular;
+        let regular = self.kind == FileKind::Regular;
         Facts {
             fixed_len: !regular,
             new_reads_zero: regular,
@@ -355,16 +355,16 @@ mod tests {
 
     use super::*;
 
-    const RW: OpenHow = OpenHow { write: true, cache: CacheMode::Writeback, access: Access::NONE };
+    const RW: FileHow = FileHow { write: true, cache: CacheMode::Writeback, access: Access::NONE };
 
-    fn message(path: &Path, how: &OpenHow) -> String {
+    fn message(path: &Path, how: &FileHow) -> String {
         HostFile::open(path, how).map_or_else(|e| e.to_string(), |_| "ok".to_owned())
     }
 
     #[test]
     fn what_cannot_be_opened_says_why() {
         let dir = tempfile::tempdir().unwrap();
-        let read = OpenHow::default();
+        let read = FileHow::default();
         let d = dir.path().to_string_lossy().into_owned();
         assert_eq!(message(dir.path(), &read), format!("'file' driver requires '{d}' to be a regular file"));
         assert_eq!(message(dir.path(), &RW), format!("Could not open '{d}': Is a directory"));
@@ -380,10 +380,10 @@ mod tests {
         symlink("l", dir.path().join("l")).unwrap();
         let expected = format!("Could not open '{d}/l': Too many levels of symbolic links");
         assert_eq!(message(&dir.path().join("l"), &read), expected);
-        let direct = OpenHow { cache: CacheMode::None, ..read };
+        let direct = FileHow { cache: CacheMode::None, ..read };
         let expected = "Could not open '/proc/cpuinfo': filesystem does not support O_DIRECT";
         assert_eq!(message(Path::new("/proc/cpuinfo"), &direct), expected);
-        assert_eq!(HostFile::open(Path::new("/dev/null"), &RW).unwrap().kind(), Kind::CharDevice);
+        assert_eq!(HostFile::open(Path::new("/dev/null"), &RW).unwrap().kind(), FileKind::CharDevice);
     }
 
     #[test]
@@ -437,8 +437,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         std::fs::write(&path, b"").unwrap();
-        let first = HostFile::open(&path, &OpenHow { access: Access::WRITE, ..RW }).unwrap();
-        let reader = OpenHow { access: Access::READ, ..OpenHow::default() };
+        let first = HostFile::open(&path, &FileHow { access: Access::WRITE, ..RW }).unwrap();
+        let reader = FileHow { access: Access::READ, ..FileHow::default() };
         assert_eq!(message(&path, &reader), "Failed to get shared \"write\" lock");
         first.lock(Access::READ).unwrap();
         assert_eq!(message(&path, &reader), "ok");

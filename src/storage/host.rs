@@ -18,7 +18,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::stat::{Mode, umask as umask_set};
 use nix::{ioctl_read_bad, ioctl_write_ptr_bad, request_code_none, request_code_read, request_code_write};
 
-use super::{Identity, Kind, Result};
+use super::{FileKind, Identity, Result};
 
 /// `FS_IOC_FSGETXATTR`'s structure, `linux/fs.h`.
 #[repr(C)]
@@ -182,9 +182,9 @@ pub fn copy_flags(from: &File, to: &File) {
 }
 
 /// What `O_DIRECT` asks offsets and lengths to be multiples of.
-pub fn direct_unit(file: &File, kind: Kind) -> usize {
+pub fn direct_unit(file: &File, kind: FileKind) -> usize {
     match kind {
-        Kind::BlockDevice => usize::try_from(sector(file)).unwrap_or(4096),
+        FileKind::BlockDevice => usize::try_from(sector(file)).unwrap_or(4096),
         _ => 4096,
     }
 }

@@ -45,7 +45,7 @@ const REFUSED: i64 = 200;
 impl Access {
     /// Takes nothing: until the format is known, and for looking at an image that others may write (`info -U`).
     pub const NONE: Access = Access { uses: 0, refuses: 0 };
-    /// Reads, and bears others that write (`-U`).
+    /// Reads, and allows other writers (`-U`).
     pub const SHARED: Access = Access { uses: CONSISTENT_READ, refuses: 0 };
     /// Reads; nobody may write or resize meanwhile.
     pub const READ: Access = Access { uses: CONSISTENT_READ, refuses: WRITE | RESIZE };
@@ -56,7 +56,7 @@ impl Access {
     /// Makes a new file where one is; nobody else may resize it meanwhile, nor refuse that it be written.
     pub const CREATE: Access = Access { uses: WRITE | RESIZE, refuses: RESIZE };
 
-    /// The same use of a raw image, which bears other writers: `info` takes nothing, `map` and `compare` read with
+    /// The same use of a raw image, which allows other writers: `info` takes nothing, `map` and `compare` read with
     /// [`Access::SHARED`], a writer refuses nobody. (Sources of `convert` are an exception: they take
     /// [`Access::READ`] whatever their format.)
     pub const fn of_raw(self) -> Access {

@@ -26,7 +26,7 @@ use std::fmt;
 
 pub use error::{Error, Result};
 pub use event::Event;
-pub use file::{HostFile, Kind};
+pub use file::{FileKind, HostFile};
 
 /// What is known of a run of bytes without reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::file::HostFile;
-use super::{Error, Kind, Preallocation, Result, Storage, Zeroing, host};
+use super::{Error, FileKind, Preallocation, Result, Storage, Zeroing, host};
 
 const PUNCH: FallocateFlags = FallocateFlags::FALLOC_FL_PUNCH_HOLE.union(FallocateFlags::FALLOC_FL_KEEP_SIZE);
 const ZERO: FallocateFlags = FallocateFlags::FALLOC_FL_ZERO_RANGE;
@@ -53,9 +53,9 @@ pub fn zero(file: &HostFile, at: u64, len: u64, how: Zeroing) -> Result<()> {
         return Ok(());
     }
     match (file.kind(), how) {
-        (Kind::Regular, Zeroing::Punch) => punch(file, at, end),
-        (Kind::Regular, Zeroing::Allocate) => zero_allocated(file, at, end),
-        (Kind::BlockDevice, Zeroing::Punch | Zeroing::Allocate) => zero_device(file, at, end, how),
+        (FileKind::Regular, Zeroing::Punch) => punch(file, at, end),
+        (FileKind::Regular, Zeroing::Allocate) => zero_allocated(file, at, end),
+        (FileKind::BlockDevice, Zeroing::Punch | Zeroing::Allocate) => zero_device(file, at, end, how),
         _ => write_zeros(file, at, len),
     }
 }
@@ -117,8 +117,8 @@ pub fn discard(file: &HostFile, at: u64, len: u64) -> Result<()> {
     let Some(end) = at.checked_add(len).map(|end| end.min(i64::MAX as u64)) else { return Ok(()) };
     let end = end.min(file.len()?);
     match file.kind() {
-        Kind::Regular if end > at => way(allocate(file, PUNCH, at, end - at)).map(drop),
-        Kind::BlockDevice => {
+        FileKind::Regular if end > at => way(allocate(file, PUNCH, at, end - at)).map(drop),
+        FileKind::BlockDevice => {
             let sector = host::sector(file.file());
             let (first, last) = (at.next_multiple_of(sector), end / sector * sector);
             match last > first {
@@ -133,7 +133,7 @@ pub fn discard(file: &HostFile, at: u64, len: u64) -> Result<()> {
 /// See [`Storage::set_len`].
 pub fn set_len(file: &HostFile, len: u64, fill: Preallocation) -> Result<()> {
     let old = file.len()?;
-    if file.kind() != Kind::Regular {
+    if file.kind() != FileKind::Regular {
         return match fill {
             Preallocation::Off if len <= old => Ok(()),
             Preallocation::Off => Err(Error::GrowDevice),
@@ -174,14 +174,14 @@ fn fill_with_zeros(file: &HostFile, old: u64, len: u64) -> Result<()> {
 mod tests {
     use super::*;
     use crate::storage::CacheMode;
-    use crate::storage::file::OpenHow;
+    use crate::storage::file::FileHow;
     use crate::storage::lock::Access;
 
     fn file() -> (tempfile::TempDir, HostFile) {
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = dir.path().join("a");
         std::fs::write(&path, vec![7u8; 1 << 20]).unwrap();
-        let how = OpenHow { write: true, cache: CacheMode::Writeback, access: Access::NONE };
+        let how = FileHow { write: true, cache: CacheMode::Writeback, access: Access::NONE };
         let file = HostFile::open(&path, &how).unwrap();
         (dir, file)
     }

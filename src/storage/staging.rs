@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf, absolute};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use self::head::HeadLast;
-use super::file::{HostFile, Kind};
+use super::file::{FileKind, HostFile};
 use super::temporary::TemporaryName;
 use super::writeback::{LITTLE, Writeback};
 use super::{CacheMode, Error, Preallocation, Result, Storage, error, host};
@@ -127,7 +127,7 @@ impl Staging {
         let hint = how.extent_size_hint.unwrap_or(DEFAULT_HINT);
         let hint = u32::try_from(hint).map_err(|_| Error::Other("Extent size hint is too large".to_owned()))?;
         let staged = self.make(path, how.secondary)?;
-        if staged.storage.kind() == Kind::Regular {
+        if staged.storage.kind() == FileKind::Regular {
             if how.nocow {
                 host::set_nocow(staged.storage.file());
             }
@@ -178,7 +178,7 @@ impl Staging {
 
     /// Whether every file is a new one, so that what was not written reads as zeros.
     pub fn is_blank(&self) -> bool {
-        self.files().iter().all(|staged| staged.storage.kind() == Kind::Regular)
+        self.files().iter().all(|staged| staged.storage.kind() == FileKind::Regular)
     }
 
     /// An older file that stays until it is replaced, where all such files take room that the new ones lack: at least
@@ -240,7 +240,7 @@ impl Staged {
     }
 
     fn in_place(&self) -> bool {
-        matches!(self.way, Way::InPlace) && self.storage.kind() == Kind::Regular
+        matches!(self.way, Way::InPlace) && self.storage.kind() == FileKind::Regular
     }
 
     /// What it is to take the place of is no image any more.
@@ -277,7 +277,7 @@ impl Staged {
             }
             host::set_mode(self.storage.file(), mode).map_err(|cause| self.failed(cause.into()))?;
         }
-        let sync = if self.storage.kind() == Kind::Regular { sync } else { cache.flushes() };
+        let sync = if self.storage.kind() == FileKind::Regular { sync } else { cache.flushes() };
         if sync { self.storage.sync().map_err(|error| self.failed(error)) } else { Ok(()) }
     }
 }

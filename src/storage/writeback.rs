@@ -34,7 +34,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Part of a file that was written.
 #[derive(Debug)]
-struct Run {
+struct DirtyRun {
     file: Arc<File>,
     start: u64,
     end: u64,
@@ -44,7 +44,7 @@ struct Run {
 
 #[derive(Debug, Default)]
 struct Queue {
-    runs: VecDeque<Run>,
+    runs: VecDeque<DirtyRun>,
     /// Bytes written.
     written: u64,
     /// Bytes that have reached the device.
@@ -71,14 +71,14 @@ pub struct Writeback {
 #[derive(Debug)]
 pub struct Track {
     early: bool,
-    run: Mutex<Run>,
+    run: Mutex<DirtyRun>,
     shared: Arc<Shared>,
 }
 
 impl Writeback {
     /// For one more file, whose writes are counted and, if `early`, written back at once.
     pub fn track(&self, file: Arc<File>, early: bool) -> Track {
-        Track { early, run: Mutex::new(Run { file, start: 0, end: 0, bytes: 0 }), shared: self.shared.clone() }
+        Track { early, run: Mutex::new(DirtyRun { file, start: 0, end: 0, bytes: 0 }), shared: self.shared.clone() }
     }
 
     /// Ends it, and says how many bytes may still be waiting to be written back, or what went wrong.
@@ -127,9 +127,9 @@ impl Track {
     }
 }
 
-impl Run {
-    fn take(&mut self) -> Run {
-        Run { file: self.file.clone(), start: self.start, end: self.end, bytes: std::mem::take(&mut self.bytes) }
+impl DirtyRun {
+    fn take(&mut self) -> DirtyRun {
+        DirtyRun { file: self.file.clone(), start: self.start, end: self.end, bytes: std::mem::take(&mut self.bytes) }
     }
 }
 
@@ -139,7 +139,7 @@ impl Shared {
         queue.written = queue.written.saturating_add(len);
     }
 
-    fn wrote(self: &Arc<Self>, len: u64, runs: impl Iterator<Item = Run>) {
+    fn wrote(self: &Arc<Self>, len: u64, runs: impl Iterator<Item = DirtyRun>) {
         let mut queue = lock(&self.queue);
         queue.written = queue.written.saturating_add(len);
         if queue.closed {
@@ -163,7 +163,7 @@ impl Shared {
     }
 
     fn work(&self) {
-        let mut under_way: VecDeque<Run> = VecDeque::new();
+        let mut under_way: VecDeque<DirtyRun> = VecDeque::new();
         loop {
             let next = {
                 let mut queue = lock(&self.queue);

@@ -11,7 +11,7 @@ use vimg::block::{
     Child, CreateFiles, CreateOptions, CreateRequest, Error, Format, Ids, NO_SECRETS, Node, OpenRequest, OptionKind,
     OptionSpec, OptionTree, OptionValue, Purpose, Related, Result,
 };
-use vimg::storage::file::OpenHow;
+use vimg::storage::file::FileHow;
 use vimg::storage::memory::Memory;
 use vimg::storage::{Event, Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
 
@@ -67,7 +67,8 @@ pub fn bytes_of(storage: &dyn Storage) -> Vec<u8> {
 impl Related for Files {
     fn open(&self, role: &str, name: &OsStr) -> Result<Child> {
         let name = &*name.to_string_lossy();
-        let storage = self.get(name).ok_or_else(|| Error::new(vimg::block::Kind::NotFound, format!("no '{name}'")))?;
+        let storage =
+            self.get(name).ok_or_else(|| Error::new(vimg::block::ErrorKind::NotFound, format!("no '{name}'")))?;
         Ok(Child { role: role.to_owned(), name: name.to_owned(), driver: "file", storage })
     }
 }
@@ -134,7 +135,7 @@ impl CreateFiles for Folder {
 
 /// A file of the host, for writing.
 pub fn host_file(path: &Path) -> Arc<dyn Storage> {
-    Arc::new(HostFile::open(path, &OpenHow { write: true, ..OpenHow::default() }).expect("open"))
+    Arc::new(HostFile::open(path, &FileHow { write: true, ..FileHow::default() }).expect("open"))
 }
 
 /// There are no other files.

@@ -15,7 +15,7 @@ use crate::block::name::{self, first_key, take_below};
 use crate::block::node::Origin;
 use crate::block::protocol::{FileRequest, Protocol, Spelt};
 use crate::block::{
-    BlockDriver, Child, Driver, Error, Kind, Layer, Named, Node, Notice, OpenRequest, OptionTree, Result,
+    BlockDriver, Child, Driver, Error, ErrorKind, Layer, Named, Node, Notice, OpenRequest, OptionTree, Result,
 };
 use crate::storage::lock::Access;
 use crate::storage::{Identity, Storage};
@@ -128,7 +128,7 @@ pub(super) fn shown(origin: &Origin) -> String {
 /// The error for a reference to a node; `alone` if nothing else was said of it.
 pub(super) fn no_such_node(name: &str, alone: bool) -> Error {
     match alone {
-        true => Error::new(Kind::NotFound, format!("Cannot find device='{name}' nor node-name='{name}'")),
+        true => Error::new(ErrorKind::NotFound, format!("Cannot find device='{name}' nor node-name='{name}'")),
         false => Error::invalid("Cannot reference an existing block device with additional options or a new filename"),
     }
 }

@@ -40,7 +40,7 @@ pub struct OpenHow {
     pub purpose: Purpose,
     /// Without its backing file.
     pub no_backing: bool,
-    /// Bear others that write meanwhile (`-U`).
+    /// Allow other writers (`-U`).
     pub force_share: bool,
     /// Nobody may write to any layer meanwhile, whatever its format (the sources of `convert`).
     pub exclusive: bool,

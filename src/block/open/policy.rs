@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::Opener;
 use crate::block::error::Context;
-use crate::block::{Error, Kind, Result, name};
+use crate::block::{Error, ErrorKind, Result, name};
 use crate::storage;
 
 /// See the module.
@@ -61,7 +61,7 @@ impl Opener<'_> {
             return Ok(());
         }
         Err(Error::new(
-            Kind::Forbidden,
+            ErrorKind::Forbidden,
             format!("'{image}' names the file '{named}', and an untrusted image may name none that is not allowed"),
         ))
     }

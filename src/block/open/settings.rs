@@ -11,7 +11,7 @@ use crate::storage::lock::Access;
 pub struct Settings {
     /// What for.
     pub purpose: Purpose,
-    /// Bear others that write meanwhile.
+    /// Allow other writers.
     pub force_share: bool,
     direct: bool,
     no_flush: bool,

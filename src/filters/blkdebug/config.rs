@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::rules::{RuleOptions, Section};
 use crate::block::keys::take_text;
 use crate::block::name::check_id;
-use crate::block::{Error, Kind, OptionTree, Result};
+use crate::block::{Error, ErrorKind, OptionTree, Result};
 use crate::storage::error::strerror;
 
 /// Most bytes of such a file.
@@ -19,7 +19,8 @@ const MOST: u64 = 1 << 20;
 
 /// The rules of that file.
 pub fn read(path: &OsStr) -> Result<Vec<RuleOptions>> {
-    let failed = |doing: &str, error: &std::io::Error| Error::new(Kind::Io, format!("{doing}: {}", strerror(error)));
+    let failed =
+        |doing: &str, error: &std::io::Error| Error::new(ErrorKind::Io, format!("{doing}: {}", strerror(error)));
     let file = File::open(path).map_err(|error| failed("Could not read blkdebug config file", &error))?;
     let mut text = Vec::new();
     file.take(MOST + 1).read_to_end(&mut text).map_err(|error| failed("Cannot read config file", &error))?;

@@ -176,8 +176,8 @@ impl Sizes {
         Ok(Limits {
             align,
             transfer: most(self.max_transfer),
-            zeros: Run { unit: opt_write_zero, most: most(self.max_write_zero) },
-            discard: Run { unit: opt_discard, most: most(self.max_discard) },
+            zeros: RequestRun { unit: opt_write_zero, most: most(self.max_write_zero) },
+            discard: RequestRun { unit: opt_discard, most: most(self.max_discard) },
         })
     }
 }
@@ -187,28 +187,28 @@ struct Limits {
     align: u64,
     /// Most bytes of a read or a write.
     transfer: u64,
-    zeros: Run,
-    discard: Run,
+    zeros: RequestRun,
+    discard: RequestRun,
 }
 
 /// How a range is cut: whole units apart from what lies before and behind them, and not too much at a time.
 #[derive(Debug, Clone, Copy)]
-struct Run {
+struct RequestRun {
     unit: u64,
     most: u64,
 }
 
 /// A part of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Part {
+struct RequestPart {
     at: u64,
     len: u64,
     /// Whether it is whole units.
     whole: bool,
 }
 
-impl Run {
-    fn parts(self, at: u64, len: u64) -> impl Iterator<Item = Part> {
+impl RequestRun {
+    fn parts(self, at: u64, len: u64) -> impl Iterator<Item = RequestPart> {
         let end = at.saturating_add(len);
         let mut next = at;
         std::iter::from_fn(move || {
@@ -219,7 +219,7 @@ impl Run {
                 (0, units) => (units.min(self.most), true),
                 _ => (left.min(self.unit - within), false),
             };
-            let part = Part { at: next, len, whole };
+            let part = RequestPart { at: next, len, whole };
             next += len;
             Some(part)
         })
@@ -248,8 +248,8 @@ impl Debugged {
     }
 
     /// Reads and writes are cut at the limit alone.
-    fn transfers(&self, at: u64, len: u64) -> impl Iterator<Item = Part> {
-        Run { unit: 1, most: self.limits.transfer }.parts(at, len)
+    fn transfers(&self, at: u64, len: u64) -> impl Iterator<Item = RequestPart> {
+        RequestRun { unit: 1, most: self.limits.transfer }.parts(at, len)
     }
 
     /// A write is about to come, of whole blocks or of parts of them.
@@ -271,13 +271,13 @@ impl Debugged {
         Ok(())
     }
 
-    fn zero_part(&self, part: Part, how: Zeroing) -> storage::Result<()> {
+    fn zero_part(&self, part: RequestPart, how: Zeroing) -> storage::Result<()> {
         if part.whole {
             self.judge(Request::WriteZeroes, part.at, part.len)?;
             return self.inner.zero(part.at, part.len, how);
         }
         // Too little for zeros that are not written.
-        for Part { at, len, .. } in self.transfers(part.at, part.len) {
+        for RequestPart { at, len, .. } in self.transfers(part.at, part.len) {
             self.judge(Request::Write, at, len)?;
             self.inner.zero(at, len, Zeroing::Write)?;
         }
@@ -286,7 +286,7 @@ impl Debugged {
 }
 
 /// The bytes of a buffer that starts at `from`.
-fn span(from: u64, part: Part, len: usize) -> std::ops::Range<usize> {
+fn span(from: u64, part: RequestPart, len: usize) -> std::ops::Range<usize> {
     let start = usize::try_from(part.at - from).unwrap_or(len).min(len);
     let end = usize::try_from(part.len).unwrap_or(len).saturating_add(start).min(len);
     start..end
@@ -381,7 +381,7 @@ mod tests {
     #[test]
     fn ranges_are_cut_at_units_and_at_the_most() {
         let cut = |unit, most, at, len| {
-            let parts = Run { unit, most }.parts(at, len);
+            let parts = RequestRun { unit, most }.parts(at, len);
             parts.map(|part| (part.at, part.len, part.whole)).collect::<Vec<_>>()
         };
         assert_eq!(cut(1, u64::MAX, 3, 10), [(3, 10, true)]);

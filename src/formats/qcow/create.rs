@@ -1,7 +1,7 @@
 //! New qcow images.
 
 use super::Qcow;
-use super::layout::{HEADER_BYTES, Header, MAX_BACKING_NAME, MAX_L1, too_large};
+use super::layout::{HEADER_BYTES, MAX_BACKING_NAME, MAX_L1, QcowHeader, too_large};
 use crate::block::error::Context;
 use crate::block::{Create, CreateRequest, Error, OptionKind, OptionSpec, Result};
 use crate::storage::{Preallocation, Zeroing};
@@ -43,7 +43,7 @@ impl Create for Qcow {
         if length.is_some_and(|length| length > MAX_BACKING_NAME) {
             return Err(Error::invalid("Backing file name too long"));
         }
-        let header = Header::new(size, length);
+        let header = QcowHeader::new(size, length);
         let entries = header.l1_entries(size).filter(|entries| *entries <= MAX_L1).ok_or_else(too_large)?;
         let table = (entries * 8).next_multiple_of(512);
         let end = header.l1_offset() + table;

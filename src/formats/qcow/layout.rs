@@ -50,11 +50,11 @@ const _: () = {
 
 /// The header.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Header {
+pub struct QcowHeader {
     raw: Fields,
 }
 
-impl Header {
+impl QcowHeader {
     /// That of a new image with a backing file's name of that length. With a backing file the clusters are one
     /// sector each, so that a small write copies little.
     pub fn new(size: u64, backing: Option<u32>) -> Self {
@@ -173,7 +173,7 @@ pub fn too_large() -> Error {
 
 /// An L2 entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Entry {
+pub enum QcowEntry {
     /// Not there.
     Unallocated,
     /// At that place in the file.
@@ -182,7 +182,7 @@ pub enum Entry {
     Compressed(u64, u64),
 }
 
-impl Entry {
+impl QcowEntry {
     /// From its bits: for a compressed cluster the length stands above the offset.
     pub fn decode(bits: u64, cluster_bits: u32) -> Self {
         if bits == 0 {
@@ -216,20 +216,20 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let header = Header::new(1 << 30, Some(5));
-        let read = Header::parse(*header.bytes()).unwrap();
+        let header = QcowHeader::new(1 << 30, Some(5));
+        let read = QcowHeader::parse(*header.bytes()).unwrap();
         assert_eq!((read.size(), read.backing(), read.l1_offset()), (1 << 30, Some((48, 5)), 56));
         assert_eq!((read.cluster_bits(), read.l2_bits(), read.l1_entries(1 << 30)), (9, 12, Some(512)));
-        assert_eq!(Header::new(512, None).l1_offset(), 48);
+        assert_eq!(QcowHeader::new(512, None).l1_offset(), 48);
     }
 
     #[test]
     fn entries_keep_place_and_length() {
         // Seen in an image: 21 bytes at 0x18000, clusters of 4096 bytes.
-        assert_eq!(Entry::decode(0x80a8_0000_0001_8000, 12), Entry::Compressed(0x18000, 21));
-        for entry in [Entry::Unallocated, Entry::Plain(0x9000), Entry::Compressed(0x18200, 4095)] {
-            assert_eq!(Entry::decode(entry.encode(12).unwrap(), 12), entry);
+        assert_eq!(QcowEntry::decode(0x80a8_0000_0001_8000, 12), QcowEntry::Compressed(0x18000, 21));
+        for entry in [QcowEntry::Unallocated, QcowEntry::Plain(0x9000), QcowEntry::Compressed(0x18200, 4095)] {
+            assert_eq!(QcowEntry::decode(entry.encode(12).unwrap(), 12), entry);
         }
-        assert_eq!(Entry::Compressed(0, 4096).encode(12), None);
+        assert_eq!(QcowEntry::Compressed(0, 4096).encode(12), None);
     }
 }

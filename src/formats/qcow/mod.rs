@@ -13,8 +13,8 @@ mod tables;
 
 use std::ops::Deref;
 
-use self::layout::{Entry, HEADER_BYTES, Header, MAX_OFFSET};
-use self::tables::State;
+use self::layout::{HEADER_BYTES, MAX_OFFSET, QcowEntry, QcowHeader};
+use self::tables::QcowState;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::keys;
@@ -47,7 +47,7 @@ impl Format for Qcow {
         let storage = &*file.storage;
         let mut raw = [0; HEADER_BYTES];
         storage.read_at(0, &mut raw).context("Could not read the qcow header")?;
-        let header = Header::parse(raw)?;
+        let header = QcowHeader::parse(raw)?;
         let encrypted = header.crypt() != 0;
         if encrypted && !look_only {
             let id = keys::take_text(options, "encrypt.key-secret");
@@ -62,7 +62,7 @@ impl Format for Qcow {
             bits: header.cluster_bits(),
             backing,
             encrypted,
-            image: OneFile::new(file, size, State::new(header), write),
+            image: OneFile::new(file, size, QcowState::new(header), write),
         }))
     }
 
@@ -71,7 +71,7 @@ impl Format for Qcow {
     }
 }
 
-fn read_backing(file: &Child, header: &Header, look_only: bool) -> Result<Option<BackingRef>> {
+fn read_backing(file: &Child, header: &QcowHeader, look_only: bool) -> Result<Option<BackingRef>> {
     let Some((at, length)) = header.backing() else { return Ok(None) };
     let storage = &*file.storage;
     let there = storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
@@ -90,7 +90,7 @@ fn read_backing(file: &Child, header: &Header, look_only: bool) -> Result<Option
 
 #[derive(Debug)]
 struct QcowDriver {
-    image: OneFile<State>,
+    image: OneFile<QcowState>,
     cluster: u64,
     /// log2 of it.
     bits: u32,
@@ -101,9 +101,9 @@ struct QcowDriver {
 impl QcowDriver {}
 
 impl Deref for QcowDriver {
-    type Target = OneFile<State>;
+    type Target = OneFile<QcowState>;
 
-    fn deref(&self) -> &OneFile<State> {
+    fn deref(&self) -> &OneFile<QcowState> {
         &self.image
     }
 }
@@ -124,9 +124,9 @@ impl BlockDriver for QcowDriver {
         let (entry, run) = run.with_context(|| self.files[0].name.as_str())?;
         let len = max.min(run.saturating_mul(self.cluster).saturating_sub(within));
         let kind = match entry {
-            Entry::Unallocated => ExtentKind::Unallocated(None),
-            Entry::Plain(host) => ExtentKind::Data(HostPlace::main(host.saturating_add(within))),
-            Entry::Compressed(host, bytes) => ExtentKind::Compressed(CompressedUnit {
+            QcowEntry::Unallocated => ExtentKind::Unallocated(None),
+            QcowEntry::Plain(host) => ExtentKind::Data(HostPlace::main(host.saturating_add(within))),
+            QcowEntry::Compressed(host, bytes) => ExtentKind::Compressed(CompressedUnit {
                 start: GuestOffset(index * self.cluster),
                 len: self.cluster,
                 place: HostPlace::main(host),
@@ -168,7 +168,7 @@ impl BlockDriver for QcowDriver {
 
 impl QcowDriver {
     /// Room for clusters that are not there, or have to move. `wanted` of them are alike.
-    fn place_new(&self, state: &mut State, at: GuestOffset, len: u64, store: Store, wanted: u64) -> Result<Placed> {
+    fn place_new(&self, state: &mut QcowState, at: GuestOffset, len: u64, store: Store, wanted: u64) -> Result<Placed> {
         let (index, within) = (at.get() / self.cluster, at.get() % self.cluster);
         let fresh_is_zero = self.backing.is_none();
         let was = state.run(self.storage(), index, 1)?.0;
@@ -177,7 +177,7 @@ impl QcowDriver {
         let len = len.min(count * self.cluster - within);
         let (host, fresh) = state.take(self.storage(), index, count * self.cluster, self.cluster)?;
         // Past the end of the file all is zero as it is, and so is what such a cluster read as.
-        let (before, after) = if fresh && fresh_is_zero && was == Entry::Unallocated {
+        let (before, after) = if fresh && fresh_is_zero && was == QcowEntry::Unallocated {
             (0, 0)
         } else {
             (within, count * self.cluster - within - len)
@@ -202,7 +202,7 @@ impl Write for QcowDriver {
                 return Err(Error::invalid("a compressed cluster is written whole"));
             }
             let (host, _) = state.take(self.storage(), index, bytes, 512)?;
-            let entry = Entry::Compressed(host, bytes).encode(self.bits);
+            let entry = QcowEntry::Compressed(host, bytes).encode(self.bits);
             let entry = entry.ok_or_else(|| Error::unsupported("a compressed cluster does not fit the image"))?;
             let action = Action::Write { place: HostPlace::main(host), before: 0, after: 0 };
             return done(len.min(self.cluster), action, Ticket::Packed { unit: index, entry });
@@ -210,16 +210,16 @@ impl Write for QcowDriver {
         let (entry, run) = state.run(self.storage(), index, within.saturating_add(len).div_ceil(self.cluster))?;
         let zero = matches!(store, Store::Zero { .. });
         match entry {
-            Entry::Plain(host) => {
+            QcowEntry::Plain(host) => {
                 let len = len.min(run.saturating_mul(self.cluster).saturating_sub(within));
                 Placed::over(at, len, store, HostPlace::main(host.saturating_add(within)))
             }
-            Entry::Unallocated if zero && self.backing.is_none() => {
+            QcowEntry::Unallocated if zero && self.backing.is_none() => {
                 let len = len.min(run.saturating_mul(self.cluster).saturating_sub(within));
                 done(len, Action::Nothing, Ticket::Nothing)
             }
-            Entry::Unallocated => self.place_new(&mut state, at, len, store, run),
-            Entry::Compressed(..) => self.place_new(&mut state, at, len, store, 1),
+            QcowEntry::Unallocated => self.place_new(&mut state, at, len, store, run),
+            QcowEntry::Compressed(..) => self.place_new(&mut state, at, len, store, 1),
         }
     }
 
@@ -240,8 +240,8 @@ impl Write for QcowDriver {
     fn withdraw(&self, placed: &Placed) {
         let (at, bytes) = match placed.ticket {
             Ticket::New { count, entry, .. } => (entry, count * self.cluster),
-            Ticket::Packed { entry, .. } => match Entry::decode(entry, self.bits) {
-                Entry::Compressed(at, bytes) => (at, bytes),
+            Ticket::Packed { entry, .. } => match QcowEntry::decode(entry, self.bits) {
+                QcowEntry::Compressed(at, bytes) => (at, bytes),
                 _ => return,
             },
             _ => return,

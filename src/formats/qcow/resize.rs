@@ -7,8 +7,8 @@
 use std::sync::atomic::Ordering;
 
 use super::QcowDriver;
-use super::layout::{Entry, MAX_L1, too_large};
-use super::tables::State;
+use super::layout::{MAX_L1, QcowEntry, too_large};
+use super::tables::QcowState;
 use crate::block::error::Context;
 use crate::block::io::{clear_stored, read_unit, write_stored};
 use crate::block::{BlockDriver, CompressedUnit, Error, GuestOffset, HostPlace, Resize, ResizeFiles, Result};
@@ -43,7 +43,7 @@ impl Resize for QcowDriver {
 }
 
 /// Writes the L1 table anew, long enough for that size, and returns its place.
-fn move_l1(state: &mut State, storage: &dyn Storage, size: u64) -> Result<u64> {
+fn move_l1(state: &mut QcowState, storage: &dyn Storage, size: u64) -> Result<u64> {
     state.write_tables(storage)?;
     let had = state.l1_entries() * 8;
     let bytes = state.header.l1_entries(size).unwrap_or(0) * 8;
@@ -59,7 +59,7 @@ fn move_l1(state: &mut State, storage: &dyn Storage, size: u64) -> Result<u64> {
 }
 
 /// Cuts off the end of the file that nothing names.
-fn shorten(state: &mut State, storage: &dyn Storage) -> Result<()> {
+fn shorten(state: &mut QcowState, storage: &dyn Storage) -> Result<()> {
     if storage.facts().fixed_len {
         return Ok(());
     }
@@ -108,7 +108,7 @@ impl QcowDriver {
 
     /// Gives the clusters from `from` to `to`, which have no place, one that reads as zeros. The L1 table may be
     /// longer than the header's size tells.
-    fn hide_backing(&self, state: &mut State, from: u64, to: u64) -> Result<()> {
+    fn hide_backing(&self, state: &mut QcowState, from: u64, to: u64) -> Result<()> {
         let storage = self.storage();
         let (mut index, end) = (from.div_ceil(self.cluster), to.div_ceil(self.cluster));
         while index < end {
@@ -132,7 +132,7 @@ impl QcowDriver {
 
     /// Makes all that lies past `size` in the tables, and in the last cluster, read as nothing: it was cut off, or
     /// is about to come into view.
-    fn clear_past(&self, state: &mut State, size: u64) -> Result<()> {
+    fn clear_past(&self, state: &mut QcowState, size: u64) -> Result<()> {
         let storage = self.storage();
         let (index, within) = (size / self.cluster, size % self.cluster);
         let entries = state.l1_entries().saturating_mul(state.table_entries());
@@ -143,7 +143,7 @@ impl QcowDriver {
         let last = next.next_multiple_of(state.table_entries()).min(entries);
         while next < last {
             let (entry, run) = state.run(storage, next, last - next)?;
-            if entry != Entry::Unallocated {
+            if entry != QcowEntry::Unallocated {
                 for index in next..next + run {
                     state.set(storage, index, 0)?;
                 }
@@ -153,17 +153,17 @@ impl QcowDriver {
         Ok(())
     }
 
-    fn clear_tail(&self, state: &mut State, index: u64, within: u64) -> Result<()> {
+    fn clear_tail(&self, state: &mut QcowState, index: u64, within: u64) -> Result<()> {
         let storage = self.storage();
         let clearing = "Could not clear the last cluster";
         match state.run(storage, index, 1)?.0 {
-            Entry::Unallocated => Ok(()),
-            Entry::Plain(at) => {
+            QcowEntry::Unallocated => Ok(()),
+            QcowEntry::Plain(at) => {
                 let (guest, place) = (index * self.cluster + within, HostPlace::main(at.saturating_add(within)));
                 let rest = self.cluster - within;
                 clear_stored(self, place, GuestOffset(guest), rest, Zeroing::Write).context(clearing)
             }
-            Entry::Compressed(at, bytes) => {
+            QcowEntry::Compressed(at, bytes) => {
                 let place = HostPlace::main(at);
                 let start = GuestOffset(index * self.cluster);
                 let unit = CompressedUnit { start, len: self.cluster, place, host_len: bytes };

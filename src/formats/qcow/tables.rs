@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::layout::{Entry, HEADER_BYTES, Header};
+use super::layout::{HEADER_BYTES, QcowEntry, QcowHeader};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::formats::one_file::Tables;
@@ -22,9 +22,9 @@ const WRITING: &str = "Could not write the tables of the image";
 
 /// What changes while the image is open.
 #[derive(Debug)]
-pub struct State {
+pub struct QcowState {
     /// As it is in the file.
-    pub header: Header,
+    pub header: QcowHeader,
     pub(super) l1: TableCache,
     pub(super) l2: TableCache,
     /// L2 tables that have their place, but no L1 entry yet, by L1 index.
@@ -39,7 +39,7 @@ pub struct State {
     prepared: bool,
 }
 
-impl Tables for State {
+impl Tables for QcowState {
     /// Writes what waits: length of the file, L2 tables, L1 table, in this order.
     fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
         if !self.l2.is_changed() && !self.l1.is_changed() {
@@ -63,9 +63,9 @@ impl Tables for State {
     }
 }
 
-impl State {
+impl QcowState {
     /// Nothing read yet.
-    pub fn new(header: Header) -> Self {
+    pub fn new(header: QcowHeader) -> Self {
         let (l1, l2) = (TableCache::new(L1_CACHE), TableCache::announcing(L2_CACHE, Event::L2_LOAD));
         let (pending, end, prepared) = (HashMap::new(), None, false);
         Self { header, l1, l2, pending, end, fresh: u64::MAX, length: 0, prepared }
@@ -116,21 +116,21 @@ impl State {
 
     /// The entry of a cluster, and how many (at most `max`) go on like it: one after the other in the file, or
     /// none of them there.
-    pub fn run(&mut self, storage: &dyn Storage, index: u64, max: u64) -> Result<(Entry, u64)> {
+    pub fn run(&mut self, storage: &dyn Storage, index: u64, max: u64) -> Result<(QcowEntry, u64)> {
         let (bits, cluster) = (self.header.cluster_bits(), self.cluster());
         let clusters = self.l1_entries().saturating_mul(self.table_entries());
         let max = max.min(clusters.saturating_sub(index));
         if max == 0 {
             return Err(Error::corrupt(format!("the L1 table has no entry for cluster {index}")));
         }
-        let (mut first, mut count, mut steps) = (Entry::Unallocated, 0, 0);
+        let (mut first, mut count, mut steps) = (QcowEntry::Unallocated, 0, 0);
         while count < max && steps < STEPS {
             steps += 1;
             let number = (index + count) / self.table_entries();
             let left = self.left_in_table(index + count).min(max - count);
             let table = self.l2_table(storage, number)?;
             if table == 0 {
-                if count > 0 && first != Entry::Unallocated {
+                if count > 0 && first != QcowEntry::Unallocated {
                     break;
                 }
                 count += left;
@@ -152,14 +152,14 @@ impl State {
                 self.l2.read(storage, at, &mut one).context(READING)?;
                 &one
             };
-            for entry in entries.as_chunks().0.iter().map(|bytes| Entry::decode(u64::from_be_bytes(*bytes), bits)) {
+            for entry in entries.as_chunks().0.iter().map(|bytes| QcowEntry::decode(u64::from_be_bytes(*bytes), bits)) {
                 let goes_on = match (first, entry) {
                     _ if count == 0 => {
                         first = entry;
                         true
                     }
-                    (Entry::Unallocated, Entry::Unallocated) => true,
-                    (Entry::Plain(start), Entry::Plain(at)) => start.checked_add(count * cluster) == Some(at),
+                    (QcowEntry::Unallocated, QcowEntry::Unallocated) => true,
+                    (QcowEntry::Plain(start), QcowEntry::Plain(at)) => start.checked_add(count * cluster) == Some(at),
                     _ => false,
                 };
                 if !goes_on {
@@ -207,9 +207,9 @@ impl State {
             while index < last && goes_on {
                 let (entry, run) = self.run(storage, index, last - index)?;
                 goes_on = match entry {
-                    Entry::Unallocated => true,
-                    Entry::Plain(at) => see(at, run.saturating_mul(self.cluster())),
-                    Entry::Compressed(at, bytes) => see(at, bytes),
+                    QcowEntry::Unallocated => true,
+                    QcowEntry::Plain(at) => see(at, run.saturating_mul(self.cluster())),
+                    QcowEntry::Compressed(at, bytes) => see(at, bytes),
                 };
                 index += run;
             }
@@ -279,7 +279,7 @@ impl State {
         self.append(storage, bytes, align)
     }
 
-    /// Takes back what [`State::take`] gave, if nothing was given since.
+    /// Takes back what [`QcowState::take`] gave, if nothing was given since.
     pub fn give_back(&mut self, at: u64, bytes: u64) {
         if self.end == Some(at.saturating_add(bytes)) {
             self.end = Some(at);
@@ -305,7 +305,7 @@ impl State {
     }
 
     /// Writes the header at once, between two flushes, and forgets what was derived from the old one.
-    pub fn replace_header(&mut self, storage: &dyn Storage, header: Header) -> Result<()> {
+    pub fn replace_header(&mut self, storage: &dyn Storage, header: QcowHeader) -> Result<()> {
         self.write_tables(storage)?;
         storage.flush().context("Could not flush")?;
         storage.write_at(0, header.bytes()).context("Could not write the qcow header")?;

@@ -14,7 +14,7 @@ use crate::storage::Storage;
 use super::Qcow2Driver;
 use super::alloc::Allocator;
 use super::geometry::Geometry;
-use super::header::{Header, c_string};
+use super::header::{Qcow2Header, c_string};
 use super::layout::{self, BITMAP_ENTRY, BitmapFields, BitmapsExtension, ENTRY, OFFSET_MASK};
 use super::window::Window;
 
@@ -35,7 +35,7 @@ const MAX_TABLE: u32 = 0x0800_0000;
 const MAX_BYTES: u64 = 0x2000_0000;
 
 /// Reads the directory, if the image has one that is consistent. The texts of the refusals are the reference's.
-pub fn read_directory(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap>> {
+pub fn read_directory(storage: &dyn Storage, header: &Qcow2Header) -> Result<Vec<Bitmap>> {
     let Some(place) = header.bitmaps.filter(|_| header.fields.autoclear & layout::BITMAPS != 0) else {
         return Ok(Vec::new());
     };

@@ -11,8 +11,8 @@ use super::geometry::Geometry;
 use super::guard;
 use super::layout::{self, REFCOUNT_OFFSET_MASK};
 use super::refcount;
-use super::space::{Freed, Growth, Space};
-use super::tables::{Kind, Table};
+use super::space::{ClusterSpace, Freed, Growth};
+use super::tables::{Table, TableKind};
 
 /// Refcounts are changed in pieces of at most that many bytes; a piece lies in one slice of the cache.
 const PIECE: u64 = 512;
@@ -122,10 +122,10 @@ fn byte_of(order: u32, index: u64) -> (u64, usize) {
     }
 }
 
-/// The refcounts as a [`Space`].
+/// The refcounts as a [`ClusterSpace`].
 pub struct Counts<'a>(pub &'a Qcow2Driver);
 
-impl Space for Counts<'_> {
+impl ClusterSpace for Counts<'_> {
     fn geometry(&self) -> Geometry {
         self.0.geometry
     }
@@ -194,7 +194,7 @@ impl Space for Counts<'_> {
             driver.guard(*start, *n)?;
         }
         driver.tables.write_back()?;
-        let new = Table { kind: Kind::RefcountTable, at: growth.table << bits, len: growth.clusters << bits };
+        let new = Table { kind: TableKind::RefcountTable, at: growth.table << bits, len: growth.clusters << bits };
         driver.tables.fresh(new)?;
         for index in 0..(old.len / layout::ENTRY).min(new.len / layout::ENTRY) {
             let entry = driver.tables.get(old, index)?;

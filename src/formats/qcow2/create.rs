@@ -7,16 +7,16 @@ use std::sync::Arc;
 
 use crate::block::error::Context;
 use crate::block::{
-    Create, CreateOptions, CreateRequest, Effort, Error, Kind, OptionKind, OptionSpec, Result, Secrets,
+    Create, CreateOptions, CreateRequest, Effort, Error, ErrorKind, OptionKind, OptionSpec, Result, Secrets,
 };
 use crate::formats::effort;
 use crate::storage::{Preallocation, Storage};
 
 use super::Qcow2;
 use super::geometry::Geometry;
-use super::header::Header;
+use super::header::Qcow2Header;
 use super::layout::{self, ENTRY, HeaderFields, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_ORDER};
-use super::plan::{Plan, Planner};
+use super::plan::{ImagePlan, Planner};
 use super::prealloc::{self, Layout};
 
 /// In the order of the `Formatting` line.
@@ -129,7 +129,7 @@ fn choice<'a, T>(key: &str, value: &'a str, of: impl FnOnce(&'a str) -> Option<T
 /// Every check, in the reference's order.
 fn decide(options: &CreateOptions, size: u64, secrets: &Secrets) -> Result<Decided> {
     let too_large =
-        || Error::new(Kind::TooLarge, "Could not resize image: Failed to grow the L1 table: File too large");
+        || Error::new(ErrorKind::TooLarge, "Could not resize image: Failed to grow the L1 table: File too large");
     let newer = |what: &str| {
         Err(Error::invalid(format!("{what} compatibility level 1.1 and above (use version=v3 or greater)")))
     };
@@ -251,7 +251,7 @@ fn write(
     let Decided { geometry, size, fill, .. } = *decided;
     let cluster = geometry.cluster_size();
     let l1_entries = geometry.l1_entries_for(size);
-    let mut planner = Planner::new(Plan::new(geometry, Arc::clone(file), 3));
+    let mut planner = Planner::new(ImagePlan::new(geometry, Arc::clone(file), 3));
     let l1 = if l1_entries > 0 { planner.allocate((l1_entries * ENTRY).div_ceil(cluster))? } else { 0 };
     let l1 = l1 << geometry.cluster_bits;
     if fill != Preallocation::Off {
@@ -285,13 +285,13 @@ fn write(
     file.flush().context("Could not write qcow2 header")
 }
 
-fn header(decided: &Decided, data_file: Option<String>) -> Header {
+fn header(decided: &Decided, data_file: Option<String>) -> Qcow2Header {
     let flag = |on: bool, bit: u64| if on { bit } else { 0 };
     let (backing_file, backing_format) = match &decided.backing {
         Some((name, format)) => (Some(name.clone()), format.clone()),
         None => (None, None),
     };
-    Header {
+    Qcow2Header {
         fields: HeaderFields {
             version: decided.geometry.version,
             cluster_bits: decided.geometry.cluster_bits,
@@ -308,7 +308,7 @@ fn header(decided: &Decided, data_file: Option<String>) -> Header {
         backing_file,
         backing_format,
         data_file,
-        ..Header::default()
+        ..Qcow2Header::default()
     }
 }
 

@@ -14,7 +14,7 @@ use crate::block::{Error, Result};
 use super::Qcow2Driver;
 use super::geometry::Geometry;
 use super::layout::{self, ENTRY};
-use super::walk::{Found, Part, Visitor};
+use super::walk::{Found, MetadataPart, Visitor};
 
 /// Marks an L2 table's offset.
 pub const L2: u64 = 0;
@@ -75,9 +75,9 @@ impl Places {
         }
         let known = self.clusters.range(start..end).next()?;
         Some(match known & MARKS {
-            L2 => Part::ActiveL2.name(),
-            BLOCK => Part::RefcountBlock.name(),
-            _ => Part::InactiveL2.name(),
+            L2 => MetadataPart::ActiveL2.name(),
+            BLOCK => MetadataPart::RefcountBlock.name(),
+            _ => MetadataPart::InactiveL2.name(),
         })
     }
 }
@@ -156,10 +156,10 @@ impl Qcow2Driver {
         let bitmaps = header.bitmaps.filter(|_| fields.autoclear & layout::BITMAPS != 0);
         let (directory, len) = bitmaps.map_or((0, 0), |place| (place.directory_offset, place.directory_size));
         [
-            (0, 1, Part::Header.name()),
-            (fields.l1_table_offset, u64::from(fields.l1_size) * ENTRY, Part::ActiveL1.name()),
-            (fields.refcount_table_offset, table, Part::RefcountTable.name()),
-            (directory, len, Part::BitmapDirectory.name()),
+            (0, 1, MetadataPart::Qcow2Header.name()),
+            (fields.l1_table_offset, u64::from(fields.l1_size) * ENTRY, MetadataPart::ActiveL1.name()),
+            (fields.refcount_table_offset, table, MetadataPart::RefcountTable.name()),
+            (directory, len, MetadataPart::BitmapDirectory.name()),
         ]
     }
 
@@ -239,7 +239,7 @@ impl<'a> Survey<'a> {
             refcounts_wrong: None,
             data_clash: None,
         };
-        let table = Part::RefcountTable.name();
+        let table = MetadataPart::RefcountTable.name();
         for (n, (at, len, what)) in fixed.iter().enumerate() {
             for other in fixed.iter().skip(n + 1).filter(|other| overlap((*at, *len), (other.0, other.1))) {
                 survey.clashes(table == *what || table == other.2, other.2);
@@ -278,8 +278,8 @@ impl<'a> Survey<'a> {
         let start = found.at - self.driver.geometry.in_cluster(found.at);
         let end = self.driver.whole(found.at, found.len);
         if let Some(what) = self.placed(start, end.saturating_sub(start)) {
-            let name = if what == Part::Header.name() { what } else { found.part.name() };
-            self.clashes(what == Part::RefcountTable.name(), name);
+            let name = if what == MetadataPart::Qcow2Header.name() { what } else { found.part.name() };
+            self.clashes(what == MetadataPart::RefcountTable.name(), name);
         }
         self.places.add_run(start, end, found.part.name());
     }
@@ -289,7 +289,7 @@ impl<'a> Survey<'a> {
         let end = at.saturating_add(len);
         let run = self.places.run(at, end).map(|(_, (_, what))| what);
         if let Some(what) = self.placed(at, len).or(run.filter(|_| found.active)) {
-            self.clashes(what == Part::RefcountTable.name(), what);
+            self.clashes(what == MetadataPart::RefcountTable.name(), what);
         }
         if self.driver.geometry.in_cluster(at) == 0 {
             self.places.clusters.insert(at | mark);
@@ -309,7 +309,7 @@ impl<'a> Survey<'a> {
         } else if let Some(what) = self.placed(at, len).or_else(|| self.places.at(at, end)) {
             self.clashes(true, what);
         } else if self.bits.range(at..end).next().is_some() {
-            self.clashes(true, Part::BitmapData.name());
+            self.clashes(true, MetadataPart::BitmapData.name());
         } else {
             self.places.clusters.insert(at | BLOCK);
         }
@@ -321,12 +321,12 @@ impl<'a> Survey<'a> {
         let table = self.driver.refcount_table();
         // Which of the two is wrong cannot be told.
         if self.places.clusters.range(start..end).any(|known| known & BLOCK != 0) {
-            self.clashes(true, Part::RefcountBlock.name());
+            self.clashes(true, MetadataPart::RefcountBlock.name());
         } else if overlap((start, end.saturating_sub(start)), (table.at, table.len)) {
-            self.clashes(true, Part::RefcountTable.name());
+            self.clashes(true, MetadataPart::RefcountTable.name());
         }
         if self.data_clash.is_none() {
-            let bits = || self.bits.range(start..end).next().map(|_| Part::BitmapData.name());
+            let bits = || self.bits.range(start..end).next().map(|_| MetadataPart::BitmapData.name());
             let tables = || self.placed(start, end.saturating_sub(start)).or_else(|| self.places.at(start, end));
             self.data_clash = tables().or_else(bits);
         }
@@ -336,15 +336,21 @@ impl<'a> Survey<'a> {
 impl Visitor for Survey<'_> {
     fn found(&mut self, found: &Found) -> Result<()> {
         match found.part {
-            Part::Header | Part::ActiveL1 | Part::RefcountTable | Part::BitmapDirectory => {}
-            Part::SnapshotTable | Part::LuksHeader | Part::InactiveL1 | Part::BitmapTable => self.still(found),
-            Part::BitmapData => {
+            MetadataPart::Qcow2Header
+            | MetadataPart::ActiveL1
+            | MetadataPart::RefcountTable
+            | MetadataPart::BitmapDirectory => {}
+            MetadataPart::SnapshotTable
+            | MetadataPart::LuksHeader
+            | MetadataPart::InactiveL1
+            | MetadataPart::BitmapTable => self.still(found),
+            MetadataPart::BitmapData => {
                 self.bits.insert(found.at);
             }
-            Part::ActiveL2 => self.l2(found, L2),
-            Part::InactiveL2 => self.l2(found, INACTIVE),
-            Part::RefcountBlock => self.block(found),
-            Part::Data | Part::Compressed => self.data(found),
+            MetadataPart::ActiveL2 => self.l2(found, L2),
+            MetadataPart::InactiveL2 => self.l2(found, INACTIVE),
+            MetadataPart::RefcountBlock => self.block(found),
+            MetadataPart::Data | MetadataPart::Compressed => self.data(found),
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The header: from bytes to [`Header`] and back.
+//! The header: from bytes to [`Qcow2Header`] and back.
 //!
 //! Invariant: what is not understood is kept and written back (extra header bytes, unknown extensions). Every length
 //! is checked against the first cluster before it is used.
@@ -12,9 +12,9 @@ use super::layout::{self, BitmapsExtension, HEADER_FULL, HEADER_V2, HEADER_V3, H
 
 /// The header with its extensions and the backing file's name.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Header {
+pub struct Qcow2Header {
     /// The fixed fields. `backing_file_offset`, `backing_file_size` and `header_length` are set by
-    /// [`Header::to_bytes`].
+    /// [`Qcow2Header::to_bytes`].
     pub fields: HeaderFields,
     /// Header bytes past the fields that we know.
     pub extra: Vec<u8>,
@@ -34,7 +34,7 @@ pub struct Header {
     pub unknown: Vec<(u32, Vec<u8>)>,
 }
 
-impl Header {
+impl Qcow2Header {
     /// Reads and checks everything that lies in the first cluster. The texts of the refusals are the reference's.
     pub fn read(storage: &dyn Storage) -> Result<Self> {
         let length = storage.len().context("Could not read qcow2 header")?;

@@ -12,13 +12,13 @@ use super::Qcow2Driver;
 use super::layout;
 
 /// Reads the LUKS header that the header points to.
-pub fn read_luks(storage: &dyn Storage, (offset, length): (u64, u64)) -> Result<luks::Header> {
+pub fn read_luks(storage: &dyn Storage, (offset, length): (u64, u64)) -> Result<luks::LuksHeader> {
     if length < luks::HEADER as u64 {
         return Err(Error::corrupt("Request for data outside of extension header"));
     }
     let mut bytes = [0; luks::HEADER];
     storage.read_at(offset, &mut bytes).context("Unable to read encryption header")?;
-    luks::Header::parse(&bytes).map_err(Error::corrupt)
+    luks::LuksHeader::parse(&bytes).map_err(Error::corrupt)
 }
 
 impl Qcow2Driver {

@@ -56,14 +56,14 @@ fn hex(value: u64) -> String {
 
 /// A run that starts at a position and has one kind.
 #[derive(Debug, Clone, Copy)]
-struct Run {
+struct ClusterRun {
     kind: ExtentKind,
     len: u64,
 }
 
-impl Run {
+impl ClusterRun {
     /// Adds a run that follows, if it continues this one.
-    fn join(&mut self, next: Run) -> bool {
+    fn join(&mut self, next: ClusterRun) -> bool {
         let follows = |a: HostPlace, b: HostPlace| a.file == b.file && a.at + self.len == b.at;
         let joins = match (self.kind, next.kind) {
             (ExtentKind::Data(a), ExtentKind::Data(b))
@@ -82,7 +82,7 @@ impl Run {
 
 impl Rules {
     /// What an entry says from `within` bytes into its cluster on. The error is the reference's sentence.
-    fn run(&self, at: Position, entry: u64, bitmap: u64, within: u64) -> std::result::Result<Run, String> {
+    fn run(&self, at: Position, entry: u64, bitmap: u64, within: u64) -> std::result::Result<ClusterRun, String> {
         let cluster = self.geometry.cluster_size();
         let rest = cluster - within;
         let place = |of: String| format!("{of} (L2 offset: {}, L2 index: {})", hex(at.table), hex(at.index));
@@ -98,7 +98,7 @@ impl Rules {
                 place: HostPlace { file: 0, at: HostOffset(host) },
                 host_len,
             };
-            return Ok(Run { kind: ExtentKind::Compressed(unit), len: rest });
+            return Ok(ClusterRun { kind: ExtentKind::Compressed(unit), len: rest });
         }
         let offset = entry & OFFSET_MASK;
         let there = offset != 0 || (self.external && entry & COPIED != 0);
@@ -125,7 +125,7 @@ impl Rules {
                 hex(at.index)
             ));
         }
-        Ok(Run { kind, len })
+        Ok(ClusterRun { kind, len })
     }
 
     /// The run of equal subclusters from `within` on; `None` for a combination that means nothing.
@@ -151,7 +151,7 @@ impl Qcow2Driver {
         let start = at.get();
         let end = start.saturating_add(max).min(self.header().fields.size);
         let rules = Rules { geometry: self.geometry, external: self.external };
-        let mut found: Option<Run> = None;
+        let mut found: Option<ClusterRun> = None;
         let (mut pos, mut looked) = (start, 0);
         while pos < end && looked < MOST_ENTRIES {
             let next = match self.map_table(&rules, pos, end, &mut looked) {
@@ -177,7 +177,13 @@ impl Qcow2Driver {
     }
 
     /// One run from `pos` on: of one L2 table, or of L1 entries without one.
-    fn map_table(&self, rules: &Rules, pos: u64, end: u64, looked: &mut u64) -> std::result::Result<Run, Trouble> {
+    fn map_table(
+        &self,
+        rules: &Rules,
+        pos: u64,
+        end: u64,
+        looked: &mut u64,
+    ) -> std::result::Result<ClusterRun, Trouble> {
         let geometry = &self.geometry;
         let (l1, covers) = (self.l1(), geometry.l1_covers());
         if !self.write {
@@ -191,7 +197,7 @@ impl Qcow2Driver {
             let empty = entries.take_while(|entry| entry & OFFSET_MASK == 0).count() as u64;
             (word(bytes, 0), empty)
         })?;
-        let unallocated = |len: u64| Run { kind: ExtentKind::Unallocated(None), len };
+        let unallocated = |len: u64| ClusterRun { kind: ExtentKind::Unallocated(None), len };
         let Some(entry) = entry else {
             // A snapshot may have a shorter table than its size asks for.
             return Ok(unallocated(end - pos));
@@ -211,7 +217,7 @@ impl Qcow2Driver {
         let index = geometry.l2_index(pos);
         let width = geometry.l2_entry();
         let found = self.tables.view(self.l2(table), index * width, |bytes| {
-            let mut found: Option<Run> = None;
+            let mut found: Option<ClusterRun> = None;
             let mut guest = pos - geometry.in_cluster(pos);
             for (n, words) in (0u64..).zip(bytes.chunks_exact(width as usize)) {
                 *looked += 1;

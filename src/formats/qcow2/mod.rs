@@ -60,9 +60,9 @@ use crate::codec::luks;
 
 use alloc::Allocator;
 use geometry::Geometry;
-use header::Header;
+use header::Qcow2Header;
 use layout::ENTRY;
-use tables::{Kind, Table, Tables};
+use tables::{Table, TableKind, Tables};
 
 /// The format.
 #[derive(Debug)]
@@ -101,7 +101,7 @@ pub struct Qcow2Driver {
     /// How compressed clusters are encoded: [`layout::ZLIB`] or [`layout::ZSTD`].
     compression: u8,
     /// The header as it is in the file (or, for an opened snapshot, with the snapshot's L1 table and size).
-    header: RwLock<Header>,
+    header: RwLock<Qcow2Header>,
     tables: Tables,
     alloc: Mutex<Allocator>,
     /// Where tables are, known from the first change on (see `guard.rs`).
@@ -111,7 +111,7 @@ pub struct Qcow2Driver {
     /// As they will be when the image is closed.
     bitmaps: RwLock<Vec<bitmap::Bitmap>>,
     /// The LUKS header.
-    luks: Option<luks::Header>,
+    luks: Option<luks::LuksHeader>,
     backing: Option<BackingRef>,
     write: bool,
     /// Whether wrong tables were reported already.
@@ -188,7 +188,7 @@ impl Qcow2Driver {
         usize::from(self.external)
     }
 
-    fn header(&self) -> RwLockReadGuard<'_, Header> {
+    fn header(&self) -> RwLockReadGuard<'_, Qcow2Header> {
         self.header.read().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -208,7 +208,7 @@ impl Qcow2Driver {
 
     /// Changes the header in memory and in the file, at once. Tables are not written back first. (A change of a
     /// feature bit needs no allocator lock.)
-    fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+    fn update_header(&self, change: impl FnOnce(&mut Qcow2Header)) -> Result<()> {
         self.names_are_text()?;
         let mut header = self.header.write().unwrap_or_else(|e| e.into_inner());
         let mut changed = header.clone();
@@ -225,24 +225,24 @@ impl Qcow2Driver {
     /// The active L1 table.
     fn l1(&self) -> Table {
         let fields = self.header().fields;
-        Table { kind: Kind::L1, at: fields.l1_table_offset, len: u64::from(fields.l1_size) * ENTRY }
+        Table { kind: TableKind::L1, at: fields.l1_table_offset, len: u64::from(fields.l1_size) * ENTRY }
     }
 
     /// The L2 table at a host offset.
     fn l2(&self, at: u64) -> Table {
-        Table { kind: Kind::L2, at, len: self.geometry.cluster_size() }
+        Table { kind: TableKind::L2, at, len: self.geometry.cluster_size() }
     }
 
     /// The refcount table.
     fn refcount_table(&self) -> Table {
         let fields = self.header().fields;
         let len = u64::from(fields.refcount_table_clusters) << self.geometry.cluster_bits;
-        Table { kind: Kind::RefcountTable, at: fields.refcount_table_offset, len }
+        Table { kind: TableKind::RefcountTable, at: fields.refcount_table_offset, len }
     }
 
     /// The refcount block at a host offset.
     fn refcount_block(&self, at: u64) -> Table {
-        Table { kind: Kind::RefcountBlock, at, len: self.geometry.cluster_size() }
+        Table { kind: TableKind::RefcountBlock, at, len: self.geometry.cluster_size() }
     }
 
     /// The L2 entry of a guest cluster: the entry and, with subclusters, its bitmap (else 0).

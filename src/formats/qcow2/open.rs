@@ -10,7 +10,7 @@ use crate::block::keys::{take_number, take_size, take_switch, take_text};
 use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Purpose, Result, Secrets};
 
 use super::alloc::Allocator;
-use super::header::Header;
+use super::header::Qcow2Header;
 use super::layout;
 use super::tables::{Tables, default_bytes};
 use super::{Qcow2Driver, bitmap, info, snapshot};
@@ -18,7 +18,7 @@ use super::{Qcow2Driver, bitmap, info, snapshot};
 /// Opens a layer.
 pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     let OpenRequest { file, options, purpose, secrets, related } = request;
-    let mut header = Header::read(&*file.storage)?;
+    let mut header = Qcow2Header::read(&*file.storage)?;
     let geometry = header.geometry();
     if !purpose.bears_damage() && header.fields.incompatible & layout::CORRUPT != 0 {
         return Err(Error::corrupt("qcow2: Image is corrupt; cannot be opened read/write"));
@@ -101,7 +101,7 @@ impl Qcow2Driver {
     }
 
     /// Another layer of the same files, read-only.
-    pub(super) fn view(&self, header: Header) -> Self {
+    pub(super) fn view(&self, header: Qcow2Header) -> Self {
         Self {
             tables: Tables::new(self.file().storage.clone(), default_bytes(&self.geometry)),
             files: self.files.clone(),
@@ -123,7 +123,7 @@ impl Qcow2Driver {
 }
 
 /// Encrypted data can be neither read nor written yet; looking at the header is fine.
-fn unlock(options: &mut OptionTree, header: &Header, purpose: Purpose, secrets: &Secrets) -> Result<()> {
+fn unlock(options: &mut OptionTree, header: &Qcow2Header, purpose: Purpose, secrets: &Secrets) -> Result<()> {
     let format = match header.fields.crypt_method {
         layout::CRYPT_AES => Some("aes"),
         layout::CRYPT_LUKS => Some("luks"),
@@ -155,7 +155,7 @@ fn unlock(options: &mut OptionTree, header: &Header, purpose: Purpose, secrets: 
     }
 }
 
-fn cache_bytes(options: &mut OptionTree, header: &Header) -> Result<u64> {
+fn cache_bytes(options: &mut OptionTree, header: &Qcow2Header) -> Result<u64> {
     let total = take_size(options, "cache-size")?;
     let l2 = take_size(options, "l2-cache-size")?;
     let refcounts = take_size(options, "refcount-cache-size")?;
@@ -179,7 +179,7 @@ fn cache_bytes(options: &mut OptionTree, header: &Header) -> Result<u64> {
 
 /// Lazy refcounts allow updates to be late. Ours never are, so there is nothing to do but to refuse what the
 /// reference refuses.
-fn check_lazy(options: &mut OptionTree, header: &Header) -> Result<()> {
+fn check_lazy(options: &mut OptionTree, header: &Qcow2Header) -> Result<()> {
     let on = take_switch(options, "lazy-refcounts")?;
     let on = on.unwrap_or(header.fields.compatible & layout::LAZY_REFCOUNTS != 0);
     if on && header.fields.version < 3 {
@@ -191,7 +191,7 @@ fn check_lazy(options: &mut OptionTree, header: &Header) -> Result<()> {
 
 /// Options that say how a virtual machine's long use of the image is served: they change nothing in one command.
 /// Their values are checked all the same.
-fn check_tuning(options: &mut OptionTree, header: &Header) -> Result<()> {
+fn check_tuning(options: &mut OptionTree, header: &Qcow2Header) -> Result<()> {
     if let Some(bytes) = take_size(options, "l2-cache-entry-size")? {
         let cluster = header.geometry().cluster_size();
         if !bytes.is_power_of_two() || !(512..=cluster).contains(&bytes) {

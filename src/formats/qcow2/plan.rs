@@ -12,11 +12,11 @@ use crate::storage::Storage;
 use super::geometry::Geometry;
 use super::layout::{ENTRY, MAX_REFCOUNT_TABLE_BYTES};
 use super::refcount;
-use super::space::{Cursor, Freed, Growth, Space};
+use super::space::{ClusterSpace, Cursor, Freed, Growth};
 
 /// See the module.
 #[derive(Debug)]
-pub struct Plan {
+pub struct ImagePlan {
     geometry: Geometry,
     out: Batch,
     /// Free runs in ascending order, as first and end; the last has no end.
@@ -27,7 +27,7 @@ pub struct Plan {
     table_clusters: u64,
 }
 
-impl Plan {
+impl ImagePlan {
     /// An image whose first `used` clusters are in use, with its refcount table in cluster 1 and the first refcount
     /// block in cluster 2.
     pub fn new(geometry: Geometry, file: Arc<dyn Storage>, used: u64) -> Self {
@@ -111,7 +111,7 @@ impl Plan {
     }
 }
 
-impl Space for Plan {
+impl ClusterSpace for ImagePlan {
     fn geometry(&self) -> Geometry {
         self.geometry
     }
@@ -181,7 +181,7 @@ impl Space for Plan {
 #[derive(Debug)]
 pub struct Planner {
     /// What is laid out so far.
-    pub plan: Plan,
+    pub plan: ImagePlan,
     /// The clusters of the L2 tables, in order.
     pub l1: Vec<u64>,
     cursor: Cursor,
@@ -189,7 +189,7 @@ pub struct Planner {
 
 impl Planner {
     /// Starts at the first cluster.
-    pub fn new(plan: Plan) -> Self {
+    pub fn new(plan: ImagePlan) -> Self {
         Self { plan, l1: Vec::new(), cursor: Cursor::default() }
     }
 

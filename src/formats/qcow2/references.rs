@@ -12,7 +12,7 @@ const PAGE: u64 = 4096;
 const FEW: usize = 32;
 
 #[derive(Debug)]
-enum Page {
+enum ReferencePage {
     /// Cluster and count, for a few.
     Few(Vec<(u16, u32)>),
     /// One reference or none.
@@ -21,7 +21,7 @@ enum Page {
     Words(Box<[u32]>),
 }
 
-impl Page {
+impl ReferencePage {
     fn get(&self, index: u16) -> u32 {
         match self {
             Self::Few(list) => list.iter().find(|(at, _)| *at == index).map_or(0, |(_, count)| *count),
@@ -83,7 +83,7 @@ impl Page {
 /// See the module. Counts stop at `u32::MAX`.
 #[derive(Debug, Default)]
 pub struct References {
-    pages: BTreeMap<u64, Page>,
+    pages: BTreeMap<u64, ReferencePage>,
 }
 
 impl References {
@@ -95,7 +95,7 @@ impl References {
     /// `times` more for each cluster from `first` to `last`.
     pub fn add(&mut self, first: u64, last: u64, times: u32) {
         for cluster in first..=last {
-            let page = self.pages.entry(cluster / PAGE).or_insert_with(|| Page::Few(Vec::new()));
+            let page = self.pages.entry(cluster / PAGE).or_insert_with(|| ReferencePage::Few(Vec::new()));
             let index = (cluster % PAGE) as u16;
             let count = page.get(index).saturating_add(times);
             page.set(index, count);

@@ -17,14 +17,14 @@ use super::layout::{COPIED, ENTRY, MAX_REFCOUNT_TABLE_BYTES};
 use super::refcount;
 use super::references::References;
 use super::tables::Table;
-use super::walk::{Found, Part, Visitor};
+use super::walk::{Found, MetadataPart, Visitor};
 
 /// Refcounts are compared and changed in pieces of that many bytes, which lie in one slice of the cache.
 const PIECE: u64 = 512;
 
 /// What is going to be done about the refcounts.
 #[derive(Debug, PartialEq, Eq)]
-enum Plan {
+enum RepairPlan {
     /// The blocks that there are, are all that is needed, and lie where nothing else does.
     InPlace,
     /// Blocks with these indices, and a table behind them, from a cluster on.
@@ -53,8 +53,8 @@ pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
         )));
     }
     match plan {
-        Plan::InPlace => in_place(driver, &references)?,
-        Plan::Elsewhere { start, blocks, table_clusters } => {
+        RepairPlan::InPlace => in_place(driver, &references)?,
+        RepairPlan::Elsewhere { start, blocks, table_clusters } => {
             elsewhere(driver, &references, start, &blocks, table_clusters)?;
         }
     }
@@ -75,8 +75,8 @@ impl Visitor for Count<'_> {
         let geometry = self.survey.geometry();
         let aligned = geometry.in_cluster(found.at) == 0;
         match found.part {
-            Part::RefcountTable | Part::RefcountBlock => return Ok(()),
-            Part::ActiveL2 | Part::InactiveL2 | Part::BitmapData if !aligned => {
+            MetadataPart::RefcountTable | MetadataPart::RefcountBlock => return Ok(()),
+            MetadataPart::ActiveL2 | MetadataPart::InactiveL2 | MetadataPart::BitmapData if !aligned => {
                 let (at, what) = (found.at, found.part.name());
                 return Err(Error::corrupt(format!("{what} offset {at:#x} unaligned")));
             }
@@ -97,7 +97,7 @@ impl Visitor for Count<'_> {
 }
 
 /// Decides, and counts the references of the refcount structures that there will be.
-fn plan(driver: &Qcow2Driver, survey: &Survey<'_>, references: &mut References) -> Result<Plan> {
+fn plan(driver: &Qcow2Driver, survey: &Survey<'_>, references: &mut References) -> Result<RepairPlan> {
     let (geometry, bits) = (driver.geometry, driver.geometry.cluster_bits);
     let per_block = geometry.refcounts_per_block();
     if survey.refcounts_sound() {
@@ -111,7 +111,7 @@ fn plan(driver: &Qcow2Driver, survey: &Survey<'_>, references: &mut References) 
         if needed.iter().map(there).try_fold(true, |all, one| one.map(|one| all && one))? {
             references.add(own.0, own.1, 1);
             blocks.iter().for_each(|cluster| references.add(*cluster, *cluster, 1));
-            return Ok(Plan::InPlace);
+            return Ok(RepairPlan::InPlace);
         }
     }
     let file = driver.file().storage.len().context("Could not get file size")?;
@@ -124,7 +124,7 @@ fn plan(driver: &Qcow2Driver, survey: &Survey<'_>, references: &mut References) 
             Some((used, _)) => start = used + 1,
             None => {
                 references.add(start, end - 1, 1);
-                return Ok(Plan::Elsewhere { start, blocks, table_clusters });
+                return Ok(RepairPlan::Elsewhere { start, blocks, table_clusters });
             }
         }
     }
@@ -249,7 +249,7 @@ struct Marks<'a> {
 impl Visitor for Marks<'_> {
     fn found(&mut self, found: &Found) -> Result<()> {
         let Some(entry) = found.entry.filter(|_| found.active) else { return Ok(()) };
-        if !matches!(found.part, Part::ActiveL2 | Part::Data) {
+        if !matches!(found.part, MetadataPart::ActiveL2 | MetadataPart::Data) {
             return Ok(());
         }
         let alone = self.references.get(found.at >> self.driver.geometry.cluster_bits) == 1;

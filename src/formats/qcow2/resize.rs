@@ -17,8 +17,8 @@ use super::counts::Counts;
 use super::layout::{self, COMPRESSED, COPIED, ENTRY, MAX_L1_BYTES, OFFSET_MASK, REFCOUNT_OFFSET_MASK};
 use super::prealloc::PIECE;
 use super::refcount;
-use super::space::Space;
-use super::tables::{Kind, Table};
+use super::space::ClusterSpace;
+use super::tables::{Table, TableKind};
 use super::tail::Tail;
 
 impl Resize for Qcow2Driver {
@@ -134,7 +134,7 @@ impl Qcow2Driver {
         let old = self.l1();
         let len = entries * ENTRY;
         let cluster = self.allocate(alloc, len.div_ceil(self.geometry.cluster_size()))?;
-        let new = Table { kind: Kind::L1, at: cluster << bits, len };
+        let new = Table { kind: TableKind::L1, at: cluster << bits, len };
         self.tables.fresh(new)?;
         for index in 0..old.len / ENTRY {
             let entry = self.tables.get(old, index)?;

@@ -8,7 +8,7 @@ use crate::block::{BlockDriver, Error, Result, Snapshots};
 use crate::storage::Storage;
 
 use super::Qcow2Driver;
-use super::header::{Header, c_string};
+use super::header::{Qcow2Header, c_string};
 use super::layout::{
     ENTRY, MAX_L1_BYTES, MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, SNAPSHOT_ENTRY, SnapshotFields, word,
 };
@@ -65,7 +65,7 @@ impl Snapshot {
 }
 
 /// Reads the table that the header names (whose count it has checked).
-pub fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
+pub fn read_table(storage: &dyn Storage, header: &Qcow2Header) -> Result<Vec<Snapshot>> {
     let fields = &header.fields;
     let mut window = Window::new(storage, fields.snapshots_offset);
     let mut found = Vec::new();
@@ -103,7 +103,8 @@ impl Snapshots for Qcow2Driver {
     }
 
     fn open(&self, key: &SnapshotKey) -> Result<Box<dyn BlockDriver>> {
-        let snapshot = self.find(key).ok_or_else(|| Error::new(crate::block::Kind::NotFound, "Can't find snapshot"))?;
+        let snapshot =
+            self.find(key).ok_or_else(|| Error::new(crate::block::ErrorKind::NotFound, "Can't find snapshot"))?;
         let (at, entries) = (snapshot.fields.l1_table_offset, snapshot.fields.l1_size);
         if u64::from(entries) * ENTRY > MAX_L1_BYTES {
             return Err(Error::corrupt("Snapshot L1 table too large"));

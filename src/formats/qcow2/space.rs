@@ -6,7 +6,7 @@
 //! itself), and then the run is looked for again. A refcount table that is too short is replaced by one that lies,
 //! with the blocks for itself, just after what the block covers that found no entry.
 //!
-//! The rule is written over [`Space`], so that new images are planned in memory and open images are changed through
+//! The rule is written over [`ClusterSpace`], so that new images are planned in memory and open images are changed through
 //! their tables with the same outcome.
 
 use super::geometry::Geometry;
@@ -14,7 +14,7 @@ use super::layout::{ENTRY, MAX_REFCOUNT_TABLE_BYTES};
 use crate::block::{Error, Result};
 
 /// Where refcounts are kept.
-pub trait Space {
+pub trait ClusterSpace {
     /// Widths and sizes.
     fn geometry(&self) -> Geometry;
 
@@ -58,7 +58,7 @@ pub struct Growth {
 /// Host offsets have 56 bits.
 const MAX_HOST: u64 = 1 << 56;
 
-/// Gives out clusters of a [`Space`].
+/// Gives out clusters of a [`ClusterSpace`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Cursor {
     next: u64,
@@ -71,7 +71,7 @@ impl Cursor {
     }
 
     /// Makes the refcount block for a cluster if there is none.
-    pub fn ensure(&mut self, space: &mut dyn Space, cluster: u64) -> Result<()> {
+    pub fn ensure(&mut self, space: &mut dyn ClusterSpace, cluster: u64) -> Result<()> {
         while !self.cover(space, cluster, cluster + 1)? {}
         Ok(())
     }
@@ -87,7 +87,7 @@ impl Cursor {
     }
 
     /// Gives out `n` contiguous clusters; they are counted as used once.
-    pub fn allocate(&mut self, space: &mut dyn Space, n: u64) -> Result<u64> {
+    pub fn allocate(&mut self, space: &mut dyn ClusterSpace, n: u64) -> Result<u64> {
         let geometry = space.geometry();
         loop {
             let start = space.find_free(self.next, n)?;
@@ -103,7 +103,7 @@ impl Cursor {
     }
 
     /// Gives out as many of the `n` clusters from `start` on as are free, without a gap; 0 if the first is not.
-    pub fn allocate_at(&mut self, space: &mut dyn Space, start: u64, n: u64) -> Result<u64> {
+    pub fn allocate_at(&mut self, space: &mut dyn ClusterSpace, start: u64, n: u64) -> Result<u64> {
         loop {
             let mut free = 0;
             while free < n && space.find_free(start + free, 1)? == start + free {
@@ -120,7 +120,7 @@ impl Cursor {
     }
 
     /// Makes the first block that is missing for a run; true if none was.
-    fn cover(&mut self, space: &mut dyn Space, start: u64, end: u64) -> Result<bool> {
+    fn cover(&mut self, space: &mut dyn ClusterSpace, start: u64, end: u64) -> Result<bool> {
         let per_block = space.geometry().refcounts_per_block();
         for index in start / per_block..=(end - 1) / per_block {
             if !space.has_block(index)? {
@@ -131,7 +131,7 @@ impl Cursor {
         Ok(true)
     }
 
-    fn add_block(&mut self, space: &mut dyn Space, index: u64) -> Result<()> {
+    fn add_block(&mut self, space: &mut dyn ClusterSpace, index: u64) -> Result<()> {
         let per_block = space.geometry().refcounts_per_block();
         let cluster = space.find_free(self.next, 1)?;
         self.next = cluster + 1;
@@ -156,7 +156,7 @@ impl Cursor {
 
     /// Makes refcounts for everything up to `extra` clusters after `start`, an unused cluster with nothing used after
     /// it, by putting the missing blocks and a new table there. Gives the first cluster after these.
-    pub fn reserve_area(&mut self, space: &mut dyn Space, start: u64, extra: u64) -> Result<u64> {
+    pub fn reserve_area(&mut self, space: &mut dyn ClusterSpace, start: u64, extra: u64) -> Result<u64> {
         let mut growth = plan_growth(space.geometry(), start, extra, true)?;
         let mut at = start;
         let mut blocks = Vec::new();

@@ -35,7 +35,7 @@ use super::layout::word;
 
 /// What kind of table: in the order in which changes reach the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
+pub enum TableKind {
     /// A refcount block.
     RefcountBlock,
     /// The refcount table.
@@ -46,35 +46,35 @@ pub enum Kind {
     L1,
 }
 
-impl Kind {
-    const ALL: [Kind; 4] = [Kind::RefcountBlock, Kind::RefcountTable, Kind::L2, Kind::L1];
+impl TableKind {
+    const ALL: [TableKind; 4] = [TableKind::RefcountBlock, TableKind::RefcountTable, TableKind::L2, TableKind::L1];
 
     fn name(self) -> &'static str {
         match self {
-            Kind::RefcountBlock => "refcount block",
-            Kind::RefcountTable => "refcount table",
-            Kind::L2 => "L2 table",
-            Kind::L1 => "L1 table",
+            TableKind::RefcountBlock => "refcount block",
+            TableKind::RefcountTable => "refcount table",
+            TableKind::L2 => "L2 table",
+            TableKind::L1 => "L1 table",
         }
     }
 
     /// What is announced before a part of it is read; the reference reads L1 tables unannounced.
     fn reading(self) -> Option<Event> {
         match self {
-            Kind::RefcountBlock => Some(Event::REFBLOCK_LOAD),
-            Kind::RefcountTable => Some(Event::REFTABLE_LOAD),
-            Kind::L2 => Some(Event::L2_LOAD),
-            Kind::L1 => None,
+            TableKind::RefcountBlock => Some(Event::REFBLOCK_LOAD),
+            TableKind::RefcountTable => Some(Event::REFTABLE_LOAD),
+            TableKind::L2 => Some(Event::L2_LOAD),
+            TableKind::L1 => None,
         }
     }
 
     /// What is announced before a part of it is written.
     fn writing(self) -> Event {
         match self {
-            Kind::RefcountBlock => Event::REFBLOCK_UPDATE_PART,
-            Kind::RefcountTable => Event::REFTABLE_UPDATE,
-            Kind::L2 => Event::L2_UPDATE,
-            Kind::L1 => Event::L1_UPDATE,
+            TableKind::RefcountBlock => Event::REFBLOCK_UPDATE_PART,
+            TableKind::RefcountTable => Event::REFTABLE_UPDATE,
+            TableKind::L2 => Event::L2_UPDATE,
+            TableKind::L1 => Event::L1_UPDATE,
         }
     }
 }
@@ -83,7 +83,7 @@ impl Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Table {
     /// What it is.
-    pub kind: Kind,
+    pub kind: TableKind,
     /// Where it starts, in bytes.
     pub at: u64,
     /// How long it is, in bytes.
@@ -106,7 +106,7 @@ const LEAST_BYTES: u64 = 1 << 20;
 
 #[derive(Debug)]
 struct Slice {
-    kind: Kind,
+    kind: TableKind,
     at: u64,
     len: u64,
     dirty: AtomicBool,
@@ -180,7 +180,7 @@ impl Tables {
         let bytes = self.load(&slice, &mut bytes)?;
         let (start, len) = (index(from % SLICE)?, index(len)?);
         let part = bytes.get_mut(start..start + len).ok_or_else(outside)?;
-        self.soil(&slice);
+        self.mark_dirty(&slice);
         Ok(change(part))
     }
 
@@ -219,7 +219,7 @@ impl Tables {
             let slice = self.slice(table, from);
             let mut bytes = slice.bytes.write().unwrap_or_else(|e| e.into_inner());
             *bytes = Some(vec![0; index(slice.len)?].into_boxed_slice());
-            self.soil(&slice);
+            self.mark_dirty(&slice);
             from += SLICE;
         }
         Ok(())
@@ -258,7 +258,7 @@ impl Tables {
     /// Writes every change to the file, in the order of the module's head. Does not flush the file at the end.
     pub fn write_back(&self) -> Result<()> {
         let mut wrote = false;
-        for kind in Kind::ALL {
+        for kind in TableKind::ALL {
             let mut slices = self.dirty_slices(kind);
             if slices.is_empty() {
                 continue;
@@ -273,7 +273,7 @@ impl Tables {
         Ok(())
     }
 
-    fn dirty_slices(&self, kind: Kind) -> Vec<Arc<Slice>> {
+    fn dirty_slices(&self, kind: TableKind) -> Vec<Arc<Slice>> {
         let mut found = Vec::new();
         for shard in &self.shards {
             let shard = lock(shard);
@@ -314,7 +314,7 @@ impl Tables {
         Ok(())
     }
 
-    fn soil(&self, slice: &Slice) {
+    fn mark_dirty(&self, slice: &Slice) {
         if !slice.dirty.swap(true, Ordering::AcqRel) {
             self.dirty.fetch_add(slice.len + OVERHEAD, Ordering::AcqRel);
         }
@@ -322,7 +322,7 @@ impl Tables {
 
     fn load<'a>(&self, slice: &Slice, bytes: &'a mut Option<Box<[u8]>>) -> Result<&'a mut [u8]> {
         if bytes.is_none() {
-            if slice.kind == Kind::L2 {
+            if slice.kind == TableKind::L2 {
                 // What was new is here. What a file that was cut off has lost is not zeros.
                 self.end.require(&*self.storage, slice.kind.name(), slice.at, slice.len)?;
             }
@@ -373,7 +373,7 @@ impl Tables {
 }
 
 impl Slice {
-    fn new(kind: Kind, at: u64, len: u64, now: u64) -> Self {
+    fn new(kind: TableKind, at: u64, len: u64, now: u64) -> Self {
         Self { kind, at, len, dirty: AtomicBool::new(false), used: AtomicU64::new(now), bytes: RwLock::default() }
     }
 }
@@ -415,7 +415,7 @@ mod tests {
     use crate::storage::memory::Memory;
 
     fn l2(at: u64, len: u64) -> Table {
-        Table { kind: Kind::L2, at, len }
+        Table { kind: TableKind::L2, at, len }
     }
 
     #[test]

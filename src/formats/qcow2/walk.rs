@@ -17,13 +17,13 @@ use super::Qcow2Driver;
 use super::bitmap::Bitmap;
 use super::layout::{self, COMPRESSED, ENTRY, OFFSET_MASK, REFCOUNT_OFFSET_MASK};
 use super::snapshot::Snapshot;
-use super::tables::{Kind, Table};
+use super::tables::{Table, TableKind};
 
 /// What lies at a place of the image file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub enum MetadataPart {
     /// The first cluster.
-    Header,
+    Qcow2Header,
     /// The active L1 table.
     ActiveL1,
     /// The refcount table.
@@ -52,11 +52,11 @@ pub enum Part {
     Compressed,
 }
 
-impl Part {
+impl MetadataPart {
     /// The reference's name for it.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Header => "qcow2_header",
+            Self::Qcow2Header => "qcow2_header",
             Self::ActiveL1 => "active L1 table",
             Self::RefcountTable => "refcount table",
             Self::BitmapDirectory => "bitmap directory",
@@ -76,7 +76,7 @@ impl Part {
 
 /// The entry of a table that refers to something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Entry {
+pub struct TableEntry {
     /// The table.
     pub table: Table,
     /// Which entry.
@@ -91,7 +91,7 @@ pub struct Entry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Found {
     /// What it is.
-    pub part: Part,
+    pub part: MetadataPart,
     /// Where it starts.
     pub at: u64,
     /// Its length in bytes, not 0.
@@ -101,7 +101,7 @@ pub struct Found {
     /// Whether the active L1 table leads there.
     pub active: bool,
     /// What refers to it; `None` for the header's own fields.
-    pub entry: Option<Entry>,
+    pub entry: Option<TableEntry>,
 }
 
 /// What looks on.
@@ -148,21 +148,21 @@ impl Qcow2Driver {
         let fields = &header.fields;
         let mut root = |part, at, len| {
             let found = Found { part, at, len, times: 1, active: true, entry: None };
-            if at == 0 && part != Part::Header || len == 0 { Ok(()) } else { visitor.found(&found) }
+            if at == 0 && part != MetadataPart::Qcow2Header || len == 0 { Ok(()) } else { visitor.found(&found) }
         };
-        root(Part::Header, 0, self.geometry.cluster_size())?;
+        root(MetadataPart::Qcow2Header, 0, self.geometry.cluster_size())?;
         let (l1, refcounts) = (self.l1(), self.refcount_table());
-        root(Part::ActiveL1, l1.at, l1.len)?;
-        root(Part::RefcountTable, refcounts.at, refcounts.len)?;
+        root(MetadataPart::ActiveL1, l1.at, l1.len)?;
+        root(MetadataPart::RefcountTable, refcounts.at, refcounts.len)?;
         // Its last entry may be followed by nothing.
         let snapshots: u64 = self.snapshots.iter().map(Snapshot::bytes).sum();
-        root(Part::SnapshotTable, fields.snapshots_offset, snapshots.saturating_sub(7))?;
+        root(MetadataPart::SnapshotTable, fields.snapshots_offset, snapshots.saturating_sub(7))?;
         if let Some((at, len)) = header.crypto {
-            root(Part::LuksHeader, at, len)?;
+            root(MetadataPart::LuksHeader, at, len)?;
         }
         // Without the autoclear bit the directory is nothing.
         if let Some(bitmaps) = header.bitmaps.filter(|_| fields.autoclear & layout::BITMAPS != 0) {
-            root(Part::BitmapDirectory, bitmaps.directory_offset, bitmaps.directory_size)?;
+            root(MetadataPart::BitmapDirectory, bitmaps.directory_offset, bitmaps.directory_size)?;
         }
         Ok(())
     }
@@ -178,11 +178,11 @@ impl Qcow2Driver {
         }
         for ((at, len), times) in &inactive {
             let (at, len, times) = (*at, *len, *times);
-            visitor.found(&Found { part: Part::InactiveL1, at, len, times, active: false, entry: None })?;
+            visitor.found(&Found { part: MetadataPart::InactiveL1, at, len, times, active: false, entry: None })?;
         }
         for bitmap in self.bitmap_list() {
             let Table { at, len, .. } = bitmap_table(&bitmap);
-            visitor.found(&Found { part: Part::BitmapTable, at, len, times: 1, active: true, entry: None })?;
+            visitor.found(&Found { part: MetadataPart::BitmapTable, at, len, times: 1, active: true, entry: None })?;
         }
         Ok(inactive)
     }
@@ -200,7 +200,12 @@ impl Qcow2Driver {
         }
         for ((at, len), times) in inactive {
             if self.geometry.in_cluster(at) == 0 {
-                self.walk_l1(visitor, Table { kind: Kind::L1, at, len }, Sharing { times, active: false }, tables)?;
+                self.walk_l1(
+                    visitor,
+                    Table { kind: TableKind::L1, at, len },
+                    Sharing { times, active: false },
+                    tables,
+                )?;
             }
         }
         Ok(())
@@ -213,7 +218,7 @@ impl Qcow2Driver {
         sharing: Sharing,
         tables: &mut BTreeMap<u64, Sharing>,
     ) -> Result<()> {
-        let part = if sharing.active { Part::ActiveL2 } else { Part::InactiveL2 };
+        let part = if sharing.active { MetadataPart::ActiveL2 } else { MetadataPart::InactiveL2 };
         let (len, Sharing { times, active }) = (self.geometry.cluster_size(), sharing);
         self.each_word(l1, |index, word| {
             let at = word & OFFSET_MASK;
@@ -231,7 +236,7 @@ impl Qcow2Driver {
                 len,
                 times,
                 active,
-                entry: Some(Entry { table: l1, index, word_index: index, word }),
+                entry: Some(TableEntry { table: l1, index, word_index: index, word }),
             })
         })
     }
@@ -244,10 +249,10 @@ impl Qcow2Driver {
             self.each_word(table, |index, word| match word & OFFSET_MASK {
                 0 => Ok(()),
                 at => visitor.found(&found(
-                    Part::BitmapData,
+                    MetadataPart::BitmapData,
                     at,
                     cluster,
-                    Some(Entry { table, index, word_index: index, word }),
+                    Some(TableEntry { table, index, word_index: index, word }),
                 )),
             })?;
         }
@@ -259,8 +264,8 @@ impl Qcow2Driver {
         self.each_word(table, |index, word| match word & REFCOUNT_OFFSET_MASK {
             0 => Ok(()),
             at => {
-                let entry = Some(Entry { table, index, word_index: index, word });
-                visitor.found(&Found { part: Part::RefcountBlock, at, len, times: 1, active: true, entry })
+                let entry = Some(TableEntry { table, index, word_index: index, word });
+                visitor.found(&Found { part: MetadataPart::RefcountBlock, at, len, times: 1, active: true, entry })
             }
         })
     }
@@ -276,12 +281,12 @@ impl Qcow2Driver {
             let (part, at, len) = match word {
                 _ if word & COMPRESSED != 0 => {
                     let (at, len) = self.geometry.compressed(word);
-                    (Part::Compressed, at, len)
+                    (MetadataPart::Compressed, at, len)
                 }
-                _ if word & OFFSET_MASK != 0 => (Part::Data, word & OFFSET_MASK, cluster),
+                _ if word & OFFSET_MASK != 0 => (MetadataPart::Data, word & OFFSET_MASK, cluster),
                 _ => return Ok(()),
             };
-            let entry = Some(Entry { table, index: index / per_entry, word_index: index, word });
+            let entry = Some(TableEntry { table, index: index / per_entry, word_index: index, word });
             visitor.found(&Found { part, at, len, times, active, entry })
         })
     }
@@ -311,5 +316,5 @@ impl Qcow2Driver {
 
 fn bitmap_table(bitmap: &Bitmap) -> Table {
     let fields = &bitmap.fields;
-    Table { kind: Kind::L1, at: fields.table_offset, len: u64::from(fields.table_size) * ENTRY }
+    Table { kind: TableKind::L1, at: fields.table_offset, len: u64::from(fields.table_size) * ENTRY }
 }

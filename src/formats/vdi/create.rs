@@ -1,7 +1,7 @@
 //! New VDI images.
 
 use super::Vdi;
-use super::layout::{BLOCK_SIZE, Header, MAP_OFFSET, MAX_SIZE, UNALLOCATED, too_large};
+use super::layout::{BLOCK_SIZE, MAP_OFFSET, MAX_SIZE, UNALLOCATED, VdiHeader, too_large};
 use crate::block::error::Context;
 use crate::block::{Create, CreateRequest, OptionKind, OptionSpec, Result};
 use crate::storage::{Preallocation, Zeroing};
@@ -23,7 +23,7 @@ impl Create for Vdi {
         let fixed = request.options.switch("static");
         let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
         let (image, snapshot) = (request.ids.uuid("image"), request.ids.uuid("snapshot"));
-        let header = Header::new(size, fixed, blocks, image, snapshot);
+        let header = VdiHeader::new(size, fixed, blocks, image, snapshot);
         let file = request.files.main()?;
         file.write_at(0, header.bytes()).context("Could not write the VDI header")?;
         write_map(&*file, blocks, fixed)?;

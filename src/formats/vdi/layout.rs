@@ -93,11 +93,11 @@ pub const STATIC: u32 = 2;
 
 /// The header sector.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Header {
+pub struct VdiHeader {
     raw: Sector,
 }
 
-impl Header {
+impl VdiHeader {
     /// That of a new image, whose block size is 1 MiB.
     pub fn new(size: u64, fixed: bool, blocks: u32, image: [u8; 16], snapshot: [u8; 16]) -> Self {
         let mut raw = Sector::new_zeroed();
@@ -251,8 +251,8 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let header = Header::new(5 << 20, true, 5, [1; 16], [2; 16]);
-        let read = Header::parse(*header.bytes()).unwrap();
+        let header = VdiHeader::new(5 << 20, true, 5, [1; 16], [2; 16]);
+        let read = VdiHeader::parse(*header.bytes()).unwrap();
         assert_eq!((read.size(), read.kind(), read.blocks(), read.allocated()), (5 << 20, STATIC, 5, 5));
         assert_eq!((read.map_offset(), read.data_offset()), (0x200, 0x400));
     }

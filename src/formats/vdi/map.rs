@@ -1,6 +1,6 @@
 //! The block map in memory, and which blocks of the file are in use.
 
-use super::layout::{ALLOCATED_AT, DISCARDED, HEADER_BYTES, Header, UNALLOCATED};
+use super::layout::{ALLOCATED_AT, DISCARDED, HEADER_BYTES, UNALLOCATED, VdiHeader};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::formats::one_file::Tables;
@@ -14,14 +14,14 @@ const STEPS: u64 = 1 << 20;
 
 /// What changes while the image is open.
 #[derive(Debug)]
-pub struct State {
+pub struct VdiState {
     /// As it shall be in the file.
-    pub header: Header,
+    pub header: VdiHeader,
     /// The map, and the header's counter of blocks.
     map: TableCache,
     /// Whether the file was found to have all of the map.
     map_is_there: bool,
-    space: Option<Space>,
+    space: Option<VdiSpace>,
 }
 
 /// The most blocks of a file that are kept track of: 256 TiB of the usual ones, in 32 MiB of bits.
@@ -29,7 +29,7 @@ const MOST_BLOCKS: u64 = 1 << 28;
 
 /// Which blocks of the file are in use.
 #[derive(Debug)]
-pub struct Space {
+pub struct VdiSpace {
     used: Vec<u64>,
     /// No block below this is free.
     hint: u64,
@@ -39,7 +39,7 @@ pub struct Space {
     fresh: u64,
 }
 
-impl Space {
+impl VdiSpace {
     /// Whether a block is in use.
     pub fn is_used(&self, index: u64) -> bool {
         usize::try_from(index / 64)
@@ -82,7 +82,7 @@ impl Space {
     }
 }
 
-impl Tables for State {
+impl Tables for VdiState {
     /// Writes what waits: length of the file, the header's counter and the entries that are beside it, the rest of the
     /// map, in this order.
     fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
@@ -109,9 +109,9 @@ impl Tables for State {
     }
 }
 
-impl State {
+impl VdiState {
     /// Nothing read yet.
-    pub fn new(header: Header) -> Self {
+    pub fn new(header: VdiHeader) -> Self {
         Self { header, map: TableCache::new(CACHE), map_is_there: false, space: None }
     }
 
@@ -172,7 +172,7 @@ impl State {
     }
 
     /// What is in use, found out at the first call. An image where that is not clear must not be written to.
-    pub fn space(&mut self, storage: &dyn Storage) -> Result<&mut Space> {
+    pub fn space(&mut self, storage: &dyn Storage) -> Result<&mut VdiSpace> {
         if self.space.is_none() {
             let (map, data) = (u64::from(self.header.map_offset()), u64::from(self.header.data_offset()));
             if map < HEADER_BYTES as u64 || self.entry_at(u64::from(self.header.blocks())) > data {
@@ -184,10 +184,10 @@ impl State {
     }
 
     /// What the first `blocks` guest blocks use.
-    pub fn scan(&mut self, storage: &dyn Storage, blocks: u64) -> Result<Space> {
+    pub fn scan(&mut self, storage: &dyn Storage, blocks: u64) -> Result<VdiSpace> {
         let length = storage.len().context("Could not get the size of the file")?;
         let fresh = if storage.facts().new_reads_zero { length } else { u64::MAX };
-        let mut space = Space { used: Vec::new(), hint: 0, top: 0, fresh };
+        let mut space = VdiSpace { used: Vec::new(), hint: 0, top: 0, fresh };
         let mut block = 0;
         while block < blocks {
             let (entry, count) = self.run(storage, block, blocks - block)?;
@@ -234,7 +234,7 @@ impl State {
         Ok((index, count, fresh))
     }
 
-    /// Takes back what [`State::take`] gave.
+    /// Takes back what [`VdiState::take`] gave.
     pub fn give_back(&mut self, first: u64, count: u64) {
         if let Some(space) = &mut self.space {
             for n in (0..count).rev() {
@@ -262,7 +262,7 @@ impl State {
     }
 
     /// Writes the header at once, between two flushes, and forgets what was derived from the old one.
-    pub fn replace_header(&mut self, storage: &dyn Storage, header: Header) -> Result<()> {
+    pub fn replace_header(&mut self, storage: &dyn Storage, header: VdiHeader) -> Result<()> {
         self.write_tables(storage)?;
         storage.flush().context("Could not flush")?;
         storage.write_at(0, header.bytes()).context("Could not write the VDI header")?;

@@ -15,8 +15,8 @@ mod resize;
 
 use std::ops::Deref;
 
-use self::layout::{DISCARDED, HEADER_BYTES, Header, STATIC};
-use self::map::State;
+use self::layout::{DISCARDED, HEADER_BYTES, STATIC, VdiHeader};
+use self::map::VdiState;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::io::punch;
@@ -48,11 +48,11 @@ impl Format for Vdi {
         let write = purpose.writes();
         let mut head = [0; HEADER_BYTES];
         file.storage.read_at(0, &mut head).context("Could not read the VDI header")?;
-        let header = Header::parse(head)?;
+        let header = VdiHeader::parse(head)?;
         Ok(Box::new(VdiDriver {
             block: u64::from(header.block_size()),
             fixed: header.kind() == STATIC,
-            image: OneFile::new(file, header.size().next_multiple_of(512), State::new(header), write),
+            image: OneFile::new(file, header.size().next_multiple_of(512), VdiState::new(header), write),
         }))
     }
 
@@ -63,7 +63,7 @@ impl Format for Vdi {
 
 #[derive(Debug)]
 struct VdiDriver {
-    image: OneFile<State>,
+    image: OneFile<VdiState>,
     /// Bytes of a block.
     block: u64,
     fixed: bool,
@@ -76,9 +76,9 @@ impl VdiDriver {
 }
 
 impl Deref for VdiDriver {
-    type Target = OneFile<State>;
+    type Target = OneFile<VdiState>;
 
-    fn deref(&self) -> &OneFile<State> {
+    fn deref(&self) -> &OneFile<VdiState> {
         &self.image
     }
 }

@@ -10,8 +10,8 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::VdiDriver;
-use super::layout::{DISCARDED, Header, MAX_BLOCKS, MAX_SIZE, UNALLOCATED, too_large};
-use super::map::State;
+use super::layout::{DISCARDED, MAX_BLOCKS, MAX_SIZE, UNALLOCATED, VdiHeader, too_large};
+use super::map::VdiState;
 use crate::block::error::Context;
 use crate::block::io::{clear_stored, move_stored};
 use crate::block::{Error, GuestOffset, HostPlace, Resize, Result};
@@ -23,7 +23,7 @@ const AT_ONCE: u64 = 1 << 16;
 
 /// How the map gets longer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Plan {
+enum VdiResizePlan {
     /// There is room behind it, up to the (perhaps new) start of the data.
     InPlace { data: u32 },
     /// It moves to where the first blocks of the data were.
@@ -67,7 +67,7 @@ impl Resize for VdiDriver {
     }
 }
 
-fn plan(state: &mut State, storage: &dyn Storage, blocks: u64) -> Result<Plan> {
+fn plan(state: &mut VdiState, storage: &dyn Storage, blocks: u64) -> Result<VdiResizePlan> {
     let (map, data) = (u64::from(state.header.map_offset()), u64::from(state.header.data_offset()));
     if map >= data {
         return Err(Error::unsupported("the block map does not lie before the data"));
@@ -77,17 +77,17 @@ fn plan(state: &mut State, storage: &dyn Storage, blocks: u64) -> Result<Plan> {
     let narrow = |at: u64| u32::try_from(at).map_err(|_| Error::unsupported("the block map would be too long"));
     let end = (map + blocks * 4).next_multiple_of(512);
     if end <= data {
-        return Ok(Plan::InPlace { data: narrow(data)? });
+        return Ok(VdiResizePlan::InPlace { data: narrow(data)? });
     }
     if top == 0 {
-        return Ok(Plan::InPlace { data: narrow(end)? });
+        return Ok(VdiResizePlan::InPlace { data: narrow(end)? });
     }
     let first_blocks = (blocks * 4).div_ceil(block);
-    Ok(Plan::Over { first_blocks, data: narrow(data + first_blocks * block)? })
+    Ok(VdiResizePlan::Over { first_blocks, data: narrow(data + first_blocks * block)? })
 }
 
 /// Grows; `fixed` is how the new space is treated where all blocks are there.
-fn grow(state: &mut State, image: &VdiDriver, size: u64, fixed: Option<Preallocation>) -> Result<()> {
+fn grow(state: &mut VdiState, image: &VdiDriver, size: u64, fixed: Option<Preallocation>) -> Result<()> {
     let storage = image.storage();
     // The guest sees whole sectors of a disk whose size is none.
     clear_tail(state, image, state.header.size().next_multiple_of(512))?;
@@ -104,13 +104,13 @@ fn grow(state: &mut State, image: &VdiDriver, size: u64, fixed: Option<Prealloca
     header.set_size(size);
     if new > old {
         let plan = plan(state, storage, new)?;
-        if let Plan::Over { first_blocks, .. } = plan {
+        if let VdiResizePlan::Over { first_blocks, .. } = plan {
             make_way(state, image, first_blocks)?;
         }
         let top = state.space(storage)?.top;
         let (skip, data) = match plan {
-            Plan::InPlace { data } => (0, data),
-            Plan::Over { first_blocks, data } => (first_blocks, data),
+            VdiResizePlan::InPlace { data } => (0, data),
+            VdiResizePlan::Over { first_blocks, data } => (first_blocks, data),
         };
         let map = if skip > 0 { state.header.data_offset() } else { state.header.map_offset() };
         // In place the entries that are there stay as they are.
@@ -142,7 +142,7 @@ fn narrow(value: u64) -> Result<u32> {
 }
 
 /// Copies what lies in the first `count` blocks of the file to its end, and names the copies in the old map.
-fn make_way(state: &mut State, image: &VdiDriver, count: u64) -> Result<()> {
+fn make_way(state: &mut VdiState, image: &VdiDriver, count: u64) -> Result<()> {
     let storage = image.storage();
     let block = u64::from(state.header.block_size());
     let mut moves = Vec::new();
@@ -175,7 +175,7 @@ fn make_way(state: &mut State, image: &VdiDriver, count: u64) -> Result<()> {
 /// Writes the entries `range` of a map at `at`: those of the old one, less `skip`, then new ones: from `first` on,
 /// or unallocated.
 fn write_map(
-    state: &mut State,
+    state: &mut VdiState,
     storage: &dyn Storage,
     at: u64,
     range: Range<u64>,
@@ -212,7 +212,7 @@ fn write_map(
 }
 
 /// Makes the rest of the last block read as zeros: it lies past `size`, and may come into view.
-fn clear_tail(state: &mut State, image: &VdiDriver, size: u64) -> Result<()> {
+fn clear_tail(state: &mut VdiState, image: &VdiDriver, size: u64) -> Result<()> {
     let storage = image.storage();
     let block = u64::from(state.header.block_size());
     let within = size % block;
@@ -228,9 +228,9 @@ fn clear_tail(state: &mut State, image: &VdiDriver, size: u64) -> Result<()> {
     Ok(())
 }
 
-fn shrink(state: &mut State, image: &VdiDriver, size: u64) -> Result<()> {
+fn shrink(state: &mut VdiState, image: &VdiDriver, size: u64) -> Result<()> {
     let storage = image.storage();
-    let mut header: Header = state.header.clone();
+    let mut header: VdiHeader = state.header.clone();
     header.set_size(size);
     state.replace_header(storage, header)?;
     clear_tail(state, image, size)?;
@@ -238,7 +238,7 @@ fn shrink(state: &mut State, image: &VdiDriver, size: u64) -> Result<()> {
 }
 
 /// Gives the guest blocks of a range that are there to `see`, each with its place.
-fn each(state: &mut State, storage: &dyn Storage, range: Range<u64>, mut see: impl FnMut(u64, u64)) -> Result<()> {
+fn each(state: &mut VdiState, storage: &dyn Storage, range: Range<u64>, mut see: impl FnMut(u64, u64)) -> Result<()> {
     let mut at = range.start;
     while at < range.end {
         let (entry, run) = state.run(storage, at, range.end - at)?;
@@ -252,7 +252,7 @@ fn each(state: &mut State, storage: &dyn Storage, range: Range<u64>, mut see: im
 
 /// Ends the map after the first `blocks` entries and closes the gaps in the file, so that the counter is both the
 /// number of blocks and above all of them.
-fn cut(state: &mut State, image: &VdiDriver, blocks: u64) -> Result<()> {
+fn cut(state: &mut VdiState, image: &VdiDriver, blocks: u64) -> Result<()> {
     let storage = image.storage();
     let block = u64::from(state.header.block_size());
     if !state.is_beside_header(u64::from(state.header.blocks())) {

@@ -1,6 +1,6 @@
 //! Making a new vmdk: the subformat decides which files there are and how each is laid out.
 //!
-//! Decided first (a [`Plan`]), written later. The bytes are the reference's, but for the content id and for
+//! Decided first (a [`VmdkCreatePlan`]), written later. The bytes are the reference's, but for the content id and for
 //! stream-optimized images, which get the layout that VMware's importers insist on: header version 3 with the
 //! grain directory at the end, a footer and an end-of-stream marker.
 //!
@@ -81,7 +81,7 @@ fn subformat(options: &CreateOptions) -> Result<Subformat> {
 }
 
 /// Everything decided.
-struct Plan<'a> {
+struct VmdkCreatePlan<'a> {
     subformat: Subformat,
     size: u64,
     zeroed: bool,
@@ -91,7 +91,7 @@ struct Plan<'a> {
     parent: Option<(&'a str, u32)>,
 }
 
-impl<'a> Plan<'a> {
+impl<'a> VmdkCreatePlan<'a> {
     fn new(request: &CreateRequest<'a>) -> Result<Self> {
         let options = request.options;
         let adapter = options.text("adapter_type").unwrap_or("ide");
@@ -289,11 +289,11 @@ impl Create for Vmdk {
         if options.text("subformat") != Some("streamOptimized") {
             effort::refuse(options, "unless the subformat is streamOptimized")?;
         }
-        Ok(Effort { level: effort::level(options, deflate::Window::Full.levels())?, wide: true })
+        Ok(Effort { level: effort::level(options, deflate::DeflateWindow::Full.levels())?, wide: true })
     }
 
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
-        let plan = Plan::new(request)?;
+        let plan = VmdkCreatePlan::new(request)?;
         let subformat = plan.subformat;
         let main = request.files.main()?;
         let embedded = !subformat.split && !subformat.flat;

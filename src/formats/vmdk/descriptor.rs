@@ -17,7 +17,7 @@ use super::layout::MAX_EXTENTS;
 
 /// What the guest may do with an extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
+pub enum ExtentAccess {
     /// Read and write.
     ReadWrite,
     /// Read only.
@@ -45,7 +45,7 @@ pub enum ExtentType {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExtentLine {
     /// What the guest may do.
-    pub access: Access,
+    pub access: ExtentAccess,
     /// Length in sectors.
     pub sectors: u64,
     /// How it is stored.
@@ -262,9 +262,9 @@ impl ExtentLine {
     fn parse(line: &str) -> Option<Self> {
         let (access, rest) = line.split_once(char::is_whitespace)?;
         let access = match access.to_ascii_uppercase().as_str() {
-            "RW" => Access::ReadWrite,
-            "RDONLY" => Access::ReadOnly,
-            "NOACCESS" => Access::None,
+            "RW" => ExtentAccess::ReadWrite,
+            "RDONLY" => ExtentAccess::ReadOnly,
+            "NOACCESS" => ExtentAccess::None,
             _ => return None,
         };
         let (sectors, rest) = rest.trim_start().split_once(char::is_whitespace)?;
@@ -393,8 +393,8 @@ mod tests {
         assert_eq!((d.cid, d.parent_cid, d.create_type.as_str()), (0x0bad_cafe, NO_PARENT, "custom"));
         assert_eq!((d.extents.len(), &d.malformed), (3, &None));
         assert_eq!((d.extents[0].file.as_str(), d.extents[0].offset, d.extents[0].sectors), ("a b.vmdk", 7, 100));
-        assert_eq!((d.extents[1].kind, d.extents[1].access), (ExtentType::Zero, Access::ReadOnly));
-        assert_eq!((d.extents[2].file.as_str(), d.extents[2].access), ("x.vmdk", Access::None));
+        assert_eq!((d.extents[1].kind, d.extents[1].access), (ExtentType::Zero, ExtentAccess::ReadOnly));
+        assert_eq!((d.extents[2].file.as_str(), d.extents[2].access), ("x.vmdk", ExtentAccess::None));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::codec;
 use crate::codec::deflate::{self, How, Wrap};
 
 use super::layout::*;
-use super::tables::{ExtentFile, Grain, State};
+use super::tables::{ExtentFile, Grain, VmdkState};
 
 /// The most bytes that a grain's data may take: the worst that deflate does to it, with room for a sloppy encoder.
 pub fn longest(grain: u64) -> u64 {
@@ -63,7 +63,7 @@ pub fn read_whole(file: &ExtentFile, sector: u64) -> Result<(Vec<u8>, u64)> {
 
 /// The grain that the end of an extent of `len` bytes cuts, where it is not stored as a longer disk needs it: whole,
 /// with zeros behind the end.
-pub fn short_last(file: &ExtentFile, state: &mut State, len: u64) -> Result<Option<Vec<u8>>> {
+pub fn short_last(file: &ExtentFile, state: &mut VmdkState, len: u64) -> Result<Option<Vec<u8>>> {
     let (grain, skip) = (file.shape.grain, len % file.shape.grain);
     let Grain::At(sector) = (if skip == 0 { Grain::Unallocated } else { state.grain(file, len / grain)? }) else {
         return Ok(None);

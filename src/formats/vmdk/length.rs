@@ -14,7 +14,7 @@ use super::grain;
 use super::layout::*;
 use super::sparse::Sparse;
 use super::stream::tail;
-use super::tables::{ExtentFile, Grain, State};
+use super::tables::{ExtentFile, Grain, VmdkState};
 
 impl Sparse {
     /// Makes the extent `len` bytes long; what is new reads as nothing, or, up to `covered`, as zeros.
@@ -66,7 +66,7 @@ impl Sparse {
     }
 }
 
-impl State {
+impl VmdkState {
     fn adopt(&mut self, new: Option<Directories>) {
         if let Some(new) = new {
             (self.gd, self.rgd, self.next) = (new.gd, new.rgd, new.end);
@@ -75,7 +75,7 @@ impl State {
 }
 
 /// Makes the grains from `from` to `to`, which are unallocated and have tables, read as zeros.
-fn hide_backing(file: &ExtentFile, state: &mut State, from: u64, to: u64) -> Result<()> {
+fn hide_backing(file: &ExtentFile, state: &mut VmdkState, from: u64, to: u64) -> Result<()> {
     let (shape, failed) = (file.shape, || format!("{}: could not write zeros", file.name));
     let (mut grain, end) = (from.div_ceil(shape.grain), to.div_ceil(shape.grain));
     while grain < end {
@@ -103,7 +103,7 @@ fn hide_backing(file: &ExtentFile, state: &mut State, from: u64, to: u64) -> Res
 }
 
 /// Writes the header's sector with the new length, and the directories' new places if they moved.
-fn put_capacity(file: &ExtentFile, state: &mut State, len: u64, moved: Option<&Directories>) -> Result<()> {
+fn put_capacity(file: &ExtentFile, state: &mut VmdkState, len: u64, moved: Option<&Directories>) -> Result<()> {
     let failed = || format!("{}: could not write the header", file.name);
     let Some(mut header) = state.header else { return Err(Error::unsupported("not a hosted sparse extent")) };
     header.capacity = (len / SECTOR).into();
@@ -122,7 +122,7 @@ fn put_capacity(file: &ExtentFile, state: &mut State, len: u64, moved: Option<&D
 
 /// A second tail behind the first, then the header, then the tail in its place: at every moment the last two sectors
 /// of the file are a footer and an end that hold.
-fn grow_stream(file: &ExtentFile, state: &mut State, old: &SparseHeader, len: u64, tables: usize) -> Result<()> {
+fn grow_stream(file: &ExtentFile, state: &mut VmdkState, old: &SparseHeader, len: u64, tables: usize) -> Result<()> {
     state.gd.resize(tables, 0);
     let new = SparseHeader { capacity: (len / SECTOR).into(), ..*old };
     let first = state.next;
@@ -156,7 +156,7 @@ struct Directories {
 }
 
 impl Directories {
-    fn new(file: &ExtentFile, state: &State, header: &SparseHeader, tables: usize) -> Result<Self> {
+    fn new(file: &ExtentFile, state: &VmdkState, header: &SparseHeader, tables: usize) -> Result<Self> {
         let table_sectors = file.shape.table_sectors();
         let gd_sectors = (tables as u64 * 4).div_ceil(SECTOR);
         let copies = if state.rgd.is_some() { 2 } else { 1 };
@@ -200,7 +200,7 @@ impl Directories {
 }
 
 /// Stores the grain that the end cuts again, as a whole, if it is not. What was stored stays where it is.
-fn complete_last(file: &ExtentFile, state: &mut State, len: u64) -> Result<()> {
+fn complete_last(file: &ExtentFile, state: &mut VmdkState, len: u64) -> Result<()> {
     let Some(plain) = grain::short_last(file, state, len)? else { return Ok(()) };
     let (index, mut encoded) = (len / file.shape.grain, Vec::new());
     grain::encode(index * file.shape.grain_sectors(), &plain, How::VMDK, &mut encoded)?;
@@ -217,7 +217,7 @@ fn complete_last(file: &ExtentFile, state: &mut State, len: u64) -> Result<()> {
 
 /// Makes all grains from `len` on unallocated, and the rest of the grain that `len` cuts zero. Compressed grains are
 /// never written over: their rest is cut off where they are read.
-fn clear_beyond(file: &ExtentFile, state: &mut State, len: u64) -> Result<()> {
+fn clear_beyond(file: &ExtentFile, state: &mut VmdkState, len: u64) -> Result<()> {
     let shape = file.shape;
     if shape.compressed {
         return Ok(());

@@ -32,12 +32,12 @@ use serde_json::{Map, Value, json};
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    BackingRef, BlockDriver, Child, CompressedUnit, Create, Error, Extent, ExtentKind, Format, GuestOffset, HostOffset,
-    HostPlace, Kind, OpenRequest, Resize, Result, Write,
+    BackingRef, BlockDriver, Child, CompressedUnit, Create, Error, ErrorKind, Extent, ExtentKind, Format, GuestOffset,
+    HostOffset, HostPlace, OpenRequest, Resize, Result, Write,
 };
 use crate::storage::Storage;
 
-use descriptor::{Access, Descriptor};
+use descriptor::{Descriptor, ExtentAccess};
 use layout::*;
 use open::TextAt;
 use sesparse::SeSparse;
@@ -88,17 +88,17 @@ enum Body {
 
 /// A run of the guest's disk.
 #[derive(Debug)]
-struct Part {
+struct VmdkPart {
     start: u64,
     len: AtomicU64,
-    access: Access,
+    access: ExtentAccess,
     /// The type's word in the descriptor; empty where the descriptor is within the extent itself.
     word: String,
     body: Body,
 }
 
-impl Part {
-    fn new(start: u64, len: u64, access: Access, word: &str, body: Body) -> Self {
+impl VmdkPart {
+    fn new(start: u64, len: u64, access: ExtentAccess, word: &str, body: Body) -> Self {
         Self { start, len: AtomicU64::new(len), access, word: word.to_owned(), body }
     }
 
@@ -126,7 +126,7 @@ impl Part {
 #[derive(Debug)]
 struct VmdkDriver {
     files: Vec<Child>,
-    parts: Vec<Part>,
+    parts: Vec<VmdkPart>,
     descriptor: Descriptor,
     /// Where the descriptor's text is in the first file.
     text_at: TextAt,
@@ -169,7 +169,7 @@ impl BlockDriver for VmdkDriver {
         let max = max.min(part.end().saturating_sub(at.get()));
         let (kind, len) = match &part.body {
             Body::Zero => (ExtentKind::Zero(None), max),
-            Body::Closed { name } => return Err(Error::new(Kind::Forbidden, format!("'{name}' was not opened"))),
+            Body::Closed { name } => return Err(Error::new(ErrorKind::Forbidden, format!("'{name}' was not opened"))),
             Body::Forbidden => {
                 return Err(Error::unsupported(format!("offset {at} lies in an extent that is marked NOACCESS")));
             }
@@ -271,7 +271,7 @@ impl BlockDriver for VmdkDriver {
         data.insert("cid".into(), json!(self.descriptor.cid));
         data.insert("parent-cid".into(), json!(self.descriptor.parent_cid));
         data.insert("extents".into(), Value::Array(extents));
-        let cluster_size = self.parts.first().and_then(Part::grain);
+        let cluster_size = self.parts.first().and_then(VmdkPart::grain);
         Ok(ImageInfo { cluster_size, dirty: Some(false), specific: Some(("vmdk", data)), ..ImageInfo::default() })
     }
 
@@ -296,7 +296,7 @@ impl VmdkDriver {
         sector: u64,
         at: GuestOffset,
         inside: u64,
-        part: &Part,
+        part: &VmdkPart,
     ) -> Result<CompressedUnit> {
         let grain = sparse.shape.grain;
         let marker_at = sector.checked_mul(SECTOR).ok_or_else(|| Error::corrupt("grain past every end"))?;

@@ -8,14 +8,14 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
 
 use crate::block::error::Context;
-use crate::block::{BackingRef, Child, Error, Kind, OpenRequest, Related, Result};
+use crate::block::{BackingRef, Child, Error, ErrorKind, OpenRequest, Related, Result};
 use crate::storage::Storage;
 
-use super::descriptor::{self, Access, Descriptor, ExtentLine, ExtentType};
+use super::descriptor::{self, Descriptor, ExtentAccess, ExtentLine, ExtentType};
 use super::layout::*;
 use super::sesparse::SeSparse;
 use super::sparse::Sparse;
-use super::{Body, Part, VmdkDriver};
+use super::{Body, VmdkDriver, VmdkPart};
 
 /// Where a descriptor is in its file, and how long it may get; `None` for as long as it likes.
 pub(super) type TextAt = (u64, Option<u64>);
@@ -37,7 +37,7 @@ impl VmdkDriver {
         if write && parts.iter().any(|part| part.grain().is_some_and(|grain| !part.start.is_multiple_of(grain))) {
             return Err(Error::unsupported("An extent that begins within a grain can be read, but not written"));
         }
-        let size = parts.last().map_or(0, Part::end);
+        let size = parts.last().map_or(0, VmdkPart::end);
         let backing = descriptor.parent_name().map(|name| BackingRef {
             name: name.to_owned(),
             format: Some("vmdk".to_owned()),
@@ -60,7 +60,7 @@ pub(super) fn bytes(sectors: u64) -> Result<u64> {
 }
 
 /// Opens a sparse file with its descriptor in it.
-fn open_alone(file: &Child, head: &[u8]) -> Result<(Descriptor, TextAt, Vec<Part>)> {
+fn open_alone(file: &Child, head: &[u8]) -> Result<(Descriptor, TextAt, Vec<VmdkPart>)> {
     let storage = &file.storage;
     let sparse = Sparse::open(&file.name, storage.clone(), head)?;
     let (at, len, text) = match embedded(&sparse, head)? {
@@ -75,7 +75,7 @@ fn open_alone(file: &Child, head: &[u8]) -> Result<(Descriptor, TextAt, Vec<Part
     descriptor.create_type = if sparse.shape.compressed { "streamOptimized" } else { "monolithicSparse" }.to_owned();
     let len_of_disk = bytes(sparse.state().capacity)?;
     let body = Body::Sparse { file: 0, sparse: Box::new(sparse) };
-    Ok((descriptor, (at, Some(len)), vec![Part::new(0, len_of_disk, Access::ReadWrite, "", body)]))
+    Ok((descriptor, (at, Some(len)), vec![VmdkPart::new(0, len_of_disk, ExtentAccess::ReadWrite, "", body)]))
 }
 
 /// The descriptor within a sparse file: its place, the room for it, its bytes. It is where the header says, where the
@@ -106,7 +106,11 @@ pub(super) fn read_text(storage: &dyn Storage, at: u64, len: u64) -> Result<Vec<
 }
 
 /// Opens a row of extents by their descriptor, which is a file of its own.
-fn open_row(files: &mut Vec<Child>, related: &dyn Related, look_only: bool) -> Result<(Descriptor, TextAt, Vec<Part>)> {
+fn open_row(
+    files: &mut Vec<Child>,
+    related: &dyn Related,
+    look_only: bool,
+) -> Result<(Descriptor, TextAt, Vec<VmdkPart>)> {
     let main = files[0].storage.clone();
     let len = main.len().context("Could not get the length of the descriptor")?;
     if len == 0 {
@@ -138,7 +142,7 @@ fn open_row(files: &mut Vec<Child>, related: &dyn Related, look_only: bool) -> R
             Body::Sparse { sparse, .. } => bytes(sparse.state().capacity)?,
             _ => bytes(line.sectors)?,
         };
-        parts.push(Part::new(start, len, line.access, &line.word, body));
+        parts.push(VmdkPart::new(start, len, line.access, &line.word, body));
         start = start.checked_add(len).ok_or_else(|| Error::corrupt("The extents are too long"))?;
     }
     if let Some(line) = &descriptor.malformed {
@@ -163,13 +167,13 @@ fn open_extent(
     look_only: bool,
 ) -> Result<Body> {
     match (line.access, line.kind) {
-        (Access::None, _) => return Ok(Body::Forbidden),
+        (ExtentAccess::None, _) => return Ok(Body::Forbidden),
         (_, ExtentType::Zero) => return Ok(Body::Zero),
         _ => {}
     }
     let names = descriptor.names(&line.file);
     let child = match open_first(&format!("extents.{index}"), &names, related) {
-        Err(error) if look_only && error.kind == Kind::Forbidden => {
+        Err(error) if look_only && error.kind == ErrorKind::Forbidden => {
             return Ok(Body::Closed { name: names.first().map(|name| related.shown(name)).unwrap_or_default() });
         }
         opened => opened?,
@@ -199,7 +203,9 @@ fn open_first(role: &str, names: &[OsString], related: &dyn Related) -> Result<C
     let mut missing = None;
     for name in names {
         match related.open(role, name) {
-            Err(error) if matches!(error.kind, Kind::NotFound | Kind::Forbidden) => missing = missing.or(Some(error)),
+            Err(error) if matches!(error.kind, ErrorKind::NotFound | ErrorKind::Forbidden) => {
+                missing = missing.or(Some(error))
+            }
             other => return other,
         }
     }

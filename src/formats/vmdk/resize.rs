@@ -24,9 +24,9 @@ use crate::block::{BlockDriver, Error, NoFiles, Resize, ResizeFiles, Result};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 use super::create::{SPLIT, SUBFORMATS, SparseLayout, Subformat, extent_name};
-use super::descriptor::{self, Access};
+use super::descriptor::{self, ExtentAccess};
 use super::layout::*;
-use super::{Body, Part, VmdkDriver, intact};
+use super::{Body, VmdkDriver, VmdkPart, intact};
 
 impl Resize for VmdkDriver {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
@@ -58,7 +58,7 @@ impl Resize for VmdkDriver {
                 false => SparseLayout::new(extent.size, plan.zeroed)?.write(&*storage).with_context(failed)?,
             }
         }
-        let Plan { last, len, .. } = plan;
+        let VmdkResizePlan { last, len, .. } = plan;
         match &last.body {
             Body::Flat { file, offset } => {
                 let storage = &self.files[*file].storage;
@@ -87,9 +87,9 @@ impl Resize for VmdkDriver {
 }
 
 /// What a resize will do.
-struct Plan<'a> {
+struct VmdkResizePlan<'a> {
     /// The last extent.
-    last: &'a Part,
+    last: &'a VmdkPart,
     /// Its new length.
     len: u64,
     /// The disk's new length.
@@ -102,7 +102,7 @@ struct Plan<'a> {
     zeroed: bool,
 }
 
-impl Plan<'_> {
+impl VmdkResizePlan<'_> {
     /// The descriptor's text with the new sizes.
     fn text(&self, text: &str) -> String {
         let last = text.lines().enumerate().filter(|(_, line)| is_extent_line(line)).map(|(index, _)| index).last();
@@ -140,7 +140,7 @@ struct NewExtent {
 
 impl VmdkDriver {
     /// Decides, and refuses what cannot be done. Changes nothing.
-    fn plan(&self, size: u64, fill: Preallocation) -> Result<Plan<'_>> {
+    fn plan(&self, size: u64, fill: Preallocation) -> Result<VmdkResizePlan<'_>> {
         let old = self.virtual_size();
         let Some(last) = self.parts.last() else {
             return Err(Error::unsupported("An image without extents cannot be resized"));
@@ -161,7 +161,7 @@ impl VmdkDriver {
                 last.start + SECTOR
             )));
         }
-        let mut plan = Plan { last, len: size - last.start, size, more: Vec::new(), flat, zeroed: false };
+        let mut plan = VmdkResizePlan { last, len: size - last.start, size, more: Vec::new(), flat, zeroed: false };
         if let Body::Sparse { sparse, .. } = &last.body {
             plan.zeroed = sparse.shape.zeroed;
         }
@@ -184,7 +184,7 @@ impl VmdkDriver {
             }
         }
         match (&last.body, last.access) {
-            (Body::Flat { file, offset }, Access::ReadWrite) => {
+            (Body::Flat { file, offset }, ExtentAccess::ReadWrite) => {
                 self.alone(*file)?;
                 let storage = &self.files[*file].storage;
                 if storage.len().context("Failed to resize underlying file")? < offset + last.len() {
@@ -192,8 +192,8 @@ impl VmdkDriver {
                     return Err(Error::corrupt(format!("'{name}' is cut short: a part of the disk is missing")));
                 }
             }
-            (Body::Zero, Access::ReadWrite) => {}
-            (Body::Sparse { file, sparse }, Access::ReadWrite) if sparse.hosted => {
+            (Body::Zero, ExtentAccess::ReadWrite) => {}
+            (Body::Sparse { file, sparse }, ExtentAccess::ReadWrite) if sparse.hosted => {
                 if plan.len.div_ceil(sparse.shape.span()) > MAX_TABLES {
                     return Err(Error::unsupported("The image size is too large for file format 'vmdk'"));
                 }
@@ -241,7 +241,7 @@ impl VmdkDriver {
     }
 
     /// Puts the new sizes in the descriptor: the last extent's sectors, new extents behind it, and the cylinders.
-    fn tell(&self, plan: &Plan<'_>, files: &dyn ResizeFiles) -> Result<()> {
+    fn tell(&self, plan: &VmdkResizePlan<'_>, files: &dyn ResizeFiles) -> Result<()> {
         self.replace_text(|text| plan.text(text), files)
     }
 }

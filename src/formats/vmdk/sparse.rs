@@ -19,7 +19,7 @@ use crate::storage::{Preallocation, Storage};
 
 use super::layout::*;
 use super::stream::{Stream, directory_marker, tail};
-use super::tables::{ExtentFile, Grain, Shape, State, read_entries};
+use super::tables::{ExtentFile, Grain, GrainShape, VmdkState, read_entries};
 
 /// One sparse extent.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ pub struct Sparse {
     file: ExtentFile,
     /// Whether it is a hosted one.
     pub hosted: bool,
-    state: Mutex<State>,
+    state: Mutex<VmdkState>,
 }
 
 impl Deref for Sparse {
@@ -63,7 +63,7 @@ impl Sparse {
         if length < least && !storage.facts().fixed_len {
             return Err(Error::corrupt(format!("File truncated, expecting at least {least} bytes")));
         }
-        let shape = Shape {
+        let shape = GrainShape {
             grain: grain_sectors * SECTOR,
             gtes: header.gtes.get().into(),
             zeroed: header.has(FLAG_ZERO_GRAIN),
@@ -84,7 +84,7 @@ impl Sparse {
                 end.max(overhead.min(length.div_ceil(SECTOR)))
             }
         };
-        let mut state = State::new(header.capacity.get(), gd, next);
+        let mut state = VmdkState::new(header.capacity.get(), gd, next);
         (state.header, state.rgd, state.stream) = (Some(header), rgd, stream);
         let file = ExtentFile { name: name.to_owned(), storage, shape };
         Ok(Self { file, hosted: true, state: Mutex::new(state) })
@@ -93,7 +93,7 @@ impl Sparse {
     fn open_cowd(name: &str, storage: Arc<dyn Storage>, header: CowdHeader) -> Result<Self> {
         let grain_sectors = u64::from(header.grain_sectors.get());
         check_grain(grain_sectors)?;
-        let shape = Shape {
+        let shape = GrainShape {
             grain: grain_sectors * SECTOR,
             gtes: COWD_GTES.into(),
             zeroed: false,
@@ -105,7 +105,7 @@ impl Sparse {
         let gd = read_directory(&*storage, header.gd_at.get().into(), tables)?;
         let end = storage.len().context("Could not get the length of the extent")?.div_ceil(SECTOR);
         let file = ExtentFile { name: name.to_owned(), storage, shape };
-        Ok(Self { file, hosted: false, state: Mutex::new(State::new(capacity, gd, end)) })
+        Ok(Self { file, hosted: false, state: Mutex::new(VmdkState::new(capacity, gd, end)) })
     }
 
     /// Entries of all directories.
@@ -115,7 +115,7 @@ impl Sparse {
     }
 
     /// The tables, for the caller alone.
-    pub fn state(&self) -> MutexGuard<'_, State> {
+    pub fn state(&self) -> MutexGuard<'_, VmdkState> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -237,7 +237,7 @@ fn read_directory(storage: &dyn Storage, sector: u64, entries: u64) -> Result<Ve
     read_entries(storage, at, entries).context("Could not read the grain directory")
 }
 
-impl State {
+impl VmdkState {
     /// Room for an encoded grain; its table is opened, and those before it are written.
     pub fn place_encoded(&mut self, extent: &ExtentFile, grain: u64, bytes: u64) -> Result<u64> {
         let (table, entry) = (grain / extent.shape.gtes, grain % extent.shape.gtes);

@@ -31,7 +31,7 @@ pub enum Grain {
 
 /// What does not change while an extent is open.
 #[derive(Debug, Clone, Copy)]
-pub struct Shape {
+pub struct GrainShape {
     /// Bytes in a grain.
     pub grain: u64,
     /// Entries in a grain table.
@@ -44,7 +44,7 @@ pub struct Shape {
     pub markers: bool,
 }
 
-impl Shape {
+impl GrainShape {
     /// Sectors of a grain table.
     pub fn table_sectors(&self) -> u64 {
         (self.gtes * 4).div_ceil(SECTOR)
@@ -77,12 +77,12 @@ pub struct ExtentFile {
     /// Its bytes.
     pub storage: Arc<dyn Storage>,
     /// How it is laid out.
-    pub shape: Shape,
+    pub shape: GrainShape,
 }
 
 /// The tables, and where the next grain goes.
 #[derive(Debug)]
-pub struct State {
+pub struct VmdkState {
     /// Sectors of the guest's disk, as the header has it.
     pub capacity: u64,
     /// The header, where it is a hosted one.
@@ -95,12 +95,12 @@ pub struct State {
     pub next: u64,
     /// The open end of a stream-optimized extent.
     pub stream: Option<Stream>,
-    tables: BTreeMap<u64, Table>,
+    tables: BTreeMap<u64, CachedTable>,
     directory_dirty: bool,
 }
 
 #[derive(Debug)]
-struct Table {
+struct CachedTable {
     entries: Vec<u32>,
     dirty: bool,
 }
@@ -113,7 +113,7 @@ pub fn read_entries(storage: &dyn Storage, at: u64, entries: u64) -> Result<Vec<
     Ok(bytes.as_chunks().0.iter().map(|entry| u32::from_le_bytes(*entry)).collect())
 }
 
-impl State {
+impl VmdkState {
     /// The state of an extent that was just opened.
     pub fn new(capacity: u64, gd: Vec<u32>, next: u64) -> Self {
         Self {
@@ -146,7 +146,7 @@ impl State {
         Ok(extent.shape.grain_of(entry))
     }
 
-    fn load(&mut self, extent: &ExtentFile, table: u64) -> Result<&mut Table> {
+    fn load(&mut self, extent: &ExtentFile, table: u64) -> Result<&mut CachedTable> {
         if !self.tables.contains_key(&table) {
             if self.tables.len() as u64 * extent.shape.gtes >= MAX_CACHED_ENTRIES as u64 {
                 self.write_tables(extent)?;
@@ -161,7 +161,7 @@ impl State {
                     read_entries(&*extent.storage, at, extent.shape.gtes).with_context(failed)?
                 }
             };
-            self.tables.insert(table, Table { entries, dirty: false });
+            self.tables.insert(table, CachedTable { entries, dirty: false });
         }
         self.tables.get_mut(&table).ok_or_else(|| Error::corrupt("grain table lost"))
     }

@@ -6,19 +6,19 @@
 use crate::block::error::Context;
 use crate::block::io::punch_at;
 use crate::block::{
-    Action, Compress, Effort, Encoded, Error, GuestOffset, HostOffset, HostPlace, Kind, Placed, Result, Store, Ticket,
-    Write, ZeroedRoom,
+    Action, Compress, Effort, Encoded, Error, ErrorKind, GuestOffset, HostOffset, HostPlace, Placed, Result, Store,
+    Ticket, Write, ZeroedRoom,
 };
 use crate::codec::deflate::How;
 
-use super::descriptor::Access;
+use super::descriptor::ExtentAccess;
 use super::layout::*;
 use super::sparse::Sparse;
 use super::tables::Grain;
-use super::{Body, Part, VmdkDriver, grain};
+use super::{Body, VmdkDriver, VmdkPart, grain};
 
 impl VmdkDriver {
-    fn sparse_at(&self, at: GuestOffset) -> Option<(&Part, &Sparse)> {
+    fn sparse_at(&self, at: GuestOffset) -> Option<(&VmdkPart, &Sparse)> {
         let part = &self.parts[self.part_at(at.get()).ok()?];
         match &part.body {
             Body::Sparse { sparse, .. } => Some((part, sparse)),
@@ -29,7 +29,7 @@ impl VmdkDriver {
     fn place_sparse(
         &self,
         file: usize,
-        part: &Part,
+        part: &VmdkPart,
         sparse: &Sparse,
         at: u64,
         len: u64,
@@ -160,7 +160,7 @@ impl Write for VmdkDriver {
         let part = &self.parts[self.part_at(at.get())?];
         let inside = at.get() - part.start;
         let len = len.min(part.end().saturating_sub(at.get()));
-        if part.access != Access::ReadWrite
+        if part.access != ExtentAccess::ReadWrite
             && !matches!(&part.body, Body::Sparse { sparse, .. } if sparse.shape.compressed)
         {
             return Err(Error::unsupported(format!("offset {at} lies in an extent that may not be written")));
@@ -168,7 +168,7 @@ impl Write for VmdkDriver {
         self.renew()?;
         match &part.body {
             Body::Forbidden => Err(Error::unsupported("the extent is marked NOACCESS")),
-            Body::Closed { name } => Err(Error::new(Kind::Forbidden, format!("'{name}' was not opened"))),
+            Body::Closed { name } => Err(Error::new(ErrorKind::Forbidden, format!("'{name}' was not opened"))),
             Body::SeSparse { .. } => Err(Error::unsupported("seSparse extents cannot be written")),
             Body::Zero => match store {
                 Store::Zero { .. } => {
@@ -239,7 +239,7 @@ impl Write for VmdkDriver {
 
     fn compressing(&self) -> Option<&dyn Compress> {
         // Encoded grains begin with a marker: an extent without them is read only.
-        let compressed = |part: &Part| match &part.body {
+        let compressed = |part: &VmdkPart| match &part.body {
             Body::Sparse { sparse, .. } => sparse.shape.compressed && sparse.shape.markers,
             _ => false,
         };

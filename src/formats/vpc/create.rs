@@ -1,10 +1,10 @@
 //! New VHD images.
 
 use super::Vpc;
-use super::geometry::Geometry;
+use super::geometry::ChsGeometry;
 use super::layout::{BLOCK_SIZE, DynamicHeader, FOOTER_BYTES, Footer, MAX_SIZE, SECTOR, TABLE_OFFSET};
 use crate::block::error::Context;
-use crate::block::{Create, CreateRequest, Error, Kind, OptionKind, OptionSpec, Result};
+use crate::block::{Create, CreateRequest, Error, ErrorKind, OptionKind, OptionSpec, Result};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 const OPTIONS: &[OptionSpec] = &[
@@ -23,16 +23,16 @@ const OPTIONS: &[OptionSpec] = &[
 
 /// What the footer of a disk shall say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
+pub struct VpcShape {
     /// The size in bytes.
     pub size: u64,
     /// The geometry.
-    pub geometry: Geometry,
+    pub geometry: ChsGeometry,
     /// The program that made it: it tells which of the two is the size.
     pub creator: [u8; 4],
 }
 
-impl Shape {
+impl VpcShape {
     /// A new disk of at least `size` bytes: exactly that many if `exact`, else a whole number of cylinders
     /// where these can count it.
     fn new(size: u64, exact: bool) -> Option<Self> {
@@ -41,10 +41,10 @@ impl Shape {
             return None;
         }
         if exact {
-            return Some(Self { size: sectors * SECTOR, geometry: Geometry::MAX, creator: *b"qem2" });
+            return Some(Self { size: sectors * SECTOR, geometry: ChsGeometry::MAX, creator: *b"qem2" });
         }
-        let geometry = Geometry::at_least(sectors);
-        let sectors = if geometry == Geometry::MAX { sectors } else { geometry.count() };
+        let geometry = ChsGeometry::at_least(sectors);
+        let sectors = if geometry == ChsGeometry::MAX { sectors } else { geometry.count() };
         Some(Self { size: sectors * SECTOR, geometry, creator: *b"qemu" })
     }
 }
@@ -62,8 +62,8 @@ impl Create for Vpc {
                 return Err(Error::invalid(format!("Parameter 'subformat' does not accept value '{other}'")));
             }
         };
-        let shape = Shape::new(request.size, request.options.switch("force_size"))
-            .ok_or_else(|| Error::new(Kind::TooLarge, "Disk size is too large, max size is 2040 GiB"))?;
+        let shape = VpcShape::new(request.size, request.options.switch("force_size"))
+            .ok_or_else(|| Error::new(ErrorKind::TooLarge, "Disk size is too large, max size is 2040 GiB"))?;
         let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
         let (seconds, uuid) = (request.ids.seconds(), request.ids.uuid("image"));
         let footer = Footer::new(shape.size, shape.geometry, fixed, &shape.creator, seconds, uuid);
@@ -89,7 +89,8 @@ fn create_fixed(file: &dyn Storage, size: u64, footer: &Footer, fill: Preallocat
 
 fn create_dynamic(file: &dyn Storage, size: u64, footer: &Footer) -> Result<()> {
     let entries = u32::try_from(size.div_ceil(u64::from(BLOCK_SIZE)));
-    let entries = entries.map_err(|_| Error::new(Kind::TooLarge, "Disk size is too large, max size is 2040 GiB"))?;
+    let entries =
+        entries.map_err(|_| Error::new(ErrorKind::TooLarge, "Disk size is too large, max size is 2040 GiB"))?;
     let table = (u64::from(entries) * 4).next_multiple_of(SECTOR);
     let mut bytes = footer.bytes().to_vec();
     bytes.extend(DynamicHeader::new(entries).bytes());

@@ -4,7 +4,7 @@ use std::ops::Deref;
 
 use super::Vpc;
 use super::layout::{DynamicHeader, Footer, SECTOR};
-use super::table::State;
+use super::table::VpcState;
 use crate::block::info::ImageInfo;
 use crate::block::io::punch;
 use crate::block::{
@@ -19,7 +19,7 @@ const MAX_WRITTEN_BLOCK: u64 = 64 << 20;
 /// A dynamic disk.
 #[derive(Debug)]
 pub struct Dynamic {
-    image: OneFile<State>,
+    image: OneFile<VpcState>,
     block: u64,
     bitmap: u64,
 }
@@ -27,7 +27,7 @@ pub struct Dynamic {
 impl Dynamic {
     /// Checks the table and opens.
     pub fn open(file: Child, footer: Footer, header: DynamicHeader, size: u64, write: bool) -> Result<Self> {
-        let state = State::open(&*file.storage, footer, header, size)?;
+        let state = VpcState::open(&*file.storage, footer, header, size)?;
         let (block, bitmap) = (state.block(), state.bitmap());
         if write && block > MAX_WRITTEN_BLOCK {
             return Err(Error::unsupported(format!("blocks of {block} bytes cannot be written")));
@@ -37,9 +37,9 @@ impl Dynamic {
 }
 
 impl Deref for Dynamic {
-    type Target = OneFile<State>;
+    type Target = OneFile<VpcState>;
 
-    fn deref(&self) -> &OneFile<State> {
+    fn deref(&self) -> &OneFile<VpcState> {
         &self.image
     }
 }

@@ -5,7 +5,7 @@ const MAX_SECTORS: u64 = 65535 * 16 * 255;
 
 /// Cylinders, heads, sectors per track.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Geometry {
+pub struct ChsGeometry {
     /// Cylinders.
     pub cylinders: u16,
     /// Heads.
@@ -14,7 +14,7 @@ pub struct Geometry {
     pub sectors: u8,
 }
 
-impl Geometry {
+impl ChsGeometry {
     /// The largest there is. It says that the geometry does not tell the size.
     pub const MAX: Self = Self { cylinders: 65535, heads: 16, sectors: 255 };
 
@@ -73,7 +73,7 @@ pub enum SizeRule {
     /// The footer's current size.
     CurrentSize,
     /// The geometry, unless it is the largest there is.
-    Geometry,
+    ChsGeometry,
 }
 
 impl SizeRule {
@@ -81,15 +81,15 @@ impl SizeRule {
     /// unless told otherwise.
     pub fn of(creator: [u8; 4]) -> Self {
         match &creator {
-            b"vpc " | b"qemu" => Self::Geometry,
+            b"vpc " | b"qemu" => Self::ChsGeometry,
             _ => Self::CurrentSize,
         }
     }
 
     /// The sectors of a disk whose footer has that geometry, and that many sectors as its current size.
-    pub fn sectors(self, geometry: Geometry, current: u64) -> u64 {
+    pub fn sectors(self, geometry: ChsGeometry, current: u64) -> u64 {
         match self {
-            Self::Geometry if geometry != Geometry::MAX => geometry.count(),
+            Self::ChsGeometry if geometry != ChsGeometry::MAX => geometry.count(),
             _ => current,
         }
     }
@@ -102,10 +102,10 @@ mod tests {
     #[test]
     fn sizes_round_up_to_whole_cylinders() {
         for (sectors, count) in [(1, 68), (20480, 20536), (2 << 20, 1_073_995_776 / 512), (0, 0)] {
-            assert_eq!(Geometry::at_least(sectors).count(), count);
+            assert_eq!(ChsGeometry::at_least(sectors).count(), count);
         }
-        assert_eq!(Geometry::at_least(20480), Geometry { cylinders: 302, heads: 4, sectors: 17 });
-        assert_eq!(Geometry::at_least(u64::MAX), Geometry::MAX);
+        assert_eq!(ChsGeometry::at_least(20480), ChsGeometry { cylinders: 302, heads: 4, sectors: 17 });
+        assert_eq!(ChsGeometry::at_least(u64::MAX), ChsGeometry::MAX);
     }
 
     #[test]
@@ -113,7 +113,7 @@ mod tests {
         for shift in 0..40 {
             for near in [-1i64, 0, 1, 12345] {
                 let sectors = u64::try_from((1i64 << shift) + near).unwrap_or(0);
-                assert!(Geometry::at_least(sectors).count() >= sectors.min(MAX_SECTORS));
+                assert!(ChsGeometry::at_least(sectors).count() >= sectors.min(MAX_SECTORS));
             }
         }
     }

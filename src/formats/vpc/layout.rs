@@ -8,7 +8,7 @@ use std::mem::{offset_of, size_of};
 use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::geometry::{Geometry, SizeRule};
+use super::geometry::{ChsGeometry, SizeRule};
 
 /// Bytes of a footer.
 pub const FOOTER_BYTES: usize = 512;
@@ -118,7 +118,7 @@ pub struct Footer {
 
 impl Footer {
     /// That of a new image.
-    pub fn new(size: u64, geometry: Geometry, fixed: bool, creator: &[u8; 4], seconds: u64, uuid: [u8; 16]) -> Self {
+    pub fn new(size: u64, geometry: ChsGeometry, fixed: bool, creator: &[u8; 4], seconds: u64, uuid: [u8; 16]) -> Self {
         let mut raw = FooterFields::new_zeroed();
         raw.cookie = COOKIE;
         raw.features = 2.into();
@@ -178,8 +178,8 @@ impl Footer {
     }
 
     /// Cylinders, heads and sectors per track.
-    pub fn geometry(&self) -> Geometry {
-        Geometry { cylinders: self.raw.cylinders.get(), heads: self.raw.heads, sectors: self.raw.sectors }
+    pub fn geometry(&self) -> ChsGeometry {
+        ChsGeometry { cylinders: self.raw.cylinders.get(), heads: self.raw.heads, sectors: self.raw.sectors }
     }
 
     /// The virtual size in bytes by that rule.
@@ -189,7 +189,7 @@ impl Footer {
 
     /// Sets the size and the geometry. The "original size" too: it is there for information, but some readers
     /// (libvhdi) take it for the disk's size.
-    pub fn set_size(&mut self, size: u64, geometry: Geometry) {
+    pub fn set_size(&mut self, size: u64, geometry: ChsGeometry) {
         (self.raw.original_size, self.raw.current_size) = (size.into(), size.into());
         self.raw.cylinders = geometry.cylinders.into();
         (self.raw.heads, self.raw.sectors) = (geometry.heads, geometry.sectors);
@@ -262,7 +262,7 @@ mod tests {
 
     #[test]
     fn checksums_follow_changes() {
-        let geometry = Geometry { cylinders: 1, heads: 4, sectors: 17 };
+        let geometry = ChsGeometry { cylinders: 1, heads: 4, sectors: 17 };
         let mut footer = Footer::new(34816, geometry, true, b"qemu", EPOCH + 7, [3; 16]);
         assert!(footer.is_sound());
         footer.set_size(1 << 20, geometry);

@@ -88,7 +88,7 @@ fn size_rule(options: &mut OptionTree) -> Result<Option<SizeRule>> {
     match options.remove("force_size_calc") {
         None => Ok(None),
         Some(Value::String(word)) if word == "current_size" => Ok(Some(SizeRule::CurrentSize)),
-        Some(Value::String(word)) if word == "chs" => Ok(Some(SizeRule::Geometry)),
+        Some(Value::String(word)) if word == "chs" => Ok(Some(SizeRule::ChsGeometry)),
         Some(Value::String(word)) => Err(Error::invalid(format!("Invalid size calculation mode: '{word}'"))),
         Some(other) => Err(Error::invalid(format!("Invalid size calculation mode: '{other}'"))),
     }

@@ -9,9 +9,9 @@ use std::sync::atomic::Ordering;
 
 use super::dynamic::Dynamic;
 use super::fixed::Fixed;
-use super::geometry::{Geometry, SizeRule};
+use super::geometry::{ChsGeometry, SizeRule};
 use super::layout::{FOOTER_BYTES, Footer, MAX_SIZE, MAX_TABLE, SECTOR, UNALLOCATED};
-use super::table::{State, overlap};
+use super::table::{VpcState, overlap};
 use crate::block::error::Context;
 use crate::block::io::{clear_stored, move_stored};
 use crate::block::{Error, GuestOffset, HostPlace, Resize, Result};
@@ -36,17 +36,17 @@ fn check_size(size: u64) -> Result<()> {
 fn set_size(footer: &mut Footer, size: u64) {
     let sectors = size / SECTOR;
     if SizeRule::of(footer.creator()) == SizeRule::CurrentSize {
-        let exact = footer.geometry() == Geometry::MAX;
-        footer.set_size(size, if exact { Geometry::MAX } else { Geometry::of(sectors) });
+        let exact = footer.geometry() == ChsGeometry::MAX;
+        footer.set_size(size, if exact { ChsGeometry::MAX } else { ChsGeometry::of(sectors) });
         return;
     }
-    let geometry = Geometry::at_least(sectors);
-    if geometry == Geometry::MAX || geometry.count() == sectors {
+    let geometry = ChsGeometry::at_least(sectors);
+    if geometry == ChsGeometry::MAX || geometry.count() == sectors {
         footer.set_size(size, geometry);
     } else {
         // No geometry tells this size, so the image must become one where the size itself does.
         footer.set_creator(b"qem2");
-        footer.set_size(size, Geometry::MAX);
+        footer.set_size(size, ChsGeometry::MAX);
     }
 }
 
@@ -190,7 +190,7 @@ impl Resize for Dynamic {
     }
 }
 
-fn entries_for(state: &State, size: u64) -> Result<u32> {
+fn entries_for(state: &VpcState, size: u64) -> Result<u32> {
     let entries = size.div_ceil(state.block());
     if entries * 4 > MAX_TABLE {
         return Err(Error::unsupported("the block allocation table would be too long"));
@@ -198,14 +198,14 @@ fn entries_for(state: &State, size: u64) -> Result<u32> {
     u32::try_from(entries).map_err(|_| Error::unsupported("the block allocation table would be too long"))
 }
 
-fn write_header(state: &State, storage: &dyn Storage) -> Result<()> {
+fn write_header(state: &VpcState, storage: &dyn Storage) -> Result<()> {
     storage.flush().context("Could not flush")?;
     let at = state.footer.data_offset();
     storage.write_at(at, state.header.bytes()).context("Could not write the dynamic disk header")?;
     storage.flush().context("Could not flush")
 }
 
-fn grow(state: &mut State, image: &Dynamic, old: u64, size: u64) -> Result<()> {
+fn grow(state: &mut VpcState, image: &Dynamic, old: u64, size: u64) -> Result<()> {
     let storage = image.storage();
     clear_tail(state, image, old)?;
     let wanted = entries_for(state, size)?;
@@ -238,7 +238,7 @@ fn grow(state: &mut State, image: &Dynamic, old: u64, size: u64) -> Result<()> {
 /// Copies blocks away that lie where the table shall be, up to `end`, and names the copies.
 ///
 /// The last footer goes behind all of them first: some readers know no other.
-fn make_way(state: &mut State, image: &Dynamic, end: u64) -> Result<()> {
+fn make_way(state: &mut VpcState, image: &Dynamic, end: u64) -> Result<()> {
     let storage = image.storage();
     let (table, stride) = (state.header.table(), state.stride());
     let mut moves = state.blocks(storage)?;
@@ -261,7 +261,7 @@ fn make_way(state: &mut State, image: &Dynamic, end: u64) -> Result<()> {
 }
 
 /// Copies a block, its bitmap first, to where nothing is.
-fn move_block(state: &State, image: &Dynamic, block: u64, from: u64, to: u64) -> Result<()> {
+fn move_block(state: &VpcState, image: &Dynamic, block: u64, from: u64, to: u64) -> Result<()> {
     let bitmap = state.bitmap();
     table::copy(image.storage(), from, to, bitmap).context("Could not move the bitmap of a block")?;
     let [from, to] = [from, to].map(|at| HostPlace::main(at.saturating_add(bitmap)));
@@ -270,7 +270,7 @@ fn move_block(state: &State, image: &Dynamic, block: u64, from: u64, to: u64) ->
 }
 
 /// Makes the rest of the last block read as zeros: it lies past `size`, and may come into view.
-fn clear_tail(state: &mut State, image: &Dynamic, size: u64) -> Result<()> {
+fn clear_tail(state: &mut VpcState, image: &Dynamic, size: u64) -> Result<()> {
     let storage = image.storage();
     let within = size % state.block();
     if within == 0 {
@@ -285,7 +285,7 @@ fn clear_tail(state: &mut State, image: &Dynamic, size: u64) -> Result<()> {
     Ok(())
 }
 
-fn shrink(state: &mut State, image: &Dynamic, size: u64) -> Result<()> {
+fn shrink(state: &mut VpcState, image: &Dynamic, size: u64) -> Result<()> {
     let storage = image.storage();
     set_size(&mut state.footer, size);
     state.write_front(storage)?;

@@ -19,7 +19,7 @@ const BITMAP_PIECE: u64 = 4096;
 
 /// What changes while the image is open.
 #[derive(Debug)]
-pub struct State {
+pub struct VpcState {
     /// As it shall be at both ends of the file.
     pub footer: Footer,
     /// As it shall be in the file.
@@ -31,13 +31,13 @@ pub struct State {
     pub free: u64,
     /// Bytes of the file from here on were never given out and read as zeros.
     fresh: u64,
-    /// Whether a footer has to be written at [`State::free`].
+    /// Whether a footer has to be written at [`VpcState::free`].
     footer_moved: bool,
     /// Whether the table was found fit to be written to.
     prepared: bool,
 }
 
-impl Tables for State {
+impl Tables for VpcState {
     /// Writes what waits: the last footer, then the table.
     fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
         if self.footer_moved {
@@ -63,7 +63,7 @@ impl Tables for State {
     }
 }
 
-impl State {
+impl VpcState {
     /// Checks header and table of an image of that virtual size.
     pub fn open(storage: &dyn Storage, footer: Footer, header: DynamicHeader, size: u64) -> Result<Self> {
         let length = storage.len().context("Could not get the size of the file")?;
@@ -330,7 +330,7 @@ impl State {
         Ok((at, fresh))
     }
 
-    /// Takes back what [`State::take`] gave, if nothing was given since.
+    /// Takes back what [`VpcState::take`] gave, if nothing was given since.
     pub fn give_back(&mut self, at: u64) {
         if at + self.stride() == self.free {
             self.free = at;

@@ -312,7 +312,7 @@ impl<'a> Engine<'a> {
                 _ => error,
             });
         }
-        if let (crate::block::Kind::Truncated, Content::Stored(_)) = (error.kind, &segment.content) {
+        if let (crate::block::ErrorKind::Truncated, Content::Stored(_)) = (error.kind, &segment.content) {
             // A compressed unit that is cut off: the plan has seen all else.
             buf.fill(0);
             self.observer.warn(&format!("{}; it is read as zeros", error.message()));

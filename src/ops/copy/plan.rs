@@ -8,7 +8,7 @@
 use super::Observer;
 use super::source::{Content, Joined, Segment};
 use super::zero::SECTOR;
-use crate::block::{Error, ExtentKind, Kind, Result};
+use crate::block::{Error, ErrorKind, ExtentKind, Result};
 
 /// Guest data in one chunk, before rounding to units.
 pub const CHUNK: u64 = 2 << 20;
@@ -131,7 +131,7 @@ impl<'a> CopyPlan<'a> {
             }
             let next = at.saturating_add(SECTOR).min(end);
             match error.kind {
-                Kind::Truncated => self.tell_missing(at, next, &error, observer),
+                ErrorKind::Truncated => self.tell_missing(at, next, &error, observer),
                 _ => observer.warn(&format!("error while reading block status at offset {at}: {}", error.cause())),
             }
             at = next;

@@ -13,7 +13,7 @@ use nix::unistd::geteuid;
 
 use super::head::HeadLast;
 use super::{Durability, Staged, Staging, Way};
-use crate::storage::file::{self, HostFile, Kind, cache_flags};
+use crate::storage::file::{self, FileKind, HostFile, cache_flags};
 use crate::storage::lock::{self, Access};
 use crate::storage::temporary::TemporaryName;
 use crate::storage::{CacheMode, Error, Result, Storage, host};
@@ -105,7 +105,8 @@ impl Staging {
         let mut old = old;
         self.track(&mut old, true);
         let storage = Arc::new(old);
-        let head = (storage.kind() == Kind::Regular && !secondary).then(|| Arc::new(HeadLast::new(storage.clone())));
+        let head =
+            (storage.kind() == FileKind::Regular && !secondary).then(|| Arc::new(HeadLast::new(storage.clone())));
         let (way, target, temporary, mode) = (Way::InPlace, full.clone(), None, None);
         Ok(Staged { path: full, target, storage, head, way, temporary, mode, secondary, committed: false })
     }
@@ -179,7 +180,7 @@ fn open_existing(path: &Path, cache: CacheMode) -> Result<HostFile> {
         ))
     };
     if is_device {
-        let how = file::OpenHow { write: true, cache, access: Access::WRITE.of_raw() };
+        let how = file::FileHow { write: true, cache, access: Access::WRITE.of_raw() };
         return HostFile::open(path, &how).map_err(device);
     }
     let open = file::open(path, "create", true, cache)?;
@@ -269,7 +270,7 @@ fn replacement(old: &HostFile, target: &Path, cache: CacheMode) -> io::Result<Op
         _ => return Ok(None),
     };
     let mine = geteuid().is_root() || [meta.uid(), folder.uid()].contains(&geteuid().as_raw());
-    let can = old.kind() == Kind::Regular
+    let can = old.kind() == FileKind::Regular
         && meta.nlink() == 1
         && (named.dev(), named.ino()) == (meta.dev(), meta.ino())
         && folder.dev() == meta.dev()

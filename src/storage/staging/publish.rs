@@ -27,7 +27,7 @@ use nix::unistd::{Whence, linkat, lseek};
 
 use super::make::{create_new, errno, folder_of, is_policy, named};
 use super::{Staged, Way};
-use crate::storage::file::{HostFile, OpenHow};
+use crate::storage::file::{FileHow, HostFile};
 use crate::storage::lock::Access;
 use crate::storage::temporary::{self, TemporaryName};
 use crate::storage::{Error, Identity, Result};
@@ -266,7 +266,7 @@ fn put_over(staged: &Staged, file: usize, steps: &mut Vec<Step>) -> io::Result<(
 
 /// Why a name cannot be given that somebody else gave meanwhile: a lock, if they hold one.
 fn taken(target: &Path) -> Error {
-    let how = OpenHow { write: true, access: Access::CREATE, ..OpenHow::default() };
+    let how = FileHow { write: true, access: Access::CREATE, ..FileHow::default() };
     match HostFile::open(target, &how) {
         Err(error @ (Error::Locked { .. } | Error::LockByte(_))) => error,
         _ => named("create", target, Errno::EEXIST.into()),

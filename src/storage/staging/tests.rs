@@ -70,7 +70,7 @@ fn a_file_in_use_is_replaced_by_who_holds_it() {
         fs::write(at(name), b"old").unwrap();
     }
     symlink("a", at("soft")).unwrap();
-    let how = file::OpenHow { write: true, access: Access::WRITE, ..file::OpenHow::default() };
+    let how = file::FileHow { write: true, access: Access::WRITE, ..file::FileHow::default() };
     let held = HostFile::open(&at("a"), &how).unwrap();
     let staging = Staging::new(CacheMode::Writeback, Durability::Always);
     assert!(staging.replace(&at("b"), &held).unwrap().is_none(), "another file");
@@ -160,7 +160,7 @@ fn a_name_that_somebody_gave_meanwhile_is_theirs() {
         let staging = Staging::new(CacheMode::Unsafe, Durability::Never);
         staging.create(&path).unwrap().write_at(0, b"new").unwrap();
         fs::write(&path, b"other").unwrap();
-        let how = file::OpenHow { write: true, access: Access::WRITE, ..file::OpenHow::default() };
+        let how = file::FileHow { write: true, access: Access::WRITE, ..file::FileHow::default() };
         let holder = held.then(|| HostFile::open(&path, &how).unwrap());
         let text = staging.commit().unwrap_err().to_string();
         match held {
