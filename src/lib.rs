@@ -10,26 +10,26 @@
 //! drivers   the table of drivers
 //! formats   raw, qcow2, vmdk, ...: each knows its own on-disk layout and nothing of the others
 //! protocols file, host_device, null-co, ...: names to bytes
-//! filters   blkdebug: between a format and its file
+//! filters   blkdebug: between a format and its file, or over an image
 //! block     one vocabulary for every image: BlockDriver, Format, Protocol, Filter, Extent, Node, Opener, options, error
 //! codec     deflate, zstd: bytes in, bytes out; no files
 //! storage   bytes on the host by position: file, block device, memory; sparse files and preallocation
 //! ```
 //!
 //! [`block`] names no driver: the table, [`drivers::DRIVERS`], is handed to the [`block::Opener`]. Help, `-o help`,
-//! names, create and open read it and nothing else. So to add a format is one folder and one line of
-//! [`formats::FORMATS`], to add a protocol one file and one line of [`protocols::PROTOCOLS`], to add a filter one file
-//! and one line of [`filters::FILTERS`].
+//! names, create and open read it and nothing else. So to add a driver is one folder or file, its `mod` line, and one
+//! line of [`formats::FORMATS`], [`protocols::PROTOCOLS`] or [`filters::FILTERS`]. "The reference" is qemu-img 10.0.2,
+//! in all comments.
 //!
 //! # Map, then act
 //!
 //! A driver ([`block::BlockDriver`]) does not read or write guest data. It answers *where* data is
-//! ([`extent`](block::BlockDriver::extent)) and *where* new data may go ([`place`](block::Write::place), then
-//! [`publish`](block::Write::publish)). The walk down a backing chain, the decoding of compressed units and the fill
-//! of a partly written cluster are each written once, in [`block::node`] and [`block::io`], where a layer's cipher is
-//! applied too. No lock is held while guest data moves, and
-//! the order of the calls to `place` alone decides where data lies: that is why a conversion gives the same bytes on
-//! any number of threads.
+//! ([`extent`](block::BlockDriver::extent)) and *where* new data may go ([`place`](block::Write::place), then, once
+//! the data is there, [`publish`](block::Write::publish), which has the tables say so). The walk down a backing chain,
+//! the decoding of compressed units and the fill of a partly written cluster are each written once, in [`block::node`]
+//! and [`block::io`], where a layer's cipher is applied too. No lock is held while guest data moves, and the order of
+//! the calls to `place` alone decides where data lies: that is why a conversion gives the same bytes on any number of
+//! threads.
 //!
 //! # An example
 //!

@@ -1,7 +1,7 @@
 //! One suite over every format that can be created and written to: seeded random operations against a `Vec<u8>`,
 //! and then the judge's word on what is left.
 //!
-//! A new entry of `FORMATS` is tested without being named here; [`VARIANTS`] adds the kinds that a format has.
+//! A new entry of `FORMATS` that can be created is tested without being named here; [`VARIANTS`] adds the kinds that a format has.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};

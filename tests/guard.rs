@@ -327,6 +327,23 @@ fn repair_changes_nothing_where_tables_share_a_place() {
     }
 }
 
+/// As many entries as a snapshot's L1 table says it has are not counted one by one.
+#[test]
+fn a_snapshot_that_claims_a_huge_l1_table_costs_a_repair_nothing() {
+    let scratch = Scratch::new();
+    with_everything(&scratch);
+    let honest = fs::read(scratch.file("i")).unwrap();
+    let table = word(&honest, 64);
+    // The entry begins with the L1 table's offset (8 bytes) and its number of entries (4), then the id's length (2).
+    let after = word(&honest, table + 8) & 0xffff_ffff;
+    poke(&scratch, table + 8, (0xffff_fff0 << 32) | after);
+    poke(&scratch, 72, 1);
+    let before = fs::read(scratch.file("i")).unwrap();
+    let out = vimg(&["resize", "i", "2G"]).dir(scratch.path()).fails(1);
+    assert!(out.stderr.contains("too many snapshots to be repaired"), "{out:?}");
+    assert!(fs::read(scratch.file("i")).unwrap() == before);
+}
+
 /// The same, closed cleanly: refused before a refcount is written.
 #[test]
 fn refcounts_are_not_written_where_something_else_is() {

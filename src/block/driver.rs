@@ -2,6 +2,10 @@
 //!
 //! A driver maps; it does not move guest data. Every method takes `&self`: a driver keeps its tables behind its
 //! own lock and never holds that lock across data I/O.
+//!
+//! An ability is a trait here and a method of [`BlockDriver`] that answers `None`; a format that has it implements the
+//! trait in a file named for it (`resize.rs`). What makes use of it is one file of `ops`, one of `cli` and a row of the
+//! list of subcommands.
 
 use std::fmt;
 use std::num::NonZero;
@@ -72,7 +76,8 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
         self.flush()
     }
 
-    /// Able to be written to. `None` for a layer opened read-only.
+    /// Able to be written to. `None` for a layer opened read-only, and for a format that cannot be written: whoever
+    /// writes then refuses, opening need not.
     fn writing(&self) -> Option<&dyn Write> {
         None
     }

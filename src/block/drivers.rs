@@ -17,7 +17,7 @@ pub struct Drivers {
     pub formats: &'static [&'static dyn Format],
     /// Ways to bytes; file last.
     pub protocols: &'static [&'static dyn Protocol],
-    /// What stands between a format and its file.
+    /// What stands between a format and its file, or over an image.
     pub filters: &'static [&'static dyn Filter],
 }
 

@@ -1,5 +1,5 @@
 //! What is known of a filter without an image: its name, how it is spelt, how it is put over what lies below. A filter
-//! stands between a format and its file, or over an image, and passes the bytes on as they are.
+//! stands between a format and its file, or over an image, and changes no byte: it may fail, delay or watch.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -49,10 +49,10 @@ pub trait Filter: Sync + fmt::Debug {
     /// Its name among the drivers, and what names of it start with.
     fn name(&self) -> &'static str;
 
-    /// What is below is to it: the key of its options.
+    /// The name of its one child, as in `image.filename`: `image` or `file`.
     fn role(&self) -> &'static str;
 
-    /// What `NAME:rest` says.
+    /// What `NAME:rest` says; `rest` is all that stands behind the first colon.
     fn spelt(&self, rest: &OsStr) -> Result<Wrapped>;
 
     /// Puts it over what `below` opens, when it is called. Takes the options that it knows; what is left is refused.

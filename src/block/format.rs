@@ -131,7 +131,8 @@ pub trait Format: Sync + fmt::Debug {
     /// Its name on the command line.
     fn name(&self) -> &'static str;
 
-    /// How sure we are, from the first 512 bytes and the file's name, that it is this format: 0 to 100.
+    /// How sure we are, from the first 512 bytes and the file's name, that it is this format: 0 to 100. Raw says 1, one
+    /// whose magic number is there says 100.
     fn probe(&self, head: &[u8], name: &str) -> u32;
 
     /// Whether the end of a file, of which no format has known the start, says that it is this format. Guest data can
@@ -154,7 +155,8 @@ pub trait Format: Sync + fmt::Debug {
         None
     }
 
-    /// Whether its driver answers `Unallocated` at all (can have a backing file).
+    /// Whether its driver answers `Unallocated` at all (can have a backing file). A format with backing files that
+    /// cannot be created says so itself.
     fn layered(&self) -> bool {
         self.creating().is_some_and(|create| create.has_backing())
     }

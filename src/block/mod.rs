@@ -1,7 +1,8 @@
 //! One vocabulary for every image.
 //!
-//! A [`Format`] is what is known of a format without an image; a [`BlockDriver`] is one opened layer; a [`Node`]
-//! is a layer with what lies below it; the [`Opener`] is the only way to any of them. Drivers answer *where*
+//! A [`Format`] is what is known of a format without an image; a [`BlockDriver`] is one opened layer of an image (in
+//! QEMU's words a *node* is such an instance, and its *block driver* what is here the `Format`); a [`Node`] is a layer
+//! with what lies below it; the [`Opener`] is the only way to any of them. Drivers answer *where*
 //! data is and *where* new data may go; guest bytes move in one place, [`io`].
 //!
 //! This stratum names no driver: the table of those that exist, [`Drivers`], is handed to the [`Opener`]. Only

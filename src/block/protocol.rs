@@ -47,11 +47,12 @@ pub struct OpenedFile {
     pub storage: Arc<dyn Storage>,
     /// The name that opens it again with nothing else, if there is one.
     pub path: Option<OsString>,
-    /// The folder of the name means something: names in the image are relative to it.
+    /// The folder of the name means something: names in the image are relative to it. `false` for what is no file of the
+    /// host.
     pub based: bool,
     /// The options that open it again, beside the protocol's name.
     pub strong: Map<String, Value>,
-    /// Permissions are to be taken on it.
+    /// Permissions are to be taken on it. `false` for what is no file of the host.
     pub locking: bool,
 }
 
@@ -60,10 +61,11 @@ pub trait Protocol: Sync + fmt::Debug {
     /// Its name among the drivers, and what names of it start with.
     fn name(&self) -> &'static str;
 
-    /// Whether it is the protocol for what lies under a plain path. The first of the table that says so is taken.
+    /// Whether it is the protocol for what lies under a plain path. The first of the table that says so is taken;
+    /// `false` for one that only a prefix names.
     fn takes(&self, path: &Path) -> bool;
 
-    /// What `NAME:rest` says.
+    /// What `NAME:rest` says; `rest` is all that stands behind the first colon.
     fn spelt(&self, rest: &OsStr) -> Result<Spelt>;
 
     /// What a name says that does not start with the protocol's, given to it by `-f` or `driver`.

@@ -16,7 +16,6 @@ use crate::ops::convert::{ConvertRequest, Job};
 use crate::ops::copy::{CopyOptions, MOST_THREADS, Observer};
 use crate::ops::create::{NewImage, Target};
 use crate::storage::CacheMode;
-use crate::storage::staging::Durability;
 
 /// The options.
 #[derive(Debug, clap::Args)]
@@ -206,15 +205,9 @@ impl Subcommand for ConvertArgs {
         program.notices(&opener);
         let new = if self.no_create { None } else { Some(self.new_image(&opener, name, &create_options)?) };
         let conversion = request.decide(sources, new)?;
-        let cache = self.target_cache.as_deref().map_or(Ok(CacheMode::Unsafe), cache::target)?;
+        let cache = self.target_cache.as_deref().map(cache::target).transpose()?;
         let observer = ConsoleObserver { progress: &progress, name: (!self.quiet).then(|| program.name().to_owned()) };
-        // `unsafe` is the default, but only what the user says is taken by the word.
-        let durability = match (&self.target_cache, cache) {
-            (None, _) => Durability::Replacing,
-            (Some(_), CacheMode::Unsafe) => Durability::Never,
-            (Some(_), _) => Durability::Always,
-        };
-        let job = Job { conversion: &conversion, cache, durability, observer: &observer };
+        let job = Job { conversion: &conversion, cache, observer: &observer };
         let done = match &conversion.new {
             Some(new) => job.to_new(new, &opener),
             None => {

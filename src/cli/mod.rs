@@ -1,6 +1,6 @@
 //! What the user typed and what the user sees.
 //!
-//! [`SUBCOMMANDS`] is the list of subcommands: one file each, with a struct that says its options (clap) and a
+//! [`SUBCOMMANDS`] is the list of subcommands: one file each, its `mod` line and one row, with a struct that says its options (clap) and a
 //! [`Subcommand::run`] that reads like its manual page. Nothing below this stratum prints or exits.
 
 pub mod cache;

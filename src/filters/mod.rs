@@ -1,5 +1,6 @@
-//! What stands between a format and its file, or over an image. A filter is one file (or folder) here and one line of
-//! [`FILTERS`].
+//! What stands between a format and its file, or over an image. A filter is one file (or folder) here, its `mod`
+//! line and one line of [`FILTERS`]. It sees the bytes of one child as a `Storage`; what has several children, or needs the
+//! backing chain or other objects, needs more than `Filter::open` is given.
 
 mod blkdebug;
 

@@ -1,4 +1,8 @@
 //! The formats: each knows its own on-disk layout and nothing of the others.
+//!
+//! A format is one folder (or file) here, its `mod` line and one line of [`FORMATS`]. It needs `Format`'s `name`, `probe`
+//! and `open`, and `BlockDriver`'s `format`, `virtual_size`, `extent`, `files` and `info`; all the rest has defaults, which
+//! say that it cannot be done. The smallest one is [`raw`].
 
 mod effort;
 mod one_file;

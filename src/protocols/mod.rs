@@ -1,4 +1,5 @@
-//! Ways to bytes by name. A protocol is one file here and one line of [`PROTOCOLS`].
+//! Ways to bytes by name. A protocol is one file (or folder) here with its `Protocol` and, unless it gives a file of the
+//! host, its `Storage` (as in `null`); its `mod` line; and one line of [`PROTOCOLS`].
 
 mod file;
 mod host_device;

@@ -208,19 +208,24 @@ impl Staging {
         let mut files = std::mem::take(&mut *self.files());
         files.reverse();
         files.sort_by_key(|staged| !staged.secondary);
-        let behind = self.writeback.finish();
         let named = |cause: io::Error| match files.last() {
             Some(staged) => Error::File { doing: "write", name: staged.shown(), cause },
             None => cause.into(),
         };
+        // What was lost on the way to the disk is not told again by a sync.
+        let behind = self.writeback.finish().map_err(named)?;
         let replaces = files.iter().any(|staged| matches!(staged.way, Way::Replace { .. }) || staged.in_place());
         let durable = self.durability == Durability::Always || (self.durability != Durability::Never && replaces);
-        let sync = durable || (self.durability != Durability::Never && behind.map_err(named)? <= LITTLE);
+        let sync = durable || (self.durability != Durability::Never && behind <= LITTLE);
+        // What is written in place loses its older header when nothing else can fail any more.
+        for staged in files.iter().filter(|staged| staged.head.is_none()) {
+            staged.settle(sync, self.cache)?;
+        }
         for staged in &files {
             if let Some(head) = &staged.head {
                 head.begin()?;
+                staged.settle(sync, self.cache)?;
             }
-            staged.settle(sync, self.cache)?;
         }
         publish::publish(&mut files, durable)
     }

@@ -102,6 +102,14 @@ impl Writeback {
     }
 }
 
+#[cfg(test)]
+impl Writeback {
+    /// As if the kernel had told of a loss.
+    pub fn lose(&self, error: io::Error) {
+        lock(&self.shared.queue).failure = Some(error);
+    }
+}
+
 impl Drop for Writeback {
     fn drop(&mut self) {
         // Whoever did not ask has an error of its own to tell.

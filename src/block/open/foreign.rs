@@ -1,5 +1,6 @@
 //! Formats that the reference opens and vimg does not: known by their first or last bytes alone, so that no such image is
-//! taken for raw and copied, or written over, as if its headers were guest data.
+//! taken for raw and copied, or written over, as if its headers were guest data. The line of a format
+//! goes when the table of drivers has it.
 
 /// A format and how it is known.
 struct Foreign {

@@ -50,10 +50,11 @@ impl Qcow2Driver {
 
     /// The same where no guest data is written.
     pub(super) fn before_resize(&self, alloc: &mut Allocator) -> Result<()> {
-        if !std::mem::replace(&mut alloc.learned, true) {
+        if !alloc.learned {
             self.learn_metadata()?;
+            alloc.learned = true;
         }
-        self.data_apart()
+        Ok(())
     }
 
     /// Everything in the files, and the end of compressed data filled up to a sector.

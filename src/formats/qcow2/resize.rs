@@ -65,6 +65,7 @@ impl Qcow2Driver {
         self.check(size, fill)?;
         let mut alloc = self.lock_alloc();
         self.before_resize(&mut alloc)?;
+        self.data_apart()?;
         let old = self.header().fields.size;
         if size < old {
             return self.shrink(&mut alloc, size);

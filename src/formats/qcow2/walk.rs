@@ -126,6 +126,11 @@ struct Sharing {
     active: bool,
 }
 
+/// Whether the L1 tables of snapshots (offset, length) have more entries than are gone through.
+fn too_many(inactive: &BTreeMap<(u64, u64), u32>) -> bool {
+    inactive.keys().map(|(_, len)| len / ENTRY).fold(0, u64::saturating_add) > MOST_ENTRIES
+}
+
 impl Qcow2Driver {
     /// See the module.
     pub(super) fn walk(&self, visitor: &mut dyn Visitor) -> Result<()> {
@@ -176,6 +181,9 @@ impl Qcow2Driver {
                 *inactive.entry((snapshot.fields.l1_table_offset, len)).or_default() += 1;
             }
         }
+        if too_many(&inactive) {
+            visitor.too_many()?;
+        }
         for ((at, len), times) in &inactive {
             let (at, len, times) = (*at, *len, *times);
             visitor.found(&Found { part: MetadataPart::InactiveL1, at, len, times, active: false, entry: None })?;
@@ -194,8 +202,7 @@ impl Qcow2Driver {
         tables: &mut BTreeMap<u64, Sharing>,
     ) -> Result<()> {
         self.walk_l1(visitor, self.l1(), Sharing { times: 1, active: true }, tables)?;
-        let entries = inactive.keys().map(|(_, len)| len / ENTRY).fold(0, u64::saturating_add);
-        if entries > MOST_ENTRIES {
+        if too_many(&inactive) {
             return visitor.too_many();
         }
         for ((at, len), times) in inactive {

@@ -271,7 +271,10 @@ fn cut(state: &mut VdiState, image: &VdiDriver, blocks: u64) -> Result<()> {
     })?;
     let all = u64::from(state.header.blocks());
     each(state, storage, blocks..all, |guest, index| {
-        dropped.insert(index, guest);
+        // Only room below the counter is given out again.
+        if index < count {
+            dropped.insert(index, guest);
+        }
     })?;
     let mut free = 0;
     for (guest, index) in high {

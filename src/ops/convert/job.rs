@@ -68,19 +68,32 @@ fn no_room_for_both(error: Error, staging: &Staging) -> Error {
 pub struct Job<'a> {
     /// What was decided.
     pub conversion: &'a Conversion,
-    /// How the target is cached.
-    pub cache: CacheMode,
-    /// What of a new image is on stable storage when it appears.
-    pub durability: Durability,
+    /// How the target is cached, where the user says so.
+    pub cache: Option<CacheMode>,
     /// Receives progress and warnings.
     pub observer: &'a dyn Observer,
 }
 
 impl Job<'_> {
+    /// How the target is cached.
+    fn cache(&self) -> CacheMode {
+        self.cache.unwrap_or(CacheMode::Unsafe)
+    }
+
+    /// What of a new image is on stable storage when it appears. `unsafe` is the default, but only what the user says
+    /// is taken by the word.
+    fn durability(&self) -> Durability {
+        match self.cache {
+            None => Durability::Replacing,
+            Some(CacheMode::Unsafe) => Durability::Never,
+            Some(_) => Durability::Always,
+        }
+    }
+
     /// To a new image. It appears when it is complete.
     pub fn to_new(&self, new: &NewImage, opener: &Opener<'_>) -> Result<()> {
-        let staging = Staging::new(self.cache, self.durability);
-        let target = create::create_open(new, &staging, opener, self.cache)?;
+        let staging = Staging::new(self.cache(), self.durability());
+        let target = create::create_open(new, &staging, opener, self.cache())?;
         // A new file is a hole. A device holds whatever it held: what the format maps already is not zeros. What
         // others can see must not be mapped before it is filled.
         let unnamed = staging.is_unseen();
@@ -94,7 +107,7 @@ impl Job<'_> {
 
     /// To an image that is there.
     pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<()> {
-        let how = OpenHow { purpose: Purpose::Write, cache: self.cache, ..how.clone() };
+        let how = OpenHow { purpose: Purpose::Write, cache: self.cache(), ..how.clone() };
         let target = opener.open(image, &how)?;
         let facts = TargetFacts { reads_zero: self.conversion.target_is_zero, ..TargetFacts::default() };
         let done = self.run(&target, facts);

@@ -446,6 +446,9 @@ impl<'a> Engine<'a> {
             }
             next = self.turn.changed.wait(next).unwrap_or_else(PoisonError::into_inner);
         }
+        if self.stop.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let result = place();
         if result.is_ok() {
             *next = next.saturating_add(1);

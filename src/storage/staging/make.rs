@@ -115,7 +115,7 @@ impl Staging {
     pub(super) fn make_over(&self, path: &Path, held: &dyn Storage) -> Result<Option<Staged>> {
         let failed = |cause: io::Error| named("replace", path, cause);
         let full = absolute(path).map_err(failed)?;
-        let Ok(file) = File::open(path) else { return Ok(None) };
+        let Ok(file) = file::open(path, "replace", false, self.cache) else { return Ok(None) };
         let old = HostFile::from_file(file, self.cache, &path.to_string_lossy())?;
         if held.facts().identity != Some(old.identity()) {
             return Ok(None);

@@ -321,3 +321,19 @@ fn an_older_header_in_place_stays_until_something_is_written() {
     staging.create_with(&at("data"), &secondary()).unwrap();
     assert_eq!((fs::read(at("header")).unwrap(), fs::read(at("data")).unwrap()), (Vec::new(), Vec::new()));
 }
+
+#[test]
+fn what_is_lost_while_it_is_written_back_early_replaces_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a");
+    for durability in [Durability::Replacing, Durability::Always] {
+        fs::write(&path, b"old").unwrap();
+        let staging = Staging::new(CacheMode::Unsafe, durability);
+        staging.create(&path).unwrap().write_at(0, b"new").unwrap();
+        staging.writeback.lose(std::io::Error::from_raw_os_error(nix::libc::EIO));
+        let error = staging.commit().unwrap_err();
+        assert!(error.to_string().contains("Input/output error"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(dir.path()), ["a"]);
+    }
+}
