@@ -1,12 +1,12 @@
 //! `file`: regular files of the host, and what they share with devices: names, options, opening.
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::host_device;
 use crate::block::drivers::plain_path;
 use crate::block::keys::{take_number, take_switch, take_text};
 use crate::block::protocol::{CreateFile, FileRequest, OpenedFile, Protocol, Spelt};
@@ -68,7 +68,7 @@ impl CreateFile for File {
             Preallocation::Off | Preallocation::Falloc | Preallocation::Full => {}
             mode => return Err(Error::unsupported(format!("Unsupported preallocation mode: {}", mode.name()))),
         }
-        match host_device::is_device(path) {
+        match is_device(path) {
             // Only a name that says `file:` leads here with one.
             true => Err(Error::invalid("Could not resize file: Invalid argument")),
             false => Ok(()),
@@ -159,4 +159,14 @@ fn take_locking(direct: bool, options: &mut OptionTree) -> Result<bool> {
         ));
     }
     Ok(locking)
+}
+
+/// Whether there is a device under that name.
+pub fn is_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|meta| is_device_type(meta.file_type()))
+}
+
+/// Whether it is a device.
+pub fn is_device_type(kind: std::fs::FileType) -> bool {
+    kind.is_block_device() || kind.is_char_device()
 }

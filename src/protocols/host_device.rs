@@ -1,11 +1,10 @@
 //! `host_device` and `host_cdrom`: block and character devices of the host. They are opened as they are, never made.
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::file::{file_name, open_host, preallocation};
+use super::file::{file_name, is_device, is_device_type, open_host, preallocation};
 use crate::block::drivers::plain_path;
 use crate::block::protocol::{CreateFile, FileRequest, OpenedFile, Protocol, Spelt};
 use crate::block::{CreateOptions, Error, OptionKind, OptionSpec, OptionTree, Result};
@@ -33,15 +32,6 @@ const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
     OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off)"),
 ];
-
-/// Whether there is a device under that name.
-pub fn is_device(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|meta| is_device_type(meta.file_type()))
-}
-
-fn is_device_type(kind: std::fs::FileType) -> bool {
-    kind.is_block_device() || kind.is_char_device()
-}
 
 impl Protocol for HostDevice {
     fn name(&self) -> &'static str {

@@ -15,7 +15,8 @@ use std::sync::Mutex;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::{FileKind, Result, file, host};
+use super::kind::{FileKind, read_full};
+use super::{Result, host};
 
 /// Largest piece that is copied through an aligned buffer.
 const PIECE: usize = 1 << 20;
@@ -88,7 +89,7 @@ impl Direct {
         let (head, middle) = self.split(at, buf.len());
         let (head, rest) = buf.split_at_mut(head);
         let (middle, tail) = rest.split_at_mut(middle);
-        file::read_full(&self.buffered, at, head)?;
+        read_full(&self.buffered, at, head)?;
         let mut at = at + head.len() as u64;
         for piece in middle.chunks_mut(PIECE.max(self.unit)) {
             if self.is_aligned(piece.as_ptr(), piece.len()) {
@@ -102,7 +103,7 @@ impl Direct {
             }
             at += piece.len() as u64;
         }
-        file::read_full(&self.buffered, at, tail)
+        read_full(&self.buffered, at, tail)
     }
 
     /// Reads whole blocks; the file may end within one.
@@ -112,7 +113,7 @@ impl Direct {
             match file.read_at(left, at + done as u64) {
                 Ok(n) if n > 0 && n.is_multiple_of(self.unit) => done += n,
                 // A short piece: the end, or less than a block at a time. The other way knows which.
-                Ok(n) => return file::read_full(&self.buffered, at + (done + n) as u64, left.split_at_mut(n).1),
+                Ok(n) => return read_full(&self.buffered, at + (done + n) as u64, left.split_at_mut(n).1),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e.into()),
             }

@@ -10,7 +10,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex, RwLock};
 
@@ -19,23 +19,13 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{Whence, lseek};
 
 use super::direct::Direct;
+use super::kind::{FileKind, read_full};
 use super::lock::{self, Access};
 use super::pieces::Pieces;
 use super::writeback::{Track, Writeback};
 use super::{
     CacheMode, Error, Event, Facts, HostExtent, Identity, Preallocation, Result, Storage, Zeroing, host, sparse,
 };
-
-/// What kind of thing an open file is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FileKind {
-    /// A regular file: grows and shrinks, may have holes.
-    Regular,
-    /// A block device: fixed size, discard and zero-out by ioctl.
-    BlockDevice,
-    /// A character device; nothing but reading and writing is asked of it.
-    CharDevice,
-}
 
 /// Requests in flight that suit what has a queue of its own: the device, or what is behind it, sorts them.
 const QUEUE: u32 = 8;
@@ -218,26 +208,6 @@ pub(super) fn open(path: &Path, doing: &'static str, write: bool, cache: CacheMo
         };
         Error::File { doing, name: path.to_string_lossy().into_owned(), cause }
     })
-}
-
-/// Fills `buf` from `at`; what lies past the end reads as zeros.
-pub(super) fn read_full(file: &File, at: u64, buf: &mut [u8]) -> Result<()> {
-    let mut left = buf;
-    let mut at = at;
-    while !left.is_empty() {
-        match file.read_at(left, at) {
-            Ok(0) => break,
-            Ok(n) => {
-                let n = n.min(left.len());
-                left = left.split_at_mut(n).1;
-                at = at.saturating_add(n as u64);
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
-    left.fill(0);
-    Ok(())
 }
 
 /// Whether a range lies where a file can have bytes at all.

@@ -13,6 +13,7 @@ pub mod event;
 pub mod fault;
 pub mod file;
 pub mod host;
+mod kind;
 pub mod lock;
 pub mod memory;
 pub mod offload;
@@ -26,7 +27,8 @@ use std::fmt;
 
 pub use error::{Error, Result};
 pub use event::Event;
-pub use file::{FileKind, HostFile};
+pub use file::HostFile;
+pub use kind::FileKind;
 
 /// What is known of a run of bytes without reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,7 +16,8 @@
 
 mod head;
 mod make;
-pub(super) mod publish;
+mod publish;
+mod steps;
 
 use std::fs::File;
 use std::io;
@@ -24,10 +25,10 @@ use std::path::{Path, PathBuf, absolute};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use self::head::HeadLast;
-use super::file::{FileKind, HostFile};
+use super::file::HostFile;
 use super::temporary::TemporaryName;
 use super::writeback::{LITTLE, Writeback};
-use super::{CacheMode, Error, Preallocation, Result, Storage, error, host};
+use super::{CacheMode, Error, FileKind, Preallocation, Result, Storage, error, host};
 
 /// What a new file shall be like.
 #[derive(Debug, Clone, Copy, Default)]

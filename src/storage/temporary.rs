@@ -8,27 +8,19 @@
 //! a handler of somebody else.
 //!
 //! No handler helps against SIGKILL. Where names are moved in more than one call, files have such names in between;
-//! [`run_apart`] has a process of its own for them, which no signal to this one stops.
+//! [`staging`](super::staging) has a process of its own for them, which no signal to this one stops.
 
 use std::ffi::CString;
-use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::fd::AsRawFd;
+use std::fs::{self};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use nix::errno::Errno;
-use nix::fcntl::OFlag;
 use nix::libc::{self, c_char, c_int};
-use nix::sched::{CloneFlags, clone};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, sigaction};
-use nix::sys::wait::waitpid;
-use nix::unistd::pipe2;
-
-use super::staging::publish::{self, Step};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
@@ -97,53 +89,6 @@ impl Drop for TemporaryName {
 /// A hidden name beside `target`.
 pub(super) fn hidden(target: &Path) -> PathBuf {
     target.with_file_name(format!(".vimg-{:016x}.tmp", fastrand::u64(..)))
-}
-
-/// Makes the calls of a plan, the number of the one that failed beside its error. More than one is for a process of its
-/// own, which no signal to this one stops.
-///
-/// The helper shares this one's table of files, so that it holds no lock longer than this one, and has its own session
-/// and no signals, so that what ends this process lets it finish. It needs a fraction of a millisecond, or the time of
-/// a folder's sync. Where no process can be made, this one does the same itself.
-pub(super) fn run_apart(steps: &[Step]) -> Result<(), (usize, io::Error)> {
-    let here = || publish::run(steps).map_err(|(index, errno)| (index, errno.into()));
-    if steps.len() < 2 {
-        return here();
-    }
-    let whole = |errno: Errno| (0, io::Error::from(errno));
-    // All that is allocated is allocated before: a copy of a process with threads may not.
-    let Ok((answer, tell)) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK) else { return here() };
-    let told = tell.as_raw_fd();
-    let mut stack = vec![0; 128 << 10];
-    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK).map_err(whole)?;
-    let child = || {
-        // SAFETY: setsid takes nothing and touches no memory.
-        unsafe { libc::setsid() };
-        let (index, errno) = publish::run(steps).err().unwrap_or((0, Errno::UnknownErrno));
-        let text = [index.to_le_bytes(), (errno as usize).to_le_bytes()];
-        // SAFETY: `text` is that long, and write reads no more.
-        unsafe { libc::write(told, text.as_ptr().cast(), size_of_val(&text)) };
-        0
-    };
-    // SAFETY: memory is not shared (no CLONE_VM), and the child makes system calls on memory that is there already,
-    // nothing else, which is what a copy of a process with threads may do. The stack is large enough for them.
-    let made = unsafe { clone(Box::new(child), &mut stack, CloneFlags::CLONE_FILES, Some(libc::SIGCHLD)) };
-    let _ = before.thread_set_mask();
-    let Ok(pid) = made else { return here() };
-    // How it ended may go unseen (the caller has us ignore SIGCHLD); what it told does not.
-    while waitpid(pid, None) == Err(Errno::EINTR) {}
-    let mut text = [0; 2 * size_of::<usize>()];
-    let (index, errno) = match File::from(answer).read_exact(&mut text) {
-        Ok(()) => text.split_at(size_of::<usize>()),
-        // It was killed.
-        Err(_) => return Err((0, io::ErrorKind::Interrupted.into())),
-    };
-    let number = |bytes: &[u8]| bytes.try_into().map_or(0, usize::from_le_bytes);
-    match i32::try_from(number(errno)) {
-        Ok(0) => Ok(()),
-        Ok(errno) => Err((number(index), Errno::from_raw(errno).into())),
-        Err(_) => Err((number(index), io::ErrorKind::Other.into())),
-    }
 }
 
 fn register(path: &Path) -> Option<&'static AtomicPtr<c_char>> {

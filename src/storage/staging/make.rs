@@ -13,10 +13,10 @@ use nix::unistd::geteuid;
 
 use super::head::HeadLast;
 use super::{Durability, Staged, Staging, Way};
-use crate::storage::file::{self, FileKind, HostFile, cache_flags};
+use crate::storage::file::{self, HostFile, cache_flags};
 use crate::storage::lock::{self, Access};
 use crate::storage::temporary::TemporaryName;
-use crate::storage::{CacheMode, Error, Result, Storage, host};
+use crate::storage::{CacheMode, Error, FileKind, Result, Storage, host};
 
 /// What a new file's permissions are, less the umask.
 const MODE: u32 = 0o644;

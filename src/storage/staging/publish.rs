@@ -15,119 +15,29 @@ use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, OFlag, RenameFlags, copy_file_range, fcntl};
-use nix::libc;
-use nix::unistd::{Whence, linkat, lseek};
+use nix::fcntl::{FcntlArg, OFlag, copy_file_range, fcntl};
+use nix::unistd::{Whence, lseek};
 
 use super::make::{create_new, errno, folder_of, is_policy, named};
+use super::steps::{Call, Step, run_apart};
 use super::{Staged, Way};
 use crate::storage::file::{FileHow, HostFile};
 use crate::storage::lock::Access;
 use crate::storage::temporary::{self, TemporaryName};
 use crate::storage::{Error, Identity, Result};
 
-/// A call that gives, moves or takes a name. Made of memory that is there already: it runs in a copy of the process.
-#[derive(Debug)]
-pub(in crate::storage) enum Call {
-    /// Gives an open file without a name one that is free.
-    Link { file: CString, to: CString },
-    /// Moves a name, taking the new one away from another file.
-    Move { from: CString, to: CString },
-    /// Moves a name to one that is free.
-    MoveToFree { from: CString, to: CString },
-    /// Takes a name away. A failure is ignored: it is a hidden one by then.
-    Remove { name: CString },
-    /// Brings a folder's names to stable storage. A file system that cannot promise it says so here, to no use.
-    Sync { folder: RawFd },
-}
-
-/// One call of a plan.
-#[derive(Debug)]
-pub(in crate::storage) struct Step {
-    call: Call,
-    undo: Option<Call>,
-    /// Which file it is about.
-    file: usize,
-}
-
-impl Call {
-    fn run(&self) -> std::result::Result<(), Errno> {
-        match self {
-            Call::Link { file, to } => {
-                linkat(AT_FDCWD, file.as_c_str(), AT_FDCWD, to.as_c_str(), AtFlags::AT_SYMLINK_FOLLOW)
-            }
-            Call::Move { from, to } => rename(from, to),
-            Call::MoveToFree { from, to } => move_to_free(from, to),
-            Call::Remove { name } => {
-                let _ = remove(name);
-                Ok(())
-            }
-            Call::Sync { folder } => {
-                // SAFETY: fsync takes a number and touches no memory.
-                let _ = unsafe { libc::fsync(*folder) };
-                Ok(())
-            }
-        }
-    }
-}
-
-fn rename(from: &CString, to: &CString) -> std::result::Result<(), Errno> {
-    // SAFETY: rename reads two C strings.
-    Errno::result(unsafe { libc::rename(from.as_ptr(), to.as_ptr()) }).map(drop)
-}
-
-fn remove(name: &CString) -> std::result::Result<(), Errno> {
-    // SAFETY: unlink reads a C string.
-    Errno::result(unsafe { libc::unlink(name.as_ptr()) }).map(drop)
-}
-
-fn move_to_free(from: &CString, to: &CString) -> std::result::Result<(), Errno> {
-    let flags = RenameFlags::RENAME_NOREPLACE;
-    let moved = nix::fcntl::renameat2(AT_FDCWD, from.as_c_str(), AT_FDCWD, to.as_c_str(), flags);
-    if !matches!(moved, Err(Errno::EINVAL | Errno::ENOSYS)) {
-        return moved;
-    }
-    // A second name fails where there is one already.
-    match linkat(AT_FDCWD, from.as_c_str(), AT_FDCWD, to.as_c_str(), AtFlags::empty()) {
-        Ok(()) => remove(from),
-        Err(Errno::EPERM | Errno::EOPNOTSUPP | Errno::ENOSYS) => {
-            // No second names either: nothing is left but to look first.
-            // SAFETY: access reads a C string.
-            match Errno::result(unsafe { libc::access(to.as_ptr(), libc::F_OK) }) {
-                Ok(_) => Err(Errno::EEXIST),
-                Err(_) => rename(from, to),
-            }
-        }
-        Err(errno) => Err(errno),
-    }
-}
-
-/// Makes the calls; one that fails has those before it taken back, and is told by its number.
-pub(in crate::storage) fn run(steps: &[Step]) -> std::result::Result<(), (usize, Errno)> {
-    for (index, step) in steps.iter().enumerate() {
-        if let Err(errno) = step.call.run() {
-            for undo in steps.iter().take(index).rev().filter_map(|step| step.undo.as_ref()) {
-                // The first failure is the one to tell.
-                let _ = undo.run();
-            }
-            return Err((index, errno));
-        }
-    }
-    Ok(())
-}
-
 /// Gives all of them their names, in that order: the one with the header is the last. `durable` says whether the
 /// names shall be on stable storage too.
 pub(super) fn publish(files: &mut [Staged], durable: bool) -> Result<()> {
     let folders = folders(files);
     match plan(files, durable.then_some(&folders)) {
-        Ok(steps) => match temporary::run_apart(&steps) {
+        Ok(steps) => match run_apart(&steps) {
             Ok(()) => {}
             Err((index, cause)) => {
                 let file = steps.get(index).and_then(|step| files.get(step.file));

@@ -1,0 +1,155 @@
+//! The calls that give files their names: one by one, each with the one that takes it back, in a process of its own.
+//!
+//! Invariant: what runs in that process makes system calls on memory that is there already, and nothing else.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, RawFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags};
+use nix::libc;
+use nix::sched::{CloneFlags, clone};
+use nix::sys::signal::{SigSet, SigmaskHow};
+use nix::sys::wait::waitpid;
+use nix::unistd::{linkat, pipe2};
+
+/// A call that gives, moves or takes a name. Made of memory that is there already: it runs in a copy of the process.
+#[derive(Debug)]
+pub(super) enum Call {
+    /// Gives an open file without a name one that is free.
+    Link { file: CString, to: CString },
+    /// Moves a name, taking the new one away from another file.
+    Move { from: CString, to: CString },
+    /// Moves a name to one that is free.
+    MoveToFree { from: CString, to: CString },
+    /// Takes a name away. A failure is ignored: it is a hidden one by then.
+    Remove { name: CString },
+    /// Brings a folder's names to stable storage. A file system that cannot promise it says so here, to no use.
+    Sync { folder: RawFd },
+}
+
+/// One call of a plan.
+#[derive(Debug)]
+pub(super) struct Step {
+    /// The call.
+    pub(super) call: Call,
+    /// What takes it back.
+    pub(super) undo: Option<Call>,
+    /// Which file it is about.
+    pub(super) file: usize,
+}
+
+impl Call {
+    fn run(&self) -> std::result::Result<(), Errno> {
+        match self {
+            Call::Link { file, to } => {
+                linkat(AT_FDCWD, file.as_c_str(), AT_FDCWD, to.as_c_str(), AtFlags::AT_SYMLINK_FOLLOW)
+            }
+            Call::Move { from, to } => rename(from, to),
+            Call::MoveToFree { from, to } => move_to_free(from, to),
+            Call::Remove { name } => {
+                let _ = remove(name);
+                Ok(())
+            }
+            Call::Sync { folder } => {
+                // SAFETY: fsync takes a number and touches no memory.
+                let _ = unsafe { libc::fsync(*folder) };
+                Ok(())
+            }
+        }
+    }
+}
+
+fn rename(from: &CString, to: &CString) -> std::result::Result<(), Errno> {
+    // SAFETY: rename reads two C strings.
+    Errno::result(unsafe { libc::rename(from.as_ptr(), to.as_ptr()) }).map(drop)
+}
+
+fn remove(name: &CString) -> std::result::Result<(), Errno> {
+    // SAFETY: unlink reads a C string.
+    Errno::result(unsafe { libc::unlink(name.as_ptr()) }).map(drop)
+}
+
+fn move_to_free(from: &CString, to: &CString) -> std::result::Result<(), Errno> {
+    let flags = RenameFlags::RENAME_NOREPLACE;
+    let moved = nix::fcntl::renameat2(AT_FDCWD, from.as_c_str(), AT_FDCWD, to.as_c_str(), flags);
+    if !matches!(moved, Err(Errno::EINVAL | Errno::ENOSYS)) {
+        return moved;
+    }
+    // A second name fails where there is one already.
+    match linkat(AT_FDCWD, from.as_c_str(), AT_FDCWD, to.as_c_str(), AtFlags::empty()) {
+        Ok(()) => remove(from),
+        Err(Errno::EPERM | Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+            // No second names either: nothing is left but to look first.
+            // SAFETY: access reads a C string.
+            match Errno::result(unsafe { libc::access(to.as_ptr(), libc::F_OK) }) {
+                Ok(_) => Err(Errno::EEXIST),
+                Err(_) => rename(from, to),
+            }
+        }
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Makes the calls; one that fails has those before it taken back, and is told by its number.
+fn run(steps: &[Step]) -> std::result::Result<(), (usize, Errno)> {
+    for (index, step) in steps.iter().enumerate() {
+        if let Err(errno) = step.call.run() {
+            for undo in steps.iter().take(index).rev().filter_map(|step| step.undo.as_ref()) {
+                // The first failure is the one to tell.
+                let _ = undo.run();
+            }
+            return Err((index, errno));
+        }
+    }
+    Ok(())
+}
+
+/// Makes the calls of a plan, the number of the one that failed beside its error. More than one is for a process of its
+/// own, which no signal to this one stops.
+///
+/// The helper shares this one's table of files, so that it holds no lock longer than this one, and has its own session
+/// and no signals, so that what ends this process lets it finish. It needs a fraction of a millisecond, or the time of
+/// a folder's sync. Where no process can be made, this one does the same itself.
+pub(super) fn run_apart(steps: &[Step]) -> std::result::Result<(), (usize, io::Error)> {
+    let here = || run(steps).map_err(|(index, errno)| (index, errno.into()));
+    if steps.len() < 2 {
+        return here();
+    }
+    let whole = |errno: Errno| (0, io::Error::from(errno));
+    // All that is allocated is allocated before: a copy of a process with threads may not.
+    let Ok((answer, tell)) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK) else { return here() };
+    let told = tell.as_raw_fd();
+    let mut stack = vec![0; 128 << 10];
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK).map_err(whole)?;
+    let child = || {
+        // SAFETY: setsid takes nothing and touches no memory.
+        unsafe { libc::setsid() };
+        let (index, errno) = run(steps).err().unwrap_or((0, Errno::UnknownErrno));
+        let text = [index.to_le_bytes(), (errno as usize).to_le_bytes()];
+        // SAFETY: `text` is that long, and write reads no more.
+        unsafe { libc::write(told, text.as_ptr().cast(), size_of_val(&text)) };
+        0
+    };
+    // SAFETY: memory is not shared (no CLONE_VM), and the child makes system calls on memory that is there already,
+    // nothing else, which is what a copy of a process with threads may do. The stack is large enough for them.
+    let made = unsafe { clone(Box::new(child), &mut stack, CloneFlags::CLONE_FILES, Some(libc::SIGCHLD)) };
+    let _ = before.thread_set_mask();
+    let Ok(pid) = made else { return here() };
+    // How it ended may go unseen (the caller has us ignore SIGCHLD); what it told does not.
+    while waitpid(pid, None) == Err(Errno::EINTR) {}
+    let mut text = [0; 2 * size_of::<usize>()];
+    let (index, errno) = match File::from(answer).read_exact(&mut text) {
+        Ok(()) => text.split_at(size_of::<usize>()),
+        // It was killed.
+        Err(_) => return Err((0, io::ErrorKind::Interrupted.into())),
+    };
+    let number = |bytes: &[u8]| bytes.try_into().map_or(0, usize::from_le_bytes);
+    match i32::try_from(number(errno)) {
+        Ok(0) => Ok(()),
+        Ok(errno) => Err((number(index), Errno::from_raw(errno).into())),
+        Err(_) => Err((number(index), io::ErrorKind::Other.into())),
+    }
+}
