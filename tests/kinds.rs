@@ -315,7 +315,11 @@ fn mask(kind: &Kind, path: &Path) {
             file.read_exact_at(&mut head, 0).expect("read");
             if let Some(at) = head.windows(5).position(|w| w == b"\nCID=") {
                 let digits = head[at + 5..].iter().position(|b| *b == b'\n').expect("line");
-                let rest: Vec<u8> = head[at + 5 + digits..].to_vec();
+                let mut rest: Vec<u8> = head[at + 5 + digits..].to_vec();
+                // A shorter id written over a longer one leaves the end of the longer text behind a zero byte.
+                if let Some(end) = rest.iter().position(|b| *b == 0) {
+                    rest[end..].fill(0);
+                }
                 let mut text = vec![b'0'; 8];
                 text.extend(rest);
                 // Without leading zeros the text's length varies: what follows it is zeros.
