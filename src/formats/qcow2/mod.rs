@@ -5,14 +5,14 @@
 //! * `layout.rs` the on-disk structures, `geometry.rs` what follows from them; `header.rs` the header from and to bytes; `window.rs`
 //!   directories read piece by piece; `refcount.rs` refcounts in bytes; `references.rs` references counted in memory;
 //! * `tables.rs` the cache of L1, L2 and refcount tables and the order in which changes reach the file;
-//! * `snapshot.rs` and `dirty.rs`: snapshots, and what bitmaps have to be told;
+//! * `snapshot.rs`, `bitmap.rs` and `dirty.rs`: snapshots, the directory of bitmaps, and what bitmaps have to be told;
 //! * `space.rs` which cluster comes next; `plan.rs`, `prealloc.rs` and `create.rs` new images; `map.rs` guest offset →
 //!   extent; `codec.rs` compressed clusters; `info.rs` what info shows;
 //! * `walk.rs` everything that the metadata refers to, one after the other, for `guard.rs` (where tables are) and
 //!   `repair.rs` (after an unclean end);
 //! * `counts.rs` refcounts of an open image; `alloc.rs` clusters given out and taken back; `flush.rs` changes on their
-//!   way to the file; `place.rs` guest data; `bitmap.rs` and `tracking.rs` bitmaps, and how they follow; `tail.rs` what
-//!   lies past the end of the disk; `resize.rs` its size; `open.rs` opening: checks, refusals, options.
+//!   way to the file; `place.rs` guest data; `fit.rs` and `tracking.rs`: bitmaps follow the size and what is written; `tail.rs`
+//!   what lies past the end of the disk; `resize.rs` its size; `open.rs` opening: checks, refusals, options.
 //!
 //! Lock order: `alloc` → `header` → the cache's own. Whoever changes a table or the header holds `alloc`. No lock is
 //! held across data I/O; mapping takes `header` for reading, for a moment, and the cache's locks.
@@ -23,6 +23,7 @@ pub mod codec;
 pub mod counts;
 pub mod create;
 pub mod dirty;
+pub mod fit;
 pub mod flush;
 pub mod geometry;
 pub mod guard;
