@@ -12,6 +12,7 @@ pub mod error;
 pub mod event;
 pub mod fault;
 pub mod file;
+mod file_io;
 pub mod host;
 mod kind;
 pub mod lock;

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::layer::{Ask, Opened, OpenedLayer, add, no_such_node, shown};
+use super::layer::{Ask, OpenedLayer, add, no_such_node, shown};
 use super::nested::DEEPEST;
+use super::opened::Opened;
 use super::settings::Settings;
 use super::{OpenHow, Opener, Trail};
 use crate::block::bare::Bare;

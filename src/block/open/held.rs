@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::OpenHow;
-use super::layer::Opened;
+use super::opened::Opened;
 use super::settings::Settings;
 use crate::block::{Layer, OptionTree, Purpose};
 use crate::storage::Identity;

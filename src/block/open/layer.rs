@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Map, Value};
 
 use super::held::Key;
+use super::opened::{MadeFiles, Opened};
 use super::related::{Beside, DATA_FILE};
 use super::settings::{Names, Settings};
 use super::{OpenHow, Opener, Trail};
@@ -17,8 +18,8 @@ use crate::block::protocol::{FileRequest, Protocol, Spelt};
 use crate::block::{
     BlockDriver, Child, Driver, Error, ErrorKind, Layer, Named, Node, Notice, OpenRequest, OptionTree, Result,
 };
+use crate::storage::Identity;
 use crate::storage::lock::Access;
-use crate::storage::{Identity, Storage};
 
 /// What is to be opened.
 #[derive(Debug)]
@@ -31,22 +32,6 @@ pub(super) struct Ask {
     pub settings: Settings,
     /// In these files, not in what is found by that name.
     pub made: Option<MadeFiles>,
-}
-
-/// Files of an image, by the names that are written in it.
-pub type MadeBeside = Vec<(OsString, Arc<dyn Storage>)>;
-
-/// The files of an image that has just been made, which have no names yet.
-#[derive(Debug)]
-pub struct MadeFiles {
-    /// The one that the image will be named by.
-    pub main: Arc<dyn Storage>,
-    /// The protocol that made it.
-    pub protocol: &'static str,
-    /// The name that it will have for the protocol.
-    pub path: OsString,
-    /// The others, by the names that are written in the image.
-    pub beside: MadeBeside,
 }
 
 /// What the user says of the layer below.
@@ -137,33 +122,6 @@ pub(super) fn no_such_node(name: &str, alone: bool) -> Error {
 pub(super) fn add(options: &mut OptionTree, more: OptionTree) {
     for (key, value) in more {
         options.entry(key).or_insert(value);
-    }
-}
-
-/// The file of a layer, and where it came from.
-pub(super) struct Opened {
-    pub child: Child,
-    pub tree: Map<String, Value>,
-    pub path: Option<OsString>,
-    /// Names found in the image are relative to it.
-    pub base: Option<OsString>,
-    pub inner: Option<Arc<Node>>,
-    pub locking: bool,
-    /// Permissions beside those that the layer takes.
-    pub access: Access,
-}
-
-impl MadeFiles {
-    /// The main one as if it had been opened by its name, and the others.
-    fn opened(self) -> (Opened, MadeBeside) {
-        let name = self.path.to_string_lossy().into_owned();
-        let tree = Map::from_iter([
-            ("driver".to_owned(), Value::from(self.protocol)),
-            ("filename".to_owned(), Value::from(name.clone())),
-        ]);
-        let child = Child { role: "file".to_owned(), name, driver: self.protocol, storage: self.main };
-        let (path, base) = (Some(self.path.clone()), Some(self.path));
-        (Opened { child, tree, path, base, inner: None, locking: true, access: Access::NONE }, self.beside)
     }
 }
 

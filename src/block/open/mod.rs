@@ -12,6 +12,7 @@ mod foreign;
 mod held;
 mod layer;
 mod nested;
+mod opened;
 mod policy;
 mod probe;
 mod related;
@@ -23,7 +24,7 @@ use std::sync::{Arc, Mutex};
 
 use held::HeldLayers;
 use layer::Ask;
-pub use layer::MadeFiles;
+pub use opened::MadeFiles;
 pub use policy::{Allowed, Policy};
 use settings::Names;
 

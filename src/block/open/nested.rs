@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 
-use super::layer::{Ask, Opened};
+use super::layer::Ask;
+use super::opened::Opened;
 use super::{OpenHow, Opener, Trail};
 use crate::block::io::Scratch;
 use crate::block::{self, Child, ExtentKind, GuestOffset, Node};

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
-use super::layer::MadeBeside;
+use super::opened::MadeBeside;
 use super::settings::{Names, Settings};
 use super::{OpenHow, Opener};
 use crate::block::keys::as_text;
