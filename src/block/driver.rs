@@ -10,6 +10,7 @@
 use std::fmt;
 use std::num::NonZero;
 
+use super::check::Check;
 use super::files::{BackingRef, Child, ResizeFiles};
 use super::info::{ImageInfo, SnapshotInfo};
 use super::{CompressedUnit, Error, Extent, GuestOffset, HostOffset, HostPlace, Result};
@@ -84,6 +85,11 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
 
     /// Able to change the virtual size.
     fn resizing(&self) -> Option<&dyn Resize> {
+        None
+    }
+
+    /// Able to check its tables.
+    fn checking(&self) -> Option<&dyn Check> {
         None
     }
 

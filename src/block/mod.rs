@@ -9,6 +9,7 @@
 //! `open` knows, by their first bytes, some that do not exist here.
 
 mod bare;
+pub mod check;
 pub mod driver;
 pub mod drivers;
 pub mod error;
@@ -31,6 +32,7 @@ pub mod protocol;
 pub mod purpose;
 pub mod secrets;
 
+pub use check::{Check, CheckReport, Findings, Fix};
 pub use driver::{
     Action, BlockDriver, Cipher, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write, ZeroedRoom,
 };

@@ -9,6 +9,12 @@ pub enum Exit {
     Success,
     /// It was not.
     Failure,
+    /// `check`: the image's tables are damaged.
+    Corrupt,
+    /// `check`: space is lost, and nothing else is wrong.
+    Leaks,
+    /// `check`: the format has none.
+    Unsupported,
 }
 
 impl From<Exit> for ExitCode {
@@ -16,6 +22,9 @@ impl From<Exit> for ExitCode {
         match exit {
             Exit::Success => ExitCode::SUCCESS,
             Exit::Failure => ExitCode::FAILURE,
+            Exit::Corrupt => ExitCode::from(2),
+            Exit::Leaks => ExitCode::from(3),
+            Exit::Unsupported => ExitCode::from(63),
         }
     }
 }

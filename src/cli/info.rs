@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use serde_json::Value;
 
 use super::exit::Exit;
+use super::output::OutputForm;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, human, json, object};
 use crate::block::OpenHow;
@@ -18,7 +19,7 @@ pub struct InfoArgs {
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
     /// form of the output: human or json
-    #[arg(long, value_name = "human|json", value_parser = form)]
+    #[arg(long, value_name = "human|json", value_parser = OutputForm::parse)]
     output: Option<OutputForm>,
     /// show the whole backing chain
     #[arg(short, long)]
@@ -38,21 +39,6 @@ pub struct InfoArgs {
     /// image to show
     #[arg(value_name = "FILENAME")]
     operands: Vec<OsString>,
-}
-
-/// How it is shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum OutputForm {
-    Human,
-    Json,
-}
-
-fn form(word: &str) -> Result<OutputForm, Complaint> {
-    match word {
-        "human" => Ok(OutputForm::Human),
-        "json" => Ok(OutputForm::Json),
-        other => Err(Complaint::usage(format!("--output expects 'human' or 'json', not '{other}'"))),
-    }
 }
 
 impl Subcommand for InfoArgs {

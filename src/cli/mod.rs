@@ -4,6 +4,7 @@
 //! [`Subcommand::run`] that reads like its manual page. Nothing below this stratum prints or exits.
 
 pub mod cache;
+pub mod check;
 mod common;
 pub mod convert;
 pub mod create;
@@ -15,6 +16,7 @@ pub mod info;
 pub mod json;
 pub mod object;
 pub mod options;
+pub mod output;
 pub mod program;
 pub mod progress;
 pub mod report;
@@ -62,8 +64,13 @@ pub struct Row {
 }
 
 /// Every subcommand, in alphabetical order.
-pub const SUBCOMMANDS: &[Row] =
-    &[row::<convert::ConvertArgs>(), row::<create::CreateArgs>(), row::<info::InfoArgs>(), row::<resize::ResizeArgs>()];
+pub const SUBCOMMANDS: &[Row] = &[
+    row::<check::CheckArgs>(),
+    row::<convert::ConvertArgs>(),
+    row::<create::CreateArgs>(),
+    row::<info::InfoArgs>(),
+    row::<resize::ResizeArgs>(),
+];
 
 const fn row<S: Subcommand>() -> Row {
     Row {

@@ -1,5 +1,6 @@
 //! What is done to images. No printing, no exit.
 
+pub mod check;
 pub mod convert;
 pub mod copy;
 pub mod create;

@@ -25,6 +25,7 @@ pub fn normalise(text: &str) -> String {
 
 /// Every option of every dialect (up to 11): a subcommand, its letters, its long names; a colon takes a value.
 const OPTIONS: &[(&str, &str, &str)] = &[
+    ("check", "hf:r:T:qU", "help format: repair: output: object: image-opts force-share quiet cache:"),
     (
         "convert",
         "hf:O:B:b:CcF:o:l:S:pt:T:qnm:WUr:",

@@ -129,11 +129,16 @@ impl VdiState {
         u64::from(self.header.map_offset()) + block * 4
     }
 
+    /// Where the map ends.
+    pub fn map_end(&self) -> u64 {
+        self.entry_at(u64::from(self.header.blocks()))
+    }
+
     /// Refuses a map of which the file has only a part: the entries that are missing are no zeros.
     fn need_map(&mut self, storage: &dyn Storage) -> Result<()> {
         if !self.map_is_there {
             let length = storage.len().context("Could not get the size of the file")?;
-            let end = self.entry_at(u64::from(self.header.blocks()));
+            let end = self.map_end();
             if end > length {
                 return Err(Error::truncated("the block map", self.entry_at(0), length));
             }

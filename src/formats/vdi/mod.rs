@@ -8,6 +8,7 @@
 //!
 //! One lock, over the tables (`one_file.rs`); it is never held while guest data moves.
 
+mod check;
 mod create;
 mod layout;
 mod map;
@@ -21,7 +22,7 @@ use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::io::punch;
 use crate::block::{
-    Action, BlockDriver, Child, Create, Extent, ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed,
+    Action, BlockDriver, Check, Child, Create, Extent, ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed,
     Resize, Result, Store, Ticket, Write,
 };
 use crate::formats::one_file::{OneFile, Tables};
@@ -131,6 +132,10 @@ impl BlockDriver for VdiDriver {
     }
 
     fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+
+    fn checking(&self) -> Option<&dyn Check> {
         Some(self)
     }
 }
