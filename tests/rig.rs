@@ -200,6 +200,11 @@ impl<'a> Pair<'a> {
         std::fs::copy(self.scratch.file(&self.model), &new_model).unwrap();
         OpenOptions::new().write(true).open(&new_model).unwrap().set_len(size).unwrap();
         let stopped = self.scratch.file("stopped");
+        let is_known = |name: &str| {
+            let info = crate::common::run::vimg(&["info", "--output=json", name]).dir(self.scratch.path()).run();
+            info.json()["format"] == self.format
+        };
+        let was_known = is_known(&self.name);
         let mut seen = vec![hash(&before)];
         for fault in [Fault::Stop, Fault::Fail(Errno::EIO), Fault::FailFrom(Errno::ENOSPC), Fault::Shorten] {
             for (point, operation) in operations.iter().enumerate() {
@@ -232,6 +237,7 @@ impl<'a> Pair<'a> {
                     let is = |size| out.stdout.contains(&format!("({size} bytes)"));
                     assert!(is(self.size()) || is(size), "{what}: {out:?}");
                 }
+                assert!(!was_known || is_known("stopped"), "{what}: it is not known by itself");
                 let node = open_bytes(bytes, self.format, false).unwrap();
                 assert_eq!(node.virtual_size(), virtual_size);
                 if virtual_size > 32 << 20 {

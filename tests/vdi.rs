@@ -116,6 +116,38 @@ fn resized_images_keep_their_content() {
     }
 }
 
+/// New blocks are in the map, and the file has room for all of them that takes none of the disk's.
+#[test]
+fn a_resize_with_metadata_allocates_the_new_blocks() {
+    for options in ["", "static=on"] {
+        let scratch = Scratch::new();
+        let mut pair = Pair::new(&scratch, "vdi", options, 2 * M + 512);
+        pair.exercise(8, M);
+        let blocks = || {
+            let header = std::fs::read(pair.path()).unwrap();
+            u32::from_le_bytes(header[388..392].try_into().unwrap())
+        };
+        let before = blocks();
+        let out = scratch.vimg(&["resize", "-f", "vdi", "--preallocation=metadata", &pair.name, "40M"]);
+        assert_eq!(out.stdout, "Image resized.\n");
+        assert_eq!(blocks(), before + 37, "{options}");
+        let file = pair.path().metadata().unwrap();
+        assert!(std::os::unix::fs::MetadataExt::blocks(&file) * 512 < 8 << 20);
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(scratch.file(&format!("{}.model", pair.name)))
+            .unwrap()
+            .set_len(40 << 20)
+            .unwrap();
+        pair.assert_good();
+    }
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "vdi", "a.vdi", "3M"]);
+    let out =
+        crate::common::run::vimg(&["resize", "-f", "vdi", "--preallocation=full", "a.vdi", "9M"]).dir(scratch.path());
+    assert!(out.fails(1).stderr.contains("Unsupported preallocation mode 'full'"));
+}
+
 #[test]
 fn a_huge_map_moves() {
     let scratch = Scratch::new();

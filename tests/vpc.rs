@@ -273,6 +273,40 @@ fn a_failed_write_into_an_image_leaves_its_footer() {
     assert_eq!(&file[file.len() - 512..file.len() - 504], b"conectix");
 }
 
+/// A resize says what it refuses before it changes anything, be it to put a damaged footer right.
+#[test]
+fn the_check_of_a_resize_writes_nothing() {
+    let scratch = Scratch::new();
+    create(&scratch.file("a.vhd"), "vpc", "force_size=on", 10 * M).unwrap();
+    let mut bytes = std::fs::read(scratch.file("a.vhd")).unwrap();
+    bytes[100] ^= 1;
+    std::fs::write(scratch.file("a.vhd"), &bytes).unwrap();
+    let node = crate::rig::open_on(crate::common::inside::host_file(&scratch.file("a.vhd")), "vpc", true).unwrap();
+    let resizing = node.driver().resizing().unwrap();
+    resizing.check(20 * M, Preallocation::Off).unwrap();
+    assert!(std::fs::read(scratch.file("a.vhd")).unwrap() == bytes);
+    resizing.resize(20 * M, Preallocation::Off).unwrap();
+    let bytes = std::fs::read(scratch.file("a.vhd")).unwrap();
+    assert!(bytes[..512] == bytes[bytes.len() - 512..]);
+}
+
+#[test]
+fn a_resize_refuses_the_preallocation_that_it_does_not_have() {
+    let scratch = Scratch::new();
+    for (options, modes) in [("", &["metadata", "falloc", "full"][..]), ("subformat=fixed", &["metadata"])] {
+        create(&scratch.file("a.vhd"), "vpc", options, 10 * M).unwrap();
+        let before = std::fs::read(scratch.file("a.vhd")).unwrap();
+        for mode in modes {
+            let mode = format!("--preallocation={mode}");
+            let out =
+                crate::common::run::vimg(&["resize", "-f", "vpc", &mode, "a.vhd", "20M"]).dir(scratch.path()).run();
+            assert_eq!(out.code, Some(1), "{out:?}");
+            assert!(out.stderr.contains("Unsupported preallocation mode"), "{out:?}");
+        }
+        assert!(std::fs::read(scratch.file("a.vhd")).unwrap() == before);
+    }
+}
+
 #[test]
 fn a_footer_without_its_disk_is_refused() {
     let scratch = Scratch::new();

@@ -6,8 +6,10 @@ use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use crate::block::{Child, Result};
-use crate::storage::Storage;
+use crate::block::error::Context;
+use crate::block::io::clear_stored;
+use crate::block::{BlockDriver, Child, GuestOffset, HostPlace, Result};
+use crate::storage::{Storage, Zeroing};
 
 /// Tables in memory.
 pub trait Tables: Debug + Send {
@@ -55,4 +57,22 @@ impl<S: Tables> OneFile<S> {
         }
         self.files[0].flush()
     }
+}
+
+/// Makes the unit in which a disk of `size` bytes ends read as zeros from there on: that part may come into view.
+/// `place` says where in the main file the unit with an index starts, if it has a place.
+pub fn clear_last_unit(
+    driver: &dyn BlockDriver,
+    size: u64,
+    unit: u64,
+    how: Zeroing,
+    place: impl FnOnce(u64) -> Result<Option<u64>>,
+) -> Result<()> {
+    let within = size % unit;
+    if within == 0 {
+        return Ok(());
+    }
+    let Some(at) = place(size / unit)? else { return Ok(()) };
+    let from = HostPlace::main(at.saturating_add(within));
+    clear_stored(driver, from, GuestOffset(size), unit - within, how).context("Could not clear the end of the disk")
 }

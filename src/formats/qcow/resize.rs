@@ -12,7 +12,7 @@ use super::tables::QcowState;
 use crate::block::error::Context;
 use crate::block::io::{clear_stored, read_unit, write_stored};
 use crate::block::{BlockDriver, CompressedUnit, Error, GuestOffset, HostPlace, Resize, ResizeFiles, Result};
-use crate::formats::one_file::Tables;
+use crate::formats::one_file::{Tables, clear_last_unit};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 impl Resize for QcowDriver {
@@ -159,9 +159,8 @@ impl QcowDriver {
         match state.run(storage, index, 1)?.0 {
             QcowEntry::Unallocated => Ok(()),
             QcowEntry::Plain(at) => {
-                let (guest, place) = (index * self.cluster + within, HostPlace::main(at.saturating_add(within)));
-                let rest = self.cluster - within;
-                clear_stored(self, place, GuestOffset(guest), rest, Zeroing::Write).context(clearing)
+                let size = index * self.cluster + within;
+                clear_last_unit(self, size, self.cluster, Zeroing::Write, |_| Ok(Some(at)))
             }
             QcowEntry::Compressed(at, bytes) => {
                 let place = HostPlace::main(at);

@@ -13,9 +13,9 @@ use super::VdiDriver;
 use super::layout::{DISCARDED, MAX_BLOCKS, MAX_SIZE, UNALLOCATED, VdiHeader, too_large};
 use super::map::VdiState;
 use crate::block::error::Context;
-use crate::block::io::{clear_stored, move_stored};
+use crate::block::io::move_stored;
 use crate::block::{Error, GuestOffset, HostPlace, Resize, Result};
-use crate::formats::one_file::Tables;
+use crate::formats::one_file::{Tables, clear_last_unit};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 /// Entries of the map that are read or written at once.
@@ -39,7 +39,7 @@ impl Resize for VdiDriver {
         if size > MAX_SIZE || blocks > u64::from(MAX_BLOCKS) {
             return Err(too_large(size));
         }
-        if !self.fixed && fill != Preallocation::Off {
+        if !self.fixed && !matches!(fill, Preallocation::Off | Preallocation::Metadata) {
             return Err(Error::unsupported(format!("Unsupported preallocation mode '{}'", fill.name())));
         }
         let mut state = self.state();
@@ -59,8 +59,13 @@ impl Resize for VdiDriver {
         if size < state.header.size() {
             shrink(&mut state, self, size)?;
         } else {
-            let fill = if fill == Preallocation::Metadata { Preallocation::Off } else { fill };
-            grow(&mut state, self, size, self.fixed.then_some(fill))?;
+            // All that the map says of a static image, it says of what `metadata` adds: blocks that are there, and sparse.
+            let all_there = match (self.fixed, fill) {
+                (_, Preallocation::Metadata) => Some(Preallocation::Off),
+                (true, fill) => Some(fill),
+                (false, _) => None,
+            };
+            grow(&mut state, self, size, all_there)?;
         }
         self.size.store(size, Ordering::Relaxed);
         Ok(())
@@ -86,7 +91,7 @@ fn plan(state: &mut VdiState, storage: &dyn Storage, blocks: u64) -> Result<VdiR
     Ok(VdiResizePlan::Over { first_blocks, data: narrow(data + first_blocks * block)? })
 }
 
-/// Grows; `fixed` is how the new space is treated where all blocks are there.
+/// Grows; `fixed` is how the new space is treated where all new blocks are there.
 fn grow(state: &mut VdiState, image: &VdiDriver, size: u64, fixed: Option<Preallocation>) -> Result<()> {
     let storage = image.storage();
     // The guest sees whole sectors of a disk whose size is none.
@@ -141,10 +146,18 @@ fn narrow(value: u64) -> Result<u32> {
     u32::try_from(value).map_err(|_| Error::corrupt("block index too large"))
 }
 
+/// Copies a guest block from one block of the file to another, and names the copy.
+fn move_block(state: &mut VdiState, image: &VdiDriver, guest: u64, from: u64, to: u64) -> Result<()> {
+    let block = u64::from(state.header.block_size());
+    let places = [state.host(narrow(from)?), state.host(narrow(to)?)].map(HostPlace::main);
+    move_stored(image, places[0], places[1], GuestOffset(guest.saturating_mul(block)), block)
+        .context("Could not move a block")?;
+    state.set(image.storage(), guest, to)
+}
+
 /// Copies what lies in the first `count` blocks of the file to its end, and names the copies in the old map.
 fn make_way(state: &mut VdiState, image: &VdiDriver, count: u64) -> Result<()> {
     let storage = image.storage();
-    let block = u64::from(state.header.block_size());
     let mut moves = Vec::new();
     let old = u64::from(state.header.blocks());
     let mut at = 0;
@@ -163,10 +176,7 @@ fn make_way(state: &mut VdiState, image: &VdiDriver, count: u64) -> Result<()> {
         let space = state.space(storage)?;
         free = space.free_from(free);
         space.mark(free);
-        let [from, to] = [state.host(narrow(index)?), state.host(narrow(free)?)].map(HostPlace::main);
-        move_stored(image, from, to, GuestOffset(guest.saturating_mul(block)), block)
-            .context("Could not move a block")?;
-        state.set(storage, guest, free)?;
+        move_block(state, image, guest, index, free)?;
     }
     state.write_tables(storage)?;
     storage.flush().context("Could not flush")
@@ -213,19 +223,11 @@ fn write_map(
 
 /// Makes the rest of the last block read as zeros: it lies past `size`, and may come into view.
 fn clear_tail(state: &mut VdiState, image: &VdiDriver, size: u64) -> Result<()> {
-    let storage = image.storage();
-    let block = u64::from(state.header.block_size());
-    let within = size % block;
-    if within == 0 {
-        return Ok(());
-    }
-    let (entry, _) = state.run(storage, size / block, 1)?;
-    if entry < DISCARDED {
-        let place = HostPlace::main(state.host(entry) + within);
-        clear_stored(image, place, GuestOffset(size), block - within, Zeroing::Allocate)
-            .context("Could not clear the last block")?;
-    }
-    Ok(())
+    let (storage, block) = (image.storage(), u64::from(state.header.block_size()));
+    clear_last_unit(image, size, block, Zeroing::Allocate, |index| {
+        let (entry, _) = state.run(storage, index, 1)?;
+        Ok((entry < DISCARDED).then(|| state.host(entry)))
+    })
 }
 
 fn shrink(state: &mut VdiState, image: &VdiDriver, size: u64) -> Result<()> {
@@ -280,10 +282,7 @@ fn cut(state: &mut VdiState, image: &VdiDriver, blocks: u64) -> Result<()> {
     for (guest, index) in high {
         free = space.free_from(free);
         space.mark(free);
-        let [from, to] = [state.host(narrow(index)?), state.host(narrow(free)?)].map(HostPlace::main);
-        move_stored(image, from, to, GuestOffset(guest.saturating_mul(block)), block)
-            .context("Could not move a block")?;
-        state.set(storage, guest, free)?;
+        move_block(state, image, guest, index, free)?;
         if let Some(guest) = dropped.get(&free) {
             state.set(storage, *guest, index)?;
         }

@@ -66,7 +66,9 @@ struct FooterFields {
     checksum: U32,
     uuid: [u8; 16],
     saved_state: u8,
-    reserved: [u8; 427],
+    /// The first of the reserved bytes: [`UNFINISHED`] where the file is longer than its disk.
+    unfinished: [u8; 16],
+    reserved: [u8; 411],
 }
 
 /// "Dynamic Disk Header Format".
@@ -96,11 +98,15 @@ const _: () = {
     assert!(offset_of!(FooterFields, current_size) == 48);
     assert!(offset_of!(FooterFields, checksum) == 64);
     assert!(offset_of!(FooterFields, saved_state) == 84);
+    assert!(offset_of!(FooterFields, unfinished) == 85);
     assert!(size_of::<DynamicFields>() == HEADER_BYTES);
     assert!(offset_of!(DynamicFields, table) == 16);
     assert!(offset_of!(DynamicFields, checksum) == 36);
     assert!(offset_of!(DynamicFields, parent_locators) == 576);
 };
+
+/// The mark of a fixed disk that is being resized. The specification reserves the bytes in which it stands.
+const UNFINISHED: [u8; 16] = *b"vimg: resizing..";
 
 const VERSION_1_0: u32 = 0x0001_0000;
 
@@ -193,6 +199,21 @@ impl Footer {
         (self.raw.original_size, self.raw.current_size) = (size.into(), size.into());
         self.raw.cylinders = geometry.cylinders.into();
         (self.raw.heads, self.raw.sectors) = (geometry.heads, geometry.sectors);
+        self.seal();
+    }
+
+    /// Whether it ends a file that is longer than the disk, because a resize was not finished.
+    pub fn is_unfinished(&self) -> bool {
+        self.raw.unfinished == UNFINISHED
+    }
+
+    /// Sets or takes away the mark of that; other bytes that stand there stay.
+    pub fn set_unfinished(&mut self, unfinished: bool) {
+        if unfinished {
+            self.raw.unfinished = UNFINISHED;
+        } else if self.is_unfinished() {
+            self.raw.unfinished = [0; 16];
+        }
         self.seal();
     }
 

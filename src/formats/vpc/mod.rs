@@ -42,7 +42,8 @@ impl Format for Vpc {
     fn probe_end(&self, end: &Trailer<'_>) -> bool {
         let footer = <[u8; FOOTER_BYTES]>::try_from(end.bytes).ok().and_then(Footer::parse);
         footer.is_some_and(|footer| {
-            let whole = footer.current_size().checked_add(FOOTER_BYTES as u64) == Some(end.len);
+            let needed = footer.current_size().saturating_add(FOOTER_BYTES as u64);
+            let whole = needed == end.len || (footer.is_unfinished() && needed < end.len);
             footer.is_sound() && footer.kind() == FIXED && whole
         })
     }

@@ -1,7 +1,8 @@
 //! The virtual size of a VHD: grow and shrink, both kinds.
 //!
 //! However a resize ends, the image is the old disk or the new one. Of a fixed disk one write of a footer decides:
-//! the one that ends the file. Of a dynamic one the copy at the start does, which readers trust first: it changes
+//! the one that ends the file. As long as the file is longer than the disk that footer carries a mark, without which
+//! nobody could tell the image from a raw one. Of a dynamic one the copy at the start does, which readers trust first: it changes
 //! last when the disk grows and first when it shrinks. A table grows only over blocks that were copied away and named
 //! at their new place.
 
@@ -13,9 +14,9 @@ use super::geometry::{ChsGeometry, SizeRule};
 use super::layout::{FOOTER_BYTES, Footer, MAX_SIZE, MAX_TABLE, SECTOR, UNALLOCATED};
 use super::table::{VpcState, overlap};
 use crate::block::error::Context;
-use crate::block::io::{clear_stored, move_stored};
+use crate::block::io::move_stored;
 use crate::block::{Error, GuestOffset, HostPlace, Resize, Result};
-use crate::formats::one_file::Tables;
+use crate::formats::one_file::{Tables, clear_last_unit};
 use crate::formats::table;
 use crate::storage::{Preallocation, Storage, Zeroing};
 
@@ -30,6 +31,10 @@ fn check_size(size: u64) -> Result<()> {
         return Err(Error::unsupported("The image size is too large for file format 'vpc'"));
     }
     Ok(())
+}
+
+fn unsupported(fill: Preallocation) -> Error {
+    Error::unsupported(format!("Unsupported preallocation mode '{}'", fill.name()))
 }
 
 /// Writes a size into a footer so that readers come to exactly this size.
@@ -52,8 +57,10 @@ fn set_size(footer: &mut Footer, size: u64) {
 
 impl Resize for Fixed {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
-        let _ = fill;
         check_size(size)?;
+        if fill == Preallocation::Metadata {
+            return Err(unsupported(fill));
+        }
         let end = self.end.load(Ordering::Relaxed);
         if self.size.load(Ordering::Relaxed) > end {
             return Err(self.too_short());
@@ -74,7 +81,8 @@ impl Resize for Fixed {
         let mut footer = self.footer();
         let mut new = footer.clone();
         set_size(&mut new, size);
-        let end = if size > file.old { file.grow(size, fill, &footer, &new)? } else { file.shrink(size, &new)? };
+        new.set_unfinished(false);
+        let end = if size > file.old { file.grow(size, fill, &footer, &new)? } else { file.decide(size, &new)? };
         *footer = new;
         self.end.store(end, Ordering::Relaxed);
         self.size.store(size, Ordering::Relaxed);
@@ -93,6 +101,14 @@ struct FixedFile<'a> {
 }
 
 impl FixedFile<'_> {
+    /// A footer for the end of a file in which other bytes come behind the disk.
+    fn marked(&self, footer: &Footer) -> Footer {
+        let mut footer = footer.clone();
+        // On a device there always are some.
+        footer.set_unfinished(!self.storage.facts().fixed_len);
+        footer
+    }
+
     fn write_footer(&self, at: u64, footer: &Footer) -> Result<()> {
         self.storage.flush().context("Could not flush")?;
         self.storage.write_at(at, footer.bytes()).context("Could not write the VHD footer")?;
@@ -104,8 +120,7 @@ impl FixedFile<'_> {
         if size <= self.end {
             // There is room before the footer. Nobody knows what lies in it.
             self.clear(size, Zeroing::Write)?;
-            self.write_footer(self.end, new)?;
-            return self.cut(size, new);
+            return self.decide(size, new);
         }
         let done = self.extend(size, fill, old).and_then(|()| self.write_footer(size, new));
         match done {
@@ -121,7 +136,7 @@ impl FixedFile<'_> {
 
     /// Makes a longer file of it, of which the disk is still the old one.
     fn extend(&self, size: u64, fill: Preallocation, old: &Footer) -> Result<()> {
-        self.write_footer(size, old)?;
+        self.write_footer(size, &self.marked(old))?;
         match fill {
             Preallocation::Off | Preallocation::Metadata => {
                 self.clear(size.min(self.end + LONG_FOOTER), Zeroing::Write)
@@ -137,8 +152,12 @@ impl FixedFile<'_> {
         self.storage.zero(self.old, len, how).context(RESIZING)
     }
 
-    fn shrink(&self, size: u64, new: &Footer) -> Result<u64> {
-        self.write_footer(self.end, new)?;
+    /// Gives a disk its new size that ends where the footer is, or before it.
+    fn decide(&self, size: u64, new: &Footer) -> Result<u64> {
+        match size == self.end {
+            true => self.write_footer(self.end, new)?,
+            false => self.write_footer(self.end, &self.marked(new))?,
+        }
         self.cut(size, new)
     }
 
@@ -164,20 +183,21 @@ impl Resize for Dynamic {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
         check_size(size)?;
         if fill != Preallocation::Off {
-            return Err(Error::unsupported(format!("Unsupported preallocation mode '{}'", fill.name())));
+            return Err(unsupported(fill));
         }
         let mut state = self.state();
         let entries = entries_for(&state, size)?.max(state.header.entries());
         if overlap(&state.header_range(), &(state.header.table()..state.table_end_with(entries))) {
             return Err(Error::unsupported("the header lies where the block allocation table would grow"));
         }
-        state.prepare(self.storage())
+        state.check_apart(self.storage())
     }
 
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
         self.check(size, fill)?;
         let storage = self.storage();
         let mut state = self.state();
+        state.prepare(storage)?;
         state.write_tables(storage)?;
         let old = self.size.load(Ordering::Relaxed);
         if size < old {
@@ -271,18 +291,10 @@ fn move_block(state: &VpcState, image: &Dynamic, block: u64, from: u64, to: u64)
 
 /// Makes the rest of the last block read as zeros: it lies past `size`, and may come into view.
 fn clear_tail(state: &mut VpcState, image: &Dynamic, size: u64) -> Result<()> {
-    let storage = image.storage();
-    let within = size % state.block();
-    if within == 0 {
-        return Ok(());
-    }
-    if let (Some(at), _) = state.run(storage, size / state.block(), 1)? {
-        let from = at + state.bitmap() + within;
-        let (place, rest) = (HostPlace::main(from), state.block() - within);
-        clear_stored(image, place, GuestOffset(size), rest, Zeroing::Allocate)
-            .context("Could not clear the last block")?;
-    }
-    Ok(())
+    let (storage, bitmap) = (image.storage(), state.bitmap());
+    clear_last_unit(image, size, state.block(), Zeroing::Allocate, |block| {
+        Ok(state.run(storage, block, 1)?.0.map(|at| at + bitmap))
+    })
 }
 
 fn shrink(state: &mut VpcState, image: &Dynamic, size: u64) -> Result<()> {

@@ -277,11 +277,8 @@ impl VpcState {
         Ok(())
     }
 
-    /// Makes sure, once, that the image can be written to without harm.
-    pub fn prepare(&mut self, storage: &dyn Storage) -> Result<()> {
-        if self.prepared {
-            return Ok(());
-        }
+    /// Refuses an image that cannot be written to without harm. Changes nothing.
+    pub fn check_apart(&mut self, storage: &dyn Storage) -> Result<()> {
         if !self.header.table().is_multiple_of(SECTOR) {
             return Err(Error::unsupported("the block allocation table does not start at a sector"));
         }
@@ -299,6 +296,15 @@ impl VpcState {
         if blocks.disjoint().is_none() {
             return Err(Error::corrupt("blocks of the image overlap"));
         }
+        Ok(())
+    }
+
+    /// Makes sure, once, before the first change, that the image can be written to without harm.
+    pub fn prepare(&mut self, storage: &dyn Storage) -> Result<()> {
+        if self.prepared {
+            return Ok(());
+        }
+        self.check_apart(storage)?;
         // The last footer is about to be overwritten: the copy has to be whole.
         let mut front = [0; FOOTER_BYTES];
         storage.read_at(0, &mut front).context("Could not read the VHD footer")?;
