@@ -576,6 +576,25 @@ fn stable_storage_comes_before_names_and_folders_after() {
     }
 }
 
+/// Where the data of an image in several files is written in place, the older header has gone for good before.
+#[test]
+fn an_older_header_is_off_the_disk_before_its_data_is_overwritten() {
+    need("strace");
+    let dir = Scratch::new();
+    fs::write(dir.file("s.raw"), pattern(5, 300_000)).unwrap();
+    let program = crate::common::vimg_path();
+    let line = "convert -f raw -O vmdk -o subformat=monolithicFlat s.raw disk.vmdk";
+    dir.sh(&format!("{} {line} && ln disk-flat.vmdk link", program.display()));
+    let calls = "ftruncate,pwrite64,copy_file_range,fallocate,fsync,fdatasync";
+    dir.sh(&format!("strace -qq -f -y -o trace -e trace={calls} {} {line}", program.display()));
+    let trace = fs::read_to_string(dir.file("trace")).unwrap();
+    let first = |is: &dyn Fn(&str) -> bool| trace.lines().position(is).unwrap_or_else(|| panic!("{trace}"));
+    let cut = first(&|line| line.contains("/disk.vmdk>") && line.contains("ftruncate("));
+    let synced = first(&|line| line.contains("/disk.vmdk>") && line.contains("sync("));
+    let data = first(&|line| line.contains("/disk-flat.vmdk>"));
+    assert!(cut < synced && synced < data, "{trace}");
+}
+
 #[test]
 fn a_resize_on_a_full_disk_names_the_file() {
     let dir = Scratch::new();

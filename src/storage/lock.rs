@@ -144,22 +144,36 @@ fn test(fd: BorrowedFd<'_>, access: Access, name: &str) -> Result<()> {
 const CLAIMS: i64 = 1 << 61;
 
 /// Claims a name in a folder, for as long as `folder` is open; `shown` is for the hint. It is a lock on a byte of the
-/// folder that follows from the name, taken and tested as those of a file are: what has no name yet has no file that
-/// could be locked. A folder that has no such locks is no error.
+/// folder that follows from the name: what has no name yet has no file that could be locked. A folder that has no such
+/// locks is no error.
+///
+/// It is tested first and taken then, for a folder is open for reading, and such a lock excludes nobody: of two that
+/// come at the same instant both go on, and the first that gives the name has it. The other way round each would see
+/// the other's lock, and neither would go on.
 pub fn claim(folder: &File, name: &OsStr, shown: &str) -> Result<()> {
+    if is_claimed(folder, name) {
+        return Err(Error::Locked { permission: "write", shared: false, name: shown.to_owned() });
+    }
+    take_claim(folder, name);
+    Ok(())
+}
+
+/// The byte of a folder that a name's claim is on.
+fn claim_byte(name: &OsStr) -> i64 {
     // FNV-1a: every version must come to the same byte.
     let mix = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
     let hash = name.as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix);
-    let byte = CLAIMS + i64::try_from(hash >> 4).unwrap_or_default();
-    let mut probe = flock(libc::F_WRLCK, byte);
-    let fd = folder.as_fd();
-    if fcntl(fd, FcntlArg::F_OFD_SETLK(&flock(libc::F_RDLCK, byte))).is_ok()
-        && fcntl(fd, FcntlArg::F_OFD_GETLK(&mut probe)).is_ok()
-        && i32::from(probe.l_type) != libc::F_UNLCK
-    {
-        return Err(Error::Locked { permission: "write", shared: false, name: shown.to_owned() });
-    }
-    Ok(())
+    CLAIMS + i64::try_from(hash >> 4).unwrap_or_default()
+}
+
+fn is_claimed(folder: &File, name: &OsStr) -> bool {
+    let mut probe = flock(libc::F_WRLCK, claim_byte(name));
+    fcntl(folder.as_fd(), FcntlArg::F_OFD_GETLK(&mut probe)).is_ok() && i32::from(probe.l_type) != libc::F_UNLCK
+}
+
+fn take_claim(folder: &File, name: &OsStr) {
+    // Where it cannot be had, the name itself is looked at when it is given.
+    let _ = fcntl(folder.as_fd(), FcntlArg::F_OFD_SETLK(&flock(libc::F_RDLCK, claim_byte(name))));
 }
 
 fn flock(kind: i32, byte: i64) -> libc::flock {
@@ -248,5 +262,23 @@ mod tests {
         drop(a);
         change(b.as_fd(), Access::READ, Access::WRITE, "x").unwrap();
         change(b.as_fd(), Access::WRITE, Access::NONE, "x").unwrap();
+    }
+
+    /// Whichever of the calls of two that come at once is the later one: not both are refused, and a third one is.
+    #[test]
+    fn of_two_claims_at_once_one_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let (name, other) = (OsStr::new("a"), OsStr::new("b"));
+        let open = || File::open(dir.path()).unwrap();
+        let (first, second, third) = (open(), open(), open());
+        assert!(!is_claimed(&first, name) && !is_claimed(&second, name));
+        take_claim(&first, name);
+        take_claim(&second, name);
+        assert!(text(claim(&third, name, "a")).contains("\"write\" lock"));
+        assert_eq!(text(claim(&third, other, "b")), "ok");
+        drop(first);
+        assert!(is_claimed(&third, name));
+        drop(second);
+        assert_eq!(text(claim(&third, name, "a")), "ok");
     }
 }

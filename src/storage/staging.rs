@@ -154,7 +154,8 @@ impl Staging {
         let mut files = self.files();
         if staged.in_place() && staged.secondary {
             // Data that is written over in place must not be seen under the older header.
-            files.iter().filter(|staged| !staged.secondary).try_for_each(Staged::drop_older_header)?;
+            let sync = self.durability != Durability::Never;
+            files.iter().filter(|staged| !staged.secondary).try_for_each(|staged| staged.drop_older_header(sync))?;
             staged.storage.set_len(0, Preallocation::Off)?;
         }
         files.push(staged);
@@ -224,7 +225,7 @@ impl Staging {
         }
         for staged in &files {
             if let Some(head) = &staged.head {
-                head.begin()?;
+                head.reserve().map_err(|error| staged.failed(error))?;
                 staged.settle(sync, self.cache)?;
             }
         }
@@ -249,13 +250,20 @@ impl Staged {
         matches!(self.way, Way::InPlace) && self.storage.kind() == FileKind::Regular
     }
 
-    /// What it is to take the place of is no image any more.
-    fn drop_older_header(&self) -> Result<()> {
-        match (&self.way, &self.head) {
-            (Way::Replace { old }, _) => old.set_len(0, Preallocation::Off),
-            (_, Some(head)) => head.begin(),
-            _ => Ok(()),
-        }
+    /// What it is to take the place of is no image any more; not after a power cut either, if `sync` says so.
+    fn drop_older_header(&self, sync: bool) -> Result<()> {
+        let file = match (&self.way, &self.head) {
+            (Way::Replace { old }, _) => {
+                old.set_len(0, Preallocation::Off)?;
+                old
+            }
+            (_, Some(head)) => {
+                head.begin()?;
+                &*self.storage
+            }
+            _ => return Ok(()),
+        };
+        if sync { file.sync().map_err(|error| self.failed(error)) } else { Ok(()) }
     }
 
     fn shown(&self) -> String {

@@ -71,6 +71,16 @@ impl HeadLast {
         }
     }
 
+    /// Takes the room that [`HeadLast::finish`] needs, so that a full disk is found out while the failure of it leaves
+    /// no more undone than any other.
+    pub(super) fn reserve(&self) -> Result<()> {
+        self.begin()?;
+        match kept_back(0, self.len()?) {
+            0 => Ok(()),
+            kept => self.file.zero(0, kept as u64, Zeroing::Write),
+        }
+    }
+
     /// Writes what was kept back, and ends it where it ends.
     pub(super) fn finish(&self) -> Result<()> {
         self.begin()?;

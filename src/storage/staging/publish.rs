@@ -190,7 +190,11 @@ fn copy_all(files: &mut [Staged], sync: bool) -> Result<()> {
     {
         // The older header must not be seen with what is copied next.
         let header = OpenOptions::new().write(true).open(target);
-        header.and_then(|file| file.set_len(0)).map_err(|cause| named("create", target, cause))?;
+        let gone = header.and_then(|file| {
+            file.set_len(0)?;
+            if sync { file.sync_all() } else { Ok(()) }
+        });
+        gone.map_err(|cause| named("create", target, cause))?;
     }
     let mut made = Vec::new();
     for staged in files.iter() {
