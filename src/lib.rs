@@ -13,6 +13,7 @@
 //! filters   blkdebug: between a format and its file, or over an image
 //! block     one vocabulary for every image: BlockDriver, Format, Protocol, Filter, Extent, Node, Opener, options, error
 //! codec     deflate, zstd: bytes in, bytes out; no files
+//! crypto    ciphers, hashes, keys under passphrases: likewise
 //! storage   bytes on the host by position: file, block device, memory; sparse files and preallocation
 //! ```
 //!
@@ -68,6 +69,7 @@
 pub mod block;
 pub mod cli;
 pub mod codec;
+pub mod crypto;
 pub mod drivers;
 pub mod filters;
 pub mod formats;

@@ -1,0 +1,285 @@
+//! The modes, each generic over the cipher: what goes on for each sector.
+//!
+//! Slices are whole sectors; [`sectors`](super::sectors) has seen to it. Vectors and tweaks of a batch of sectors are made
+//! at once and live on the stack.
+
+use cipher::array::{Array, ArraySize};
+use cipher::consts::U16;
+use cipher::{Block, BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
+use zeroize::ZeroizeOnDrop;
+
+use super::sectors::SECTOR;
+use super::{CryptoError, Result};
+
+/// What a cipher's crate offers.
+pub trait BlockCipher:
+    BlockCipherEncrypt + BlockCipherDecrypt + KeyInit + ZeroizeOnDrop + Send + Sync + 'static
+{
+}
+
+impl<C> BlockCipher for C where
+    C: BlockCipherEncrypt + BlockCipherDecrypt + KeyInit + ZeroizeOnDrop + Send + Sync + 'static
+{
+}
+
+/// A cipher in a mode with its key, behind one call for a run of sectors.
+pub trait SectorMode: Send + Sync {
+    /// Encrypts sectors from that number on.
+    fn encrypt(&self, first: u64, sectors: &mut [u8]);
+    /// Decrypts sectors from that number on.
+    fn decrypt(&self, first: u64, sectors: &mut [u8]);
+}
+
+/// Sectors that are worked on at once.
+const BATCH: usize = 16;
+/// The most blocks of a sector: of 8 bytes each.
+const BLOCKS: usize = SECTOR / 8;
+
+/// Encrypts blocks of 16 bytes.
+pub trait Encipher: Send + Sync {
+    /// All of them, each on its own.
+    fn encipher(&self, blocks: &mut [Array<u8, U16>]);
+}
+
+impl<C: BlockCipher<BlockSize = U16>> Encipher for C {
+    fn encipher(&self, blocks: &mut [Array<u8, U16>]) {
+        self.encrypt_blocks(blocks);
+    }
+}
+
+/// Makes the initialization vectors of sectors.
+pub enum Ivs {
+    /// 32 bits of the number.
+    Plain,
+    /// 64 bits of it.
+    Plain64,
+    /// The same, encrypted.
+    Essiv(Box<dyn Encipher>),
+}
+
+impl Ivs {
+    /// Those of the sectors from `first` on, at most [`BATCH`] of them. Where blocks are short, so are they.
+    fn fill<N: ArraySize>(&self, first: u64, ivs: &mut [Array<u8, N>]) {
+        let mut wide = [Array::<u8, U16>::default(); BATCH];
+        let used = ivs.len().min(BATCH);
+        for (n, iv) in wide[..used].iter_mut().enumerate() {
+            let sector = first.wrapping_add(n as u64);
+            let sector = if matches!(self, Self::Plain) { sector & u64::from(u32::MAX) } else { sector };
+            iv[..8].copy_from_slice(&sector.to_le_bytes());
+        }
+        if let Self::Essiv(cipher) = self {
+            cipher.encipher(&mut wide[..used]);
+        }
+        for (iv, wide) in ivs.iter_mut().zip(&wide) {
+            let len = iv.len().min(wide.len());
+            iv[..len].copy_from_slice(&wide[..len]);
+        }
+    }
+}
+
+fn blocks<N: ArraySize>(bytes: &mut [u8]) -> &mut [Array<u8, N>] {
+    Array::slice_as_chunks_mut(bytes).0
+}
+
+fn xor<N: ArraySize>(into: &mut Array<u8, N>, with: &Array<u8, N>) {
+    into.iter_mut().zip(with).for_each(|(a, b)| *a ^= b);
+}
+
+/// Calls `act` with each batch of sectors, the number of its first and its vectors.
+fn batches<N: ArraySize>(
+    ivs: &Ivs,
+    first: u64,
+    sectors: &mut [u8],
+    mut act: impl FnMut(&mut [u8], &mut [Array<u8, N>]),
+) {
+    let mut first = first;
+    for batch in sectors.chunks_mut(BATCH * SECTOR) {
+        let count = batch.len() / SECTOR;
+        let mut vectors: [Array<u8, N>; BATCH] = std::array::from_fn(|_| Array::default());
+        ivs.fill(first, &mut vectors[..count]);
+        act(batch, &mut vectors[..count]);
+        first = first.wrapping_add(count as u64);
+    }
+}
+
+/// [`CipherMode::Ecb`](super::CipherMode::Ecb).
+pub struct Ecb<C> {
+    pub data: C,
+}
+
+impl<C: BlockCipher> SectorMode for Ecb<C> {
+    fn encrypt(&self, _first: u64, sectors: &mut [u8]) {
+        self.data.encrypt_blocks(blocks(sectors));
+    }
+
+    fn decrypt(&self, _first: u64, sectors: &mut [u8]) {
+        self.data.decrypt_blocks(blocks(sectors));
+    }
+}
+
+/// [`CipherMode::Cbc`](super::CipherMode::Cbc).
+pub struct Cbc<C> {
+    pub data: C,
+    pub ivs: Ivs,
+}
+
+impl<C: BlockCipher> SectorMode for Cbc<C> {
+    fn encrypt(&self, first: u64, sectors: &mut [u8]) {
+        let step = SECTOR / C::block_size();
+        batches::<C::BlockSize>(&self.ivs, first, sectors, |batch, chains| {
+            // A chain goes on one block after the other: the blocks in the same place of all sectors go together.
+            let batch = blocks::<C::BlockSize>(batch);
+            for at in 0..step {
+                for (chain, sector) in chains.iter_mut().zip(batch.chunks(step)) {
+                    xor(chain, &sector[at]);
+                }
+                self.data.encrypt_blocks(chains);
+                for (chain, sector) in chains.iter().zip(batch.chunks_mut(step)) {
+                    sector[at] = chain.clone();
+                }
+            }
+        });
+    }
+
+    fn decrypt(&self, first: u64, sectors: &mut [u8]) {
+        let step = SECTOR / C::block_size();
+        batches::<C::BlockSize>(&self.ivs, first, sectors, |batch, vectors| {
+            for (iv, sector) in vectors.iter().zip(blocks::<C::BlockSize>(batch).chunks_mut(step)) {
+                decrypt_chain(&self.data, iv, sector);
+            }
+        });
+    }
+}
+
+/// Decrypts one chain of at most a sector; gives its last encrypted block, from which the next goes on.
+fn decrypt_chain<C: BlockCipher>(cipher: &C, iv: &Block<C>, chain: &mut [Block<C>]) -> Block<C> {
+    let mut sealed: [Block<C>; BLOCKS] = std::array::from_fn(|_| Array::default());
+    let sealed = &mut sealed[..chain.len().min(BLOCKS)];
+    sealed.clone_from_slice(chain);
+    cipher.decrypt_blocks(chain);
+    for (plain, before) in chain.iter_mut().zip(std::iter::once(iv).chain(&*sealed)) {
+        xor(plain, before);
+    }
+    sealed.last().unwrap_or(iv).clone()
+}
+
+fn set<C: BlockCipher>(key: &[u8], iv: &[u8]) -> Result<(C, Block<C>)> {
+    let cipher = C::new_from_slice(key).map_err(|_| CryptoError::Length(key.len()))?;
+    let iv = Array::try_from(iv).map_err(|_| CryptoError::Length(iv.len()))?;
+    Ok((cipher, iv))
+}
+
+/// One chain of whole blocks.
+pub fn cbc_encrypt<C: BlockCipher>(key: &[u8], iv: &[u8], bytes: &mut [u8]) -> Result<()> {
+    let (cipher, mut chain) = set::<C>(key, iv)?;
+    for block in blocks::<C::BlockSize>(bytes) {
+        xor(block, &chain);
+        cipher.encrypt_block(block);
+        chain = block.clone();
+    }
+    Ok(())
+}
+
+/// One chain of whole blocks.
+pub fn cbc_decrypt<C: BlockCipher>(key: &[u8], iv: &[u8], bytes: &mut [u8]) -> Result<()> {
+    let (cipher, mut chain) = set::<C>(key, iv)?;
+    for piece in blocks::<C::BlockSize>(bytes).chunks_mut(SECTOR / C::block_size()) {
+        chain = decrypt_chain(&cipher, &chain, piece);
+    }
+    Ok(())
+}
+
+/// [`CipherMode::Ctr`](super::CipherMode::Ctr).
+pub struct Ctr<C> {
+    pub data: C,
+    pub ivs: Ivs,
+}
+
+impl<C: BlockCipher> Ctr<C> {
+    fn apply(&self, first: u64, sectors: &mut [u8]) {
+        batches::<C::BlockSize>(&self.ivs, first, sectors, |batch, vectors| {
+            for (counter, sector) in vectors.iter_mut().zip(batch.chunks_mut(SECTOR)) {
+                let sector = blocks::<C::BlockSize>(sector);
+                let mut stream: [Block<C>; BLOCKS] = std::array::from_fn(|_| Array::default());
+                let stream = &mut stream[..sector.len()];
+                for block in stream.iter_mut() {
+                    block.clone_from(counter);
+                    increment(counter);
+                }
+                self.data.encrypt_blocks(stream);
+                sector.iter_mut().zip(&*stream).for_each(|(block, stream)| xor(block, stream));
+            }
+        });
+    }
+}
+
+/// Adds one to a big-endian number, which starts over at its end.
+fn increment<N: ArraySize>(counter: &mut Array<u8, N>) {
+    for byte in counter.iter_mut().rev() {
+        *byte = byte.wrapping_add(1);
+        if *byte != 0 {
+            break;
+        }
+    }
+}
+
+impl<C: BlockCipher> SectorMode for Ctr<C> {
+    fn encrypt(&self, first: u64, sectors: &mut [u8]) {
+        self.apply(first, sectors);
+    }
+
+    fn decrypt(&self, first: u64, sectors: &mut [u8]) {
+        self.apply(first, sectors);
+    }
+}
+
+/// [`CipherMode::Xts`](super::CipherMode::Xts).
+pub struct Xts<C> {
+    pub data: C,
+    pub tweak: C,
+    pub ivs: Ivs,
+}
+
+/// Blocks of a sector in [`Xts`].
+const WIDE: usize = SECTOR / 16;
+
+impl<C: BlockCipher<BlockSize = U16>> Xts<C> {
+    fn apply(&self, first: u64, sectors: &mut [u8], act: impl Fn(&C, &mut [Array<u8, U16>])) {
+        batches::<U16>(&self.ivs, first, sectors, |batch, vectors| {
+            self.tweak.encrypt_blocks(vectors);
+            for (tweak, sector) in vectors.iter().zip(batch.chunks_mut(SECTOR)) {
+                let tweaks = tweaks(u128::from_le_bytes(tweak.0));
+                let sector = blocks::<U16>(sector);
+                mask(sector, &tweaks);
+                act(&self.data, sector);
+                mask(sector, &tweaks);
+            }
+        });
+    }
+}
+
+/// The tweak of each block: that of the one before, times x in GF(2^128) (IEEE 1619-2007, 5.2).
+fn tweaks(first: u128) -> [u128; WIDE] {
+    let mut tweak = first;
+    std::array::from_fn(|_| {
+        let this = tweak;
+        tweak = (tweak << 1) ^ ((tweak >> 127) * 0x87);
+        this
+    })
+}
+
+fn mask(sector: &mut [Array<u8, U16>], tweaks: &[u128; WIDE]) {
+    for (block, tweak) in sector.iter_mut().zip(tweaks) {
+        block.0 = (u128::from_le_bytes(block.0) ^ tweak).to_le_bytes();
+    }
+}
+
+impl<C: BlockCipher<BlockSize = U16>> SectorMode for Xts<C> {
+    fn encrypt(&self, first: u64, sectors: &mut [u8]) {
+        self.apply(first, sectors, |cipher, blocks| cipher.encrypt_blocks(blocks));
+    }
+
+    fn decrypt(&self, first: u64, sectors: &mut [u8]) {
+        self.apply(first, sectors, |cipher, blocks| cipher.decrypt_blocks(blocks));
+    }
+}
