@@ -9,6 +9,7 @@ mod common;
 mod compression;
 mod contract;
 mod convert;
+mod encryption;
 mod fault;
 mod fixtures;
 mod formats;

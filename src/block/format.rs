@@ -111,6 +111,12 @@ pub trait Create: Sync {
     /// Makes the image: complete, closed, all zeros or all backing file.
     fn create(&self, request: &CreateRequest<'_>) -> Result<()>;
 
+    /// The options by which an image that was made with these is opened: where its key is.
+    fn open_options(&self, options: &CreateOptions) -> OptionTree {
+        let _ = options;
+        OptionTree::new()
+    }
+
     /// Whether a backing file can be named.
     fn has_backing(&self) -> bool {
         self.options().iter().any(|option| option.name == "backing_file")

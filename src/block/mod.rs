@@ -30,6 +30,7 @@ pub mod open;
 pub mod options;
 pub mod protocol;
 pub mod purpose;
+mod sealed;
 pub mod secrets;
 
 pub use check::{Check, CheckReport, Findings, Fix};
@@ -47,4 +48,4 @@ pub use notice::Notice;
 pub use open::{Allowed, MadeFiles, OpenHow, Opener, Policy};
 pub use options::{CreateOptions, OptionKind, OptionSpec, OptionValue};
 pub use purpose::Purpose;
-pub use secrets::{NO_SECRETS, Secrets};
+pub use secrets::{KeyUse, NO_SECRETS, SecretBytes, Secrets};

@@ -1,27 +1,43 @@
-//! Secrets: passphrases and keys that options name. What they hold is shown nowhere, and wiped when it is dropped.
+//! Secrets: passphrases and keys that options name, or that are asked for. What they hold is shown nowhere, and wiped
+//! when it is dropped.
+//!
+//! Lock order: none; whoever asks keeps its own lock while it does.
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
-use super::{Error, Result};
+use zeroize::Zeroizing;
+
+use super::{Error, Purpose, Result};
 
 /// For images that need none.
-pub static NO_SECRETS: Secrets = Secrets { objects: BTreeMap::new() };
+pub static NO_SECRETS: Secrets = Secrets { objects: BTreeMap::new(), unnamed: None };
 
 /// Bytes that nobody may see.
 #[derive(Clone, PartialEq, Eq, Default)]
-pub struct SecretBytes(Vec<u8>);
+pub struct SecretBytes(Zeroizing<Vec<u8>>);
 
 impl SecretBytes {
     /// The bytes themselves.
     pub fn get(&self) -> &[u8] {
         &self.0
     }
+
+    /// The same, to be changed. What it grows by may leave a copy behind: it is not to grow.
+    pub(super) fn get_mut(&mut self) -> &mut Vec<u8> {
+        &mut self.0
+    }
+
+    /// Decrypts what is encrypted with another secret: see [`sealed`](super::sealed).
+    pub fn unsealed(&self, key: &[u8; 32], iv: &[u8; 16]) -> Result<Self> {
+        super::sealed::open(key, iv, self)
+    }
 }
 
 impl From<Vec<u8>> for SecretBytes {
     fn from(bytes: Vec<u8>) -> Self {
-        Self(bytes)
+        Self(bytes.into())
     }
 }
 
@@ -31,29 +47,49 @@ impl fmt::Debug for SecretBytes {
     }
 }
 
-impl Drop for SecretBytes {
-    fn drop(&mut self) {
-        self.0.fill(0);
-        // Bytes that somebody may look at are not left as they were.
-        std::hint::black_box(&mut self.0);
+/// What a passphrase is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyUse {
+    /// The image is read.
+    Read,
+    /// It is written to.
+    Write,
+    /// It is made.
+    New,
+}
+
+impl From<Purpose> for KeyUse {
+    fn from(purpose: Purpose) -> Self {
+        if purpose.writes() { Self::Write } else { Self::Read }
     }
 }
 
+/// Where passphrases come from that no option names: a file, or the user.
+pub trait AskPassphrase: Send + Sync + fmt::Debug {
+    /// The passphrase of the image with that name, or nothing, if nobody can be asked.
+    fn ask(&self, image: &str, key_use: KeyUse) -> Result<Option<SecretBytes>>;
+}
+
 #[derive(Debug, Clone)]
-enum Object {
+enum SecretObject {
     Secret(SecretBytes),
-    /// Encrypted with another secret.
-    Sealed,
     Other,
 }
 
 /// The objects that a command line defines, by id. Those that are no secrets are known by name alone.
 #[derive(Debug, Clone, Default)]
 pub struct Secrets {
-    objects: BTreeMap<String, Object>,
+    objects: BTreeMap<String, SecretObject>,
+    unnamed: Option<Arc<dyn AskPassphrase>>,
 }
 
 impl Secrets {
+    /// The same, but where no secret is named that one is asked.
+    pub fn or_ask(mut self, unnamed: Arc<dyn AskPassphrase>) -> Self {
+        self.unnamed = Some(unnamed);
+        self
+    }
+
     /// Whether there is an object with that id.
     pub fn has(&self, id: &str) -> bool {
         self.objects.contains_key(id)
@@ -61,27 +97,19 @@ impl Secrets {
 
     /// Adds a secret.
     pub fn add(&mut self, id: &str, bytes: SecretBytes) {
-        self.objects.insert(id.to_owned(), Object::Secret(bytes));
-    }
-
-    /// Adds a secret that is encrypted with another one.
-    pub fn add_sealed(&mut self, id: &str) {
-        self.objects.insert(id.to_owned(), Object::Sealed);
+        self.objects.insert(id.to_owned(), SecretObject::Secret(bytes));
     }
 
     /// Adds what is no secret.
     pub fn add_other(&mut self, id: &str) {
-        self.objects.insert(id.to_owned(), Object::Other);
+        self.objects.insert(id.to_owned(), SecretObject::Other);
     }
 
     /// What that secret holds.
     pub fn bytes(&self, id: &str) -> Result<&SecretBytes> {
         match self.objects.get(id) {
-            Some(Object::Secret(bytes)) => Ok(bytes),
-            Some(Object::Sealed) => Err(Error::unsupported(format!(
-                "The secret '{id}' is encrypted with another one, which is not supported"
-            ))),
-            Some(Object::Other) => Err(Error::invalid(format!("Object with id '{id}' is not a secret"))),
+            Some(SecretObject::Secret(bytes)) => Ok(bytes),
+            Some(SecretObject::Other) => Err(Error::invalid(format!("Object with id '{id}' is not a secret"))),
             None => Err(Error::invalid(format!("No secret with id '{id}'"))),
         }
     }
@@ -91,18 +119,36 @@ impl Secrets {
         std::str::from_utf8(self.bytes(id)?.get())
             .map_err(|_| Error::invalid(format!("Data from secret {id} is not valid UTF-8")))
     }
+
+    /// The passphrase of an image: the secret with that id, which the option `option` names, or, if it names none,
+    /// what is asked for.
+    pub fn key(&self, option: &str, id: Option<&str>, image: &str, key_use: KeyUse) -> Result<SecretBytes> {
+        if let Some(id) = id {
+            return Ok(self.passphrase(id)?.as_bytes().to_vec().into());
+        }
+        let asked = self.unnamed.as_ref().map(|unnamed| unnamed.ask(image, key_use)).transpose()?;
+        asked.flatten().ok_or_else(|| Error::invalid(format!("Parameter '{option}' is required for cipher")))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    #[derive(Debug)]
+    struct Asked;
+
+    impl AskPassphrase for Asked {
+        fn ask(&self, image: &str, _key_use: KeyUse) -> Result<Option<SecretBytes>> {
+            Ok((image == "a").then(|| b"typed".to_vec().into()))
+        }
+    }
+
     #[test]
     fn a_secret_is_found_by_its_id_and_never_shown() {
         let mut secrets = Secrets::default();
         secrets.add("s", b"open sesame".to_vec().into());
         secrets.add("b", vec![0xff].into());
-        secrets.add_sealed("e");
         secrets.add_other("o");
         assert_eq!(secrets.passphrase("s").ok(), Some("open sesame"));
         assert!(!format!("{secrets:?}").contains("sesame"));
@@ -110,6 +156,21 @@ mod tests {
         assert_eq!(error("b"), "Data from secret b is not valid UTF-8");
         assert_eq!(error("o"), "Object with id 'o' is not a secret");
         assert_eq!(error("n"), "No secret with id 'n'");
-        assert_eq!(error("e"), "The secret 'e' is encrypted with another one, which is not supported");
+    }
+
+    #[test]
+    fn what_no_option_names_is_asked_for() {
+        let required = "Parameter 'key-secret' is required for cipher";
+        let key = |secrets: &Secrets, id, image| {
+            let key = secrets.key("key-secret", id, image, KeyUse::Read);
+            key.map(|key| key.get().to_vec()).map_err(|error| error.message())
+        };
+        assert_eq!(key(&NO_SECRETS, None, "a"), Err(required.to_owned()));
+        let mut secrets = Secrets::default().or_ask(Arc::new(Asked));
+        assert_eq!(key(&secrets, None, "a"), Ok(b"typed".to_vec()));
+        assert_eq!(key(&secrets, None, "b"), Err(required.to_owned()));
+        secrets.add("s", b"named".to_vec().into());
+        assert_eq!(key(&secrets, Some("s"), "a"), Ok(b"named".to_vec()));
+        assert!(key(&secrets, Some("t"), "a").is_err());
     }
 }

@@ -1,6 +1,7 @@
 //! The options that begin those subcommands which change an image and say so.
 
-use super::{Complaint, Program, object};
+use super::passphrase::PassphraseArgs;
+use super::{Program, object};
 use crate::block::Secrets;
 
 /// The options.
@@ -12,11 +13,14 @@ pub struct Common {
     /// a QEMU object, such as a secret with a passphrase
     #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
     object: Vec<object::Object>,
+    #[command(flatten)]
+    passphrase: PassphraseArgs,
 }
 
 impl Common {
-    /// See [`object::define`].
-    pub fn define(&self, program: &Program) -> Result<Option<Secrets>, Complaint> {
-        object::define(program, &self.object)
+    /// See [`object::define`]. What no secret is named for is asked for.
+    pub fn define(&self, program: &Program) -> anyhow::Result<Option<Secrets>> {
+        let secrets = object::define(program, &self.object)?;
+        secrets.map(|secrets| self.passphrase.given_to(secrets)).transpose()
     }
 }

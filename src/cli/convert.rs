@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::exit::Exit;
+use super::passphrase::{PassphraseArgs, TargetPassphraseArgs};
 use super::program::stderr_line;
 use super::progress::Progress;
 use super::source::ImageArgs;
@@ -95,6 +96,10 @@ pub struct ConvertArgs {
     /// print nothing but errors
     #[arg(short, long)]
     quiet: bool,
+    #[command(flatten)]
+    passphrase: PassphraseArgs,
+    #[command(flatten)]
+    target_passphrase: TargetPassphraseArgs,
     /// images to convert, and last the one to write
     #[arg(value_name = "SRC_FILENAME [SRC_FILENAME2...] TGT_FILENAME")]
     operands: Vec<OsString>,
@@ -187,6 +192,7 @@ impl Subcommand for ConvertArgs {
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
+        let secrets = self.passphrase.and_target(&self.target_passphrase, secrets)?;
         let warnings = self.snapshot.iter().flat_map(|snapshot| &snapshot.warnings);
         warnings.for_each(|(warning, hint)| program.deprecated(warning, hint));
         let request = self.request();

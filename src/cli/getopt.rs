@@ -9,6 +9,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use clap::{Arg, Command};
 
+use super::help;
+
 /// How words are taken.
 #[derive(Debug, Clone, Copy)]
 pub struct Style {
@@ -98,9 +100,8 @@ fn long(command: &Command, word: &[u8], rest: &mut Rest<'_>, options: &mut Vec<O
         Some(found) => found,
         None => {
             // An option of our own is not abbreviated: it must not change what a qemu-img command line means.
-            let ours = |arg: &Arg| arg.is_hide_set();
             let mut candidates =
-                long_names(command).filter(|(known, arg)| known.as_bytes().starts_with(name) && !ours(arg));
+                long_names(command).filter(|(known, arg)| known.as_bytes().starts_with(name) && !help::is_own(arg));
             let first = candidates.next().ok_or_else(|| format!("unrecognized option '--{shown}'"))?;
             let others: Vec<_> = candidates.filter(|(_, arg)| arg.get_id() != first.1.get_id()).collect();
             if !others.is_empty() {

@@ -9,6 +9,15 @@ use crate::drivers::DRIVERS;
 /// parse it.
 const REFERENCE: &str = "10.0.2";
 
+/// The heading of a subcommand's options that the reference does not have: they are not abbreviated, and shown under
+/// our own name alone.
+pub const OWN: &str = "own";
+
+/// Whether an option is one that the reference does not have.
+pub fn is_own(arg: &Arg) -> bool {
+    arg.is_hide_set() || arg.get_help_heading() == Some(OWN)
+}
+
 /// A clap command with the options that all have.
 pub fn command(name: &'static str) -> Command {
     Command::new(name)
@@ -109,7 +118,8 @@ pub fn print_subcommand(program: &Program, row: &Row, command: &Command) -> anyh
 
 /// One paragraph an option: its names on a line, what it does below.
 fn print_options(program: &Program, command: &Command) {
-    let mut args: Vec<&Arg> = command.get_arguments().filter(|arg| !arg.is_hide_set()).collect();
+    let shown = |arg: &&Arg| !arg.is_hide_set() && (program.name() == "vimg" || !is_own(arg));
+    let mut args: Vec<&Arg> = command.get_arguments().filter(shown).collect();
     args.sort_by_key(|arg| arg.is_positional());
     for arg in args {
         let value = arg.get_value_names().and_then(|names| names.first()).map(|name| name.as_str());

@@ -17,6 +17,7 @@ pub mod json;
 pub mod object;
 pub mod options;
 pub mod output;
+mod passphrase;
 pub mod program;
 pub mod progress;
 pub mod report;

@@ -5,10 +5,9 @@
 use serde_json::Value;
 
 use super::{Complaint, Program};
-use crate::block::Secrets;
 use crate::block::jsonish;
 use crate::block::keys::{self, Dialect, Item};
-use crate::block::secrets::SecretBytes;
+use crate::block::{SecretBytes, Secrets};
 use crate::codec::base64;
 use crate::storage::error::strerror;
 
@@ -82,12 +81,21 @@ pub enum Object {
 pub struct Secret {
     /// Its name.
     pub id: String,
-    /// What it holds; what is encrypted is so still.
+    /// What it holds. What is encrypted is as it was given.
     pub data: SecretBytes,
-    /// The secret that it is encrypted with.
-    pub keyid: Option<String>,
-    /// The initialisation vector for that, in base64.
-    pub iv: Option<String>,
+    /// How it is encrypted.
+    pub sealed: Option<SealedSecret>,
+}
+
+/// How a secret is encrypted with another one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SealedSecret {
+    /// The other's name.
+    keyid: String,
+    /// The initialisation vector, in base64.
+    iv: Option<String>,
+    /// Whether the encrypted bytes are in base64.
+    base64: bool,
 }
 
 /// Reads the value of `--object`.
@@ -133,13 +141,14 @@ pub fn parse(text: &str) -> Result<Object, Complaint> {
             (Some(data), None) => SecretBytes::from(data.into_bytes()),
             (None, Some(file)) => SecretBytes::from(read(&file)?),
         };
-        let data = match text("format")?.as_deref() {
-            Some("base64") => base64::decode(data.get())
-                .map(SecretBytes::from)
-                .ok_or_else(|| Complaint::value("Base64 data contains invalid characters"))?,
-            _ => data,
+        let base64 = text("format")?.as_deref() == Some("base64");
+        let sealed = match text("keyid")? {
+            Some(keyid) => Some(SealedSecret { keyid, iv: text("iv")?, base64 }),
+            None => None,
         };
-        Object::Secret(Secret { id: id.clone(), data, keyid: text("keyid")?, iv: text("iv")? })
+        // What is encrypted is not looked at before its key.
+        let data = if base64 && sealed.is_none() { decoded(data.get())? } else { data };
+        Object::Secret(Secret { id: id.clone(), data, sealed })
     } else {
         Object::Other { id: id.clone() }
     };
@@ -152,6 +161,11 @@ pub fn parse(text: &str) -> Result<Object, Complaint> {
 
 fn does_not_accept(name: &str, value: &str) -> Complaint {
     Complaint::value(format!("Parameter '{name}' does not accept value '{value}'"))
+}
+
+fn decoded(text: &[u8]) -> Result<SecretBytes, Complaint> {
+    let bytes = base64::decode(text).map(SecretBytes::from);
+    bytes.ok_or_else(|| Complaint::value("Base64 data contains invalid characters"))
 }
 
 fn read(file: &str) -> Result<Vec<u8>, Complaint> {
@@ -240,7 +254,7 @@ fn check_key(key: &str) -> Result<(), Complaint> {
 
 /// Brings the objects of a command line into being. `None`: help was asked for and shown, and nothing else is
 /// to be done.
-pub fn define(program: &Program, objects: &[Object]) -> Result<Option<Secrets>, Complaint> {
+pub fn define(program: &Program, objects: &[Object]) -> anyhow::Result<Option<Secrets>> {
     let mut secrets = Secrets::default();
     for object in objects {
         let id = match object {
@@ -248,23 +262,49 @@ pub fn define(program: &Program, objects: &[Object]) -> Result<Option<Secrets>, 
                 help(program, *kind);
                 return Ok(None);
             }
-            Object::Secret(Secret { keyid: Some(key), .. }) if !secrets.has(key) => {
-                return Err(Complaint::value(format!("No secret with id '{key}'")));
-            }
             Object::Secret(Secret { id, .. }) | Object::Other { id } => id,
         };
         if secrets.has(id) {
-            return Err(Complaint::value(format!(
-                "attempt to add duplicate property '{id}' to object (type 'container')"
-            )));
+            let text = format!("attempt to add duplicate property '{id}' to object (type 'container')");
+            return Err(Complaint::value(text).into());
         }
         match object {
-            Object::Secret(Secret { keyid: None, data, .. }) => secrets.add(id, data.clone()),
-            Object::Secret(_) => secrets.add_sealed(id),
+            Object::Secret(secret) => {
+                keep_from_core_files();
+                let data = match &secret.sealed {
+                    Some(sealed) => unseal(&secrets, secret, sealed)?,
+                    None => secret.data.clone(),
+                };
+                secrets.add(id, data);
+            }
             Object::Help(_) | Object::Other { .. } => secrets.add_other(id),
         }
     }
     Ok(Some(secrets))
+}
+
+/// From here on no core file of this program is written, and nobody but root can look into it.
+pub fn keep_from_core_files() {
+    // Where the kernel refuses, a passphrase is still wanted.
+    let _ = nix::sys::prctl::set_dumpable(false);
+}
+
+/// Decrypts a secret. Checks are in the reference's order.
+fn unseal(secrets: &Secrets, secret: &Secret, sealed: &SealedSecret) -> anyhow::Result<SecretBytes> {
+    let SealedSecret { keyid, iv, base64 } = sealed;
+    if *keyid == secret.id {
+        return Err(Complaint::value(format!("Secret with id '{keyid}' has no data")).into());
+    }
+    let key = secrets.bytes(keyid)?;
+    let key: &[u8; 32] = key.get().try_into().map_err(|_| Complaint::value("Key should be 32 bytes in length"))?;
+    let iv = iv.as_ref().ok_or_else(|| Complaint::value("IV is required to decrypt secret"))?;
+    let iv = decoded(iv.as_bytes())?;
+    let iv: &[u8; 16] = iv
+        .get()
+        .try_into()
+        .map_err(|_| Complaint::value(format!("IV should be 16 bytes in length not {}", iv.get().len())))?;
+    let data = if *base64 { decoded(secret.data.get())? } else { secret.data.clone() };
+    Ok(data.unsealed(key, iv)?)
 }
 
 fn help(program: &Program, kind: Option<&str>) {

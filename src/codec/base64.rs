@@ -3,15 +3,21 @@
 
 /// The bytes; nothing where there is anything that is no letter of it.
 pub fn decode(text: &[u8]) -> Option<Vec<u8>> {
-    let letters: Vec<u8> = text.iter().copied().filter(|letter| *letter != b'\n').collect();
-    if !letters.iter().all(|letter| *letter == b'=' || value(*letter).is_some()) {
+    let letters = || text.iter().copied().filter(|letter| *letter != b'\n');
+    if !letters().all(|letter| letter == b'=' || value(letter).is_some()) {
         return None;
     }
-    let mut out = Vec::with_capacity(letters.len() / 4 * 3);
-    for group in letters.chunks_exact(4) {
-        let bits = group.iter().fold(0, |bits: u32, letter| bits << 6 | value(*letter).unwrap_or(0));
-        let padding = group.iter().rev().take(2).filter(|letter| **letter == b'=').count();
-        out.extend(bits.to_be_bytes().into_iter().skip(1).take(3 - padding));
+    // It may be a key: no copy of it is left behind.
+    let mut out = Vec::with_capacity(text.len() / 4 * 3 + 3);
+    let (mut bits, mut count, mut padding) = (0u32, 0, 0);
+    for letter in letters() {
+        bits = bits << 6 | value(letter).unwrap_or(0);
+        count += 1;
+        padding += usize::from(count > 2 && letter == b'=');
+        if count == 4 {
+            out.extend(bits.to_be_bytes().into_iter().skip(1).take(3 - padding));
+            (bits, count, padding) = (0, 0, 0);
+        }
     }
     Some(out)
 }

@@ -5,6 +5,8 @@
 //! say that it cannot be done. The smallest one is [`raw`].
 
 mod effort;
+mod encryption;
+mod legacy_aes;
 mod one_file;
 pub mod qcow;
 pub mod qcow2;

@@ -252,7 +252,8 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
         was_taken(new, &*main)?;
     }
     let beside = files.made.into_inner().unwrap_or_else(PoisonError::into_inner);
-    Ok(MadeFiles { main, protocol: place.protocol, path: place.path.into_os_string(), beside })
+    let options = create.open_options(&new.options);
+    Ok(MadeFiles { main, protocol: place.protocol, path: place.path.into_os_string(), beside, options })
 }
 
 /// Whether a device that may be none for data (`/dev/null`) holds the header that it was given.

@@ -140,9 +140,13 @@ impl<'a> Opener<'a> {
     }
 
     /// Opens an image that has just been made, in its files, which nobody can find by name yet, with its backing chain.
-    pub fn open_made(&self, name: &OsStr, made: MadeFiles, how: &OpenHow) -> Result<Arc<Node>> {
+    pub fn open_made(&self, name: &OsStr, mut made: MadeFiles, how: &OpenHow) -> Result<Arc<Node>> {
         let image = ImageRef::name(name);
-        let ask = self.ask(&image, how).map(|ask| Ask { made: Some(made), ..ask });
+        let options = std::mem::take(&mut made.options);
+        let ask = self.ask(&image, how).map(|mut ask| {
+            ask.options.extend(options);
+            Ask { made: Some(made), ..ask }
+        });
         ask.and_then(|ask| self.chain(ask, how, &mut Trail::default()))
             .map_err(|error| error.context(format!("Could not open '{}'", image.shown())))
     }

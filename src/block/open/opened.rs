@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::block::{Child, Node};
+use crate::block::{Child, Node, OptionTree};
 use crate::storage::Storage;
 use crate::storage::lock::Access;
 
@@ -23,6 +23,8 @@ pub struct MadeFiles {
     pub path: OsString,
     /// The others, by the names that are written in the image.
     pub beside: MadeBeside,
+    /// The options by which the image is opened.
+    pub options: OptionTree,
 }
 
 /// The file of a layer, and where it came from.

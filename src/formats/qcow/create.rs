@@ -3,7 +3,8 @@
 use super::Qcow;
 use super::layout::{HEADER_BYTES, MAX_BACKING_NAME, MAX_L1, QcowHeader, too_large};
 use crate::block::error::Context;
-use crate::block::{Create, CreateRequest, Error, OptionKind, OptionSpec, Result};
+use crate::block::{Create, CreateOptions, CreateRequest, Error, OptionKind, OptionSpec, OptionTree, Result};
+use crate::formats::encryption;
 use crate::storage::{Preallocation, Zeroing};
 
 const OPTIONS: &[OptionSpec] = &[
@@ -31,11 +32,19 @@ impl Create for Qcow {
         true
     }
 
+    fn open_options(&self, options: &CreateOptions) -> OptionTree {
+        encryption::open_options(options)
+    }
+
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
-        refuse_encryption(request)?;
+        let encrypted = is_encrypted(request.options)?;
         let size = request.size.checked_next_multiple_of(512).ok_or_else(too_large)?;
         if size == 0 {
             return Err(Error::invalid("Image size is too small, cannot be zero length"));
+        }
+        if encrypted {
+            // Nothing but data is encrypted with it. Whoever makes an image knows that it is there.
+            encryption::new_key(request)?;
         }
         // Only the name is kept: the format has no place for the backing file's format.
         let backing = request.options.text("backing_file").filter(|name| !name.is_empty());
@@ -43,7 +52,7 @@ impl Create for Qcow {
         if length.is_some_and(|length| length > MAX_BACKING_NAME) {
             return Err(Error::invalid("Backing file name too long"));
         }
-        let header = QcowHeader::new(size, length);
+        let header = QcowHeader::new(size, length, encrypted);
         let entries = header.l1_entries(size).filter(|entries| *entries <= MAX_L1).ok_or_else(too_large)?;
         let table = (entries * 8).next_multiple_of(512);
         let end = header.l1_offset() + table;
@@ -64,22 +73,12 @@ impl Create for Qcow {
     }
 }
 
-fn refuse_encryption(request: &CreateRequest<'_>) -> Result<()> {
-    let options = request.options;
-    let format = options.text("encrypt.format");
-    if !options.switch("encryption") && format.is_none() {
-        let given = |spec: &OptionSpec| spec.name.starts_with("encrypt.") && options.given(spec.name).is_some();
-        return match options.specs().iter().any(given) {
-            true => Err(Error::invalid("Parameter 'encrypt.format' is missing")),
-            false => Ok(()),
-        };
+/// Whether the image is to be encrypted.
+fn is_encrypted(options: &CreateOptions) -> Result<bool> {
+    match encryption::format(options)? {
+        None => Ok(false),
+        Some("aes") => Ok(true),
+        Some("luks") => Err(Error::unsupported("Unsupported encryption format")),
+        Some(other) => Err(Error::invalid(format!("Parameter 'format' does not accept value '{other}'"))),
     }
-    if let Some(format) = format.filter(|format| *format != "aes") {
-        return Err(Error::invalid(format!("Parameter 'encrypt.format' does not accept value '{format}'")));
-    }
-    let id = options.text("encrypt.key-secret");
-    request
-        .secrets
-        .passphrase(id.ok_or_else(|| Error::invalid("Parameter 'encrypt.key-secret' is required for cipher"))?)?;
-    Err(Error::unsupported("AES-encrypted qcow images are not supported"))
 }

@@ -57,11 +57,12 @@ pub struct QcowHeader {
 impl QcowHeader {
     /// That of a new image with a backing file's name of that length. With a backing file the clusters are one
     /// sector each, so that a small write copies little.
-    pub fn new(size: u64, backing: Option<u32>) -> Self {
+    pub fn new(size: u64, backing: Option<u32>, encrypted: bool) -> Self {
         let mut raw = Fields::new_zeroed();
         raw.magic = MAGIC;
         raw.version = 1.into();
         raw.size = size.into();
+        raw.crypt = u32::from(encrypted).into();
         let mut end = HEADER_BYTES as u64;
         (raw.cluster_bits, raw.l2_bits) = (12, 9);
         if let Some(length) = backing {
@@ -216,11 +217,11 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let header = QcowHeader::new(1 << 30, Some(5));
+        let header = QcowHeader::new(1 << 30, Some(5), false);
         let read = QcowHeader::parse(*header.bytes()).unwrap();
         assert_eq!((read.size(), read.backing(), read.l1_offset()), (1 << 30, Some((48, 5)), 56));
         assert_eq!((read.cluster_bits(), read.l2_bits(), read.l1_entries(1 << 30)), (9, 12, Some(512)));
-        assert_eq!(QcowHeader::new(512, None).l1_offset(), 48);
+        assert_eq!(QcowHeader::new(512, None, true).l1_offset(), 48);
     }
 
     #[test]

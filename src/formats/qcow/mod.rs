@@ -17,12 +17,13 @@ use self::layout::{HEADER_BYTES, MAX_OFFSET, QcowEntry, QcowHeader};
 use self::tables::QcowState;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
-use crate::block::keys;
 use crate::block::{
-    Action, BackingRef, BlockDriver, Child, Compress, CompressedUnit, Create, Effort, Encoded, Error, Extent,
+    Action, BackingRef, BlockDriver, Child, Cipher, Compress, CompressedUnit, Create, Effort, Encoded, Error, Extent,
     ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
 };
 use crate::codec::deflate::{self, How, Wrap};
+use crate::formats::encryption::{self, KEY_SECRET};
+use crate::formats::legacy_aes::LegacyAes;
 use crate::formats::one_file::{OneFile, Tables};
 
 /// The format.
@@ -49,12 +50,11 @@ impl Format for Qcow {
         storage.read_at(0, &mut raw).context("Could not read the qcow header")?;
         let header = QcowHeader::parse(raw)?;
         let encrypted = header.crypt() != 0;
-        if encrypted && !look_only {
-            let id = keys::take_text(options, "encrypt.key-secret");
-            let id = id.ok_or_else(|| Error::invalid("Parameter 'encrypt.key-secret' is required for cipher"))?;
-            secrets.passphrase(&id)?;
-            return Err(Error::unsupported("AES-encrypted qcow images are not supported"));
-        }
+        let id = encryption::take_key(options, encrypted.then_some("aes"))?;
+        let cipher = match encrypted && !look_only {
+            true => Some(LegacyAes::new(&secrets.key(KEY_SECRET, id.as_deref(), &file.name, purpose.into())?)?),
+            false => None,
+        };
         let size = header.size() / 512 * 512;
         let backing = read_backing(&file, &header, look_only)?;
         Ok(Box::new(QcowDriver {
@@ -62,8 +62,13 @@ impl Format for Qcow {
             bits: header.cluster_bits(),
             backing,
             encrypted,
+            cipher,
             image: OneFile::new(file, size, QcowState::new(header), write),
         }))
+    }
+
+    fn strong_options(&self) -> &'static [&'static str] {
+        &[KEY_SECRET]
     }
 
     fn creating(&self) -> Option<&dyn Create> {
@@ -96,9 +101,10 @@ struct QcowDriver {
     bits: u32,
     backing: Option<BackingRef>,
     encrypted: bool,
+    /// What clusters that are not compressed are encrypted with. Nothing where they are not, or the header alone is
+    /// looked at.
+    cipher: Option<LegacyAes>,
 }
-
-impl QcowDriver {}
 
 impl Deref for QcowDriver {
     type Target = OneFile<QcowState>;
@@ -164,13 +170,17 @@ impl BlockDriver for QcowDriver {
     fn resizing(&self) -> Option<&dyn Resize> {
         Some(self)
     }
+
+    fn cipher(&self) -> Option<&dyn Cipher> {
+        self.cipher.as_ref().map(|cipher| cipher as &dyn Cipher)
+    }
 }
 
 impl QcowDriver {
     /// Room for clusters that are not there, or have to move. `wanted` of them are alike.
     fn place_new(&self, state: &mut QcowState, at: GuestOffset, len: u64, store: Store, wanted: u64) -> Result<Placed> {
         let (index, within) = (at.get() / self.cluster, at.get() % self.cluster);
-        let fresh_is_zero = self.backing.is_none();
+        let fresh_is_zero = self.backing.is_none() && self.cipher.is_none();
         let was = state.run(self.storage(), index, 1)?.0;
         let table_left = state.left_in_table(index);
         let count = (within + len).div_ceil(self.cluster).min(wanted).min(table_left).min((RUN / self.cluster).max(1));
@@ -249,8 +259,9 @@ impl Write for QcowDriver {
         self.state().give_back(at, bytes);
     }
 
+    /// Not where data is encrypted: compressed clusters are not.
     fn compressing(&self) -> Option<&dyn Compress> {
-        Some(self)
+        if self.cipher.is_some() { None } else { Some(self) }
     }
 }
 

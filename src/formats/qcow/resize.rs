@@ -114,7 +114,7 @@ impl QcowDriver {
         while index < end {
             let count = (end - index).min(state.left_in_table(index));
             let (host, fresh) = state.take(storage, index, count * self.cluster, self.cluster)?;
-            if !fresh {
+            if !fresh || self.cipher.is_some() {
                 let (place, guest) = (HostPlace::main(host), GuestOffset(index * self.cluster));
                 clear_stored(self, place, guest, count * self.cluster, Zeroing::Allocate)
                     .context("Could not write zeros")?;

@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use crate::block::error::Context;
 use crate::block::{
-    Create, CreateOptions, CreateRequest, Effort, Error, ErrorKind, OptionKind, OptionSpec, Result, Secrets,
+    Create, CreateOptions, CreateRequest, Effort, Error, ErrorKind, OptionKind, OptionSpec, OptionTree, Result,
 };
 use crate::formats::effort;
+use crate::formats::encryption::{self, KEY_SECRET};
 use crate::storage::{Preallocation, Storage};
 
 use super::Qcow2;
@@ -86,10 +87,10 @@ struct Decided {
 }
 
 /// What an image shall be encrypted with.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Encryption {
-    /// The id of the secret that holds the key.
-    secret: Option<String>,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Encryption {
+    Aes,
+    Luks,
 }
 
 impl Create for Qcow2 {
@@ -105,17 +106,19 @@ impl Create for Qcow2 {
         super::codec::effort(options, compress)
     }
 
+    fn open_options(&self, options: &CreateOptions) -> OptionTree {
+        encryption::open_options(options)
+    }
+
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
         let options = request.options;
-        if options.given("encryption").is_some() && options.given("encrypt.format").is_some() {
-            return Err(Error::invalid("'encrypt.format' and its alias 'encryption' can't be used at the same time"));
-        }
+        encryption::check_alias(options)?;
         let file = request.files.main()?;
         let data = match options.text("data_file") {
             Some(name) => Some(request.files.named(name)?),
             None => None,
         };
-        let decided = decide(options, request.size, request.secrets)?;
+        let decided = decide(request)?;
         let (data, name) = data.unzip();
         write(&decided, name, &file, data.as_ref())
     }
@@ -127,7 +130,8 @@ fn choice<'a, T>(key: &str, value: &'a str, of: impl FnOnce(&'a str) -> Option<T
 }
 
 /// Every check, in the reference's order.
-fn decide(options: &CreateOptions, size: u64, secrets: &Secrets) -> Result<Decided> {
+fn decide(request: &CreateRequest<'_>) -> Result<Decided> {
+    let (options, size) = (request.options, request.size);
     let too_large =
         || Error::new(ErrorKind::TooLarge, "Could not resize image: Failed to grow the L1 table: File too large");
     let newer = |what: &str| {
@@ -203,13 +207,12 @@ fn decide(options: &CreateOptions, size: u64, secrets: &Secrets) -> Result<Decid
     {
         return Err(unassignable(name, backing_format, "Invalid argument"));
     }
-    match &encrypted {
-        Some(Encryption { secret: None }) => {
-            return Err(Error::invalid("Parameter 'encrypt.key-secret' is required for cipher"));
-        }
-        Some(Encryption { secret: Some(id) }) => {
-            secrets.passphrase(id)?;
-            return Err(Error::unsupported("Encryption is not supported for new images"));
+    match encrypted {
+        // Nothing but data is encrypted with it. Whoever makes an image knows that it is there.
+        Some(Encryption::Aes) => drop(encryption::new_key(request)?),
+        Some(Encryption::Luks) => {
+            encryption::new_key(request)?;
+            return Err(Error::unsupported("LUKS encryption is not supported for new images"));
         }
         None => {}
     }
@@ -220,20 +223,16 @@ fn decide(options: &CreateOptions, size: u64, secrets: &Secrets) -> Result<Decid
 }
 
 fn encryption(options: &CreateOptions) -> Result<Option<Encryption>> {
-    let format = options.text("encrypt.format").or(options.switch("encryption").then_some("aes"));
-    let secret = options.text("encrypt.key-secret").map(str::to_owned);
-    let Some(format) = format else {
-        let given = |spec: &&OptionSpec| spec.name.starts_with("encrypt.") && options.given(spec.name).is_some();
-        return match options.specs().iter().find(given) {
-            Some(_) => Err(Error::invalid("Parameter 'encrypt.format' is missing")),
-            None => Ok(None),
-        };
-    };
-    choice("format", format, |value| ["aes", "luks"].contains(&value).then_some(()))?;
+    let Some(format) = encryption::format(options)? else { return Ok(None) };
+    if format == "aes" {
+        encryption::only(options, &["encrypt.format", KEY_SECRET])?;
+        return Ok(Some(Encryption::Aes));
+    }
+    choice("format", format, |value| (value == "luks").then_some(()))?;
     if let Some(cipher) = options.text("encrypt.cipher-alg") {
         choice("cipher-alg", cipher, |value| CIPHERS.contains(&value).then_some(()))?;
     }
-    Ok(Some(Encryption { secret }))
+    Ok(Some(Encryption::Luks))
 }
 
 fn unassignable(name: &str, format: Option<&str>, why: &str) -> Error {
@@ -296,6 +295,11 @@ fn header(decided: &Decided, data_file: Option<String>) -> Qcow2Header {
             version: decided.geometry.version,
             cluster_bits: decided.geometry.cluster_bits,
             size: decided.size,
+            crypt_method: match decided.encrypted {
+                None => layout::CRYPT_NONE,
+                Some(Encryption::Aes) => layout::CRYPT_AES,
+                Some(Encryption::Luks) => layout::CRYPT_LUKS,
+            },
             incompatible: flag(data_file.is_some(), layout::DATA_FILE)
                 | flag(decided.zstd, layout::COMPRESSION)
                 | flag(decided.geometry.extended, layout::EXTENDED_L2),

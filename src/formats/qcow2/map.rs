@@ -170,8 +170,8 @@ impl Qcow2Driver {
             }
         }
         let run = found.ok_or_else(|| Error::invalid(format!("{at} is past the end of the disk")))?;
-        if self.encrypted && matches!(run.kind, ExtentKind::Data(_) | ExtentKind::Compressed(_)) {
-            return Err(Error::unsupported("Reading encrypted images is not supported"));
+        if self.encrypted && self.cipher.is_none() && matches!(run.kind, ExtentKind::Data(_)) {
+            return Err(Error::unsupported("The image was opened without its key"));
         }
         Ok(Extent { start: at, len: run.len.min(end - start), kind: run.kind })
     }

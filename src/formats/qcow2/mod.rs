@@ -7,7 +7,7 @@
 //! * `tables.rs` the cache of L1, L2 and refcount tables and the order in which changes reach the file;
 //! * `snapshot.rs`, `bitmap.rs` and `dirty.rs`: snapshots, the directory of bitmaps, and what bitmaps have to be told;
 //! * `space.rs` which cluster comes next; `plan.rs`, `prealloc.rs` and `create.rs` new images; `map.rs` guest offset →
-//!   extent; `codec.rs` compressed clusters; `info.rs` what info shows;
+//!   extent; `codec.rs` compressed clusters, `crypt.rs` encrypted ones; `info.rs` what info shows;
 //! * `walk.rs` everything that the metadata refers to, one after the other, for `guard.rs` (where tables are) and
 //!   `repair.rs` (after an unclean end);
 //! * `counts.rs` refcounts of an open image; `alloc.rs` clusters given out and taken back; `flush.rs` changes on their
@@ -22,6 +22,7 @@ pub mod bitmap;
 pub mod codec;
 pub mod counts;
 pub mod create;
+pub mod crypt;
 pub mod dirty;
 pub mod fit;
 pub mod flush;
@@ -54,10 +55,12 @@ use crate::block::driver::Bitmaps;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    BackingRef, BlockDriver, Child, CompressedUnit, Create, Error, Extent, Format, GuestOffset, OpenRequest, Resize,
-    Result, Snapshots, Write,
+    BackingRef, BlockDriver, Child, Cipher, CompressedUnit, Create, Error, Extent, Format, GuestOffset, OpenRequest,
+    Resize, Result, Snapshots, Write,
 };
 use crate::codec::luks;
+use crate::formats::encryption::KEY_SECRET;
+use crate::formats::legacy_aes::LegacyAes;
 
 use alloc::Allocator;
 use geometry::Geometry;
@@ -80,6 +83,10 @@ impl Format for Qcow2 {
         if magic && version >= 2 { 100 } else { 0 }
     }
 
+    fn strong_options(&self) -> &'static [&'static str] {
+        &[KEY_SECRET]
+    }
+
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
         Ok(Box::new(open::open(request)?))
     }
@@ -99,6 +106,8 @@ pub struct Qcow2Driver {
     external: bool,
     /// Whether guest clusters are encrypted.
     encrypted: bool,
+    /// What those are encrypted with that are not compressed. Nothing where the header alone is looked at.
+    cipher: Option<LegacyAes>,
     /// How compressed clusters are encoded: [`layout::ZLIB`] or [`layout::ZSTD`].
     compression: u8,
     /// The header as it is in the file (or, for an opened snapshot, with the snapshot's L1 table and size).
@@ -171,6 +180,10 @@ impl BlockDriver for Qcow2Driver {
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         Some(self)
+    }
+
+    fn cipher(&self) -> Option<&dyn Cipher> {
+        self.cipher.as_ref().map(|cipher| cipher as &dyn Cipher)
     }
 
     fn bitmaps(&self) -> Option<&dyn Bitmaps> {

@@ -7,13 +7,13 @@ use serde_json::Value;
 
 use crate::block::Notice;
 use crate::block::keys::{take_number, take_size, take_switch, take_text};
-use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Purpose, Result, Secrets};
+use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Result};
 
 use super::alloc::Allocator;
 use super::header::Qcow2Header;
 use super::layout;
 use super::tables::{Tables, default_bytes};
-use super::{Qcow2Driver, bitmap, info, snapshot};
+use super::{Qcow2Driver, bitmap, crypt, info, snapshot};
 
 /// Opens a layer.
 pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
@@ -26,7 +26,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     let cache_bytes = cache_bytes(options, &header)?;
     check_tuning(options, &header)?;
     check_lazy(options, &header)?;
-    unlock(options, &header, purpose, secrets)?;
+    let cipher = crypt::unlock(options, &header, &file.name, purpose, secrets)?;
     let luks = match header.crypto {
         Some(place) => Some(info::read_luks(&*file.storage, place)?),
         None => None,
@@ -66,6 +66,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         geometry,
         external,
         encrypted: header.fields.crypt_method != layout::CRYPT_NONE,
+        cipher,
         compression: header.fields.compression_type,
         header: RwLock::new(header),
         alloc: Mutex::new(Allocator::default()),
@@ -108,6 +109,7 @@ impl Qcow2Driver {
             geometry: self.geometry,
             external: self.external,
             encrypted: self.encrypted,
+            cipher: self.cipher.clone(),
             compression: self.compression,
             header: RwLock::new(header),
             alloc: Mutex::new(Allocator::default()),
@@ -118,39 +120,6 @@ impl Qcow2Driver {
             backing: self.backing.clone(),
             write: false,
             told_corrupt: AtomicBool::new(false),
-        }
-    }
-}
-
-/// Encrypted data can be neither read nor written yet; looking at the header is fine.
-fn unlock(options: &mut OptionTree, header: &Qcow2Header, purpose: Purpose, secrets: &Secrets) -> Result<()> {
-    let format = match header.fields.crypt_method {
-        layout::CRYPT_AES => Some("aes"),
-        layout::CRYPT_LUKS => Some("luks"),
-        _ => None,
-    };
-    let wanted = take_inner(options, "encrypt", "format");
-    let secret = take_inner(options, "encrypt", "key-secret");
-    match (format, wanted) {
-        (None, Some(wanted)) => {
-            return Err(Error::invalid(format!(
-                "No encryption in image header, but options specified format '{wanted}'"
-            )));
-        }
-        (Some(is), Some(wanted)) if wanted != is => {
-            return Err(Error::invalid(format!(
-                "Header reported '{is}' encryption format but options specify '{wanted}'"
-            )));
-        }
-        _ => {}
-    }
-    match format {
-        None => Ok(()),
-        Some(_) if purpose.only_looks() => Ok(()),
-        Some(format) => {
-            let id = secret.ok_or_else(|| Error::invalid("Parameter 'encrypt.key-secret' is required for cipher"))?;
-            secrets.passphrase(&id)?;
-            Err(Error::unsupported(format!("'{format}' encryption is not supported")))
         }
     }
 }

@@ -428,7 +428,8 @@ impl Write for Qcow2Driver {
         Ok(())
     }
 
+    /// Not where data is encrypted: compressed clusters are not.
     fn compressing(&self) -> Option<&dyn Compress> {
-        if self.external { None } else { Some(self) }
+        if self.external || self.encrypted { None } else { Some(self) }
     }
 }

@@ -215,9 +215,10 @@ impl Qcow2Driver {
                     host
                 }
             };
+            let zeros = self.new_encrypted_reads_zero(host, guest, n)?;
             for step in 0..n {
                 let (old, bitmap) = self.l2_entry(table, index + step)?;
-                let marks = old & layout::ZERO;
+                let marks = old & layout::ZERO | zeros;
                 let marks = if geometry.extended { 0 } else { marks };
                 self.set_l2_entry(table, index + step, COPIED | (host + step * cluster) | marks, bitmap)?;
             }
@@ -231,6 +232,22 @@ impl Qcow2Driver {
             storage.set_len(host_end, Preallocation::Off).context("Could not resize file")?;
         }
         Ok(())
+    }
+
+    /// Zeros of the host are none in an encrypted image: the mark that entries get which shall read as zeros; where
+    /// there is no such mark zeros are written.
+    fn new_encrypted_reads_zero(&self, host: u64, guest: u64, n: u64) -> Result<u64> {
+        let raw = self.header().fields.autoclear & layout::DATA_FILE_RAW != 0;
+        if self.cipher.is_none() || self.geometry.extended {
+            return Ok(0);
+        }
+        if self.geometry.version >= 3 && !raw {
+            return Ok(layout::ZERO);
+        }
+        let (place, len) =
+            (HostPlace { file: self.data_file(), at: HostOffset(host) }, n << self.geometry.cluster_bits);
+        clear_stored(self, place, GuestOffset(guest), len, Zeroing::Write).context("Could not clear new clusters")?;
+        Ok(0)
     }
 
     /// Whether a guest cluster has room in the file.

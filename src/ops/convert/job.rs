@@ -94,10 +94,11 @@ impl Job<'_> {
     pub fn to_new(&self, new: &NewImage, opener: &Opener<'_>) -> Result<()> {
         let staging = Staging::new(self.cache(), self.durability());
         let target = create::create_open(new, &staging, opener, self.cache())?;
-        // A new file is a hole. A device holds whatever it held: what the format maps already is not zeros. What
-        // others can see must not be mapped before it is filled.
+        // A new file is a hole. A device holds whatever it held: what the format maps already is not zeros, nor is a
+        // hole of the host where data is encrypted. What others can see must not be mapped before it is filled.
         let unnamed = staging.is_unseen();
-        let blank = staging.is_blank() || stores_nothing(target.driver())?;
+        let holes_are_zeros = staging.is_blank() && target.driver().cipher().is_none();
+        let blank = holes_are_zeros || stores_nothing(target.driver())?;
         let reads_zero = target.backing().is_none() && blank;
         let facts = TargetFacts { unnamed, reads_zero, blank };
         self.run(&target, facts).map_err(|error| no_room_for_both(error, &staging))?;
@@ -121,6 +122,10 @@ impl Job<'_> {
 
     fn run(&self, target: &Node, facts: TargetFacts) -> Result<()> {
         let Conversion { sources, copy: options, .. } = self.conversion;
+        if options.compress && target.driver().cipher().is_some() {
+            // Compressed units would lie there for everybody to read.
+            return Err(Error::invalid("Compression and encryption not supported at the same time"));
+        }
         let above = if self.conversion.backed { above(sources, target, facts.blank) } else { None };
         let source = Joined::new(sources, above);
         let bitmaps = sources.first().filter(|_| self.conversion.bitmaps);

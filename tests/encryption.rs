@@ -1,0 +1,179 @@
+//! Encrypted images, and how a passphrase comes to vimg: secrets, files, the terminal. The judges of what is encrypted
+//! are qemu-img and qemu-io.
+
+use std::fs;
+
+use crate::common::{Output, Scratch, judge, plain, vimg_path, write_pattern};
+
+/// Types answers on a terminal of its own: `answers` one after the other, each at a prompt (a line that ends in `: `);
+/// `^C` is that key. Prints what the terminal showed, the exit status, whether a core file was written, and whether
+/// the terminal's echo is on afterwards.
+const TERMINAL: &str = r#"
+import os, pty, sys, termios
+answers = sys.argv[1].split(',') if sys.argv[1] else []
+argv = sys.argv[2:]
+pid, fd = pty.fork()
+if pid == 0:
+    import resource
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+    os.execvp(argv[0], argv)
+shown, since = b'', b''
+while True:
+    try:
+        piece = os.read(fd, 4096)
+    except OSError:
+        break
+    if not piece:
+        break
+    shown, since = shown + piece, since + piece
+    if since.endswith(b': ') and answers:
+        answer, since = answers.pop(0), b''
+        os.write(fd, {'^C': b'\x03', '^\\': b'\x1c', '^D': b'\x04'}.get(answer, answer.encode() + b'\n'))
+status = os.waitpid(pid, 0)[1]
+echo = bool(termios.tcgetattr(fd)[3] & termios.ECHO)
+sys.stdout.write(shown.decode().replace('\r\n', '\n'))
+core = os.WCOREDUMP(status) if os.WIFSIGNALED(status) else False
+how = 'signal %d' % os.WTERMSIG(status) if os.WIFSIGNALED(status) else 'exit %d' % os.WEXITSTATUS(status)
+sys.stdout.write('\n[%s, core %s, echo %s]\n' % (how, core, echo))
+"#;
+
+fn on_terminal(scratch: &Scratch, answers: &str, args: &[&str]) -> String {
+    let program = vimg_path();
+    let mut all = vec!["-c", TERMINAL, answers, program.to_str().unwrap()];
+    all.extend(args);
+    plain("python3", &all).dir(scratch.path()).ok().stdout
+}
+
+fn disk(scratch: &Scratch) {
+    write_pattern(&scratch.file("disk"), 0, 9, 300_000);
+    scratch.sh("truncate -s 1M disk");
+}
+
+/// What the judge reads of an encrypted image.
+fn assert_reads(scratch: &Scratch, image: &str, format: &str, passphrase: &str, model: &str) {
+    fs::write(scratch.file("judges-secret"), passphrase).unwrap();
+    let name = format!("driver={format},encrypt.key-secret=s,file.filename={image}");
+    let args = ["convert", "--object", "secret,id=s,file=judges-secret", "--image-opts", &name, "-O", "raw", "read"];
+    scratch.judge(&args);
+    scratch.assert_same_content("raw", "read", "raw", model);
+}
+
+fn vimg_in(scratch: &Scratch, args: &[&str]) -> Output {
+    plain(vimg_path().to_str().unwrap(), args).dir(scratch.path()).run()
+}
+
+#[test]
+fn a_terminal_is_asked_for_passphrases() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    let convert = ["convert", "-f", "raw", "-O", "qcow2", "-o", "encryption=on", "disk", "a.qcow2"];
+    let said = on_terminal(&scratch, "open sesame,open sesame", &convert);
+    let expected = "Password for 'a.qcow2': \nOnce more, for 'a.qcow2': \n\n[exit 0, core False, echo True]\n";
+    assert_eq!(said, expected);
+    assert_reads(&scratch, "a.qcow2", "qcow2", "open sesame", "disk");
+
+    let said = on_terminal(&scratch, "open sesame", &["convert", "-f", "qcow2", "a.qcow2", "b"]);
+    assert_eq!(said, "Password for 'a.qcow2': \n\n[exit 0, core False, echo True]\n");
+    scratch.assert_same_content("raw", "b", "raw", "disk");
+
+    let said = on_terminal(
+        &scratch,
+        "open sesame,new,new",
+        &["convert", "-O", "qcow", "-o", "encrypt.format=aes", "a.qcow2", "c"],
+    );
+    assert!(said.contains("Password for 'a.qcow2': \nPassword for 'c': \nOnce more, for 'c': \n"), "{said}");
+    assert_reads(&scratch, "c", "qcow", "new", "disk");
+
+    let said = on_terminal(&scratch, "open sesame", &["resize", "-f", "qcow2", "a.qcow2", "2M"]);
+    assert!(said.contains("Password for 'a.qcow2': \nImage resized."), "{said}");
+
+    let said = on_terminal(&scratch, "x,x", &["create", "-q", "-f", "qcow2", "-o", "encryption=on", "d", "1M"]);
+    assert!(said.starts_with("Password for 'd': \nOnce more, for 'd': \n\n[exit 0"), "{said}");
+}
+
+#[test]
+fn nothing_is_made_where_the_answer_is_none() {
+    let scratch = Scratch::new();
+    let create = ["create", "-q", "-f", "qcow2", "-o", "encryption=on", "a", "1M"];
+    let said = on_terminal(&scratch, "one,two", &create);
+    assert!(said.contains("vimg: a: The two passwords for 'a' differ\n"), "{said}");
+    assert!(said.ends_with("[exit 1, core False, echo True]\n"), "{said}");
+    let said = on_terminal(&scratch, "^D", &create);
+    assert!(said.contains("No password was typed") && said.ends_with("[exit 1, core False, echo True]\n"), "{said}");
+    let said = on_terminal(&scratch, "^C", &create);
+    assert!(said.ends_with("[signal 2, core False, echo True]\n"), "{said}");
+    assert!(!scratch.file("a").exists());
+}
+
+#[test]
+fn no_core_file_has_a_passphrase() {
+    let scratch = Scratch::new();
+    let create = ["create", "-q", "-f", "qcow2", "-o", "encryption=on", "a", "1M"];
+    let said = on_terminal(&scratch, "secret,^\\", &create);
+    assert!(said.ends_with("[signal 3, core False, echo True]\n"), "{said}");
+}
+
+#[test]
+fn passphrases_come_from_files() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    fs::write(scratch.file("old"), "with a line end\n").unwrap();
+    fs::write(scratch.file("new"), "without").unwrap();
+    let convert = |args: &[&str]| scratch.vimg(&[&["convert"], args].concat());
+    convert(&["-f", "raw", "-O", "qcow2", "-o", "encryption=on", "--target-passphrase-file", "old", "disk", "a"]);
+    assert_reads(&scratch, "a", "qcow2", "with a line end", "disk");
+    let both = ["--passphrase-file", "old", "--target-passphrase-file", "new"];
+    convert(&[&both[..], &["-O", "qcow", "-o", "encrypt.format=aes", "a", "b"]].concat());
+    assert_reads(&scratch, "b", "qcow", "without", "disk");
+    // The image that is there is the target.
+    convert(&[&both[..], &["-n", "-O", "qcow", "a", "b"]].concat());
+    assert_reads(&scratch, "b", "qcow", "without", "disk");
+    scratch.vimg(&["resize", "--passphrase-file", "new", "-f", "qcow", "b", "2M"]);
+    scratch.vimg(&["create", "-q", "-f", "qcow2", "--passphrase-file", "new", "-o", "encryption=on", "c", "1M"]);
+
+    let out =
+        vimg_in(&scratch, &["convert", "--passphrase-file", "old", "-O", "qcow2", "-o", "encryption=on", "a", "d"]);
+    assert_eq!(
+        out.stderr,
+        "vimg: d: error while converting qcow2: Parameter 'encrypt.key-secret' is required for cipher\n"
+    );
+    let out = vimg_in(&scratch, &["resize", "--passphrase-file", "nothing", "a", "2M"]);
+    let error = "vimg: Could not read the passphrase file 'nothing': No such file or directory\n";
+    assert_eq!((out.code, out.stderr.as_str()), (Some(1), error));
+    let out = vimg_in(&scratch, &["resize", "--passphrase-file", "/dev/zero", "a", "2M"]);
+    let error = "vimg: Could not read the passphrase file '/dev/zero': it holds more than 1048576 bytes\n";
+    assert_eq!((out.code, out.stderr.as_str()), (Some(1), error));
+}
+
+#[test]
+fn own_options_are_shown_under_our_own_name_alone() {
+    let scratch = Scratch::new();
+    assert!(vimg_in(&scratch, &["convert", "--help"]).stdout.contains("--target-passphrase-file FILE"));
+    assert!(!scratch.vimg(&["convert", "--help"]).stdout.contains("passphrase-file"));
+    // And they do not stand in the way of what the reference's options are abbreviated to.
+    disk(&scratch);
+    scratch.vimg(&["convert", "--pa", "1", "-f", "raw", "disk", "b"]);
+}
+
+#[test]
+fn each_layer_has_its_own_key() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    let secrets = ["--object", "secret,id=s,data=abc", "--object", "secret,id=t,data=other"];
+    let make = ["-f", "raw", "-O", "qcow2", "-o", "encryption=on,encrypt.key-secret=s", "disk", "a"];
+    scratch.vimg(&[&["convert"], &secrets[..], &make].concat());
+    let overlay = ["-q", "-f", "qcow", "-o", "encrypt.format=aes,encrypt.key-secret=t", "-b", "a", "-F", "qcow2", "b"];
+    scratch.vimg(&[&["create"], &secrets[..], &overlay].concat());
+    let image = "driver=qcow,encrypt.key-secret=t,backing.encrypt.key-secret=s,file.filename=b";
+    scratch.vimg(&[&["convert"], &secrets[..], &["--image-opts", image, "c"]].concat());
+    scratch.assert_same_content("raw", "c", "raw", "disk");
+    // The target's layers, too.
+    fs::write(scratch.file("key"), "abc").unwrap();
+    let onto = ["-B", "a", "-F", "qcow2", "-O", "qcow2", "-o", "encryption=on,encrypt.key-secret=t", "disk", "d"];
+    scratch.vimg(&[&["convert", "--passphrase-file", "key"], &secrets[..], &onto].concat());
+    let image = "driver=qcow2,encrypt.key-secret=t,file.filename=d,backing.driver=qcow2,backing.encrypt.key-secret=s,backing.file.filename=a";
+    let args = ["--image-opts", image, "e"];
+    judge(&[&["convert"], &secrets[..], &args].concat()).dir(scratch.path()).ok();
+    scratch.assert_same_content("raw", "e", "raw", "disk");
+}
