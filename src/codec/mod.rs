@@ -5,7 +5,6 @@
 
 pub mod base64;
 pub mod deflate;
-pub mod luks;
 pub mod sample;
 pub mod zstd;
 

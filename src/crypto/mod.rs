@@ -8,6 +8,7 @@
 //! offers is refused by its name.
 
 pub mod hash;
+pub mod luks;
 mod modes;
 mod sectors;
 pub mod spec;

@@ -7,6 +7,7 @@
 mod effort;
 mod encryption;
 mod legacy_aes;
+mod luks_header;
 mod one_file;
 pub mod qcow;
 pub mod qcow2;

@@ -5,7 +5,8 @@ use serde_json::{Map, Value, json};
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{Error, Result, Snapshots};
-use crate::codec::luks;
+use crate::crypto::luks;
+use crate::formats::luks_header::luks_facts;
 use crate::storage::Storage;
 
 use super::Qcow2Driver;
@@ -18,7 +19,7 @@ pub fn read_luks(storage: &dyn Storage, (offset, length): (u64, u64)) -> Result<
     }
     let mut bytes = [0; luks::HEADER];
     storage.read_at(offset, &mut bytes).context("Unable to read encryption header")?;
-    luks::LuksHeader::parse(&bytes).map_err(Error::corrupt)
+    Ok(luks::LuksHeader::parse(&bytes, false)?)
 }
 
 impl Qcow2Driver {
@@ -77,33 +78,8 @@ impl Qcow2Driver {
             return None;
         }
         let Some(header) = &self.luks else { return Some(json!({ "format": "aes" })) };
-        let slots: Vec<Value> = header
-            .slots
-            .iter()
-            .map(|slot| {
-                let at = u64::from(slot.material) * layout::SECTOR;
-                if slot.active {
-                    json!({ "active": true, "iters": slot.iterations, "key-offset": at, "stripes": slot.stripes })
-                } else {
-                    json!({ "active": false, "key-offset": at })
-                }
-            })
-            .collect();
-        let mut data = json!({
-            "format": "luks",
-            "ivgen-alg": header.iv_generator,
-            "detached-header": false,
-            "hash-alg": header.hash,
-            "cipher-alg": header.cipher,
-            "cipher-mode": header.mode,
-            "uuid": header.uuid,
-            "slots": slots,
-            "payload-offset": u64::from(header.payload) * layout::SECTOR,
-            "master-key-iters": header.iterations,
-        });
-        if let (Some(hash), Some(data)) = (&header.iv_hash, data.as_object_mut()) {
-            data.insert("ivgen-hash-alg".to_owned(), json!(hash));
-        }
-        Some(data)
+        let mut data = luks_facts(header, false);
+        data.insert("format".to_owned(), json!("luks"));
+        Some(Value::Object(data))
     }
 }

@@ -58,7 +58,7 @@ use crate::block::{
     BackingRef, BlockDriver, Child, Cipher, CompressedUnit, Create, Error, Extent, Format, GuestOffset, OpenRequest,
     Resize, Result, Snapshots, Write,
 };
-use crate::codec::luks;
+use crate::crypto::luks;
 use crate::formats::encryption::KEY_SECRET;
 use crate::formats::legacy_aes::LegacyAes;
 
