@@ -146,8 +146,7 @@ fn salvage_reads_a_cut_source_with_a_warning_for_each_range() {
 
 #[test]
 fn info_warns_of_a_cut_image_and_prints_what_the_reference_prints() {
-    // Data files are not opened by info.
-    let silent = |kind: &&ErrorKind| kind.cut == "d" || matches!(kind.name, "vpc" | "stream-optimized vmdk");
+    let silent = |kind: &&ErrorKind| matches!(kind.name, "vpc" | "stream-optimized vmdk");
     for kind in KINDS.iter().filter(|kind| !silent(kind)) {
         let scratch = Scratch::new();
         source(&scratch);

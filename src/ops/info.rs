@@ -11,7 +11,8 @@ use serde_json::{Map, Value};
 
 use crate::block::error::Operation;
 use crate::block::info::SnapshotInfo;
-use crate::block::{Child, Error, GuestOffset, ImageRef, Node, Notice, OpenHow, Opener, Purpose, Result};
+use crate::block::node::Mapping;
+use crate::block::{Child, Error, ExtentKind, GuestOffset, ImageRef, Node, Notice, OpenHow, Opener, Purpose, Result};
 
 /// The backing file that an image names.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,15 +107,41 @@ pub fn of(node: &Node) -> Result<Info> {
 /// How many places of a map are looked at for what is missing: enough for most disks, and never slow.
 const LOOKS: u64 = 512;
 
+/// What of the image is past the end of its file, for a warning.
+fn cut_off(opener: &Opener<'_>, image: &ImageRef, how: &OpenHow, node: &Node) -> Option<Error> {
+    match missing(node)? {
+        Missing::Part(error) => Some(error),
+        Missing::File => {
+            // What must not be opened, or cannot, is for those who read the image.
+            let how = OpenHow { purpose: Purpose::Read, force_share: true, ..how.clone() };
+            match missing(&*opener.open(image, &how).ok()?) {
+                Some(Missing::Part(error)) => Some(error),
+                _ => None,
+            }
+        }
+    }
+}
+
+/// Why an image cannot be read to its end.
+enum Missing {
+    /// It is past the end of its file.
+    Part(Error),
+    /// It is in a file that is not open, as whoever looks at an image needs its own file alone.
+    File,
+}
+
 /// What of the image is past the end of its file, if a few looks at its map find it: from the start on, then here and
 /// there. Where not even the start of its map is there, that shows soon enough.
-fn missing(node: &Node) -> Option<Error> {
+fn missing(node: &Node) -> Option<Missing> {
     let size = node.virtual_size();
     let mut at = 0;
     let stored = Cell::new(false);
     let look = |at: u64, max: u64| match node.map(GuestOffset(at), max, 1) {
+        Ok(Mapping { kind: ExtentKind::Data(place), node, .. }) if place.file >= node.driver().files().len() => {
+            Err(Some(Missing::File))
+        }
         Ok(mapping) => match mapping.there() {
-            Ok(there) if there < mapping.len => Err(Some(mapping.after(there).missing())),
+            Ok(there) if there < mapping.len => Err(Some(Missing::Part(mapping.after(there).missing()))),
             _ => {
                 stored.set(stored.get() || !mapping.is_zero());
                 Ok(mapping.len)
@@ -123,7 +150,7 @@ fn missing(node: &Node) -> Option<Error> {
         // What is wrong besides is for those who read the image.
         Err(error) => {
             let cut = stored.get() && error.kind == crate::block::ErrorKind::Truncated;
-            Err(cut.then(|| error.at(node.place_of(Operation::Status, GuestOffset(at)))))
+            Err(cut.then(|| Missing::Part(error.at(node.place_of(Operation::Status, GuestOffset(at))))))
         }
     };
     for _ in 0..LOOKS {
@@ -180,7 +207,7 @@ pub fn chain(opener: &Opener<'_>, image: &ImageRef, how: &OpenHow, whole: bool) 
             return Err(Error::invalid(format!("Backing file '{}' creates an infinite loop.", image.shown())));
         }
         let info = of(&node)?;
-        if let Some(error) = missing(&node) {
+        if let Some(error) = cut_off(opener, &image, &how, &node) {
             opener.notice(Notice::Warning(error.message()));
         }
         if let (true, Some(backing)) = (whole, &info.backing) {
