@@ -358,6 +358,13 @@ pub trait Resize {
     /// Refuses, before anything is changed, what cannot be done.
     fn check(&self, size: u64, fill: Preallocation) -> Result<()>;
 
+    /// The same, in depth, where something is written before [`Resize::resize_with`]; the backing file covers the
+    /// first `covered` bytes of the disk.
+    fn check_over(&self, size: u64, fill: Preallocation, covered: u64) -> Result<()> {
+        let _ = covered;
+        self.check(size, fill)
+    }
+
     /// Sets the virtual size (a multiple of 512 except for raw).
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()>;
 

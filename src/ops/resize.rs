@@ -75,7 +75,7 @@ pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
 
 fn resize_unnamed(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
     let old = node.virtual_size();
-    own_the_end(node, old, size)?;
+    own_the_end(node, old, size, fill)?;
     resizing(node)?.resize_with(size, fill, &FilesBeside { node, staging: Mutex::default() })?;
     let covered = node.backing().map_or(0, |below| below.virtual_size()).min(size);
     if covered > old {
@@ -86,8 +86,8 @@ fn resize_unnamed(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
 }
 
 /// Where a longer backing file shows in the unit in which the disk ends, that unit gets a place of its own: the driver
-/// can then clear the rest of it before the size changes.
-fn own_the_end(node: &Node, old: u64, size: u64) -> Result<()> {
+/// can then clear the rest of it before the size changes. What the driver refuses, it refuses before that.
+fn own_the_end(node: &Node, old: u64, size: u64, fill: Preallocation) -> Result<()> {
     let covered = node.backing().map_or(0, |below| below.virtual_size()).min(size);
     let Some(last) = old.checked_sub(512).filter(|_| covered > old) else { return Ok(()) };
     let extent = node.driver().extent(GuestOffset(last), 512)?;
@@ -95,6 +95,7 @@ fn own_the_end(node: &Node, old: u64, size: u64) -> Result<()> {
     if !matches!(extent.kind, ExtentKind::Unallocated(_)) || old.is_multiple_of(unit) {
         return Ok(());
     }
+    resizing(node)?.check_over(size, fill, covered)?;
     let (mut sector, mut scratch) = ([0; 512], Scratch::default());
     node.read(GuestOffset(last), &mut sector, &mut scratch)?;
     node.write(GuestOffset(last), &sector, &mut scratch)

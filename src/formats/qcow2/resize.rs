@@ -50,6 +50,12 @@ impl Resize for Qcow2Driver {
         Ok(())
     }
 
+    fn check_over(&self, size: u64, fill: Preallocation, _covered: u64) -> Result<()> {
+        self.check(size, fill)?;
+        self.before_resize(&mut self.lock_alloc())?;
+        self.data_apart()
+    }
+
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
         self.resize_over(size, fill, 0)
     }

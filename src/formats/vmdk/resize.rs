@@ -33,22 +33,17 @@ impl Resize for VmdkDriver {
         self.plan(size, fill).map(drop)
     }
 
+    fn check_over(&self, size: u64, fill: Preallocation, covered: u64) -> Result<()> {
+        self.plan_over(size, fill, covered).map(drop)
+    }
+
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
         self.resize_with(size, fill, &NoFiles)
     }
 
     fn resize_with(&self, size: u64, fill: Preallocation, files: &dyn ResizeFiles) -> Result<()> {
-        let plan = self.plan(size, fill)?;
         let covered = if self.backing.is_some() { files.covered().min(size) } else { 0 };
-        if let Body::Sparse { sparse, .. } = &plan.last.body
-            && sparse.shape.compressed
-            && covered > plan.last.end()
-        {
-            // Grains of zeros would have to come before the end of the stream.
-            return Err(Error::unsupported("a stream-optimized image cannot grow over a longer backing file"));
-        }
-        // What has no room in the end is refused now.
-        self.changed(|text| plan.text(text))?;
+        let plan = self.plan_over(size, fill, covered)?;
         self.write_out()?;
         for extent in &plan.more {
             let storage = files.beside(&self.descriptor.name(&extent.name))?;
@@ -206,6 +201,21 @@ impl VmdkDriver {
             }
             _ => return Err(Error::unsupported("An extent of this kind cannot be resized")),
         }
+        Ok(plan)
+    }
+
+    /// The same over a backing file that covers the first `covered` bytes.
+    fn plan_over(&self, size: u64, fill: Preallocation, covered: u64) -> Result<VmdkResizePlan<'_>> {
+        let plan = self.plan(size, fill)?;
+        if let Body::Sparse { sparse, .. } = &plan.last.body
+            && sparse.shape.compressed
+            && covered > plan.last.end()
+        {
+            // Grains of zeros would have to come before the end of the stream.
+            return Err(Error::unsupported("a stream-optimized image cannot grow over a longer backing file"));
+        }
+        // What has no room in the end is refused now.
+        self.changed(|text| plan.text(text))?;
         Ok(plan)
     }
 
