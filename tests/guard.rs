@@ -71,6 +71,32 @@ fn a_resize_refuses_guest_data_that_lies_in_a_table() {
     }
 }
 
+/// However many tables there are, all of them are looked into.
+#[test]
+fn a_resize_of_a_large_disk_refuses_guest_data_that_lies_in_a_table() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", "i", "36T"]);
+    // 72 tables of 2 MiB.
+    let writes: Vec<String> = (0..72).map(|n| format!("write -P 1 {}G 4k", n * 512)).collect();
+    scratch.qemu_io("qcow2", "i", &writes.iter().map(String::as_str).collect::<Vec<_>>());
+    let file = fs::File::open(scratch.file("i")).unwrap();
+    let word = |at: u64| {
+        let mut word = [0; 8];
+        file.read_exact_at(&mut word, at).unwrap();
+        u64::from_be_bytes(word)
+    };
+    let l1 = word(40);
+    let last = word(l1 + 71 * 8) & 0x00ff_ffff_ffff_fe00;
+    poke(&scratch, last + 8, COPIED | l1);
+    let out = vimg(&["resize", "i", "37T"]).dir(scratch.path()).run();
+    assert_eq!(out.code, Some(1), "{out:?}");
+    assert!(out.stderr.contains("overlaps with active L1 table"), "{out:?}");
+    poke(&scratch, last + 8, 0);
+    poke(&scratch, 72, 0);
+    scratch.vimg(&["resize", "i", "37T"]);
+    scratch.assert_clean("qcow2", "i");
+}
+
 #[test]
 fn tables_that_share_a_place_are_not_changed() {
     let scratch = Scratch::new();

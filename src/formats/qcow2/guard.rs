@@ -142,7 +142,7 @@ impl Qcow2Driver {
     /// Refuses to resize an image whose guest data, by an entry of an L2 table, lies where a table does: the size cannot
     /// change without that table, and which of the two is wrong cannot be told.
     pub(super) fn data_apart(&self) -> Result<()> {
-        let mut survey = Survey::new(self, DEEPER)?;
+        let mut survey = Survey::new(self, u64::MAX)?;
         self.walk(&mut survey)?;
         survey.data_clash.map_or(Ok(()), |what| Err(self.overlaps(what)))
     }
@@ -201,9 +201,6 @@ impl Qcow2Driver {
 /// cleanly: those of 64 GiB in clusters of 64 KiB.
 const DEEP: u64 = 8 << 20;
 
-/// The same before a resize: those of 1 TiB.
-const DEEPER: u64 = 128 << 20;
-
 /// What a walk learns of where tables are, and of those that lie where they cannot.
 pub(super) struct Survey<'a> {
     driver: &'a Qcow2Driver,
@@ -221,6 +218,9 @@ pub(super) struct Survey<'a> {
     pub refcounts_wrong: Option<String>,
     /// The table in which guest data lies.
     pub data_clash: Option<&'static str>,
+    /// Bytes of the file, from the first to the second, in which nothing but guest data lies. Guest data is seen when
+    /// all else has been, and most of it lies close together: few looks tell that it is apart.
+    gap: (u64, u64),
 }
 
 impl<'a> Survey<'a> {
@@ -238,6 +238,7 @@ impl<'a> Survey<'a> {
             refcounts_clash: None,
             refcounts_wrong: None,
             data_clash: None,
+            gap: (0, 0),
         };
         let table = MetadataPart::RefcountTable.name();
         for (n, (at, len, what)) in fixed.iter().enumerate() {
@@ -318,6 +319,9 @@ impl<'a> Survey<'a> {
     fn data(&mut self, found: &Found) {
         let start = found.at - self.driver.geometry.in_cluster(found.at);
         let end = self.driver.whole(found.at, found.len);
+        if self.gap.0 <= start && end <= self.gap.1 {
+            return;
+        }
         let table = self.driver.refcount_table();
         // Which of the two is wrong cannot be told.
         if self.places.clusters.range(start..end).any(|known| known & BLOCK != 0) {
@@ -329,7 +333,33 @@ impl<'a> Survey<'a> {
             let bits = || self.bits.range(start..end).next().map(|_| MetadataPart::BitmapData.name());
             let tables = || self.placed(start, end.saturating_sub(start)).or_else(|| self.places.at(start, end));
             self.data_clash = tables().or_else(bits);
+            if self.data_clash.is_none() {
+                self.gap = self.gap_around(start, end);
+            }
         }
+    }
+
+    /// Where the parts end and start again that are next to a range in which none of them lies.
+    fn gap_around(&self, start: u64, end: u64) -> (u64, u64) {
+        let cluster = self.driver.geometry.cluster_size();
+        let (mut from, mut to) = (0, u64::MAX);
+        let mut beside = |at: u64, until: u64| {
+            if until <= start { from = from.max(until) } else { to = to.min(at) }
+        };
+        for (at, len, _) in self.fixed.iter().filter(|(_, len, _)| *len > 0) {
+            beside(*at, at.saturating_add(*len));
+        }
+        for set in [&self.places.clusters, &self.bits] {
+            for at in set.range(..start).next_back().into_iter().chain(set.range(end..).next()) {
+                let at = at - self.driver.geometry.in_cluster(*at);
+                beside(at, at.saturating_add(cluster));
+            }
+        }
+        let runs = &self.places.runs;
+        for (at, (until, _)) in runs.range(..start).next_back().into_iter().chain(runs.range(end..).next()) {
+            beside(*at, *until);
+        }
+        (from, to)
     }
 }
 
