@@ -14,7 +14,7 @@ use vimg::storage::{CacheMode, FileKind, HostExtent, Preallocation, Storage, Zer
 use crate::common::run::Holder;
 use crate::common::{Scratch, judge, need, need_root, pattern, sh, vimg};
 
-const RW: FileHow = FileHow { write: true, cache: CacheMode::Writeback, access: Access::NONE };
+const RW: FileHow = FileHow { write: true, cache: CacheMode::Writeback, access: Access::NONE, keep_space: false };
 
 /// A program that another test is just starting holds our descriptors for a moment, until it is that program: so
 /// what ought to be free is tried for minutes.

@@ -37,6 +37,10 @@ fn length(n: u64) -> Result<usize> {
 impl Node {
     /// Room for the start of a range; given back when dropped without [`Placement::publish`].
     pub fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placement<'_>> {
+        let store = match store {
+            Store::Zero { unmap } => Store::Zero { unmap: unmap && !self.manner().keep_space },
+            other => other,
+        };
         let placed = self.writing()?.place(at, len, store)?;
         Ok(Placement { node: self, placed, open: true })
     }

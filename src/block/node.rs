@@ -30,6 +30,15 @@ pub struct Origin {
     pub inner: Vec<(String, Arc<Node>)>,
 }
 
+/// What the user says of how a layer is written, beside what the command does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WriteManner {
+    /// The space of what reads as zeros is kept (`discard=ignore`).
+    pub keep_space: bool,
+    /// Data that is all zeros is made zeros instead; the value says whether its space may be given back.
+    pub detect_zeroes: Option<bool>,
+}
+
 /// An opened layer, whatever lies below it: several nodes may share it.
 #[derive(Debug)]
 pub struct Layer {
@@ -37,6 +46,7 @@ pub struct Layer {
     last_unit: LastUnit,
     /// Of each file, where the layer is not written to.
     ends: Box<[FileEnd]>,
+    manner: WriteManner,
 }
 
 impl Layer {
@@ -44,7 +54,12 @@ impl Layer {
     pub fn new(driver: Box<dyn BlockDriver>) -> Self {
         let files = if driver.writing().is_some() { 0 } else { driver.files().len() };
         let ends = (0..files).map(|_| FileEnd::default()).collect();
-        Self { driver, last_unit: LastUnit::default(), ends }
+        Self { driver, last_unit: LastUnit::default(), ends, manner: WriteManner::default() }
+    }
+
+    /// To be written in that manner.
+    pub fn with_manner(self, manner: WriteManner) -> Self {
+        Self { manner, ..self }
     }
 
     /// What it can do.
@@ -172,6 +187,11 @@ impl Node {
     /// What the layer can do.
     pub fn driver(&self) -> &dyn BlockDriver {
         self.layer.driver()
+    }
+
+    /// How the user has it written.
+    pub fn manner(&self) -> WriteManner {
+        self.layer.manner
     }
 
     /// What lies below it.

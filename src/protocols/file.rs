@@ -12,7 +12,6 @@ use crate::block::keys::{take_number, take_switch, take_text};
 use crate::block::protocol::{CreateFile, FileRequest, OpenedFile, Protocol, Spelt};
 use crate::block::{CreateOptions, Error, OptionKind, OptionSpec, OptionTree, Result};
 use crate::storage::file::{FileHow, HostFile};
-use crate::storage::lock::Access;
 use crate::storage::staging::{CreateHow, Staging};
 use crate::storage::{self, FileKind, Preallocation, Storage};
 
@@ -108,11 +107,11 @@ pub fn open_host(
     wanted: &str,
     is_wanted: impl Fn(FileKind) -> bool,
 ) -> Result<OpenedFile> {
-    let FileRequest { path, options, write, cache } = request;
+    let FileRequest { path, options, write, cache, keep_space } = request;
     let path = path.unwrap_or_default();
     let locking = take_locking(cache.direct(), options)?;
     let wrong = || Error::invalid(format!("'{driver}' driver requires '{}' to be {wanted}", path.to_string_lossy()));
-    let how = FileHow { write, cache, access: Access::NONE };
+    let how = FileHow { write, cache, keep_space, ..FileHow::default() };
     let storage = match HostFile::open(Path::new(&path), &how) {
         Ok(file) if is_wanted(file.kind()) => Arc::new(file),
         Ok(_) | Err(storage::Error::WrongKind { .. }) => return Err(wrong()),

@@ -158,7 +158,6 @@ impl Direct {
 mod tests {
     use super::*;
     use crate::storage::file::{FileHow, HostFile};
-    use crate::storage::lock::Access;
     use crate::storage::{CacheMode, Storage};
 
     /// Any offset, length and buffer, against the same writes to a vector.
@@ -169,7 +168,7 @@ mod tests {
             let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
             let path = dir.path().join("a");
             std::fs::write(&path, b"").unwrap();
-            let file = HostFile::open(&path, &FileHow { write: true, cache, access: Access::NONE }).unwrap();
+            let file = HostFile::open(&path, &FileHow { write: true, cache, ..FileHow::default() }).unwrap();
             assert!(file.facts().alignment >= 512);
             let mut model = Vec::new();
             let mut random = fastrand::Rng::with_seed(7);

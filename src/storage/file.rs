@@ -9,9 +9,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, RwLock};
 
 use nix::errno::Errno;
@@ -33,6 +33,8 @@ pub struct FileHow {
     pub cache: CacheMode,
     /// The permissions taken and shared with other programs.
     pub access: Access,
+    /// Space is never given back: what is punched keeps it, what is discarded stays.
+    pub keep_space: bool,
 }
 
 /// The flags of `open(2)` that a cache mode asks for.
@@ -60,6 +62,7 @@ pub struct HostFile {
     pub(super) growth: RwLock<()>,
     pub(super) pieces: Pieces,
     pub(super) track: Option<Track>,
+    pub(super) keep_space: bool,
 }
 
 impl HostFile {
@@ -69,7 +72,8 @@ impl HostFile {
         if name.is_empty() {
             return Err(Error::Other("The 'file' block driver requires a file name".to_owned()));
         }
-        let this = Self::from_file(open(path, "open", how.write, how.cache)?, how.cache, &name)?;
+        let mut this = Self::from_file(open(path, "open", how.write, how.cache)?, how.cache, &name)?;
+        this.keep_space = how.keep_space;
         if how.write && this.kind == FileKind::BlockDevice && host::is_read_only(&this.file) {
             return Err(Error::Step { what: "The device is not writable", cause: Errno::EACCES.into() });
         }
@@ -107,6 +111,7 @@ impl HostFile {
             growth: RwLock::default(),
             pieces: Pieces::default(),
             track: None,
+            keep_space: false,
         })
     }
 
@@ -129,6 +134,11 @@ impl HostFile {
     /// The open file itself.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Where the file that is open is now, whatever its name leads to by now; an error where that cannot be told.
+    pub fn whereabouts(&self) -> Result<PathBuf> {
+        Ok(std::fs::read_link(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?)
     }
 
     /// Its name, as it is shown.
@@ -206,7 +216,7 @@ mod tests {
     use super::*;
     use crate::storage::{HostExtent, Storage, Zeroing};
 
-    const RW: FileHow = FileHow { write: true, cache: CacheMode::Writeback, access: Access::NONE };
+    const RW: FileHow = FileHow { write: true, cache: CacheMode::Writeback, access: Access::NONE, keep_space: false };
 
     fn message(path: &Path, how: &FileHow) -> String {
         HostFile::open(path, how).map_or_else(|e| e.to_string(), |_| "ok".to_owned())

@@ -85,11 +85,12 @@ impl Storage for HostFile {
     }
 
     fn zero(&self, at: u64, len: u64, how: Zeroing) -> Result<()> {
+        let how = if self.keep_space && how == Zeroing::Punch { Zeroing::Allocate } else { how };
         sparse::zero(self, at, len, how)
     }
 
     fn discard(&self, at: u64, len: u64) -> Result<()> {
-        sparse::discard(self, at, len)
+        if self.keep_space { Ok(()) } else { sparse::discard(self, at, len) }
     }
 
     fn set_len(&self, len: u64, fill: Preallocation) -> Result<()> {

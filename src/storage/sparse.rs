@@ -173,15 +173,13 @@ fn fill_with_zeros(file: &HostFile, old: u64, len: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::CacheMode;
     use crate::storage::file::FileHow;
-    use crate::storage::lock::Access;
 
     fn file() -> (tempfile::TempDir, HostFile) {
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = dir.path().join("a");
         std::fs::write(&path, vec![7u8; 1 << 20]).unwrap();
-        let how = FileHow { write: true, cache: CacheMode::Writeback, access: Access::NONE };
+        let how = FileHow { write: true, ..FileHow::default() };
         let file = HostFile::open(&path, &how).unwrap();
         (dir, file)
     }

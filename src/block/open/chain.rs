@@ -124,6 +124,7 @@ impl Opener<'_> {
     /// What lies below a layer, if that is to be opened.
     fn below(&self, layer: &OpenedLayer, trail: &mut Trail) -> Result<Option<Ask>> {
         let named = layer.driver().backing();
+        trail.named = None;
         let options = match &layer.below {
             Below::Nothing => return Ok(None),
             Below::Given(options) => options.clone(),
@@ -134,6 +135,7 @@ impl Opener<'_> {
         if let (Some(named), false) = (named, layer.own || options.contains_key("file.filename")) {
             let path = path_of(layer, named);
             self.may_open(&layer.name(), &named.name, path.as_deref())?;
+            trail.named = Some((layer.name(), named.name.clone()));
         }
         if let Some(identity) = layer.identity() {
             if trail.seen.contains(&identity) {

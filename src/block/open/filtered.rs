@@ -50,7 +50,8 @@ impl Over {
             let wanted = if how.exclusive { wanted } else { wanted.of_raw() };
             trail.lock(&*storage, wanted.and(access))?;
         }
-        Ok(OpenedLayer::new(Arc::new(Layer::new(Box::new(driver))), None, origin, settings, false))
+        let layer = Layer::new(Box::new(driver)).with_manner(settings.manner());
+        Ok(OpenedLayer::new(Arc::new(layer), None, origin, settings, false))
     }
 }
 

@@ -227,7 +227,7 @@ impl Opener<'_> {
             return Err(Error::invalid(text));
         }
         settings.may_write()?;
-        let layer = Arc::new(Layer::new(driver));
+        let layer = Arc::new(Layer::new(driver).with_manner(settings.manner()));
         Ok(OpenedLayer::new(layer, key, origin, settings, own).above(below, given, how))
     }
 
@@ -273,6 +273,7 @@ impl Opener<'_> {
         let spelt = self.spelt(protocol, path)?;
         add(&mut options, spelt.options);
         let (opened, settings) = self.bytes(protocol, spelt.path, options, settings, "file", &mut trail.names)?;
+        self.keep(&opened, trail)?;
         if opened.locking {
             let access = settings.access();
             trail.lock(&*opened.child.storage, if how.exclusive { access } else { access.of_raw() })?;
@@ -280,7 +281,8 @@ impl Opener<'_> {
         let driver = Bare::open(protocol.name(), opened.child, settings.purpose.writes())?;
         let origin =
             Origin { path: opened.path, base: opened.base, tree: opened.tree, protocol: true, inner: Vec::new() };
-        Ok(OpenedLayer::new(Arc::new(Layer::new(Box::new(driver))), None, origin, settings, false))
+        let layer = Layer::new(Box::new(driver)).with_manner(settings.manner());
+        Ok(OpenedLayer::new(Arc::new(layer), None, origin, settings, false))
     }
 
     /// The file that a format lies in: a file of the host, or another image.
@@ -354,7 +356,17 @@ impl Opener<'_> {
                 (self.drivers.of_path(OsStr::new(name))?, None)
             }
         };
-        Ok(self.bytes(protocol, path, below, *parent, role, &mut trail.names)?.0)
+        let (opened, _) = self.bytes(protocol, path, below, *parent, role, &mut trail.names)?;
+        self.keep(&opened, trail)?;
+        Ok(opened)
+    }
+
+    /// Refuses what an image named, if it is not what the policy allowed.
+    fn keep(&self, opened: &Opened, trail: &Trail) -> Result<()> {
+        match &trail.named {
+            Some((image, named)) => self.may_keep(image, named, &*opened.child.storage),
+            None => Ok(()),
+        }
     }
 
     /// What a name says to a protocol that was chosen by its own name.
@@ -380,6 +392,7 @@ impl Opener<'_> {
             options: &mut options,
             write: settings.purpose.writes(),
             cache: settings.cache(),
+            keep_space: settings.manner().keep_space,
         })?;
         if let Some(key) = first_key(&options) {
             let name = protocol.name();

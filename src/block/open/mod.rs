@@ -68,6 +68,8 @@ pub(super) struct Trail {
     pub names: Names,
     /// Layers with a backing file that were met.
     seen: Vec<(Identity, &'static str)>,
+    /// The image that names what is opened now, and how, where the policy had to allow it.
+    named: Option<(String, String)>,
     /// How many images we are inside of.
     pub depth: usize,
     /// Files of the layer that is opened again: they give up their locks to what is opened.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::Opener;
 use crate::block::error::Context;
 use crate::block::{Error, ErrorKind, Result, name};
-use crate::storage;
+use crate::storage::{self, HostFile, Storage};
 
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -34,7 +34,16 @@ impl Allowed {
     }
 
     fn holds(&self, path: &Path) -> bool {
-        std::fs::canonicalize(path).is_ok_and(|path| self.resolved.iter().any(|allowed| path.starts_with(allowed)))
+        std::fs::canonicalize(path).is_ok_and(|path| self.covers(&path))
+    }
+
+    fn covers(&self, resolved: &Path) -> bool {
+        self.resolved.iter().any(|allowed| resolved.starts_with(allowed))
+    }
+
+    /// The same of a file that is open: what a name leads to can change after it was looked at.
+    fn holds_open(&self, file: &HostFile) -> bool {
+        file.whereabouts().is_ok_and(|path| self.covers(&path))
     }
 }
 
@@ -60,9 +69,52 @@ impl Opener<'_> {
         if path.map(Path::new).is_some_and(|path| allowed.holds(path)) {
             return Ok(());
         }
-        Err(Error::new(
-            ErrorKind::Forbidden,
-            format!("'{image}' names the file '{named}', and an untrusted image may name none that is not allowed"),
-        ))
+        Err(forbidden(image, named))
+    }
+
+    /// Refuses, where the policy says so, what was opened for an image: its name was allowed, but may have led
+    /// elsewhere by then.
+    pub(super) fn may_keep(&self, image: &str, named: &str, storage: &dyn Storage) -> Result<()> {
+        match &self.policy {
+            Policy::Refuse(allowed) if !storage.host().is_some_and(|file| allowed.holds_open(file)) => {
+                Err(forbidden(image, named))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn forbidden(image: &str, named: &str) -> Error {
+    Error::new(
+        ErrorKind::Forbidden,
+        format!("'{image}' names the file '{named}', and an untrusted image may name none that is not allowed"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::storage::file::FileHow;
+
+    #[test]
+    fn it_is_the_open_file_that_is_allowed() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::create_dir(at("in")).unwrap();
+        for name in ["in/base", "out"] {
+            std::fs::write(at(name), name).unwrap();
+        }
+        let mut allowed = Allowed::default();
+        allowed.add(&at("in")).unwrap();
+        let opens = |name: &str| allowed.holds_open(&HostFile::open(&at(name), &FileHow::default()).unwrap());
+        assert!(allowed.holds(&at("in/base")) && opens("in/base"));
+        // Between the look and the opening it becomes a link to something else.
+        std::fs::remove_file(at("in/base")).unwrap();
+        symlink(at("out"), at("in/base")).unwrap();
+        assert!(!opens("in/base"));
     }
 }

@@ -93,8 +93,9 @@ impl Related for Beside<'_> {
             Some(_) => None,
             None => Some(self.locate(role, name)?),
         };
-        if path.is_some() && !self.own {
-            let image = self.image.unwrap_or_default().to_string_lossy();
+        let image = self.image.unwrap_or_default().to_string_lossy();
+        let by_image = path.is_some() && !self.own;
+        if by_image {
             self.opener.may_open_file(&image, &shown, path.as_deref())?;
         }
         let named = path.clone().or_else(|| given.get("filename").and_then(as_text).map(OsString::from));
@@ -110,6 +111,9 @@ impl Related for Beside<'_> {
         };
         let (opened, settings) =
             self.opener.bytes(protocol, path, given, self.settings, role, &mut Names::default())?;
+        if by_image {
+            self.opener.may_keep(&image, &shown, &*opened.child.storage)?;
+        }
         if self.locking && opened.locking {
             self.lock(&*opened.child.storage, role, &settings)?;
         }

@@ -2,6 +2,7 @@
 
 use crate::block::keys::{take_switch, take_text};
 use crate::block::name::in_order;
+use crate::block::node::WriteManner;
 use crate::block::{Error, OptionTree, Purpose, Result};
 use crate::storage::CacheMode;
 use crate::storage::lock::Access;
@@ -17,6 +18,8 @@ pub struct Settings {
     no_flush: bool,
     write_through: bool,
     unmap: bool,
+    /// Its own `discard` and `detect-zeroes`, which its children do not inherit.
+    manner: WriteManner,
     /// Written to, though its own options say that it is not.
     refused: bool,
     /// A switch of a parent's that is neither on nor off: it is the child that says so.
@@ -33,6 +36,7 @@ impl Settings {
             no_flush: !cache.flushes(),
             write_through: cache.write_through(),
             unmap: false,
+            manner: WriteManner::default(),
             refused: false,
             bad: None,
         }
@@ -40,12 +44,17 @@ impl Settings {
 
     /// What a layer inherits that lies below one with these settings.
     pub fn below(self) -> Self {
-        Self { purpose: self.purpose.below(), refused: false, bad: None, ..self }
+        Self { purpose: self.purpose.below(), manner: WriteManner::default(), refused: false, bad: None, ..self }
     }
 
     /// What an image inherits that one with these settings lies in.
     pub fn inside(self) -> Self {
-        Self { purpose: self.purpose.inside(), ..self }
+        Self { purpose: self.purpose.inside(), manner: WriteManner::default(), ..self }
+    }
+
+    /// How the user has the node written.
+    pub fn manner(&self) -> WriteManner {
+        self.manner
     }
 
     /// The permissions that a node with these settings takes, but for what is particular to its format.
@@ -73,10 +82,10 @@ impl Settings {
     /// Takes a node's own options; what it does not say is as `self`, its parent's. What is wrong with them is
     /// told by [`Claims::settle`], because the file below is opened before.
     ///
-    /// `auto-read-only`, `active`, `discard` and `detect-zeroes` mean nothing to an image that is opened for one
-    /// command, which says itself what it writes; their values are checked all the same.
+    /// `auto-read-only` and `active` mean nothing to an image that is opened for one command; their values are checked
+    /// all the same.
     pub fn take(self, options: &mut OptionTree) -> (Self, Claims) {
-        let mut own = Self { refused: false, ..self };
+        let mut own = Self { refused: false, manner: WriteManner::default(), ..self };
         let given: Vec<String> = in_order(options).into_iter().map(|(key, _)| key.clone()).collect();
         let mut bad = None;
         let mut read_only = None;
@@ -100,14 +109,20 @@ impl Settings {
         let discard = take_text(options, "discard");
         match discard.as_deref() {
             Some("unmap" | "on") => own.unmap = true,
-            Some("ignore" | "off") => own.unmap = false,
+            Some("ignore" | "off") => (own.unmap, own.manner.keep_space) = (false, true),
             _ => {}
         }
+        let detect_zeroes = take_text(options, "detect-zeroes");
+        own.manner.detect_zeroes = match detect_zeroes.as_deref() {
+            Some("on") => Some(false),
+            Some("unmap") => Some(true),
+            _ => None,
+        };
         let claims = Claims {
             bad: own.bad,
             shared: own.force_share && (own.purpose.writes() || read_only == Some(false)),
             discard,
-            detect_zeroes: take_text(options, "detect-zeroes"),
+            detect_zeroes,
             unmap: own.unmap,
             name: take_text(options, "node-name"),
         };

@@ -101,6 +101,9 @@ pub struct Engine<'a> {
     granule: u64,
     zeros: Zeros,
     sparse: SparsePolicy,
+    /// Whether data that is all zeros is made zeros, and then whether its space may be given back: where no zeros are
+    /// left out, and the user has the target written so.
+    detect: Option<bool>,
     compress: Option<&'a dyn Compress>,
 }
 
@@ -180,6 +183,7 @@ impl<'a> Engine<'a> {
             },
             zeros,
             sparse: SparsePolicy::new(least),
+            detect: target.manner().detect_zeroes.filter(|_| least == 0 && compress.is_none()),
             compress,
         })
     }
@@ -279,6 +283,9 @@ impl<'a> Engine<'a> {
         if self.granule > 1 {
             target::coarsen(chunk.at, chunk.len, self.granule, &mut worker.flags, &mut worker.pieces);
             target::fill_kept(chunk, self.target, &worker.pieces, &mut whole[..len], &mut worker.scratch)?;
+        }
+        if self.detect.is_some() {
+            target::detect_zeros(chunk.at, &whole[..len], &mut worker.pieces);
         }
         if self.zeros == Zeros::Skip {
             worker.pieces.retain(|piece| piece.kind == PieceKind::Data);
@@ -430,7 +437,8 @@ impl<'a> Engine<'a> {
     }
 
     fn make_zero(&self, at: u64, len: u64) -> Result<()> {
-        let done = self.target.write_zeroes(GuestOffset(at), len, true, &mut Scratch::default());
+        let unmap = self.detect.unwrap_or(true);
+        let done = self.target.write_zeroes(GuestOffset(at), len, unmap, &mut Scratch::default());
         done.map_err(|error| self.wrote(error, at))
     }
 

@@ -5,7 +5,7 @@
 
 use super::plan::{Chunk, Zeros};
 use super::source::Content;
-use super::zero::SparsePolicy;
+use super::zero::{SparsePolicy, is_zero};
 use crate::block::io::{Scratch, Step};
 use crate::block::{GuestOffset, Node, Result, Store};
 
@@ -59,6 +59,16 @@ pub fn decide(chunk: &Chunk<'_>, buf: &[u8], sparse: SparsePolicy, zeros: Zeros,
             }
         };
         pieces.push(Piece { at: first.at, len: first.len, kind });
+    }
+}
+
+/// Has pieces of data that are all zeros made zeros. `buf` starts at the guest's `at`.
+pub fn detect_zeros(at: u64, buf: &[u8], pieces: &mut [Piece]) {
+    for piece in pieces.iter_mut().filter(|piece| piece.kind == PieceKind::Data) {
+        let range = usize::try_from(piece.at - at).ok().zip(usize::try_from(piece.at - at + piece.len).ok());
+        if range.and_then(|(from, to)| buf.get(from..to)).is_some_and(is_zero) {
+            piece.kind = PieceKind::Zero;
+        }
     }
 }
 

@@ -180,7 +180,7 @@ fn open_existing(path: &Path, cache: CacheMode) -> Result<HostFile> {
         ))
     };
     if is_device {
-        let how = file::FileHow { write: true, cache, access: Access::WRITE.of_raw() };
+        let how = file::FileHow { write: true, cache, access: Access::WRITE.of_raw(), ..file::FileHow::default() };
         return HostFile::open(path, &how).map_err(device);
     }
     let open = file::open(path, "create", true, cache)?;
