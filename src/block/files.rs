@@ -85,8 +85,8 @@ impl Child {
 /// The backing file as a header names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackingRef {
-    /// The name, as written there.
-    pub name: String,
+    /// The name, as written there: bytes, which need not be text.
+    pub name: OsString,
     /// The format, if written there.
     pub format: Option<String>,
     /// What a file in the image's folder is looked for as where there is none of that name, in this order.

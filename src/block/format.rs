@@ -1,6 +1,6 @@
 //! What is known of a format without an image: its name, how to recognise, open and create it.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::sync::Arc;
 
@@ -72,7 +72,7 @@ pub trait CreateFiles {
     fn beside(&self, name: &OsStr) -> Result<Arc<dyn Storage>>;
     /// Makes a file that the user named: from the working directory on, perhaps with a protocol. Gives the name that
     /// the image has for it.
-    fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)>;
+    fn named(&self, name: &OsStr) -> Result<(Arc<dyn Storage>, OsString)>;
 }
 
 /// What a new image shall be.

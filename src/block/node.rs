@@ -3,7 +3,7 @@
 //! The walk down the chain, and short backing files (past their end reads zero), are written once, here; the moving of
 //! guest bytes is [`io`](super::io)'s. No lock is held.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fmt;
 use std::sync::Arc;
 
@@ -175,8 +175,7 @@ impl Node {
 
     /// The name that would open its backing file; nothing if it names none, or if where it is cannot be told.
     pub fn backing_path(&self) -> Option<OsString> {
-        let name = OsStr::new(&self.driver().backing()?.name);
-        name::find_beside(self.origin.base.as_deref(), name)
+        name::find_beside(self.origin.base.as_deref(), &self.driver().backing()?.name)
     }
 
     /// The layer itself.

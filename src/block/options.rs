@@ -3,6 +3,8 @@
 //! A table of [`OptionSpec`] is the single list of a format's options: parsing, help, defaults and the
 //! `Formatting` line all come from it.
 
+use std::ffi::{OsStr, OsString};
+
 use super::{Error, Result};
 
 /// What an option's value looks like.
@@ -10,6 +12,8 @@ use super::{Error, Result};
 pub enum OptionKind {
     /// Any text.
     Text,
+    /// The name of a file, which need not be text.
+    Name,
     /// Bytes, with an optional suffix k, M, G, T, P or E.
     Size,
     /// A number.
@@ -22,7 +26,7 @@ impl OptionKind {
     /// How help shows it.
     pub fn shown(self) -> &'static str {
         match self {
-            Self::Text => "<str>",
+            Self::Text | Self::Name => "<str>",
             Self::Size => "<size>",
             Self::Number => "<num>",
             Self::Switch => "<bool (on/off)>",
@@ -69,6 +73,8 @@ impl OptionSpec {
 pub enum OptionValue {
     /// Any text.
     Text(String),
+    /// The name of a file.
+    Name(OsString),
     /// Bytes.
     Size(u64),
     /// A number.
@@ -147,6 +153,7 @@ impl CreateOptions {
             Some(Given { value: OptionValue::Switch(_), typed: Some(typed), .. }) => Some(typed.clone()),
             Some(Given { value: OptionValue::Switch(on), .. }) => Some(if *on { "on" } else { "off" }.to_owned()),
             Some(Given { value: OptionValue::Text(text), .. }) => Some(text.replace(',', ",,")),
+            Some(Given { value: OptionValue::Name(name), .. }) => Some(name.to_string_lossy().replace(',', ",,")),
             // The reference shows them signed.
             Some(Given { value: OptionValue::Size(n) | OptionValue::Number(n), .. }) => {
                 Some(n.cast_signed().to_string())
@@ -165,6 +172,14 @@ impl CreateOptions {
         match self.given(name) {
             Some(OptionValue::Text(text)) => Some(text),
             _ => self.spec(name)?.default,
+        }
+    }
+
+    /// The file's name given.
+    pub fn name(&self, name: &str) -> Option<&OsStr> {
+        match self.given(name) {
+            Some(OptionValue::Name(name)) => Some(name),
+            _ => None,
         }
     }
 

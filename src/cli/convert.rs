@@ -40,8 +40,8 @@ pub struct ConvertArgs {
     #[arg(short = 'O', long, alias = "output-format", value_name = "FMT")]
     target_format: Option<String>,
     /// options of the target's format, key=value,... ('-o help' lists them)
-    #[arg(short = 'o', long, alias = "options", value_name = "FMT_OPTS", value_parser = options::list)]
-    target_format_options: Vec<String>,
+    #[arg(short = 'o', long, alias = "options", value_name = "FMT_OPTS", value_parser = options::lists())]
+    target_format_options: Vec<OsString>,
     /// the target is named by a list of options key=value,... (with -n)
     #[arg(long)]
     target_image_opts: bool,
@@ -50,7 +50,7 @@ pub struct ConvertArgs {
     target_cache: Option<String>,
     /// backing file of the target: only what the source has above it is copied
     #[arg(short = 'B', short_alias = 'b', long, value_name = "BACKING_FILENAME")]
-    backing: Option<String>,
+    backing: Option<OsString>,
     /// format of the backing file
     #[arg(short = 'F', long, value_name = "BACKING_FMT")]
     backing_format: Option<String>,
@@ -238,7 +238,7 @@ impl ConvertArgs {
     /// Files that are named here, which images may name too.
     fn typed(&self) -> Vec<PathBuf> {
         let target = self.operands.last().map(OsString::as_os_str);
-        let backing = self.backing.as_ref().and_then(|backing| name::beside(target, OsStr::new(backing)));
+        let backing = self.backing.as_ref().and_then(|backing| name::beside(target, backing));
         let sources = self.operands.iter().rev().skip(1).filter(|_| !self.image_opts);
         sources.cloned().chain(backing).map(PathBuf::from).collect()
     }

@@ -19,7 +19,7 @@ pub struct CreateArgs {
     format: String,
     /// backing file: what the new image does not hold itself is read from it
     #[arg(short, long, value_name = "BACKING_FILENAME")]
-    backing: Option<String>,
+    backing: Option<OsString>,
     /// format of the backing file
     #[arg(short = 'F', short_alias = 'B', long, value_name = "BACKING_FMT")]
     backing_format: Option<String>,
@@ -27,8 +27,8 @@ pub struct CreateArgs {
     #[arg(short = 'u', long)]
     backing_unsafe: bool,
     /// options of the format, key=value,... ('-o help' lists them)
-    #[arg(short, long, value_name = "FMT_OPTS", value_parser = options::list)]
-    options: Vec<String>,
+    #[arg(short, long, value_name = "FMT_OPTS", value_parser = options::lists())]
+    options: Vec<OsString>,
     /// image to create; one that is there already is replaced
     #[arg(value_name = "FILENAME")]
     name: Option<OsString>,

@@ -110,7 +110,7 @@ fn text(info: &Info, level: usize, path: &str) -> String {
             Some(_) if info::same_name(backing) => String::new(),
             Some(path) => format!(" (actual path: {})", path.to_string_lossy()),
         };
-        line(&format!("backing file: {}{place}", backing.name));
+        line(&format!("backing file: {}{place}", backing.name.display()));
         if let Some(format) = &backing.format {
             line(&format!("backing file format: {format}"));
         }

@@ -1,37 +1,57 @@
 //! `-o`: lists of `key=value`, and their help.
 
+use std::borrow::Cow;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+
 use super::{Complaint, Program};
 use crate::block::keys::{self, Dialect, Item};
 use crate::block::{self, CreateOptions, Error, OptionKind, OptionSpec, OptionValue, number};
 
-/// A list that has at least the form of one: not empty, no comma without need at its ends.
-pub fn list(text: &str) -> Result<String, Complaint> {
-    let commas = text.len() - text.trim_end_matches(',').len();
-    if text.is_empty() || text.starts_with(',') || commas % 2 == 1 {
-        return Err(Complaint::value(format!("Invalid option list: {text}")));
+/// Reads a word of the command line that is a list.
+pub fn lists() -> impl TypedValueParser<Value = OsString> {
+    OsStringValueParser::new().try_map(|text| list(&text).map(|()| text))
+}
+
+/// Refuses a list that has not even the form of one: not empty, no comma without need at its ends.
+fn list(text: &OsStr) -> Result<(), Complaint> {
+    let bytes = text.as_bytes();
+    let commas = bytes.iter().rev().take_while(|byte| **byte == b',').count();
+    if bytes.is_empty() || bytes.starts_with(b",") || commas % 2 == 1 {
+        return Err(Complaint::value(format!("Invalid option list: {}", text.display())));
     }
-    Ok(text.to_owned())
+    Ok(())
 }
 
 /// What stands in a list: keys with their values, and whether help is asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pairs {
-    /// In the order given.
-    pub pairs: Vec<(String, String)>,
+    /// In the order given. A value may be a file's name, which need not be text.
+    pub pairs: Vec<(String, OsString)>,
     /// `help` or `?` stands among them.
     pub help: bool,
 }
 
 /// Reads a list. `key` alone is `key=on`, `nokey` is `key=off`.
-pub fn pairs(text: &str) -> Pairs {
+pub fn pairs(list: &OsStr) -> Pairs {
+    // What is no text is read as one character a byte: commas and equals signs are themselves in both.
+    let text =
+        list.to_str().map_or_else(|| Cow::Owned(list.as_bytes().iter().copied().map(char::from).collect()), Cow::from);
+    let is_text = list.to_str().is_some();
+    let name = |text: String| match is_text {
+        true => OsString::from(text),
+        false => OsString::from_vec(text.chars().map(|c| u8::try_from(c).unwrap_or(b'?')).collect()),
+    };
     let mut found = Pairs::default();
-    for item in keys::items(text, Dialect::Words) {
+    for item in keys::items(&text, Dialect::Words) {
         match item {
-            Item::Pair(key, value) => found.pairs.push((key, value)),
+            Item::Pair(key, value) => found.pairs.push((key, name(value))),
             Item::Word(word) if keys::is_help(&word) => found.help = true,
             Item::Word(word) => {
                 let (key, on) = keys::switch(&word);
-                found.pairs.push((key.to_owned(), on.to_owned()));
+                found.pairs.push((key.to_owned(), on.into()));
             }
         }
     }
@@ -39,16 +59,18 @@ pub fn pairs(text: &str) -> Pairs {
 }
 
 /// All `-o` lists of a command line as one; `None` where there are none.
-pub fn joined(lists: &[String]) -> Option<Pairs> {
-    (!lists.is_empty()).then(|| pairs(&lists.join(",")))
+pub fn joined(lists: &[OsString]) -> Option<Pairs> {
+    (!lists.is_empty()).then(|| pairs(&lists.join(OsStr::new(","))))
 }
 
 /// Gives the options their values, in the order given.
 pub fn apply(given: &Pairs, options: &mut CreateOptions) -> block::Result<()> {
-    for (key, text) in &given.pairs {
+    for (key, value) in &given.pairs {
+        let text = &*value.to_string_lossy();
         let unknown = || Error::invalid(format!("Invalid parameter '{key}'"));
         let value = match options.spec(key).ok_or_else(unknown)?.kind {
-            OptionKind::Text => OptionValue::Text(text.clone()),
+            OptionKind::Text => OptionValue::Text(text.to_owned()),
+            OptionKind::Name => OptionValue::Name(value.clone()),
             OptionKind::Size => OptionValue::Size(number::key_size(key, text)?),
             OptionKind::Number => OptionValue::Number(number::key_number(key, text)?),
             OptionKind::Switch => OptionValue::Switch(number::key_switch(key, text)?),
@@ -85,18 +107,18 @@ mod tests {
     #[test]
     fn lists_have_a_form() {
         for bad in ["", ",", ",,", ",a", "a,", "a,,,"] {
-            assert_eq!(list(bad).unwrap_err().to_string(), format!("Invalid option list: {bad}"));
+            assert_eq!(list(OsStr::new(bad)).unwrap_err().to_string(), format!("Invalid option list: {bad}"));
         }
         for good in ["a", "a,,", "a=b,c", "a=,,,,"] {
-            assert!(list(good).is_ok(), "{good}");
+            assert!(list(OsStr::new(good)).is_ok(), "{good}");
         }
     }
 
     #[test]
     fn lists_are_read() {
         let read = |text: &str| {
-            let Pairs { pairs, help } = pairs(text);
-            (pairs.iter().map(|(k, v)| format!("{k}|{v}")).collect::<Vec<_>>().join(" "), help)
+            let Pairs { pairs, help } = pairs(OsStr::new(text));
+            (pairs.iter().map(|(k, v)| format!("{k}|{}", v.display())).collect::<Vec<_>>().join(" "), help)
         };
         for (text, shown, help) in [
             ("size=1M", "size|1M", false),
@@ -115,6 +137,9 @@ mod tests {
         ] {
             assert_eq!(read(text), (shown.to_owned(), help), "{text}");
         }
+        let bytes = |bytes: &[u8]| OsStr::from_bytes(bytes).to_owned();
+        let read = pairs(&bytes(b"data_file=\xff,,\xc3\xa9,nocow"));
+        assert_eq!(read.pairs, [("data_file".to_owned(), bytes(b"\xff,\xc3\xa9")), ("cow".to_owned(), "off".into())]);
     }
 
     #[test]
@@ -127,7 +152,7 @@ mod tests {
         ];
         let line = |text: &str| {
             let mut options = CreateOptions::new(&[&specs]);
-            apply(&pairs(text), &mut options).map_err(|bad| bad.to_string())?;
+            apply(&pairs(OsStr::new(text)), &mut options).map_err(|bad| bad.to_string())?;
             Ok::<_, String>(options.shown().iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(" "))
         };
         assert_eq!(line("b=y,n=-1,s=1k"), Ok("s=1024 n=-1 b=y t=d".into()));

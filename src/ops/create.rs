@@ -56,7 +56,7 @@ pub struct Wanted<'a> {
     /// Options, with what was given.
     pub options: CreateOptions,
     /// The backing file, where it was named beside the options.
-    pub backing: Option<String>,
+    pub backing: Option<OsString>,
     /// Its format, likewise.
     pub backing_format: Option<String>,
     /// Take the backing file's word unseen.
@@ -97,7 +97,7 @@ impl Wanted<'_> {
         }
         if let Some(backing) = self.backing.take() {
             self.options
-                .set("backing_file", OptionValue::Text(backing))
+                .set("backing_file", OptionValue::Name(backing))
                 .map_err(|_| Error::unsupported(format!("Backing file not supported for file format '{format}'")))?;
         }
         if let Some(backing_format) = self.backing_format.take() {
@@ -105,7 +105,7 @@ impl Wanted<'_> {
                 Error::unsupported(format!("Backing file format not supported for file format '{format}'"))
             })?;
         }
-        if let Some(backing) = self.options.text("backing_file").map(str::to_owned) {
+        if let Some(backing) = self.options.name("backing_file").map(OsStr::to_owned) {
             self.look_at_backing(&backing, opener)?;
         }
         // The reference takes 2^64 - 1 for "no size" too.
@@ -114,14 +114,14 @@ impl Wanted<'_> {
         Ok(NewImage { name: self.name.to_owned(), format: self.target.format, size, options: self.options })
     }
 
-    fn look_at_backing(&mut self, backing: &str, opener: &Opener<'_>) -> Result<()> {
+    fn look_at_backing(&mut self, backing: &OsStr, opener: &Opener<'_>) -> Result<()> {
         if backing.is_empty() {
             return Err(Error::invalid("Expected backing file name, got empty string"));
         }
         let itself = || Error::invalid("Error: Trying to create an image with the same filename as the backing file");
         let path = beside(self.name, backing);
         let here = identity(opener.drivers(), self.name);
-        if OsStr::new(backing) == self.name || (here.is_some() && here == identity(opener.drivers(), &path)) {
+        if backing == self.name || (here.is_some() && here == identity(opener.drivers(), &path)) {
             return Err(itself());
         }
         let no_format = || Error::invalid("Backing file specified without backing format");
@@ -323,10 +323,10 @@ impl CreateFiles for Files<'_> {
         self.second(NewFilePlace::of(self.drivers.of_path(&path)?, path.into())?, name)
     }
 
-    fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)> {
-        let place = place(self.drivers, name.as_ref())?;
-        let written = place.path.to_string_lossy().into_owned();
-        Ok((self.second(place, written.as_ref())?, written))
+    fn named(&self, name: &OsStr) -> Result<(Arc<dyn Storage>, OsString)> {
+        let place = place(self.drivers, name)?;
+        let written = place.path.clone().into_os_string();
+        Ok((self.second(place, &written)?, written))
     }
 }
 

@@ -18,7 +18,7 @@ use crate::block::{Child, Error, ExtentKind, GuestOffset, ImageRef, Node, Notice
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackingInfo {
     /// As written in the image.
-    pub name: String,
+    pub name: OsString,
     /// Where it is; nothing if that cannot be told, because the image itself has no plain name.
     pub path: Option<OsString>,
     /// Its format, if that is written in the image.
@@ -211,11 +211,12 @@ pub fn chain(opener: &Opener<'_>, image: &ImageRef, how: &OpenHow, whole: bool) 
             opener.notice(Notice::Warning(error.message()));
         }
         if let (true, Some(backing)) = (whole, &info.backing) {
-            opener.may_open(&info.filename, &backing.name, backing.path.as_deref())?;
+            let name = backing.name.to_string_lossy();
+            opener.may_open(&info.filename, &name, backing.path.as_deref())?;
             let path = backing
                 .path
                 .clone()
-                .ok_or_else(|| Error::invalid(format!("Cannot tell where the backing file '{}' is", backing.name)))?;
+                .ok_or_else(|| Error::invalid(format!("Cannot tell where the backing file '{name}' is")))?;
             let below = OpenHow { format: backing.format.clone(), ..how.clone() };
             next = Some((ImageRef::Name(path), below));
         }
@@ -226,7 +227,7 @@ pub fn chain(opener: &Opener<'_>, image: &ImageRef, how: &OpenHow, whole: bool) 
 
 /// Whether two names of a backing file are the same text.
 pub fn same_name(backing: &BackingInfo) -> bool {
-    backing.path.as_deref() == Some(backing.name.as_ref())
+    backing.path.as_ref() == Some(&backing.name)
 }
 
 /// The tree that `--output=json` shows.
@@ -249,7 +250,7 @@ pub fn to_json(info: &Info) -> Value {
         put("dirty-flag", dirty.into());
     }
     if let Some(backing) = &info.backing {
-        put("backing-filename", backing.name.clone().into());
+        put("backing-filename", backing.name.to_string_lossy().into());
         if let Some(path) = &backing.path {
             put("full-backing-filename", path.to_string_lossy().into());
         }

@@ -2,7 +2,7 @@
 //! files, identifiers, memory with a limit and counters.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -94,8 +94,8 @@ impl CreateFiles for Making<'_> {
         Ok(storage)
     }
 
-    fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)> {
-        Ok((self.beside(name.as_ref())?, name.to_owned()))
+    fn named(&self, name: &OsStr) -> Result<(Arc<dyn Storage>, OsString)> {
+        Ok((self.beside(name)?, name.to_owned()))
     }
 }
 
@@ -128,8 +128,8 @@ impl CreateFiles for Folder {
         Ok(host_file(&path))
     }
 
-    fn named(&self, name: &str) -> Result<(Arc<dyn Storage>, String)> {
-        Ok((self.beside(name.as_ref())?, name.to_owned()))
+    fn named(&self, name: &OsStr) -> Result<(Arc<dyn Storage>, OsString)> {
+        Ok((self.beside(name)?, name.to_owned()))
     }
 }
 
@@ -179,6 +179,7 @@ pub fn options(format: &dyn Format, text: &str) -> CreateOptions {
         let kind = options.spec(key).unwrap_or_else(|| panic!("no option {key}")).kind;
         let value = match kind {
             OptionKind::Text => OptionValue::Text(value.to_owned()),
+            OptionKind::Name => OptionValue::Name(value.into()),
             OptionKind::Size => OptionValue::Size(size(value)),
             OptionKind::Number => OptionValue::Number(value.parse().expect("a number")),
             OptionKind::Switch => OptionValue::Switch(value == "on"),

@@ -134,8 +134,9 @@ impl Opener<'_> {
         }
         if let (Some(named), false) = (named, layer.own || options.contains_key("file.filename")) {
             let path = path_of(layer, named);
-            self.may_open(&layer.name(), &named.name, path.as_deref())?;
-            trail.named = Some((layer.name(), named.name.clone()));
+            let shown = named.name.to_string_lossy();
+            self.may_open(&layer.name(), &shown, path.as_deref())?;
+            trail.named = Some((layer.name(), shown.into_owned()));
         }
         if let Some(identity) = layer.identity() {
             if trail.seen.contains(&identity) {
@@ -158,8 +159,8 @@ impl Opener<'_> {
             && !options.contains_key("file.filename")
         {
             let full = path_of(layer, named).ok_or_else(|| {
-                let shown = layer.name();
-                Error::invalid(format!("Cannot tell where the backing file '{}' of '{shown}' is", named.name))
+                let (shown, name) = (layer.name(), named.name.display());
+                Error::invalid(format!("Cannot tell where the backing file '{name}' of '{shown}' is"))
             })?;
             if let Some(format) = &named.format
                 && !options.contains_key("driver")
@@ -197,7 +198,7 @@ fn files_of(node: &Node) -> Vec<Arc<dyn Storage>> {
 fn path_of(layer: &OpenedLayer, named: &BackingRef) -> Option<OsString> {
     let base = layer.origin.base.as_deref();
     let there = |name: &OsString| Path::new(name).symlink_metadata().is_ok();
-    match name::find_beside(base, named.name.as_ref()) {
+    match name::find_beside(base, &named.name) {
         Some(full) if there(&full) => Some(full),
         as_named => {
             let mut elsewhere = named.elsewhere.iter().filter_map(|name| name::find_literally_beside(base, name));

@@ -9,7 +9,7 @@ use crate::storage::{Preallocation, Zeroing};
 
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionSpec::new("backing_file", OptionKind::Text, "File name of a base image"),
+    OptionSpec::new("backing_file", OptionKind::Name, "File name of a base image"),
     OptionSpec::new("backing_fmt", OptionKind::Text, "Format of the backing image"),
     OptionSpec::new(
         "encryption",
@@ -47,7 +47,7 @@ impl Create for Qcow {
             encryption::new_key(request)?;
         }
         // Only the name is kept: the format has no place for the backing file's format.
-        let backing = request.options.text("backing_file").filter(|name| !name.is_empty());
+        let backing = request.options.name("backing_file").filter(|name| !name.is_empty());
         let length = backing.map(|name| u32::try_from(name.len()).unwrap_or(u32::MAX));
         if length.is_some_and(|length| length > MAX_BACKING_NAME) {
             return Err(Error::invalid("Backing file name too long"));
@@ -57,7 +57,7 @@ impl Create for Qcow {
         let table = (entries * 8).next_multiple_of(512);
         let end = header.l1_offset() + table;
         let mut bytes = header.bytes().to_vec();
-        bytes.extend(backing.unwrap_or_default().as_bytes());
+        bytes.extend(backing.unwrap_or_default().as_encoded_bytes());
         debug_assert!(header.l1_offset() >= bytes.len() as u64 && bytes.len() >= HEADER_BYTES);
         let written = if table <= WRITTEN { end } else { header.l1_offset() };
         bytes.resize(usize::try_from(written).map_err(|_| too_large())?, 0);

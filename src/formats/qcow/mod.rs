@@ -11,6 +11,8 @@ mod layout;
 mod resize;
 mod tables;
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 use std::ops::Deref;
 
 use self::layout::{HEADER_BYTES, MAX_OFFSET, QcowEntry, QcowHeader};
@@ -89,7 +91,7 @@ fn read_backing(file: &Child, header: &QcowHeader, look_only: bool) -> Result<Op
     storage.read_at(at, &mut name).context("Could not read the backing file's name")?;
     let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
     name.truncate(end);
-    let name = String::from_utf8_lossy(&name).into_owned();
+    let name = OsString::from_vec(name);
     Ok((!name.is_empty()).then_some(BackingRef { name, format: None, elsewhere: Vec::new() }))
 }
 

@@ -3,6 +3,7 @@
 //! Header, refcount table, refcount block, L1 table; then what `preallocation=` lays out. Everything is planned first
 //! and written in one pass.
 
+use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 
 use crate::block::error::Context;
@@ -48,9 +49,9 @@ const OPTIONS: &[OptionSpec] = &[
     effort::WINDOW,
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
     OptionSpec::new("compat", OptionKind::Text, "Compatibility level (v2 [0.10] or v3 [1.1])"),
-    OptionSpec::new("backing_file", OptionKind::Text, "File name of a base image"),
+    OptionSpec::new("backing_file", OptionKind::Name, "File name of a base image"),
     OptionSpec::new("backing_fmt", OptionKind::Text, "Image format of the base image"),
-    OptionSpec::new("data_file", OptionKind::Text, "File name of an external data file"),
+    OptionSpec::new("data_file", OptionKind::Name, "File name of an external data file"),
     OptionSpec::new("data_file_raw", OptionKind::Switch, "The external data file must stay valid as a raw image"),
     OptionSpec::new("lazy_refcounts", OptionKind::Switch, "Postpone refcount updates").or("off"),
     OptionSpec::new("refcount_bits", OptionKind::Number, "Width of a reference count entry in bits").or("16"),
@@ -82,7 +83,7 @@ struct Decided {
     zstd: bool,
     lazy: bool,
     data_file_raw: bool,
-    backing: Option<(String, Option<String>)>,
+    backing: Option<(OsString, Option<String>)>,
     encrypted: Option<Encryption>,
 }
 
@@ -114,7 +115,7 @@ impl Create for Qcow2 {
         let options = request.options;
         encryption::check_alias(options)?;
         let file = request.files.main()?;
-        let data = match options.text("data_file") {
+        let data = match options.name("data_file") {
             Some(name) => Some(request.files.named(name)?),
             None => None,
         };
@@ -162,7 +163,7 @@ fn decide(request: &CreateRequest<'_>) -> Result<Decided> {
             "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
         ));
     }
-    let backing_file = options.text("backing_file");
+    let backing_file = options.name("backing_file");
     if backing_file.is_some() && fill != Preallocation::Off && !extended {
         return Err(Error::invalid(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
@@ -185,7 +186,7 @@ fn decide(request: &CreateRequest<'_>) -> Result<Decided> {
             "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)",
         ));
     }
-    let (data_file, data_file_raw) = (options.text("data_file").is_some(), options.switch("data_file_raw"));
+    let (data_file, data_file_raw) = (options.name("data_file").is_some(), options.switch("data_file_raw"));
     if data_file_raw && !data_file {
         return Err(Error::invalid("data-file-raw requires data-file"));
     }
@@ -235,7 +236,8 @@ fn encryption(options: &CreateOptions) -> Result<Option<Encryption>> {
     Ok(Some(Encryption::Luks))
 }
 
-fn unassignable(name: &str, format: Option<&str>, why: &str) -> Error {
+fn unassignable(name: &OsStr, format: Option<&str>, why: &str) -> Error {
+    let name = name.display();
     let format = format.map_or_else(String::new, |format| format!(" with format '{format}'"));
     Error::invalid(format!("Could not assign backing file '{name}'{format}: {why}"))
 }
@@ -243,7 +245,7 @@ fn unassignable(name: &str, format: Option<&str>, why: &str) -> Error {
 /// Plans the image and writes it.
 fn write(
     decided: &Decided,
-    data_file: Option<String>,
+    data_file: Option<OsString>,
     file: &Arc<dyn Storage>,
     data: Option<&Arc<dyn Storage>>,
 ) -> Result<()> {
@@ -284,7 +286,7 @@ fn write(
     file.flush().context("Could not write qcow2 header")
 }
 
-fn header(decided: &Decided, data_file: Option<String>) -> Qcow2Header {
+fn header(decided: &Decided, data_file: Option<OsString>) -> Qcow2Header {
     let flag = |on: bool, bit: u64| if on { bit } else { 0 };
     let (backing_file, backing_format) = match &decided.backing {
         Some((name, format)) => (Some(name.clone()), format.clone()),

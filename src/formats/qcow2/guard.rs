@@ -120,7 +120,6 @@ impl Qcow2Driver {
     /// refcount blocks cannot be what they are said to be.
     pub(super) fn learn_metadata(&self) -> Result<()> {
         self.bitmaps_apart()?;
-        self.names_are_text()?;
         let mut survey = Survey::new(self, DEEP)?;
         self.walk(&mut survey)?;
         if let Some(what) = survey.clash.or(survey.refcounts_clash) {

@@ -3,6 +3,9 @@
 //! Invariant: what is not understood is kept and written back (extra header bytes, unknown extensions). Every length
 //! is checked against the first cluster before it is used.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+
 use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::storage::Storage;
@@ -18,12 +21,12 @@ pub struct Qcow2Header {
     pub fields: HeaderFields,
     /// Header bytes past the fields that we know.
     pub extra: Vec<u8>,
-    /// Name of the backing file.
-    pub backing_file: Option<String>,
+    /// Name of the backing file: bytes, which need not be text.
+    pub backing_file: Option<OsString>,
     /// Its format.
     pub backing_format: Option<String>,
     /// Name of the external data file.
-    pub data_file: Option<String>,
+    pub data_file: Option<OsString>,
     /// Offset and length of the LUKS header.
     pub crypto: Option<(u64, u64)>,
     /// Names of feature bits: type, bit, name. Written as [`layout::FEATURE_NAMES`] whatever was read.
@@ -102,7 +105,7 @@ impl Qcow2Header {
             if len > layout::MAX_BACKING_NAME || len as usize > room.len() {
                 return Err(Error::corrupt("Backing file name too long"));
             }
-            let name = c_string(room.get(..len as usize).unwrap_or(&[]));
+            let name = c_name(room.get(..len as usize).unwrap_or(&[]));
             header.backing_file = (!name.is_empty()).then_some(name);
         }
         Ok(header)
@@ -195,7 +198,7 @@ impl Qcow2Header {
                 self.backing_format = Some(c_string(data)).filter(|format| !format.is_empty());
             }
             layout::EXT_FEATURE_NAMES => {}
-            layout::EXT_DATA_FILE => self.data_file = Some(c_string(data)),
+            layout::EXT_DATA_FILE => self.data_file = Some(c_name(data)),
             layout::EXT_CRYPTO => self.crypto = Some(self.crypto_extension(data)?),
             layout::EXT_BITMAPS => self.bitmaps = Some(self.bitmaps_extension(data)?),
             _ => self.unknown.push((kind, data.to_vec())),
@@ -313,7 +316,7 @@ impl Qcow2Header {
             bytes.extend_from_slice(&self.extra);
         }
         bytes.extend_from_slice(&tail);
-        bytes.extend_from_slice(self.backing_file.as_deref().unwrap_or("").as_bytes());
+        bytes.extend_from_slice(self.backing_file.as_deref().unwrap_or_default().as_bytes());
         if bytes.len() as u64 > 1 << fields.cluster_bits {
             return Err(Error::invalid("The header does not fit in the first cluster"));
         }
@@ -347,8 +350,17 @@ fn feature_names(data: &[u8]) -> Vec<(u8, u8, String)> {
     names.flatten().collect()
 }
 
-/// The text up to the first NUL.
+/// The bytes up to the first NUL.
+fn up_to_nul(bytes: &[u8]) -> &[u8] {
+    bytes.split(|byte| *byte == 0).next().unwrap_or(bytes)
+}
+
+/// They are text.
 pub(super) fn c_string(bytes: &[u8]) -> String {
-    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-    String::from_utf8_lossy(bytes.get(..end).unwrap_or(bytes)).into_owned()
+    String::from_utf8_lossy(up_to_nul(bytes)).into_owned()
+}
+
+/// They are the name of a file.
+fn c_name(bytes: &[u8]) -> OsString {
+    OsStr::from_bytes(up_to_nul(bytes)).to_owned()
 }

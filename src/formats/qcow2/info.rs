@@ -40,7 +40,7 @@ impl Qcow2Driver {
         }
         put("refcount-bits", json!(self.geometry.refcount_bits()));
         if let Some(name) = &header.data_file {
-            put("data-file", json!(name));
+            put("data-file", json!(name.to_string_lossy()));
         }
         if self.external {
             put("data-file-raw", json!(fields.autoclear & layout::DATA_FILE_RAW != 0));

@@ -55,8 +55,8 @@ use crate::block::driver::Bitmaps;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    BackingRef, BlockDriver, Child, Cipher, CompressedUnit, Create, Error, Extent, Format, GuestOffset, OpenRequest,
-    Resize, Result, Snapshots, Write,
+    BackingRef, BlockDriver, Child, Cipher, CompressedUnit, Create, Extent, Format, GuestOffset, OpenRequest, Resize,
+    Result, Snapshots, Write,
 };
 use crate::crypto::luks;
 use crate::formats::encryption::KEY_SECRET;
@@ -211,19 +211,9 @@ impl Qcow2Driver {
         self.alloc.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Refuses a header whose names are not text: written back they would be other names.
-    fn names_are_text(&self) -> Result<()> {
-        let header = self.header();
-        let broken = [&header.backing_file, &header.data_file].into_iter().flatten().find(|n| n.contains('\u{fffd}'));
-        broken.map_or(Ok(()), |name| {
-            Err(Error::unsupported(format!("The file name '{name}' is not UTF-8: the header cannot be written back")))
-        })
-    }
-
     /// Changes the header in memory and in the file, at once. Tables are not written back first. (A change of a
     /// feature bit needs no allocator lock.)
     fn update_header(&self, change: impl FnOnce(&mut Qcow2Header)) -> Result<()> {
-        self.names_are_text()?;
         let mut header = self.header.write().unwrap_or_else(|e| e.into_inner());
         let mut changed = header.clone();
         change(&mut changed);

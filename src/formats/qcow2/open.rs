@@ -35,7 +35,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     let mut files = vec![file];
     if !purpose.only_looks() {
         match (&header.data_file, external) {
-            (Some(name), true) => files.push(related.open("data-file", name.as_ref())?),
+            (Some(name), true) => files.push(related.open("data-file", name)?),
             (None, true) => return Err(Error::invalid("'data-file' is required for this image")),
             (_, false) if header.fields.autoclear & layout::DATA_FILE_RAW != 0 => {
                 return Err(Error::corrupt("data-file-raw requires a data file"));

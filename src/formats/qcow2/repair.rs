@@ -35,7 +35,6 @@ enum RepairPlan {
 /// is theirs alone what the refcounts say. The dirty bit is the caller's.
 pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
     driver.bitmaps_apart()?;
-    driver.names_are_text()?;
     let mut count = Count { survey: Survey::new(driver, u64::MAX)?, references: References::default() };
     driver.walk(&mut count)?;
     let Count { survey, mut references } = count;

@@ -31,7 +31,7 @@ const OPTIONS: &[OptionSpec] = &[
         OptionKind::Text,
         "Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX",
     ),
-    OptionSpec::new("backing_file", OptionKind::Text, "File name of a base image"),
+    OptionSpec::new("backing_file", OptionKind::Name, "File name of a base image"),
     OptionSpec::new("backing_fmt", OptionKind::Text, "Must be 'vmdk' if present"),
     OptionSpec::new("compat6", OptionKind::Switch, "VMDK version 6 image").or("off"),
     OptionSpec::new("hwversion", OptionKind::Text, "VMDK hardware version").or("undefined"),
@@ -88,7 +88,7 @@ struct VmdkCreatePlan<'a> {
     adapter: &'a str,
     hardware: &'a str,
     tools: &'a str,
-    parent: Option<(&'a str, u32)>,
+    parent: Option<(&'a OsStr, u32)>,
 }
 
 impl<'a> VmdkCreatePlan<'a> {
@@ -108,7 +108,7 @@ impl<'a> VmdkCreatePlan<'a> {
         }
         let subformat = subformat(options)?;
         let zeroed = options.switch("zeroed_grain");
-        let backing = options.text("backing_file").filter(|name| !name.is_empty());
+        let backing = options.name("backing_file").filter(|name| !name.is_empty());
         if subformat.flat && backing.is_some() {
             return Err(Error::invalid("Flat image can't have backing file"));
         }
@@ -135,7 +135,7 @@ impl<'a> VmdkCreatePlan<'a> {
             true => Some(extent_name(request.files.name(), &subformat, 0)),
             false => None,
         };
-        let written = [extents.as_deref(), backing.map(OsStr::new)];
+        let written = [extents.as_deref(), backing];
         if let Some(name) = written.into_iter().flatten().find(|name| !descriptor::can_hold(name)) {
             return Err(Error::invalid(format!(
                 "A vmdk descriptor cannot hold the file name '{}'",
@@ -165,9 +165,9 @@ impl<'a> VmdkCreatePlan<'a> {
 }
 
 /// The content id of the parent, read from its descriptor.
-fn parent_cid(request: &CreateRequest<'_>, name: &str) -> Result<u32> {
+fn parent_cid(request: &CreateRequest<'_>, name: &OsStr) -> Result<u32> {
     let not_vmdk = || Error::invalid("backing_file must be a vmdk image");
-    let child = request.related.open("backing", name.as_ref())?;
+    let child = request.related.open("backing", name)?;
     let mut head = vec![0; 512];
     child.storage.read_at(0, &mut head).context("Could not read the backing file")?;
     let text = if head.starts_with(MAGIC) {

@@ -317,7 +317,7 @@ pub struct NewDescriptor<'a> {
     /// `createType`.
     pub create_type: &'a str,
     /// The parent's name.
-    pub parent: Option<&'a str>,
+    pub parent: Option<&'a OsStr>,
     /// The extent lines, each ending in a newline.
     pub extents: &'a [u8],
     /// `ddb.virtualHWVersion`.
@@ -335,13 +335,12 @@ impl NewDescriptor<'_> {
     pub fn text(&self) -> Vec<u8> {
         let heads: u64 = if self.adapter == "ide" { 16 } else { 255 };
         let cylinders = self.size / (63 * heads * 512);
-        let parent = match self.parent {
-            Some(name) => format!("parentFileNameHint=\"{name}\"\n"),
-            None => "\n".to_owned(),
+        let parent: &[&[u8]] = match self.parent {
+            Some(name) => &[b"parentFileNameHint=\"", name.as_bytes(), b"\"\n"],
+            None => &[b"\n"],
         };
         let head = format!(
-            "# Disk DescriptorFile\nversion=1\nCID={:x}\nparentCID={:x}\ncreateType=\"{}\"\n{parent}\
-             # Extent description\n",
+            "# Disk DescriptorFile\nversion=1\nCID={:x}\nparentCID={:x}\ncreateType=\"{}\"\n",
             self.cid, self.parent_cid, self.create_type
         );
         let tail = format!(
@@ -351,7 +350,7 @@ impl NewDescriptor<'_> {
              ddb.toolsVersion = \"{}\"\n",
             self.hardware, self.adapter, self.tools,
         );
-        [head.as_bytes(), self.extents, tail.as_bytes()].concat()
+        [head.as_bytes(), &parent.concat(), b"# Extent description\n", self.extents, tail.as_bytes()].concat()
     }
 }
 

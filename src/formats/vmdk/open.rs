@@ -39,7 +39,7 @@ impl VmdkDriver {
         }
         let size = parts.last().map_or(0, VmdkPart::end);
         let backing = descriptor.parent_name().map(|name| BackingRef {
-            name: name.to_owned(),
+            name: name.into(),
             format: Some("vmdk".to_owned()),
             elsewhere: descriptor.names(name),
         });

@@ -4,6 +4,7 @@
 //! anything is opened; [`ConvertRequest::decide`] refuses what does not go with the open sources and the wanted
 //! target. What is left is a [`Conversion`].
 
+use std::ffi::OsString;
 use std::sync::Arc;
 
 use crate::block::driver::SnapshotKey;
@@ -28,7 +29,7 @@ pub struct ConvertRequest {
     /// `-o` was typed.
     pub create_options_given: bool,
     /// The target's backing file.
-    pub backing: Option<String>,
+    pub backing: Option<OsString>,
     /// Its format.
     pub backing_format: Option<String>,
     /// The internal snapshot that is converted.
@@ -109,7 +110,7 @@ impl ConvertRequest {
             self.set_backing(new)?;
         }
         let backed = match &new {
-            Some(new) => new.options.text("backing_file").is_some(),
+            Some(new) => new.options.name("backing_file").is_some(),
             None => self.backing.is_some(),
         };
         if self.target_is_zero && backed {
@@ -149,13 +150,13 @@ impl ConvertRequest {
     fn set_backing(&self, new: &mut NewImage) -> Result<()> {
         let format = new.format.name();
         let named = [
-            ("backing_file", &self.backing, "Backing file"),
-            ("backing_fmt", &self.backing_format, "Backing file format"),
+            ("backing_file", self.backing.clone().map(OptionValue::Name), "Backing file"),
+            ("backing_fmt", self.backing_format.clone().map(OptionValue::Text), "Backing file format"),
         ];
         for (key, value, what) in named {
             let Some(value) = value else { continue };
             let unsupported = |_| Error::unsupported(format!("{what} not supported for file format '{format}'"));
-            new.options.set(key, OptionValue::Text(value.clone())).map_err(unsupported)?;
+            new.options.set(key, value).map_err(unsupported)?;
         }
         Ok(())
     }
