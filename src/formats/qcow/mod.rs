@@ -12,8 +12,8 @@ mod resize;
 mod tables;
 
 use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
 use std::ops::Deref;
+use std::os::unix::ffi::OsStringExt;
 
 use self::layout::{HEADER_BYTES, MAX_OFFSET, QcowEntry, QcowHeader};
 use self::tables::QcowState;

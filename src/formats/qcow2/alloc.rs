@@ -10,7 +10,7 @@ use crate::storage::Event;
 use super::Qcow2Driver;
 use super::counts::Counts;
 use super::dirty::Dirty;
-use super::layout::{COMPRESSED, OFFSET_MASK};
+use super::entry::L2Entry;
 use super::space::Cursor;
 
 /// What is known of free space. Its lock is held by whoever changes tables.
@@ -75,35 +75,34 @@ impl Qcow2Driver {
     }
 
     /// Refuses an entry that points at a table.
-    pub(super) fn check_entry(&self, entry: u64) -> Result<()> {
+    pub(super) fn check_entry(&self, entry: L2Entry) -> Result<()> {
         if self.external {
             Ok(())
-        } else if entry & COMPRESSED != 0 {
-            let (at, len) = self.geometry.compressed(entry);
+        } else if entry.is_compressed() {
+            let (at, len) = self.geometry.compressed(entry.0);
             self.check_data(at, len)
-        } else if entry & OFFSET_MASK != 0 {
-            self.check_data(entry & OFFSET_MASK, self.geometry.cluster_size())
         } else {
-            Ok(())
+            entry.host().map_or(Ok(()), |host| self.check_data(host.get(), self.geometry.cluster_size()))
         }
     }
 
     /// What an entry points to loses a reference, later.
-    pub(super) fn free_entry(&self, alloc: &mut Allocator, entry: u64, punch: bool) -> Result<()> {
+    pub(super) fn free_entry(&self, alloc: &mut Allocator, entry: L2Entry, punch: bool) -> Result<()> {
         let bits = self.geometry.cluster_bits;
         if self.external {
             return Ok(());
         }
         self.check_entry(entry)?;
-        if entry & COMPRESSED != 0 {
-            let (at, len) = self.geometry.compressed(entry);
+        if entry.is_compressed() {
+            let (at, len) = self.geometry.compressed(entry.0);
             let first = at >> bits;
             let last = at.saturating_add(len).saturating_sub(1) >> bits;
             alloc.freed.push((first, last - first + 1, punch));
-        } else if entry & OFFSET_MASK != 0 {
+        } else if let Some(host) = entry.host() {
+            let cluster = host.get() >> bits;
             match alloc.freed.last_mut() {
-                Some((first, n, p)) if *p == punch && *first + *n == (entry & OFFSET_MASK) >> bits => *n += 1,
-                _ => alloc.freed.push(((entry & OFFSET_MASK) >> bits, 1, punch)),
+                Some((first, n, p)) if *p == punch && *first + *n == cluster => *n += 1,
+                _ => alloc.freed.push((cluster, 1, punch)),
             }
         }
         Ok(())

@@ -9,8 +9,9 @@ use std::sync::atomic::Ordering;
 use crate::block::{CompressedUnit, Error, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace, Result};
 
 use super::Qcow2Driver;
+use super::entry::{L1Entry, L2Entry};
 use super::geometry::Geometry;
-use super::layout::{COMPRESSED, COPIED, ENTRY, OFFSET_MASK, SUBCLUSTERS, ZERO, word, words};
+use super::layout::{ENTRY, SUBCLUSTERS, word, words};
 
 /// Most L2 entries that one answer looks at.
 const MOST_ENTRIES: u64 = 64 << 10;
@@ -82,16 +83,16 @@ impl ClusterRun {
 
 impl Rules {
     /// What an entry says from `within` bytes into its cluster on. The error is the reference's sentence.
-    fn run(&self, at: Position, entry: u64, bitmap: u64, within: u64) -> std::result::Result<ClusterRun, String> {
+    fn run(&self, at: Position, entry: L2Entry, bitmap: u64, within: u64) -> std::result::Result<ClusterRun, String> {
         let cluster = self.geometry.cluster_size();
         let rest = cluster - within;
         let place = |of: String| format!("{of} (L2 offset: {}, L2 index: {})", hex(at.table), hex(at.index));
-        if entry & COMPRESSED != 0 {
+        if entry.is_compressed() {
             if self.external {
                 let text = "Compressed cluster entry found in image with external data file";
                 return Err(place(text.to_owned()));
             }
-            let (host, host_len) = self.geometry.compressed(entry);
+            let (host, host_len) = self.geometry.compressed(entry.0);
             let unit = CompressedUnit {
                 start: GuestOffset(at.guest),
                 len: cluster,
@@ -100,12 +101,13 @@ impl Rules {
             };
             return Ok(ClusterRun { kind: ExtentKind::Compressed(unit), len: rest });
         }
-        let offset = entry & OFFSET_MASK;
-        let there = offset != 0 || (self.external && entry & COPIED != 0);
-        let host = there.then(|| HostPlace { file: usize::from(self.external), at: HostOffset(offset) + within });
+        let offset = entry.host().unwrap_or_default();
+        let there = entry.refers() || (self.external && entry.is_own());
+        let host = there.then(|| HostPlace { file: usize::from(self.external), at: offset + within });
+        let offset = offset.get();
         let (kind, len) = if self.geometry.extended {
             self.subclusters(host, bitmap, within).ok_or_else(|| place("Invalid cluster entry found ".to_owned()))?
-        } else if entry & ZERO != 0 {
+        } else if entry.reads_zero() {
             if self.geometry.version < 3 {
                 return Err(place("Zero cluster entry found in pre-v3 image".to_owned()));
             }
@@ -194,7 +196,7 @@ impl Qcow2Driver {
         // Unallocated L1 entries from here on, as far as the slice goes.
         let (entry, empty) = self.tables.view(l1, first.saturating_mul(ENTRY), |bytes| {
             let entries = words(bytes);
-            let empty = entries.take_while(|entry| entry & OFFSET_MASK == 0).count() as u64;
+            let empty = entries.take_while(|entry| L1Entry(*entry).table().is_none()).count() as u64;
             (word(bytes, 0), empty)
         })?;
         let unallocated = |len: u64| ClusterRun { kind: ExtentKind::Unallocated(None), len };
@@ -207,7 +209,7 @@ impl Qcow2Driver {
             *looked += 1;
             return Ok(unallocated(until.min(end) - pos));
         }
-        let table = entry & OFFSET_MASK;
+        let table = L1Entry(entry).table().unwrap_or_default().get();
         if geometry.in_cluster(table) != 0 {
             return Err(Trouble::Wrong(format!("L2 table offset {table:#x} unaligned (L1 index: {})", hex(first))));
         }
@@ -221,7 +223,7 @@ impl Qcow2Driver {
             let mut guest = pos - geometry.in_cluster(pos);
             for (n, words) in (0u64..).zip(bytes.chunks_exact(width as usize)) {
                 *looked += 1;
-                let (entry, bitmap) = (word(words, 0).unwrap_or(0), word(words, 8).unwrap_or(0));
+                let (entry, bitmap) = (L2Entry(word(words, 0).unwrap_or(0)), word(words, 8).unwrap_or(0));
                 let place = Position { guest, table, index: index + n };
                 let mut within = if n == 0 { geometry.in_cluster(pos) } else { 0 };
                 while within < geometry.cluster_size() {
@@ -279,6 +281,7 @@ impl Qcow2Driver {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::super::layout::{COMPRESSED, COPIED, ZERO};
     use super::*;
 
     fn rules(extended: bool, version: u32, external: bool) -> Rules {
@@ -294,16 +297,21 @@ mod tests {
     #[test]
     fn standard_entries() {
         let rules = rules(false, 3, false);
-        let run = |entry, within| rules.run(AT, entry, 0, within).unwrap();
+        let run = |entry, within| rules.run(AT, L2Entry(entry), 0, within).unwrap();
         let data = run(COPIED | 0x50000, 512);
         assert_eq!((data.kind, data.len), (ExtentKind::Data(host(0x50200)), 65536 - 512));
         assert_eq!(run(0, 0).kind, ExtentKind::Unallocated(None));
         assert_eq!(run(COPIED, 0).kind, ExtentKind::Unallocated(None));
         assert_eq!(run(ZERO, 0).kind, ExtentKind::Zero(None));
         assert_eq!(run(COPIED | 0x50000 | ZERO, 0).kind, ExtentKind::Zero(Some(host(0x50000))));
-        assert!(rules.run(AT, 0x50200, 0, 0).unwrap_err().starts_with("Cluster allocation offset 0x50200 unaligned"));
+        assert!(
+            rules
+                .run(AT, L2Entry(0x50200), 0, 0)
+                .unwrap_err()
+                .starts_with("Cluster allocation offset 0x50200 unaligned")
+        );
         let old = self::rules(false, 2, false);
-        assert!(old.run(AT, ZERO, 0, 0).unwrap_err().starts_with("Zero cluster entry"));
+        assert!(old.run(AT, L2Entry(ZERO), 0, 0).unwrap_err().starts_with("Zero cluster entry"));
     }
 
     #[test]
@@ -312,7 +320,7 @@ mod tests {
         let bitmap = 0x0000_000f_ffff_f000;
         let kinds: Vec<_> = [0, 4 * 2048, 12 * 2048]
             .map(|within| {
-                let run = rules.run(AT, COPIED | 0x50000, bitmap, within).unwrap();
+                let run = rules.run(AT, L2Entry(COPIED | 0x50000), bitmap, within).unwrap();
                 (run.kind, run.len / 2048)
             })
             .into();
@@ -324,19 +332,21 @@ mod tests {
                 (ExtentKind::Data(host(0x56000)), 20)
             ]
         );
-        assert!(rules.run(AT, COPIED | 0x50000, 0x0000_0001_0000_0001, 0).is_err());
-        assert!(rules.run(AT, 0, 1, 0).is_err());
+        assert!(rules.run(AT, L2Entry(COPIED | 0x50000), 0x0000_0001_0000_0001, 0).is_err());
+        assert!(rules.run(AT, L2Entry(0), 1, 0).is_err());
     }
 
     #[test]
     fn external_data_lies_where_the_guest_sees_it() {
         let rules = rules(false, 3, true);
         let there = HostPlace { file: 1, at: HostOffset(0x20000) };
-        assert_eq!(rules.run(AT, COPIED | 0x20000, 0, 0).unwrap().kind, ExtentKind::Data(there));
-        assert!(rules.run(AT, COPIED | 0x30000, 0, 0).unwrap_err().contains("does not match guest cluster offset"));
-        assert!(rules.run(AT, COMPRESSED | 0x30000, 0, 0).is_err());
+        assert_eq!(rules.run(AT, L2Entry(COPIED | 0x20000), 0, 0).unwrap().kind, ExtentKind::Data(there));
+        assert!(
+            rules.run(AT, L2Entry(COPIED | 0x30000), 0, 0).unwrap_err().contains("does not match guest cluster offset")
+        );
+        assert!(rules.run(AT, L2Entry(COMPRESSED | 0x30000), 0, 0).is_err());
         let first = Position { guest: 0, index: 0, ..AT };
-        assert!(matches!(rules.run(first, COPIED, 0, 0).unwrap().kind, ExtentKind::Data(_)));
-        assert_eq!(rules.run(first, 0, 0, 0).unwrap().kind, ExtentKind::Unallocated(None));
+        assert!(matches!(rules.run(first, L2Entry(COPIED), 0, 0).unwrap().kind, ExtentKind::Data(_)));
+        assert_eq!(rules.run(first, L2Entry(0), 0, 0).unwrap().kind, ExtentKind::Unallocated(None));
     }
 }

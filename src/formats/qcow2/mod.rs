@@ -2,7 +2,7 @@
 //!
 //! What is where, from the ground up (nothing uses what stands below it in this list):
 //!
-//! * `layout.rs` the on-disk structures, `geometry.rs` what follows from them; `header.rs` the header from and to bytes; `window.rs`
+//! * `layout.rs` the on-disk structures, `entry.rs` and `geometry.rs` what follows from them; `header.rs` the header from and to bytes; `window.rs`
 //!   directories read piece by piece; `refcount.rs` refcounts in bytes; `references.rs` references counted in memory;
 //! * `tables.rs` the cache of L1, L2 and refcount tables and the order in which changes reach the file;
 //! * `snapshot.rs`, `bitmap.rs` and `dirty.rs`: snapshots, the directory of bitmaps, and what bitmaps have to be told;
@@ -24,6 +24,7 @@ pub mod counts;
 pub mod create;
 pub mod crypt;
 pub mod dirty;
+pub mod entry;
 pub mod fit;
 pub mod flush;
 pub mod geometry;
@@ -63,6 +64,7 @@ use crate::formats::encryption::KEY_SECRET;
 use crate::formats::legacy_aes::LegacyAes;
 
 use alloc::Allocator;
+use entry::{L1Entry, L2Entry};
 use geometry::Geometry;
 use header::Qcow2Header;
 use layout::ENTRY;
@@ -250,20 +252,30 @@ impl Qcow2Driver {
     }
 
     /// The L2 entry of a guest cluster: the entry and, with subclusters, its bitmap (else 0).
-    fn l2_entry(&self, table: Table, index: u64) -> Result<(u64, u64)> {
+    fn l2_entry(&self, table: Table, index: u64) -> Result<(L2Entry, u64)> {
         if self.geometry.extended {
-            self.tables.get_pair(table, index)
+            self.tables.get_pair(table, index).map(|(entry, bitmap)| (L2Entry(entry), bitmap))
         } else {
-            Ok((self.tables.get(table, index)?, 0))
+            Ok((L2Entry(self.tables.get(table, index)?), 0))
         }
     }
 
+    /// The entry of an L1 table with that index.
+    fn l1_entry(&self, l1: Table, index: u64) -> Result<L1Entry> {
+        self.tables.get(l1, index).map(L1Entry)
+    }
+
+    /// Whether an entry's cluster is there: it refers to one, or has one in the external data file.
+    fn is_there(&self, entry: L2Entry) -> bool {
+        entry.refers() || (self.external && entry.is_own())
+    }
+
     /// Sets it (the caller holds the allocator).
-    fn set_l2_entry(&self, table: Table, index: u64, entry: u64, bitmap: u64) -> Result<()> {
+    fn set_l2_entry(&self, table: Table, index: u64, entry: L2Entry, bitmap: u64) -> Result<()> {
         if self.geometry.extended {
-            self.tables.set_pair(table, index, (entry, bitmap))
+            self.tables.set_pair(table, index, (entry.0, bitmap))
         } else {
-            self.tables.set(table, index, entry)
+            self.tables.set(table, index, entry.0)
         }
     }
 }

@@ -10,17 +10,18 @@ use crate::block::{
 
 use super::Qcow2Driver;
 use super::alloc::Allocator;
+use super::entry::{L1Entry, L2Entry};
 use super::guard;
-use super::layout::{self, COMPRESSED, COPIED, ENTRY, OFFSET_MASK, SUBCLUSTERS, ZERO};
+use super::layout::{self, ENTRY, SUBCLUSTERS};
 use super::tables::Table;
 
 /// How a cluster can be written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
     /// It has room of its own at this host offset and is all data.
-    InPlace(u64),
+    InPlace(HostOffset),
     /// It has room of its own, but its marks have to change, and it may have to be filled around the range.
-    Reuse(u64),
+    Reuse(HostOffset),
     /// It needs room; nothing of what it holds is lost if only the written part is filled.
     New,
     /// It needs room and its whole content.
@@ -34,18 +35,18 @@ impl Qcow2Driver {
         if index >= l1.len / ENTRY {
             return Err(self.corrupt(format!("L1 table has no entry for guest offset {at:#x}")));
         }
-        let entry = self.tables.get(l1, index)?;
-        let old = entry & OFFSET_MASK;
-        if self.geometry.in_cluster(old) != 0 {
+        let entry = self.l1_entry(l1, index)?;
+        let old = entry.table().map(HostOffset::get);
+        if let Some(old) = old.filter(|old| self.geometry.in_cluster(*old) != 0) {
             return Err(self.corrupt(format!("L2 table offset {old:#x} unaligned (L1 index: {index:#x})")));
         }
-        if entry & COPIED != 0 && old != 0 {
+        if let Some(old) = old.filter(|_| entry.is_own()) {
             return Ok(self.l2(old));
         }
         let new = self.allocate(alloc, 1)? << self.geometry.cluster_bits;
         let table = self.l2(new);
         self.tables.fresh(table)?;
-        if old != 0 {
+        if let Some(old) = old {
             let from = self.l2(old);
             for n in 0..table.len / ENTRY {
                 let word = self.tables.get(from, n)?;
@@ -55,33 +56,31 @@ impl Qcow2Driver {
             }
             alloc.freed.push((old >> self.geometry.cluster_bits, 1, false));
         }
-        self.tables.set(l1, index, COPIED | new)?;
+        self.tables.set(l1, index, L1Entry::own(HostOffset(new)).0)?;
         self.add_metadata(new, guard::L2);
         Ok(table)
     }
 
-    fn classify(&self, entry: u64, bitmap: u64, guest: u64) -> Class {
-        if entry & COMPRESSED != 0 {
+    fn classify(&self, entry: L2Entry, bitmap: u64, guest: u64) -> Class {
+        if entry.is_compressed() {
             return Class::Copy;
         }
-        let host = entry & OFFSET_MASK;
-        let there = host != 0 || (self.external && entry & COPIED != 0);
         if self.external {
             // Room in an external data file is the guest's own offset, and never shared.
-            let data = if self.geometry.extended { bitmap as u32 == u32::MAX } else { entry & ZERO == 0 };
-            return match there {
-                true if data => Class::InPlace(guest),
-                true => Class::Reuse(guest),
+            let data = if self.geometry.extended { bitmap as u32 == u32::MAX } else { !entry.reads_zero() };
+            return match self.is_there(entry) {
+                true if data => Class::InPlace(HostOffset(guest)),
+                true => Class::Reuse(HostOffset(guest)),
                 false => Class::New,
             };
         }
-        match (there, entry & COPIED != 0) {
-            (false, _) => Class::New,
-            (true, false) if self.geometry.extended || entry & ZERO == 0 => Class::Copy,
-            (true, false) => Class::New,
-            (true, true) if self.geometry.extended && bitmap as u32 != u32::MAX => Class::Reuse(host),
-            (true, true) if !self.geometry.extended && entry & ZERO != 0 => Class::Reuse(host),
-            (true, true) => Class::InPlace(host),
+        match (entry.host(), entry.is_own()) {
+            (None, _) => Class::New,
+            (Some(_), false) if self.geometry.extended || !entry.reads_zero() => Class::Copy,
+            (Some(_), false) => Class::New,
+            (Some(host), true) if self.geometry.extended && bitmap as u32 != u32::MAX => Class::Reuse(host),
+            (Some(host), true) if !self.geometry.extended && entry.reads_zero() => Class::Reuse(host),
+            (Some(host), true) => Class::InPlace(host),
         }
     }
 
@@ -93,16 +92,14 @@ impl Qcow2Driver {
         if geometry.extended || left == 0 {
             return Ok(false);
         }
-        let own = |word: u64| match word & (COPIED | COMPRESSED | ZERO) {
-            COPIED => self.external || word & OFFSET_MASK != 0,
-            _ => false,
+        let own = |word: u64| {
+            let entry = L2Entry(word);
+            entry.is_own() && !entry.reads_zero() && self.is_there(entry)
         };
         for index in 0..geometry.l1_entries_for(self.header().fields.size) {
-            let entry = self.tables.get(l1, index)?;
-            let at = entry & OFFSET_MASK;
-            if entry & COPIED == 0 || at == 0 || geometry.in_cluster(at) != 0 {
-                return Ok(false);
-            }
+            let entry = self.l1_entry(l1, index)?;
+            let table = entry.table().map(HostOffset::get).filter(|at| entry.is_own() && geometry.in_cluster(*at) == 0);
+            let Some(at) = table else { return Ok(false) };
             let (table, entries) = (self.l2(at), left.min(geometry.l2_entries()));
             let mut from = 0;
             while from < entries * ENTRY {
@@ -142,10 +139,10 @@ impl Qcow2Driver {
         }
         let len = len.min(n * cluster - within);
         if let (Class::InPlace(host) | Class::Reuse(host), false) = (class, self.external) {
-            self.check_data(host, n * cluster)?;
+            self.check_data(host.get(), n * cluster)?;
         }
         let host = match class {
-            Class::InPlace(host) | Class::Reuse(host) => host,
+            Class::InPlace(host) | Class::Reuse(host) => host.get(),
             Class::New | Class::Copy if self.external => first,
             Class::New | Class::Copy => self.allocate(alloc, n)? << bits,
         };
@@ -232,7 +229,7 @@ impl Qcow2Driver {
             let guest = first + n * cluster;
             let index = geometry.l2_index(start) + n;
             let (old, bitmap) = self.l2_entry(table, index)?;
-            let room = |host: u64| COPIED | host.saturating_add(n * cluster);
+            let room = |host: u64| L2Entry::own(HostOffset(host) + n * cluster);
             let marks = if geometry.extended { self.marks(guest, from, to) } else { 0 };
             let all = if geometry.extended { u64::from(u32::MAX) } else { 0 };
             let (entry, bits) = match placed.ticket {
@@ -240,16 +237,15 @@ impl Qcow2Driver {
                 Ticket::New { entry, .. } => (room(entry), (bitmap & !(marks << 32) & !u64::from(u32::MAX)) | marks),
                 Ticket::Whole { entry, .. } => (room(entry), all),
                 Ticket::Marks { .. } if geometry.extended => (old, (bitmap & !(marks << 32)) | marks),
-                Ticket::Marks { .. } => (old & !ZERO, 0),
-                Ticket::Packed { entry, .. } => (entry, 0),
+                Ticket::Marks { .. } => (old.with_zero(false), 0),
+                Ticket::Packed { entry, .. } => (L2Entry(entry), 0),
                 Ticket::Zeros { room, .. } => self.zeroed(old, bitmap, marks, room),
             };
             if (entry, bits) == (old, bitmap) {
                 continue;
             }
             self.set_l2_entry(table, index, entry, bits)?;
-            let kept = entry & COMPRESSED == 0 && old & COMPRESSED == 0 && entry & OFFSET_MASK == old & OFFSET_MASK;
-            if !kept {
+            if !entry.is_where(old) {
                 let gives_up = |room| matches!(room, ZeroedRoom::GiveUp | ZeroedRoom::Forget);
                 let punch = matches!(placed.ticket, Ticket::Zeros { room, .. } if gives_up(room));
                 self.free_entry(alloc, old, punch)?;
@@ -259,20 +255,18 @@ impl Qcow2Driver {
     }
 
     /// An entry and its bitmap once the marked subclusters (or the cluster) read as zeros.
-    fn zeroed(&self, old: u64, bitmap: u64, marks: u64, room: ZeroedRoom) -> (u64, u64) {
+    fn zeroed(&self, old: L2Entry, bitmap: u64, marks: u64, room: ZeroedRoom) -> (L2Entry, u64) {
         if room == ZeroedRoom::Forget {
-            return (0, 0);
+            return (L2Entry::NOTHING, 0);
         }
         let all = u64::from(u32::MAX);
-        let own = old & COMPRESSED == 0 && old & COPIED != 0;
+        let keeps = old.is_own() && room == ZeroedRoom::Keep;
         if self.geometry.extended {
             let partial = marks != all;
-            let keep = partial || (own && room == ZeroedRoom::Keep);
-            let entry = if keep { old & !COMPRESSED } else { 0 };
-            let rest = if keep { bitmap } else { 0 };
+            let (entry, rest) = if partial || keeps { (old, bitmap) } else { (L2Entry::NOTHING, 0) };
             return (entry, (rest & !marks) | (marks << 32));
         }
-        if own && room == ZeroedRoom::Keep { (old | ZERO, 0) } else { (ZERO, 0) }
+        if keeps { (old.with_zero(true), 0) } else { (L2Entry::ZEROS, 0) }
     }
 
     fn place_zero(&self, alloc: &mut Allocator, at: u64, len: u64, unmap: bool, store: Store) -> Result<Placed> {
@@ -314,8 +308,8 @@ impl Qcow2Driver {
         // A part of one cluster: its subclusters, if they can be told apart and are nobody else's.
         let (entry, _) = self.l2_entry(table, index)?;
         let len = len.min(cluster - within);
-        let shared = entry & OFFSET_MASK != 0 && entry & COPIED == 0 && !self.external;
-        if entry & COMPRESSED != 0 || shared {
+        let shared = entry.host().is_some() && !entry.is_own() && !self.external;
+        if entry.is_compressed() || shared {
             return self.place_data(alloc, at, len, store);
         }
         Ok(done(len, 1, ZeroedRoom::Keep))
@@ -398,19 +392,19 @@ impl Write for Qcow2Driver {
         self.touch(&mut alloc, at.get(), len)?;
         while guest < end {
             let l1 = self.l1();
-            if self.tables.get(l1, self.geometry.l1_index(guest))? & OFFSET_MASK == 0 && self.backing.is_none() {
+            if self.l1_entry(l1, self.geometry.l1_index(guest))?.table().is_none() && self.backing.is_none() {
                 guest = (self.geometry.l1_index(guest) + 1).saturating_mul(self.geometry.l1_covers());
                 continue;
             }
             let table = self.writable_l2(&mut alloc, guest)?;
             let index = self.geometry.l2_index(guest);
             let (old, bitmap) = self.l2_entry(table, index)?;
-            let there = old & (OFFSET_MASK | COMPRESSED) != 0 || (self.external && old & COPIED != 0);
+            let there = self.is_there(old);
             let new = match (self.geometry.version < 3, there || self.backing.is_some()) {
-                (true, _) => (0, 0),
+                (true, _) => (L2Entry::NOTHING, 0),
                 (false, false) => (old, bitmap),
-                (false, true) if self.geometry.extended => (0, u64::from(u32::MAX) << 32),
-                (false, true) => (ZERO, 0),
+                (false, true) if self.geometry.extended => (L2Entry::NOTHING, u64::from(u32::MAX) << 32),
+                (false, true) => (L2Entry::ZEROS, 0),
             };
             if new != (old, bitmap) {
                 self.set_l2_entry(table, index, new.0, new.1)?;

@@ -14,7 +14,8 @@ use crate::storage::{Preallocation, Zeroing};
 use super::Qcow2Driver;
 use super::alloc::Allocator;
 use super::counts::Counts;
-use super::layout::{self, COMPRESSED, COPIED, ENTRY, MAX_L1_BYTES, OFFSET_MASK, REFCOUNT_OFFSET_MASK};
+use super::entry::L2Entry;
+use super::layout::{self, ENTRY, MAX_L1_BYTES, REFCOUNT_OFFSET_MASK};
 use super::prealloc::PIECE;
 use super::refcount;
 use super::space::ClusterSpace;
@@ -196,7 +197,7 @@ impl Qcow2Driver {
             let most = ((end - guest) >> bits).min(geometry.l2_entries() - index).min(PIECE >> bits);
             let there = |n: u64| -> Result<bool> {
                 let (entry, _) = self.l2_entry(table, index + n)?;
-                Ok(entry & (OFFSET_MASK | COMPRESSED) != 0 || (self.external && entry & COPIED != 0))
+                Ok(self.is_there(entry))
             };
             let mut n = 0;
             while n < most && !there(n)? {
@@ -224,9 +225,9 @@ impl Qcow2Driver {
             let zeros = self.new_encrypted_reads_zero(host, guest, n)?;
             for step in 0..n {
                 let (old, bitmap) = self.l2_entry(table, index + step)?;
-                let marks = old & layout::ZERO | zeros;
-                let marks = if geometry.extended { 0 } else { marks };
-                self.set_l2_entry(table, index + step, COPIED | (host + step * cluster) | marks, bitmap)?;
+                let zero = zeros || (!geometry.extended && old.reads_zero());
+                let new = L2Entry::own(HostOffset(host) + step * cluster).with_zero(zero);
+                self.set_l2_entry(table, index + step, new, bitmap)?;
             }
             host_end = host_end.max(host + n * cluster);
             guest += n * cluster;
@@ -240,31 +241,29 @@ impl Qcow2Driver {
         Ok(())
     }
 
-    /// Zeros of the host are none in an encrypted image: the mark that entries get which shall read as zeros; where
-    /// there is no such mark zeros are written.
-    fn new_encrypted_reads_zero(&self, host: u64, guest: u64, n: u64) -> Result<u64> {
+    /// Zeros of the host are none in an encrypted image: whether entries get a mark to read as zeros; where there is no
+    /// such mark zeros are written.
+    fn new_encrypted_reads_zero(&self, host: u64, guest: u64, n: u64) -> Result<bool> {
         let raw = self.header().fields.autoclear & layout::DATA_FILE_RAW != 0;
         if self.cipher.is_none() || self.geometry.extended {
-            return Ok(0);
+            return Ok(false);
         }
         if self.geometry.version >= 3 && !raw {
-            return Ok(layout::ZERO);
+            return Ok(true);
         }
         let (place, len) =
             (HostPlace { file: self.data_file(), at: HostOffset(host) }, n << self.geometry.cluster_bits);
         clear_stored(self, place, GuestOffset(guest), len, Zeroing::Write).context("Could not clear new clusters")?;
-        Ok(0)
+        Ok(false)
     }
 
     /// Whether a guest cluster has room in the file.
     fn has_room(&self, guest: u64) -> Result<bool> {
         let (l1, index) = (self.l1(), self.geometry.l1_index(guest));
-        let at = if index < l1.len / ENTRY { self.tables.get(l1, index)? & OFFSET_MASK } else { 0 };
-        if at == 0 {
-            return Ok(false);
-        }
-        let (entry, _) = self.l2_entry(self.l2(at), self.geometry.l2_index(guest))?;
-        Ok(entry & (OFFSET_MASK | COMPRESSED) != 0 || (self.external && entry & COPIED != 0))
+        let table = if index < l1.len / ENTRY { self.l1_entry(l1, index)?.table() } else { None };
+        let Some(at) = table else { return Ok(false) };
+        let (entry, _) = self.l2_entry(self.l2(at.get()), self.geometry.l2_index(guest))?;
+        Ok(self.is_there(entry))
     }
 
     /// The last cluster with a refcount.

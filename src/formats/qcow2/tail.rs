@@ -12,7 +12,8 @@ use crate::storage::Zeroing;
 
 use super::Qcow2Driver;
 use super::alloc::Allocator;
-use super::layout::{self, COMPRESSED, COPIED, ENTRY, OFFSET_MASK, ZERO};
+use super::entry::L2Entry;
+use super::layout::{self, ENTRY};
 
 const FAILED: &str = "Could not clear the end of the last cluster";
 
@@ -36,17 +37,14 @@ impl Qcow2Driver {
         if within == 0 || geometry.l1_index(first) >= l1.len / ENTRY {
             return Ok(());
         }
-        let at = self.tables.get(l1, geometry.l1_index(first))? & OFFSET_MASK;
-        if at == 0 {
-            return Ok(());
-        }
+        let Some(at) = self.l1_entry(l1, geometry.l1_index(first))?.table() else { return Ok(()) };
         let index = geometry.l2_index(first);
-        let (entry, bitmap) = self.l2_entry(self.l2(at), index)?;
-        if entry & COMPRESSED != 0 {
+        let (entry, bitmap) = self.l2_entry(self.l2(at.get()), index)?;
+        if entry.is_compressed() {
             return self.clear_compressed(alloc, first, within, entry);
         }
-        let host = entry & OFFSET_MASK;
-        let there = host != 0 || (self.external && entry & COPIED != 0);
+        let host = entry.host().unwrap_or_default().get();
+        let there = self.is_there(entry);
         // Which bytes hold data there, and what the entry becomes.
         let (end, marks) = if geometry.extended {
             let unit = geometry.subcluster_size();
@@ -57,9 +55,9 @@ impl Qcow2Driver {
             let marks = if shown { (bitmap & !beyond) | (beyond << 32) } else { bitmap };
             (if data { whole * unit } else { within }, marks)
         } else {
-            (if entry & ZERO == 0 { geometry.cluster_size() } else { within }, bitmap)
+            (if entry.reads_zero() { within } else { geometry.cluster_size() }, bitmap)
         };
-        let own = self.external || entry & COPIED != 0;
+        let own = self.external || entry.is_own();
         if there && own {
             let place = if self.external { first } else { host };
             if !self.external {
@@ -81,9 +79,9 @@ impl Qcow2Driver {
         Ok(())
     }
 
-    fn clear_compressed(&self, alloc: &mut Allocator, first: u64, within: u64, entry: u64) -> Result<()> {
+    fn clear_compressed(&self, alloc: &mut Allocator, first: u64, within: u64, entry: L2Entry) -> Result<()> {
         let cluster = self.geometry.cluster_size();
-        let (at, host_len) = self.geometry.compressed(entry);
+        let (at, host_len) = self.geometry.compressed(entry.0);
         self.check_data(at, host_len)?;
         let place = HostPlace { file: 0, at: HostOffset(at) };
         let unit = CompressedUnit { start: GuestOffset(first), len: cluster, place, host_len };
@@ -113,7 +111,7 @@ impl Qcow2Driver {
         let (old, _) = self.l2_entry(table, index)?;
         let host = self.allocate(alloc, 1)? << self.geometry.cluster_bits;
         write_stored(self, HostPlace::main(host), GuestOffset(guest), &mut bytes).context(FAILED)?;
-        self.set_l2_entry(table, index, COPIED | host, marks)?;
+        self.set_l2_entry(table, index, L2Entry::own(HostOffset(host)), marks)?;
         self.free_entry(alloc, old, false)
     }
 
@@ -141,12 +139,12 @@ impl Qcow2Driver {
             }
             for index in first..geometry.l2_entries() {
                 let (old, bitmap) = self.l2_entry(table, index)?;
-                if (old, bitmap) == (0, 0) {
+                if (old, bitmap) == (L2Entry::NOTHING, 0) {
                     continue;
                 }
                 self.free_entry(alloc, old, true)?;
                 if !whole {
-                    self.set_l2_entry(table, index, 0, 0)?;
+                    self.set_l2_entry(table, index, L2Entry::NOTHING, 0)?;
                 }
             }
             self.settle_if_due(alloc)
@@ -162,10 +160,7 @@ impl Qcow2Driver {
         let file = self.file().storage.len().context("Could not get file size")?;
         let l1 = self.l1();
         for l1_index in keep / covers..l1.len / ENTRY {
-            let at = self.tables.get(l1, l1_index)? & OFFSET_MASK;
-            if at == 0 {
-                continue;
-            }
+            let Some(at) = self.l1_entry(l1, l1_index)?.table().map(HostOffset::get) else { continue };
             if geometry.in_cluster(at) != 0 || at >= file {
                 return Err(self.corrupt(format!("L2 table offset {at:#x} is wrong (L1 index: {l1_index:#x})")));
             }
@@ -173,7 +168,7 @@ impl Qcow2Driver {
             let mut any = first == 0;
             for index in first..geometry.l2_entries() {
                 let (entry, bitmap) = self.l2_entry(self.l2(at), index)?;
-                any |= (entry, bitmap) != (0, 0);
+                any |= (entry, bitmap) != (L2Entry::NOTHING, 0);
                 self.check_entry(entry)?;
             }
             if any {
@@ -200,9 +195,9 @@ impl Qcow2Driver {
                 // Those that hold data, and those that are zeros, stay so.
                 let hidden = beyond & !bitmap & !(bitmap >> 32);
                 self.set_l2_entry(table, index, entry, bitmap | (hidden << 32))?;
-            } else if guest >= from && entry & (OFFSET_MASK | COMPRESSED | ZERO) == 0 {
-                let word = if geometry.version < 3 { self.zeros(alloc, guest)? } else { entry | ZERO };
-                self.set_l2_entry(table, index, word, 0)?;
+            } else if guest >= from && !entry.refers() && !entry.reads_zero() {
+                let new = if geometry.version < 3 { self.zeros(alloc, guest)? } else { entry.with_zero(true) };
+                self.set_l2_entry(table, index, new, 0)?;
             }
             guest += cluster;
             self.settle_if_due(alloc)?;
@@ -211,12 +206,12 @@ impl Qcow2Driver {
     }
 
     /// The entry of a new cluster of zeros, which is that one of the guest's.
-    fn zeros(&self, alloc: &mut Allocator, guest: u64) -> Result<u64> {
+    fn zeros(&self, alloc: &mut Allocator, guest: u64) -> Result<L2Entry> {
         let host = self.allocate(alloc, 1)? << self.geometry.cluster_bits;
         let len = self.geometry.cluster_size();
         clear_stored(self, HostPlace::main(host), GuestOffset(guest), len, Zeroing::Allocate)
             .context("Could not write zeros")?;
-        Ok(COPIED | host)
+        Ok(L2Entry::own(HostOffset(host)))
     }
 
     /// Makes a range that has its place read as zeros, as far as the file reaches.
