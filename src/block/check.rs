@@ -39,6 +39,11 @@ impl Fix {
 pub trait Findings: Sync {
     /// A line, as it is to be shown: `Leaked cluster 5 refcount=1 reference=0`, `Repairing ...`, `ERROR ...`.
     fn line(&self, text: &str);
+
+    /// Why the check cannot go on, to be marked as an error of the program's.
+    fn error(&self, text: &str) {
+        self.line(text);
+    }
 }
 
 impl<F: Fn(&str) + Sync> Findings for F {

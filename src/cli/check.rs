@@ -8,7 +8,7 @@ use super::output::OutputForm;
 use super::program::stderr_line;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, json};
-use crate::block::check::{CheckReport, Fix};
+use crate::block::check::{CheckReport, Findings, Fix};
 use crate::block::error::Context;
 use crate::block::{OpenHow, Purpose};
 use crate::ops::check;
@@ -81,10 +81,15 @@ impl Subcommand for CheckArgs {
                 program.print(&repaired(report));
             }
         };
-        let Some(report) = check::check(&node, fix, &stderr_line, &show).context("Check failed")? else {
+        let Some(report) =
+            check::check(&node, fix, &Console { name: program.name() }, &show).context("Check failed")?
+        else {
             program.error("This image format does not support checks");
             return Ok(Exit::Unsupported);
         };
+        if report.check_errors > 0 {
+            program.error("Check failed");
+        }
         match form {
             _ if quiet => {}
             OutputForm::Human => program.print(&text(&report)),
@@ -97,12 +102,27 @@ impl Subcommand for CheckArgs {
     }
 }
 
+/// Findings go to standard error, whatever the output's form.
+struct Console<'a> {
+    name: &'a str,
+}
+
+impl Findings for Console<'_> {
+    fn line(&self, text: &str) {
+        stderr_line(text);
+    }
+
+    fn error(&self, text: &str) {
+        stderr_line(&format!("{}: {text}", self.name));
+    }
+}
+
 /// The worst of what is still there.
 fn exit(report: &CheckReport) -> Exit {
     match report {
+        CheckReport { check_errors: 1.., .. } => Exit::Failure,
         CheckReport { corruptions: 1.., .. } => Exit::Corrupt,
         CheckReport { leaks: 1.., .. } => Exit::Leaks,
-        CheckReport { check_errors: 1.., .. } => Exit::Failure,
         _ => Exit::Success,
     }
 }

@@ -68,6 +68,11 @@ fn check_is_qemu_imgs() {
 }
 
 #[test]
+fn check_of_qcow2_is_qemu_imgs() {
+    run_all("check_qcow2", include_str!("check_qcow2.case"), 30);
+}
+
+#[test]
 fn command_line_is_qemu_imgs() {
     run_all("general", include_str!("general.case"), 30);
 }

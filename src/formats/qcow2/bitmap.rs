@@ -10,7 +10,7 @@ use crate::storage::Storage;
 use super::Qcow2Driver;
 use super::geometry::Geometry;
 use super::header::{Qcow2Header, c_string};
-use super::layout::{self, BITMAP_ENTRY, BitmapFields, ENTRY};
+use super::layout::{self, BITMAP_ENTRY, BitmapFields, ENTRY, OFFSET_MASK};
 use super::window::Window;
 
 /// An entry of the bitmap directory.
@@ -30,7 +30,8 @@ pub(super) const MAX_TABLE: u32 = 0x0800_0000;
 pub(super) const MAX_BYTES: u64 = 0x2000_0000;
 
 /// Reads the directory, if the image has one that is consistent. The texts of the refusals are the reference's.
-pub fn read_directory(storage: &dyn Storage, header: &Qcow2Header) -> Result<Vec<Bitmap>> {
+/// With `tables`, the tables of those that were saved are looked at too.
+pub fn read_directory(storage: &dyn Storage, header: &Qcow2Header, tables: bool) -> Result<Vec<Bitmap>> {
     let Some(place) = header.bitmaps.filter(|_| header.fields.autoclear & layout::BITMAPS != 0) else {
         return Ok(Vec::new());
     };
@@ -58,7 +59,7 @@ pub fn read_directory(storage: &dyn Storage, header: &Qcow2Header) -> Result<Vec
         left = left.checked_sub(len).ok_or_else(broken)?;
         let name = window.take(len - BITMAP_ENTRY as u64)?;
         let name = c_string(name.get(..usize::from(fields.name_size)).unwrap_or(&[]));
-        check(&fields, &name, &header.geometry(), header.fields.size)?;
+        check_fields(&fields, &name, &header.geometry())?;
         if !names.insert(name.clone()) {
             return Err(Error::corrupt(format!("Bitmap already exists: {name}")));
         }
@@ -68,11 +69,22 @@ pub fn read_directory(storage: &dyn Storage, header: &Qcow2Header) -> Result<Vec
     if found.len() as u64 != u64::from(place.count) {
         return Err(Error::corrupt("Less bitmaps found than specified in header extension"));
     }
+    for bitmap in &found {
+        if tables {
+            check_table(storage, &header.geometry(), bitmap)?;
+        }
+        check_length(&bitmap.fields, &bitmap.name, &header.geometry(), header.fields.size)?;
+    }
     Ok(found)
 }
 
 /// Refuses a bitmap that cannot be. The texts are the reference's.
 pub(super) fn check(fields: &BitmapFields, name: &str, geometry: &Geometry, disk: u64) -> Result<()> {
+    check_fields(fields, name, geometry)?;
+    check_length(fields, name, geometry, disk)
+}
+
+fn check_fields(fields: &BitmapFields, name: &str, geometry: &Geometry) -> Result<()> {
     let granularity = layout::MIN_GRANULARITY_BITS..=layout::MAX_GRANULARITY_BITS;
     let bytes = u64::from(fields.table_size) << geometry.cluster_bits;
     let sound = fields.table_size != 0
@@ -87,6 +99,10 @@ pub(super) fn check(fields: &BitmapFields, name: &str, geometry: &Geometry, disk
     if !sound {
         return Err(Error::corrupt(format!("Bitmap '{name}' doesn't satisfy the constraints")));
     }
+    Ok(())
+}
+
+fn check_length(fields: &BitmapFields, name: &str, geometry: &Geometry, disk: u64) -> Result<()> {
     // One that was saved must be as long as the disk asks for; one in use may be of another time.
     let bits = disk.div_ceil(1 << fields.granularity_bits);
     let clusters = bits.div_ceil(8).div_ceil(geometry.cluster_size());
@@ -94,6 +110,29 @@ pub(super) fn check(fields: &BitmapFields, name: &str, geometry: &Geometry, disk
         return Err(Error::corrupt(format!("Could not read bitmap '{name}' from image: Invalid argument")));
     }
     Ok(())
+}
+
+/// Refuses a bitmap that was saved and whose table cannot be. The text is the reference's.
+fn check_table(storage: &dyn Storage, geometry: &Geometry, bitmap: &Bitmap) -> Result<()> {
+    if bitmap.fields.flags & layout::BITMAP_IN_USE != 0 {
+        return Ok(());
+    }
+    let mut window = Window::new(storage, bitmap.fields.table_offset);
+    for _ in 0..bitmap.fields.table_size {
+        if !is_table_entry(geometry, layout::word(window.take(ENTRY)?, 0).unwrap_or(0)) {
+            return Err(Error::corrupt(format!(
+                "Could not read bitmap_table table from image for bitmap '{}': Invalid argument",
+                bitmap.name
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a bitmap table can have this entry.
+pub(super) fn is_table_entry(geometry: &Geometry, word: u64) -> bool {
+    let at = word & OFFSET_MASK;
+    word & layout::BITMAP_TABLE_RESERVED == 0 && geometry.in_cluster(at) == 0 && (at == 0 || word & ALL_SET == 0)
 }
 
 /// The directory as it is stored.

@@ -86,10 +86,17 @@ impl Geometry {
         62 - (self.cluster_bits - 8)
     }
 
-    /// Host offset and greatest length in bytes that a compressed L2 entry tells.
+    /// Host offset and greatest length in bytes that a compressed L2 entry tells. Host offsets have 56 bits: in small
+    /// clusters there is room for more, which are passed over.
     pub fn compressed(&self, entry: u64) -> (u64, u64) {
+        let (at, len) = self.compressed_as_told(entry);
+        (at & ((1 << 56) - 1), len)
+    }
+
+    /// The same with all the bits that there is room for.
+    pub fn compressed_as_told(&self, entry: u64) -> (u64, u64) {
         let shift = self.compressed_shift();
-        let at = entry & ((1 << shift) - 1) & ((1 << 56) - 1);
+        let at = entry & ((1 << shift) - 1);
         let sectors = ((entry & !(COPIED | COMPRESSED)) >> shift) + 1;
         (at, sectors * SECTOR - at % SECTOR)
     }

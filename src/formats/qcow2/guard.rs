@@ -248,6 +248,16 @@ impl<'a> Survey<'a> {
         Ok(survey)
     }
 
+    /// What lies in the clusters of a range beside L2 tables, if anything does.
+    pub fn other_than_l2(&self, at: u64, len: u64) -> Option<&'static str> {
+        let (at, end) = (at - self.driver.geometry.in_cluster(at), self.driver.whole(at, len));
+        let run = || self.places.run(at, end).map(|(_, (_, what))| what);
+        let block = || self.places.clusters.range(at..end).any(|known| known & BLOCK != 0);
+        self.placed(at, end.saturating_sub(at))
+            .or_else(run)
+            .or_else(|| block().then(|| MetadataPart::RefcountBlock.name()))
+    }
+
     /// Whether the refcounts can be changed where they are.
     pub fn refcounts_sound(&self) -> bool {
         self.refcounts_clash.is_none() && self.refcounts_wrong.is_none()

@@ -40,6 +40,15 @@ pub struct Qcow2Header {
 impl Qcow2Header {
     /// Reads and checks everything that lies in the first cluster. The texts of the refusals are the reference's.
     pub fn read(storage: &dyn Storage) -> Result<Self> {
+        Self::read_with(storage, false)
+    }
+
+    /// The same for a check, which has its own words for a refcount table and a snapshot table that cannot be.
+    pub fn read_damaged(storage: &dyn Storage) -> Result<Self> {
+        Self::read_with(storage, true)
+    }
+
+    fn read_with(storage: &dyn Storage, damaged: bool) -> Result<Self> {
         let length = storage.len().context("Could not read qcow2 header")?;
         let mut start = [0; HEADER_FULL];
         storage.read_at(0, &mut start).context("Could not read qcow2 header")?;
@@ -72,11 +81,11 @@ impl Qcow2Header {
         let head = usize::try_from(cluster).map_err(|_| Error::corrupt("qcow2 header exceeds cluster size"))?;
         let mut head = vec![0; head];
         storage.read_at(0, &mut head).context("Could not read qcow2 header")?;
-        Self::parse(fields, &head)
+        Self::parse(fields, &head, damaged)
     }
 
     /// The same, from the whole first cluster.
-    fn parse(fields: HeaderFields, head: &[u8]) -> Result<Self> {
+    fn parse(fields: HeaderFields, head: &[u8], damaged: bool) -> Result<Self> {
         let after = fields.header_length as usize;
         let extra = if fields.version >= 3 { head.get(HEADER_FULL..after).unwrap_or(&[]) } else { &[] };
         let mut header = Self { fields, extra: extra.to_vec(), ..Self::default() };
@@ -92,7 +101,7 @@ impl Qcow2Header {
             }
         }
         header.check_features()?;
-        header.check_fields()?;
+        header.check_fields(damaged)?;
         for (kind, data) in extensions? {
             header.take_extension(kind, data)?;
         }
@@ -138,7 +147,7 @@ impl Qcow2Header {
     }
 
     /// The fixed fields that place and size the tables.
-    fn check_fields(&self) -> Result<()> {
+    fn check_fields(&self, damaged: bool) -> Result<()> {
         let (fields, geometry) = (&self.fields, self.geometry());
         let corrupt = |text: &str| Err(Error::corrupt(text));
         if geometry.extended && geometry.subcluster_size() < layout::SECTOR {
@@ -151,7 +160,7 @@ impl Qcow2Header {
         if fields.crypt_method > layout::CRYPT_LUKS {
             return Err(Error::unsupported(format!("Unsupported encryption method {}", fields.crypt_method)));
         }
-        if fields.refcount_table_clusters == 0 {
+        if fields.refcount_table_clusters == 0 && !damaged {
             return corrupt("Image does not contain a reference count table");
         }
         let refcounts = u64::from(fields.refcount_table_clusters) << geometry.cluster_bits;
@@ -161,11 +170,11 @@ impl Qcow2Header {
         if !geometry.places(fields.refcount_table_offset, refcounts) {
             return corrupt("Reference count table offset invalid");
         }
-        if fields.nb_snapshots > layout::MAX_SNAPSHOTS {
+        if fields.nb_snapshots > layout::MAX_SNAPSHOTS && !damaged {
             return corrupt("Snapshot table too large");
         }
         let snapshots = u64::from(fields.nb_snapshots) * layout::SNAPSHOT_ENTRY as u64;
-        if !geometry.places(fields.snapshots_offset, snapshots) {
+        if !geometry.places(fields.snapshots_offset, snapshots) && !damaged {
             return corrupt("Snapshot table offset invalid");
         }
         let l1 = u64::from(fields.l1_size) * layout::ENTRY;

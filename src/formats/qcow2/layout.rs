@@ -259,6 +259,8 @@ pub const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 pub const REFCOUNT_OFFSET_MASK: u64 = 0xffff_ffff_ffff_fe00;
 /// Bits of a refcount table entry that must be 0.
 pub const REFCOUNT_RESERVED: u64 = 0x1ff;
+/// Bits of a bitmap table entry that must be 0.
+pub const BITMAP_TABLE_RESERVED: u64 = 0xff00_0000_0000_01fe;
 /// Width of an L1, refcount table or bitmap table entry, and of an L2 entry without subclusters.
 pub const ENTRY: u64 = 8;
 /// Width of an L2 entry with subclusters: the entry, then the allocation bitmap (bits 0 to 31 allocated, bits 32

@@ -12,13 +12,15 @@
 //!   `repair.rs` (after an unclean end);
 //! * `counts.rs` refcounts of an open image; `alloc.rs` clusters given out and taken back; `flush.rs` changes on their
 //!   way to the file; `place.rs` guest data; `fit.rs` and `tracking.rs`: bitmaps follow the size and what is written; `tail.rs`
-//!   what lies past the end of the disk; `resize.rs` its size; `open.rs` opening: checks, refusals, options.
+//!   what lies past the end of the disk; `resize.rs` its size; `check.rs` what is wrong, and mending it; `open.rs`
+//!   opening: refusals, options.
 //!
 //! Lock order: `alloc` → `header` → the cache's own. Whoever changes a table or the header holds `alloc`. No lock is
 //! held across data I/O; mapping takes `header` for reading, for a moment, and the cache's locks.
 
 pub mod alloc;
 pub mod bitmap;
+pub mod check;
 pub mod codec;
 pub mod counts;
 pub mod create;
@@ -56,8 +58,8 @@ use crate::block::driver::Bitmaps;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    BackingRef, BlockDriver, Child, Cipher, CompressedUnit, Create, Extent, Format, GuestOffset, OpenRequest, Resize,
-    Result, Snapshots, Write,
+    BackingRef, BlockDriver, Check, Child, Cipher, CompressedUnit, Create, Extent, Format, GuestOffset, OpenRequest,
+    Resize, Result, Snapshots, Write,
 };
 use crate::crypto::luks;
 use crate::formats::encryption::KEY_SECRET;
@@ -177,6 +179,10 @@ impl BlockDriver for Qcow2Driver {
     }
 
     fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+
+    fn checking(&self) -> Option<&dyn Check> {
         Some(self)
     }
 

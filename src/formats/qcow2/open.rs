@@ -7,18 +7,20 @@ use serde_json::Value;
 
 use crate::block::Notice;
 use crate::block::keys::{take_number, take_size, take_switch, take_text};
-use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Result};
+use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Purpose, Result};
 
 use super::alloc::Allocator;
 use super::header::Qcow2Header;
 use super::layout;
 use super::tables::{Tables, default_bytes};
-use super::{Qcow2Driver, bitmap, crypt, info, snapshot};
+use super::{Qcow2Driver, bitmap, check, crypt, info, snapshot};
 
 /// Opens a layer.
 pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     let OpenRequest { file, options, purpose, secrets, related } = request;
-    let mut header = Qcow2Header::read(&*file.storage)?;
+    let checks = matches!(purpose, Purpose::Check | Purpose::Repair);
+    let mut header =
+        if checks { Qcow2Header::read_damaged(&*file.storage) } else { Qcow2Header::read(&*file.storage) }?;
     let geometry = header.geometry();
     if !purpose.bears_damage() && header.fields.incompatible & layout::CORRUPT != 0 {
         return Err(Error::corrupt("qcow2: Image is corrupt; cannot be opened read/write"));
@@ -44,7 +46,10 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         }
     }
     let storage = &files[0].storage;
-    let snapshots = snapshot::read_table(&**storage, &header)?;
+    let snapshots = match checks {
+        true => check::readable_snapshots(&**storage, &header),
+        false => snapshot::read_table(&**storage, &header)?,
+    };
     if header.bitmaps.is_some() && header.fields.autoclear & layout::BITMAPS == 0 {
         let text =
             "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent";
@@ -52,7 +57,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         let text = "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.";
         related.notice(Notice::Line(text.to_owned()));
     }
-    let bitmaps = bitmap::read_directory(&**storage, &header)?;
+    let bitmaps = bitmap::read_directory(&**storage, &header, checks)?;
     // The guest's disk has whole sectors; what a header says beyond them is not there.
     header.fields.size -= header.fields.size % layout::SECTOR;
     let backing = header.backing_file.as_ref().map(|name| BackingRef {

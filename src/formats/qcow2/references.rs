@@ -1,8 +1,9 @@
 //! How often each cluster of an image file is referred to, counted in memory.
 //!
-//! Memory grows with what is referred to, not with the file: clusters are counted in pages, one bit each while no
-//! cluster of the page has more than one reference (16 TiB in clusters of 64 KiB cost 32 MiB), a word each from then
-//! on, and a page with a few of them costs these few alone.
+//! Memory grows with what is referred to, not with the file, and nothing at or past the limit that a count is made with
+//! takes any: tables may say what they like. Clusters are counted in pages, one bit each while no cluster of the page
+//! has more than one reference (16 TiB in clusters of 64 KiB cost 32 MiB), a byte each from then on, a word once one of
+//! them has more than 255, and a page with a few of them costs these few alone.
 
 use std::collections::BTreeMap;
 
@@ -17,6 +18,8 @@ enum ReferencePage {
     Few(Vec<(u16, u32)>),
     /// One reference or none.
     Bits(Box<[u64; 64]>),
+    /// Up to 255.
+    Bytes(Box<[u8]>),
     /// Any number.
     Words(Box<[u32]>),
 }
@@ -29,6 +32,7 @@ impl ReferencePage {
                 let word = bits.get(usize::from(index / 64)).copied().unwrap_or(0);
                 u32::from(word >> (index % 64) & 1 != 0)
             }
+            Self::Bytes(bytes) => bytes.get(usize::from(index)).copied().unwrap_or(0).into(),
             Self::Words(words) => words.get(usize::from(index)).copied().unwrap_or(0),
         }
     }
@@ -46,70 +50,195 @@ impl ReferencePage {
                         return;
                     }
                 }
-                Self::Bits(bits) if count == 1 => {
+                Self::Bits(bits) if count <= 1 => {
                     if let Some(word) = bits.get_mut(usize::from(index / 64)) {
-                        *word |= 1 << (index % 64);
+                        *word = *word & !(1 << (index % 64)) | u64::from(count) << (index % 64);
                     }
                     return;
                 }
-                Self::Bits(_) => {}
+                Self::Bytes(bytes) if count <= 255 => {
+                    if let Some(byte) = bytes.get_mut(usize::from(index)) {
+                        *byte = count as u8;
+                    }
+                    return;
+                }
                 Self::Words(words) => {
                     if let Some(word) = words.get_mut(usize::from(index)) {
                         *word = count;
                     }
                     return;
                 }
+                _ => {}
             }
-            self.widen();
+            self.widen(count);
         }
     }
 
-    fn widen(&mut self) {
-        *self = match self {
-            Self::Few(list) if list.iter().all(|(_, count)| *count == 1) => {
+    /// Makes room for a count.
+    fn widen(&mut self, count: u32) {
+        let most = match self {
+            Self::Few(list) => list.iter().map(|(_, count)| *count).max().unwrap_or(0),
+            Self::Bits(_) => 1,
+            Self::Bytes(_) | Self::Words(_) => 255,
+        };
+        let counts = (0..PAGE as u16).map(|index| self.get(index));
+        *self = match most.max(count) {
+            0 | 1 => {
                 let mut bits = Box::new([0; 64]);
-                for (index, _) in list {
-                    if let Some(word) = bits.get_mut(usize::from(*index / 64)) {
-                        *word |= 1 << (*index % 64);
-                    }
+                for (word, ones) in bits.iter_mut().zip(counts.collect::<Vec<_>>().chunks(64)) {
+                    *word = ones.iter().rev().fold(0, |word, one| word << 1 | u64::from(*one));
                 }
                 Self::Bits(bits)
             }
-            ref narrow => Self::Words((0..PAGE as u16).map(|index| narrow.get(index)).collect()),
+            2..=255 => Self::Bytes(counts.map(|count| count as u8).collect()),
+            _ => Self::Words(counts.collect()),
         };
+    }
+
+    /// One reference more for a run, if none of it has any and that is all that is to be noted.
+    fn add_first(&mut self, first: u16, last: u16) -> bool {
+        if matches!(self, Self::Few(list) if list.is_empty() && usize::from(last - first) >= FEW) {
+            *self = Self::Bits(Box::new([0; 64]));
+        }
+        let Self::Bits(bits) = self else { return false };
+        let masks = || {
+            (first / 64..=last / 64).map(move |word| {
+                let from = if word == first / 64 { first % 64 } else { 0 };
+                let to = if word == last / 64 { last % 64 } else { 63 };
+                (usize::from(word), u64::MAX << from & u64::MAX >> (63 - to))
+            })
+        };
+        if masks().any(|(word, mask)| bits.get(word).is_none_or(|word| word & mask != 0)) {
+            return false;
+        }
+        for (word, mask) in masks() {
+            if let Some(word) = bits.get_mut(word) {
+                *word |= mask;
+            }
+        }
+        true
     }
 }
 
-/// See the module. Counts stop at `u32::MAX`.
-#[derive(Debug, Default)]
+/// See the module.
+#[derive(Debug)]
 pub struct References {
-    pages: BTreeMap<u64, ReferencePage>,
+    /// What lies at this cluster or behind it is not counted.
+    limit: u64,
+    /// No count gets higher.
+    most: u32,
+    pages: Vec<ReferencePage>,
+    /// Where in `pages` a page is, by its number.
+    slots: BTreeMap<u64, usize>,
+    /// The page that was looked up last, and where it is.
+    last: Option<(u64, usize)>,
 }
 
 impl References {
-    /// References to a cluster.
-    pub fn get(&self, cluster: u64) -> u32 {
-        self.pages.get(&(cluster / PAGE)).map_or(0, |page| page.get((cluster % PAGE) as u16))
+    /// Of the clusters below `limit`; counts stop at `most`.
+    pub fn new(limit: u64, most: u64) -> Self {
+        let most = u32::try_from(most).unwrap_or(u32::MAX);
+        Self { limit, most, pages: Vec::new(), slots: BTreeMap::new(), last: None }
     }
 
-    /// `times` more for each cluster from `first` to `last`.
-    pub fn add(&mut self, first: u64, last: u64, times: u32) {
+    /// From now on every cluster counts, wherever it lies.
+    pub fn without_limit(self) -> Self {
+        Self { limit: u64::MAX, ..self }
+    }
+
+    /// Whether no cluster has more than one reference.
+    pub fn is_single(&self) -> bool {
+        self.pages.iter().all(|page| match page {
+            ReferencePage::Few(list) => list.iter().all(|(_, count)| *count <= 1),
+            ReferencePage::Bits(_) => true,
+            ReferencePage::Bytes(_) | ReferencePage::Words(_) => false,
+        })
+    }
+
+    /// References to a cluster.
+    pub fn get(&self, cluster: u64) -> u32 {
+        let slot = self.slots.get(&(cluster / PAGE));
+        slot.and_then(|slot| self.pages.get(*slot)).map_or(0, |page| page.get((cluster % PAGE) as u16))
+    }
+
+    fn page(&mut self, number: u64) -> Option<&mut ReferencePage> {
+        let slot = match self.last {
+            Some((last, slot)) if last == number => slot,
+            _ => *self.slots.entry(number).or_insert_with(|| {
+                self.pages.push(ReferencePage::Few(Vec::new()));
+                self.pages.len() - 1
+            }),
+        };
+        self.last = Some((number, slot));
+        self.pages.get_mut(slot)
+    }
+
+    /// No reference any more to each cluster from `first` to `last`.
+    pub fn clear(&mut self, first: u64, last: u64) {
         for cluster in first..=last {
-            let page = self.pages.entry(cluster / PAGE).or_insert_with(|| ReferencePage::Few(Vec::new()));
-            let index = (cluster % PAGE) as u16;
-            let count = page.get(index).saturating_add(times);
-            page.set(index, count);
+            if let Some(page) = self.page(cluster / PAGE) {
+                page.set((cluster % PAGE) as u16, 0);
+            }
+        }
+    }
+
+    /// `times` more for each cluster from `first` to `last`, if it is below the limit.
+    pub fn add(&mut self, first: u64, last: u64, times: u32) {
+        self.add_each(first, last, times, &mut |_| {});
+    }
+
+    /// The same; `full` hears of each cluster whose count would be higher than counts get, once for each time.
+    pub fn add_each(&mut self, first: u64, last: u64, times: u32, full: &mut dyn FnMut(u64)) {
+        let last = last.min(self.limit.saturating_sub(1));
+        let most = self.most;
+        let mut at = first;
+        while at <= last && at < self.limit {
+            let end = last.min(at / PAGE * PAGE + (PAGE - 1));
+            let (from, to) = ((at % PAGE) as u16, (end % PAGE) as u16);
+            let Some(page) = self.page(at / PAGE) else { return };
+            if times != 1 || most == 0 || !page.add_first(from, to) {
+                for index in from..=to {
+                    let count = page.get(index);
+                    let more = times.min(most.saturating_sub(count));
+                    (more..times).for_each(|_| full(at - u64::from(from) + u64::from(index)));
+                    if more > 0 {
+                        page.set(index, count + more);
+                    }
+                }
+            }
+            at = end + 1;
         }
     }
 
     /// The clusters from `first` on, below `end`, that are referred to, and how often.
     pub fn range(&self, first: u64, end: u64) -> impl Iterator<Item = (u64, u32)> + '_ {
-        let pages = self.pages.range(first / PAGE..end.div_ceil(PAGE).max(first / PAGE));
-        pages.flat_map(move |(number, page)| {
+        let slots = self.slots.range(first / PAGE..end.div_ceil(PAGE).max(first / PAGE));
+        slots.flat_map(move |(number, slot)| {
             let start = number * PAGE;
-            let counted = (0..PAGE).map(move |index| (start + index, page.get(index as u16)));
-            counted.filter(move |(cluster, count)| *count > 0 && (first..end).contains(cluster))
+            let page = self.pages.get(*slot);
+            let from = first.saturating_sub(start).min(PAGE);
+            let to = end.saturating_sub(start).min(PAGE);
+            let counted = (from..to).map(move |index| (start + index, page.map_or(0, |page| page.get(index as u16))));
+            counted.filter(|(_, count)| *count > 0)
         })
+    }
+
+    /// The cluster behind the last one that is referred to.
+    pub fn end(&self) -> u64 {
+        let Some(page) = self.slots.keys().next_back() else { return 0 };
+        self.range(page * PAGE, u64::MAX).last().map_or(0, |(cluster, _)| cluster + 1)
+    }
+
+    /// The first of `n` clusters in a row, from `from` on, to which nothing refers. There may be no end to the file.
+    pub fn free_run(&self, from: u64, n: u64) -> u64 {
+        let mut start = from;
+        for (used, _) in self.range(from, u64::MAX) {
+            if used - start >= n {
+                break;
+            }
+            start = used + 1;
+        }
+        start
     }
 
     /// The runs of `unit` clusters, numbered, in which any cluster is referred to.
@@ -130,8 +259,8 @@ mod tests {
 
     #[test]
     fn counts_are_kept_whatever_the_page() {
-        let mut references = References::default();
-        // A list, then bits, then words; the last cluster of one page and the first of the next; far away.
+        let mut references = References::new(u64::MAX, u64::MAX);
+        // A list, then bits, then bytes, then words; the last cluster of one page and the first of the next; far away.
         references.add(10, 20, 1);
         references.add(100, 300, 1);
         references.add(4090, 4100, 2);
@@ -147,5 +276,39 @@ mod tests {
         assert_eq!(references.get(1 << 46), u32::MAX);
         assert_eq!(references.range(299, 4091).collect::<Vec<_>>(), [(299, 1), (300, 1), (4090, 2)]);
         assert_eq!(references.units(4096), [0, 1, 1 << 34]);
+        assert_eq!(references.free_run(0, 10), 0);
+        assert_eq!(references.free_run(0, 11), 21);
+        assert_eq!(references.free_run(0, 80), 301);
+    }
+
+    #[test]
+    fn long_runs_count_like_short_ones() {
+        let mut references = References::new(20_000, u64::MAX);
+        references.add(60, 9000, 1);
+        references.add(0, 59, 1);
+        references.add(63, 64, 299);
+        references.add(8000, u64::MAX, 1);
+        let all: Vec<_> = references.range(0, u64::MAX).collect();
+        assert_eq!(all.len(), 20_000);
+        for (cluster, count) in all {
+            let wanted = match cluster {
+                63 | 64 => 300,
+                8000..=9000 => 2,
+                _ => 1,
+            };
+            assert_eq!(count, wanted, "{cluster}");
+        }
+    }
+
+    #[test]
+    fn what_lies_past_the_limit_costs_nothing() {
+        let mut references = References::new(100, 3);
+        references.add(100, u64::MAX, 1);
+        references.add(u64::MAX, u64::MAX, 1);
+        assert!(references.pages.is_empty());
+        let mut full = Vec::new();
+        references.add_each(98, 1000, 5, &mut |cluster| full.push(cluster));
+        assert_eq!(full, [98, 98, 99, 99]);
+        assert_eq!(references.range(0, u64::MAX).collect::<Vec<_>>(), [(98, 3), (99, 3)]);
     }
 }

@@ -8,6 +8,8 @@
 //! Memory is a bit for each cluster that is referred to, four bytes where snapshots share them, and a few words for
 //! each L2 table.
 
+use std::collections::BTreeMap;
+
 use crate::block::error::Context;
 use crate::block::{Error, Result};
 
@@ -35,9 +37,15 @@ enum RepairPlan {
 /// is theirs alone what the refcounts say. The dirty bit is the caller's.
 pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
     driver.bitmaps_apart()?;
-    let mut count = Count { survey: Survey::new(driver, u64::MAX)?, references: References::default() };
+    let file = driver.file().storage.len().context("Could not get file size")?;
+    let mut count = Count {
+        survey: Survey::new(driver, u64::MAX)?,
+        references: References::new(u64::MAX, u64::from(u32::MAX)),
+        clusters: file.div_ceil(driver.geometry.cluster_size()),
+        beyond: 0,
+    };
     driver.walk(&mut count)?;
-    let Count { survey, mut references } = count;
+    let Count { survey, mut references, .. } = count;
     if let Some(what) = survey.clash {
         return Err(Error::corrupt(format!(
             "The image was not closed cleanly and cannot be repaired: tables overlap with {what}"
@@ -66,7 +74,14 @@ pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
 struct Count<'a> {
     survey: Survey<'a>,
     references: References,
+    /// Of the file.
+    clusters: u64,
+    /// References to clusters past the end of the file so far.
+    beyond: u64,
 }
+
+/// Most references to clusters past the end of the file, each of which may take a page of counts.
+const MOST_BEYOND: u64 = 1 << 16;
 
 impl Visitor for Count<'_> {
     fn found(&mut self, found: &Found) -> Result<()> {
@@ -82,7 +97,14 @@ impl Visitor for Count<'_> {
             _ => {}
         }
         let last = found.at.saturating_add(found.len - 1) >> geometry.cluster_bits;
-        self.references.add(found.at >> geometry.cluster_bits, last, found.times);
+        let first = found.at >> geometry.cluster_bits;
+        self.beyond = self.beyond.saturating_add((last + 1).saturating_sub(first.max(self.clusters)));
+        if self.beyond > MOST_BEYOND {
+            return Err(Error::corrupt(
+                "The image was not closed cleanly and cannot be repaired: too much of it lies past the end of the file",
+            ));
+        }
+        self.references.add(first, last, found.times);
         Ok(())
     }
 
@@ -93,6 +115,93 @@ impl Visitor for Count<'_> {
     fn too_many(&self) -> Result<()> {
         Err(Error::unsupported("The image was not closed cleanly and has too many snapshots to be repaired"))
     }
+}
+
+/// Refcounts that say what `references` does, written anew in room to which it has no reference; then the header changes
+/// over to them. The old ones stay what and where they are, counted as `references` has them.
+///
+/// Room is taken as the reference takes it: the first there is, for one block after the other, then for the table; but
+/// for clusters that are referred to past the end of the file (`beyond`): what the file grows over of them is in use.
+pub(super) fn renew(driver: &Qcow2Driver, references: References, beyond: &References) -> Result<()> {
+    let per_block = driver.geometry.refcounts_per_block();
+    let mut room = Room { references: references.without_limit(), beyond, from: 0, grown: 0 };
+    let mut blocks: BTreeMap<u64, u64> = BTreeMap::new();
+    loop {
+        let missing = room.without_block(per_block, &blocks);
+        if !missing.is_empty() {
+            room.place_blocks(&missing, &mut blocks);
+            continue;
+        }
+        let entries = blocks.keys().next_back().map_or(1, |last| last + 1);
+        let clusters = table_clusters(driver, entries)?;
+        let table = room.take(0, clusters);
+        room.grow();
+        let missing = room.without_block(per_block, &blocks);
+        if missing.is_empty() {
+            let blocks: Vec<(u64, u64)> = blocks.into_iter().collect();
+            return write_elsewhere(driver, &room.references, &blocks, table, clusters);
+        }
+        // The table needs more blocks itself: once more, with them.
+        room.references.clear(table, table + clusters - 1);
+        room.place_blocks(&missing, &mut blocks);
+    }
+}
+
+/// Where new refcounts can go.
+struct Room<'a> {
+    references: References,
+    beyond: &'a References,
+    /// There is none before.
+    from: u64,
+    /// How far `beyond` is counted in `references`.
+    grown: u64,
+}
+
+impl Room<'_> {
+    /// The blocks (by index) that are needed and are not there.
+    fn without_block(&self, per_block: u64, blocks: &BTreeMap<u64, u64>) -> Vec<u64> {
+        self.references.units(per_block).into_iter().filter(|index| !blocks.contains_key(index)).collect()
+    }
+
+    fn place_blocks(&mut self, missing: &[u64], blocks: &mut BTreeMap<u64, u64>) {
+        for index in missing {
+            self.from = self.take(self.from, 1);
+            blocks.insert(*index, self.from);
+        }
+    }
+
+    /// Takes `n` clusters in a row, from `from` on.
+    fn take(&mut self, from: u64, n: u64) -> u64 {
+        let mut start = from;
+        loop {
+            start = self.references.free_run(start, n);
+            match self.beyond.range(start, start + n).last() {
+                Some((used, _)) => start = used + 1,
+                None => break,
+            }
+        }
+        self.references.add(start, start + n - 1, 1);
+        start
+    }
+
+    /// Counts what lies past the end of the file no more.
+    fn grow(&mut self) {
+        let end = self.references.end();
+        let used: Vec<(u64, u32)> = self.beyond.range(self.grown, end).collect();
+        for (cluster, count) in used {
+            self.references.add(cluster, cluster, count);
+        }
+        self.grown = self.grown.max(end);
+    }
+}
+
+/// How long a refcount table with that many entries is, in clusters.
+fn table_clusters(driver: &Qcow2Driver, entries: u64) -> Result<u64> {
+    let bytes = entries.saturating_mul(ENTRY);
+    if bytes > MAX_REFCOUNT_TABLE_BYTES {
+        return Err(Error::corrupt("The refcount table would be too large"));
+    }
+    Ok(bytes.div_ceil(driver.geometry.cluster_size()))
 }
 
 /// Decides, and counts the references of the refcount structures that there will be.
@@ -161,13 +270,26 @@ fn elsewhere(
     blocks: &[u64],
     table_clusters: u64,
 ) -> Result<()> {
+    let table = start + blocks.len() as u64;
+    let blocks: Vec<(u64, u64)> = blocks.iter().copied().zip(start..).collect();
+    write_elsewhere(driver, references, &blocks, table, table_clusters)
+}
+
+/// Writes the blocks (index, cluster) and the table, then the header.
+fn write_elsewhere(
+    driver: &Qcow2Driver,
+    references: &References,
+    blocks: &[(u64, u64)],
+    table_cluster: u64,
+    table_clusters: u64,
+) -> Result<()> {
     const FAILED: &str = "Could not write new refcounts";
     let (geometry, storage) = (driver.geometry, &driver.file().storage);
     let (bits, per_block) = (geometry.cluster_bits, geometry.refcounts_per_block());
     let too_large = |_| Error::unsupported("The refcount table would be too large");
     let mut table = vec![0; usize::try_from(table_clusters << bits).map_err(too_large)?];
     let mut block = vec![0; usize::try_from(geometry.cluster_size()).map_err(too_large)?];
-    for (cluster, index) in (start..).zip(blocks) {
+    for (index, cluster) in blocks {
         block.fill(0);
         let first = index * per_block;
         for (used, count) in references.range(first, first + per_block) {
@@ -180,7 +302,7 @@ fn elsewhere(
             entry.copy_from_slice(&(cluster << bits).to_be_bytes());
         }
     }
-    let at = (start + blocks.len() as u64) << bits;
+    let at = table_cluster << bits;
     storage.write_at(at, &table).context(FAILED)?;
     storage.flush().context(FAILED)?;
     let clusters = u32::try_from(table_clusters).map_err(too_large)?;

@@ -22,6 +22,12 @@ impl<'a> Window<'a> {
         Self { storage, at, bytes: Vec::new(), from: at }
     }
 
+    /// Passes over `len` bytes.
+    pub fn skip(&mut self, len: u64) -> Result<()> {
+        self.at = self.at.checked_add(len).ok_or_else(|| Error::corrupt("a directory is too long"))?;
+        Ok(())
+    }
+
     /// The next `len` bytes (at most a few hundred KiB: the caller checks); past the end of the file, zeros.
     pub fn take(&mut self, len: u64) -> Result<&[u8]> {
         let end = self.at.checked_add(len).ok_or_else(|| Error::corrupt("a directory is too long"))?;

@@ -1,0 +1,239 @@
+//! Checking: what the tables refer to against what the refcounts say, and all that a table can have wrong.
+//!
+//! One check goes through the image in the reference's order, for its findings are lines in an order: the snapshot
+//! table (`snapshots.rs`); everything that refers to clusters, counted (`count.rs`); the counts against the refcounts
+//! (`compare.rs`); the marks of entries whose cluster is theirs alone (`marks.rs`). What has to be mended is mended in
+//! that order too, each step in the file before the next one relies on it:
+//!
+//! 1. entries of zeroed clusters that cannot be, which lose their place: from then on it is a leak;
+//! 2. refcounts: where they are, or, where a cluster in use has none or a refcount block cannot be used, all of them
+//!    anew in room that nothing refers to, to which the header changes over once they are written (`repair.rs`);
+//! 3. marks, whose refcounts are right by then;
+//! 4. the snapshot table, written anew beside the old one;
+//! 5. the dirty bit and the corrupt bit, if nothing is wrong any more.
+//!
+//! Tables are read from the file, past the cache, and changed there: nothing is cached for them afterwards. Memory is
+//! that of the counts (`references.rs`), of one table, and of a window of refcount blocks.
+//!
+//! Source: specification, sections "Header", "Host cluster management", "Cluster mapping", "Snapshots", "Bitmaps". The
+//! texts are the reference's.
+
+mod compare;
+mod count;
+mod marks;
+mod snapshots;
+
+pub use snapshots::readable as readable_snapshots;
+
+use crate::block::check::{Check, CheckReport, Findings, Fix};
+use crate::block::error::Context;
+use crate::block::{Error, Result};
+use crate::storage::Storage;
+
+use super::Qcow2Driver;
+use super::geometry::Geometry;
+use super::layout::{self, ENTRY};
+use super::references::References;
+
+use compare::Settling;
+use snapshots::SnapshotTable;
+
+impl Check for Qcow2Driver {
+    fn check(&self, fix: Fix, findings: &dyn Findings) -> Result<CheckReport> {
+        Checker::new(self, fix, findings)?.run()
+    }
+}
+
+/// A check that is under way.
+struct Checker<'a> {
+    driver: &'a Qcow2Driver,
+    geometry: Geometry,
+    fix: Fix,
+    findings: &'a dyn Findings,
+    /// The length of the image file.
+    file: u64,
+    report: CheckReport,
+    /// The refcounts cannot be mended where they are.
+    rebuild: bool,
+    /// Lines told so far.
+    lines: u64,
+    snapshots: SnapshotTable,
+}
+
+impl<'a> Checker<'a> {
+    fn new(driver: &'a Qcow2Driver, fix: Fix, findings: &'a dyn Findings) -> Result<Self> {
+        let file = driver.file().storage.len().context("Could not get file size")?;
+        Ok(Self {
+            driver,
+            geometry: driver.geometry,
+            fix,
+            findings,
+            file,
+            report: CheckReport::default(),
+            rebuild: false,
+            lines: 0,
+            snapshots: SnapshotTable::default(),
+        })
+    }
+
+    fn run(mut self) -> Result<CheckReport> {
+        self.driver.tables.forget(0, u64::MAX);
+        self.read_snapshots()?;
+        let count = self.count(self.fix.corruptions())?;
+        let settled = self.settle_refcounts(count.references, &count.beyond)?;
+        if !(settled.alone && count.all_marked && self.is_clean()) {
+            self.check_marks()?;
+        }
+        self.write_snapshots()?;
+        self.clear_flags()?;
+        self.driver.tables.forget(0, u64::MAX);
+        Ok(self.report)
+    }
+
+    /// Compares the refcounts with the counts, and mends them as far as that is asked for.
+    fn settle_refcounts(&mut self, references: References, beyond: &References) -> Result<Settled> {
+        let before = self.report;
+        let alone = references.is_single();
+        self.compare(&references, Settling::Tell)?;
+        if self.rebuild && self.fix.corruptions() {
+            return self.rebuild(references, beyond);
+        }
+        if self.fix.is_asked_for() {
+            if self.rebuild {
+                self.tell("ERROR need to rebuild refcount structures");
+                return Err(Error::corrupt("Input/output error"));
+            }
+            if self.report.leaks > 0 || self.report.corruptions > 0 {
+                self.report = before;
+                let how = Settling::Mend { corruptions: self.fix.corruptions() };
+                self.compare(&references, how)?;
+                self.flush()?;
+            }
+        }
+        Ok(Settled { alone: alone && self.report.leaks_fixed == 0 && self.report.corruptions_fixed == 0 })
+    }
+
+    /// New refcounts; then what only the old ones used is free.
+    fn rebuild(&mut self, references: References, beyond: &References) -> Result<Settled> {
+        let old = self.report;
+        self.tell("Rebuilding refcount structure");
+        super::repair::renew(self.driver, references, beyond)?;
+        self.file = self.driver.file().storage.len().context("Could not get file size")?;
+        self.rebuild = false;
+        self.report = CheckReport::default();
+        let count = self.count(false)?;
+        self.compare(&count.references, Settling::Mend { corruptions: false })?;
+        self.flush()?;
+        let new = self.report;
+        self.report.corruptions_fixed = old.corruptions_fixed + old.corruptions.saturating_sub(new.corruptions);
+        self.report.leaks_fixed = old.leaks.saturating_sub(new.leaks);
+        Ok(Settled { alone: false })
+    }
+
+    /// Clears what says that something is wrong, if nothing is.
+    fn clear_flags(&self) -> Result<()> {
+        if !self.fix.is_asked_for() {
+            return Ok(());
+        }
+        let fields = self.driver.header().fields;
+        let wrong = self.report.corruptions > 0 || self.report.check_errors > 0;
+        let flags = if wrong { 0 } else { layout::DIRTY | layout::CORRUPT };
+        if fields.incompatible & flags == 0 && fields.autoclear & !layout::AUTOCLEAR == 0 {
+            return Ok(());
+        }
+        self.driver.update_header(|header| {
+            header.fields.incompatible &= !flags;
+            header.fields.autoclear &= layout::AUTOCLEAR;
+        })?;
+        self.flush()
+    }
+
+    fn is_clean(&self) -> bool {
+        let CheckReport { corruptions, leaks, check_errors, .. } = self.report;
+        (corruptions, leaks, check_errors) == (0, 0, 0)
+    }
+
+    fn tell(&mut self, line: &str) {
+        self.lines += 1;
+        self.findings.line(line);
+    }
+
+    /// Tells of something that is wrong.
+    fn wrong(&mut self, line: &str) {
+        self.report.corruptions += 1;
+        self.tell(line);
+    }
+
+    /// Tells of something that is wrong, or is mended at once.
+    fn wrong_or_mended(&mut self, mend: bool, line: &str) {
+        let (count, word) = match mend {
+            true => (&mut self.report.corruptions_fixed, "Repairing"),
+            false => (&mut self.report.corruptions, "ERROR"),
+        };
+        *count += 1;
+        self.tell(&format!("{word} {line}"));
+    }
+
+    /// Marks the image as corrupt, until nothing is wrong any more.
+    fn mark_corrupt(&mut self, what: &str) {
+        // The error that goes with it is told here.
+        let _ = self.driver.corrupt(String::new());
+        self.tell(&format!("qcow2: Marking image as corrupt: {what}; further corruption events will be suppressed"));
+    }
+
+    fn storage(&self) -> &'a dyn Storage {
+        &*self.driver.file().storage
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.storage().flush().context("Could not flush")
+    }
+
+    /// Reads a part of the image file; what lies past its end is zeros.
+    fn read(&self, at: u64, len: u64, buf: &mut Vec<u8>) -> Result<()> {
+        buf.clear();
+        buf.resize(usize::try_from(len).map_err(|_| Error::corrupt("a table is too large"))?, 0);
+        if at < self.file {
+            self.storage().read_at(at, buf).context("Could not read a table")?;
+        }
+        Ok(())
+    }
+
+    /// Gives the entries of a table of words, from its first on, with their indices; those that are zero are left out.
+    fn each_word(
+        &mut self,
+        at: u64,
+        entries: u64,
+        mut look: impl FnMut(&mut Self, u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        const PIECE: u64 = 64 << 10;
+        let mut piece = Vec::new();
+        let mut first = 0;
+        while first < entries {
+            let from = at.saturating_add(first * ENTRY);
+            if from >= self.file {
+                return Ok(());
+            }
+            let n = (entries - first).min(PIECE / ENTRY);
+            self.read(from, n * ENTRY, &mut piece)?;
+            for (index, word) in (first..).zip(layout::words(&piece)) {
+                if word != 0 {
+                    look(self, index, word)?;
+                }
+            }
+            first += n;
+        }
+        Ok(())
+    }
+}
+
+/// What is known once the refcounts are what they can be.
+struct Settled {
+    /// No cluster has two references.
+    alone: bool,
+}
+
+/// A number as the reference shows it with a prefix, which it leaves out before zero.
+fn prefixed(number: u64) -> String {
+    if number == 0 { "0".to_owned() } else { format!("{number:#x}") }
+}

@@ -1,0 +1,419 @@
+//! Everything that refers to a cluster, counted; and what is wrong with the entries themselves.
+
+use std::collections::BTreeMap;
+
+use crate::block::error::Context;
+use crate::block::{Error, Result};
+
+use super::super::bitmap::is_table_entry;
+use super::super::layout::{
+    self, COMPRESSED, COPIED, ENTRY, L1_RESERVED, L2_RESERVED, MAX_L1_BYTES, OFFSET_MASK, REFCOUNT_OFFSET_MASK,
+    REFCOUNT_RESERVED, ZERO,
+};
+use super::super::references::References;
+use super::Checker;
+
+/// Most entries of L1 tables that are gone through.
+const MOST_ENTRIES: u64 = 1 << 26;
+/// Most clusters past the end of the file that are remembered.
+const MOST_BEYOND: u64 = 1 << 16;
+/// How often a table with something wrong in it is gone through again, to tell of it again.
+const MOST_REPEATS: u32 = 64;
+
+/// What a count came to.
+pub(super) struct Count {
+    /// References to each cluster. Those of the refcount structures too.
+    pub references: References,
+    /// References to clusters past the end of the file, as far as there is room for them.
+    pub beyond: References,
+    /// Every entry of the active tables with a place for itself has the mark that says so.
+    pub all_marked: bool,
+}
+
+/// A count that is under way.
+struct Tally {
+    references: References,
+    beyond: References,
+    /// References in `beyond`.
+    dangling: u64,
+    all_marked: bool,
+    /// Clusters whose L2 table has nothing wrong in it.
+    sound: References,
+    /// How often other L2 tables were gone through, by their offsets.
+    damaged: BTreeMap<u64, u32>,
+    /// L2 tables that are still to be counted: how often for the active L1 table, and for snapshots.
+    repeated: BTreeMap<u64, [u32; 2]>,
+    entries: u64,
+    table: Vec<u8>,
+}
+
+/// Clusters in a row that are referred to one after the other.
+#[derive(Default)]
+struct Row {
+    at: u64,
+    len: u64,
+}
+
+/// How an L2 table is gone through.
+#[derive(Clone, Copy)]
+struct Pass {
+    active: bool,
+    times: u32,
+    mend: bool,
+}
+
+impl Checker<'_> {
+    /// Counts. With `mend`, entries that can be mended without a look at anything else are.
+    pub(super) fn count(&mut self, mend: bool) -> Result<Count> {
+        // A reference may reach into the cluster behind the last one of the file.
+        let limit = self.clusters() + 1;
+        let mut tally = Tally {
+            references: References::new(limit, self.geometry.refcount_max()),
+            beyond: References::new(u64::MAX, u64::from(u32::MAX)),
+            dangling: 0,
+            all_marked: true,
+            sound: References::new(limit, 1),
+            damaged: BTreeMap::new(),
+            repeated: BTreeMap::new(),
+            entries: 0,
+            table: Vec::new(),
+        };
+        let header = self.driver.header().clone();
+        let fields = header.fields;
+        self.report.total_clusters = fields.size.div_ceil(self.geometry.cluster_size());
+        self.region(&mut tally, 0, self.geometry.cluster_size(), 1);
+        self.l1(&mut tally, fields.l1_table_offset, u64::from(fields.l1_size), true, mend)?;
+        self.snapshot_l1s(&mut tally)?;
+        self.region(&mut tally, self.snapshots.at, self.snapshots.bytes, 1);
+        if let Some((at, len)) = header.crypto {
+            self.region(&mut tally, at, len, 1);
+        }
+        let table = self.driver.refcount_table();
+        self.region(&mut tally, table.at, table.len, 1);
+        self.bitmaps(&mut tally)?;
+        self.repeats(&mut tally)?;
+        self.refcount_blocks(&mut tally, mend)?;
+        let Tally { references, beyond, all_marked, .. } = tally;
+        Ok(Count { references, beyond, all_marked })
+    }
+
+    /// The clusters that the file has, the last one perhaps in part.
+    pub(super) fn clusters(&self) -> u64 {
+        self.file.div_ceil(self.geometry.cluster_size())
+    }
+
+    /// The same, with the one behind them if anything reaches into it.
+    pub(super) fn clusters_in_use(&self, references: &References) -> u64 {
+        let clusters = self.clusters();
+        clusters + u64::from(references.get(clusters) > 0)
+    }
+
+    /// A reference to each cluster of a run of bytes, which must lie in the file, all but less than a cluster of it.
+    fn region(&mut self, tally: &mut Tally, at: u64, len: u64, times: u32) {
+        if len == 0 {
+            return;
+        }
+        let (cluster, bits) = (self.geometry.cluster_size(), self.geometry.cluster_bits);
+        let end = at.saturating_add(len);
+        if end.saturating_sub(self.file) >= cluster {
+            for _ in 0..times {
+                self.wrong(&format!(
+                    "ERROR: counting reference for region exceeding the end of the file by one cluster or more: \
+                     offset {at:#x} size {len:#x}"
+                ));
+            }
+            let first = (at >> bits).max(self.clusters());
+            let last = (end - 1) >> bits;
+            let more = last.saturating_sub(first).saturating_add(1);
+            if tally.dangling.saturating_add(more) <= MOST_BEYOND {
+                tally.dangling += more;
+                tally.beyond.add(first, last, times);
+            }
+            return;
+        }
+        let (findings, mut full) = (self.findings, 0);
+        tally.references.add_each(at >> bits, (end - 1) >> bits, times, &mut |cluster| {
+            full += 1;
+            findings.line(&format!("ERROR: overflow cluster offset={:#x}", cluster << bits));
+            findings.line(
+                "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy \
+                 if the image cannot be opened for writing",
+            );
+        });
+        self.lines += full;
+        self.report.corruptions += full;
+    }
+
+    /// An L1 table's L2 tables.
+    fn l1(&mut self, tally: &mut Tally, at: u64, entries: u64, active: bool, mend: bool) -> Result<()> {
+        tally.entries = tally.entries.saturating_add(entries);
+        if tally.entries > MOST_ENTRIES {
+            return Err(Error::unsupported("The image has too many snapshots to be checked"));
+        }
+        self.region(tally, at, entries * ENTRY, 1);
+        let cluster = self.geometry.cluster_size();
+        self.each_word(at, entries, |checker, _, word| {
+            let l2 = word & OFFSET_MASK;
+            if active {
+                tally.all_marked &= word & COPIED != 0;
+            }
+            if word & L1_RESERVED != 0 {
+                checker.wrong(&format!("ERROR found L1 entry with reserved bits set: {word:x}"));
+            }
+            checker.region(tally, l2, cluster, 1);
+            if checker.geometry.in_cluster(l2) != 0 {
+                checker.wrong(&format!("ERROR l2_offset={l2:x}: Table is not cluster aligned; L1 entry corrupted"));
+            }
+            checker.l2(tally, l2, active, mend)
+        })
+    }
+
+    /// An L2 table, now or, if it was gone through already and there is nothing to tell of it, later.
+    fn l2(&mut self, tally: &mut Tally, at: u64, active: bool, mend: bool) -> Result<()> {
+        if at >= self.file {
+            return Ok(());
+        }
+        let aligned = self.geometry.in_cluster(at) == 0;
+        let cluster = at >> self.geometry.cluster_bits;
+        // In a narrow count a table that comes again may be what is too much.
+        let roomy = self.geometry.refcount_order >= 4 || tally.repeated.len() as u64 > 4096;
+        let known = tally.damaged.get(&at).copied().unwrap_or(0);
+        if known >= MOST_REPEATS || aligned && roomy && known == 0 && tally.sound.get(cluster) > 0 {
+            let times = tally.repeated.entry(at).or_default();
+            let times = if active { &mut times[0] } else { &mut times[1] };
+            *times = times.saturating_add(1);
+            return Ok(());
+        }
+        let lines = self.lines;
+        self.l2_entries(tally, at, Pass { active, times: 1, mend })?;
+        if self.lines != lines || !aligned {
+            *tally.damaged.entry(at).or_default() += 1;
+        } else {
+            tally.sound.add(cluster, cluster, 1);
+        }
+        Ok(())
+    }
+
+    /// The L2 tables that came again.
+    fn repeats(&mut self, tally: &mut Tally) -> Result<()> {
+        for (at, times) in std::mem::take(&mut tally.repeated) {
+            for (active, times) in [(true, times[0]), (false, times[1])] {
+                if times > 0 {
+                    self.l2_entries(tally, at, Pass { active, times, mend: false })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn l2_entries(&mut self, tally: &mut Tally, at: u64, pass: Pass) -> Result<()> {
+        let (geometry, cluster) = (self.geometry, self.geometry.cluster_size());
+        let mut table = std::mem::take(&mut tally.table);
+        self.read(at, cluster, &mut table)?;
+        let per_entry = usize::from(geometry.extended) + 1;
+        let (mut row, mut next) = (Row::default(), 0);
+        let words = table.as_chunks::<8>().0;
+        for (index, entry) in words.chunks_exact(per_entry).enumerate() {
+            let word = entry.first().map_or(0, |word| u64::from_be_bytes(*word));
+            let bitmap = entry.get(1).map_or(0, |word| u64::from_be_bytes(*word));
+            if word == 0 && bitmap == 0 {
+                continue;
+            }
+            if word & COMPRESSED != 0 {
+                self.end_row(tally, &mut row, pass);
+                self.compressed(tally, index as u64, word, bitmap, pass);
+                continue;
+            }
+            let offset = word & OFFSET_MASK;
+            let simple = word & L2_RESERVED == 0 && geometry.in_cluster(offset) == 0 && bitmap & bitmap >> 32 == 0;
+            if !simple {
+                self.end_row(tally, &mut row, pass);
+            }
+            let entry_at = at + index as u64 * geometry.l2_entry();
+            if !self.plain(word, bitmap, entry_at, pass)? {
+                continue;
+            }
+            if pass.active {
+                tally.all_marked &= word & COPIED != 0;
+                self.report.allocated_clusters += u64::from(pass.times);
+                if next != 0 && offset != next {
+                    self.report.fragmented_clusters += u64::from(pass.times);
+                }
+                next = offset + cluster;
+            }
+            if self.driver.external {
+                continue;
+            }
+            let inside = offset.saturating_add(cluster).saturating_sub(self.file) < cluster;
+            if simple && inside && row.len > 0 && offset == row.at + row.len {
+                row.len += cluster;
+                continue;
+            }
+            self.end_row(tally, &mut row, pass);
+            if simple && inside {
+                row = Row { at: offset, len: cluster };
+            } else {
+                self.region(tally, offset, cluster, pass.times);
+            }
+        }
+        self.end_row(tally, &mut row, pass);
+        tally.table = table;
+        Ok(())
+    }
+
+    fn end_row(&mut self, tally: &mut Tally, row: &mut Row, pass: Pass) {
+        self.region(tally, row.at, row.len, pass.times);
+        row.len = 0;
+    }
+
+    /// A compressed cluster's entry.
+    fn compressed(&mut self, tally: &mut Tally, index: u64, word: u64, bitmap: u64, pass: Pass) {
+        let (at, len) = self.geometry.compressed_as_told(word);
+        if word & COPIED != 0 {
+            self.wrong(&format!("ERROR: coffset={at:#x}: copied flag must never be set for compressed clusters"));
+        }
+        let shown = word & !COPIED;
+        if self.driver.external {
+            self.wrong(&format!("ERROR compressed cluster {index} with data file, entry={shown:#x}"));
+            return;
+        }
+        if bitmap != 0 {
+            self.wrong(&format!(
+                "ERROR compressed cluster {index} with non-zero subcluster allocation bitmap, entry={shown:#x}"
+            ));
+            return;
+        }
+        self.region(tally, at, len, pass.times);
+        if pass.active {
+            let times = u64::from(pass.times);
+            self.report.allocated_clusters += times;
+            self.report.compressed_clusters += times;
+            self.report.fragmented_clusters += times;
+        }
+    }
+
+    /// What is wrong with the entry of a cluster that is not compressed; whether it has a place that counts.
+    fn plain(&mut self, word: u64, bitmap: u64, entry_at: u64, pass: Pass) -> Result<bool> {
+        let geometry = self.geometry;
+        let offset = word & OFFSET_MASK;
+        if word & L2_RESERVED != 0 {
+            self.wrong(&format!("ERROR found l2 entry with reserved bits set: {word:x}"));
+        }
+        // In an external data file a cluster may lie at the start.
+        let placed = offset != 0 || self.driver.external && word & COPIED != 0;
+        if !placed {
+            if bitmap & 0xffff_ffff != 0 {
+                self.wrong("ERROR: Unallocated cluster has non-zero subcluster allocation map");
+            }
+            return Ok(false);
+        }
+        if bitmap & bitmap >> 32 & 0xffff_ffff != 0 {
+            self.wrong(&format!(
+                "ERROR offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap"
+            ));
+        }
+        if geometry.in_cluster(offset) == 0 {
+            return Ok(true);
+        }
+        // Version 2 has no such mark, and the reference sees it all the same.
+        let zeroed = if geometry.extended { bitmap & 0xffff_ffff == 0 } else { word & ZERO != 0 };
+        if !zeroed {
+            self.wrong(&format!("ERROR offset={offset:x}: Data cluster is not properly aligned; L2 entry corrupted."));
+            return Ok(true);
+        }
+        let mend = pass.mend && pass.active;
+        self.wrong_or_mended(
+            mend,
+            &format!("offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted."),
+        );
+        if mend {
+            // It goes on reading as zeros, without a place.
+            let word = if geometry.extended { 0 } else { ZERO };
+            self.storage().write_at(entry_at, &word.to_be_bytes()).context("Could not write an L2 entry")?;
+        }
+        Ok(!mend)
+    }
+
+    fn snapshot_l1s(&mut self, tally: &mut Tally) -> Result<()> {
+        if self.driver.external && !self.snapshots.entries.is_empty() {
+            let line = format!("ERROR {} snapshots in image with data file", self.snapshots.entries.len());
+            self.wrong(&line);
+        }
+        for n in 0..self.snapshots.entries.len() {
+            let Some(snapshot) = self.snapshots.entries.get(n) else { break };
+            let (at, size) = (snapshot.fields.l1_table_offset, u64::from(snapshot.fields.l1_size));
+            let named = |what: &str| {
+                format!("ERROR snapshot {} ({}) {what}; snapshot table entry corrupted", snapshot.id, snapshot.name)
+            };
+            if self.geometry.in_cluster(at) != 0 {
+                let line = named(&format!("l1_offset={at:#x}: L1 table is not cluster aligned"));
+                self.wrong(&line);
+            } else if size * ENTRY > MAX_L1_BYTES {
+                let line = named(&format!("l1_size={size:#x}: L1 table is too large"));
+                self.wrong(&line);
+            } else {
+                self.l1(tally, at, size, false, false)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn bitmaps(&mut self, tally: &mut Tally) -> Result<()> {
+        let header = self.driver.header().clone();
+        // Without the autoclear bit the directory is nothing.
+        let Some(place) = header.bitmaps.filter(|_| header.fields.autoclear & layout::BITMAPS != 0) else {
+            return Ok(());
+        };
+        self.region(tally, place.directory_offset, place.directory_size, 1);
+        let cluster = self.geometry.cluster_size();
+        for bitmap in self.driver.bitmap_list() {
+            let (at, entries) = (bitmap.fields.table_offset, u64::from(bitmap.fields.table_size));
+            self.region(tally, at, entries * ENTRY, 1);
+            self.each_word(at, entries, |checker, _, word| {
+                let bits = word & OFFSET_MASK;
+                if !is_table_entry(&checker.geometry, word) {
+                    return Err(Error::corrupt("Invalid argument"));
+                }
+                if bits != 0 {
+                    checker.region(tally, bits, cluster, 1);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn refcount_blocks(&mut self, tally: &mut Tally, mend: bool) -> Result<()> {
+        let table = self.driver.refcount_table();
+        let (cluster, bits) = (self.geometry.cluster_size(), self.geometry.cluster_bits);
+        self.each_word(table.at, table.len / ENTRY, |checker, index, word| {
+            let at = word & REFCOUNT_OFFSET_MASK;
+            if word & REFCOUNT_RESERVED != 0 {
+                checker.wrong(&format!("ERROR refcount table entry {index} has reserved bits set"));
+                checker.rebuild = true;
+                return Ok(());
+            }
+            if checker.geometry.in_cluster(at) != 0 {
+                checker.wrong(&format!(
+                    "ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted"
+                ));
+                checker.rebuild = true;
+                return Ok(());
+            }
+            if at >> bits >= checker.clusters_in_use(&tally.references) {
+                // It holds nothing: new refcounts do without.
+                let word = if mend { "Repairing" } else { "ERROR" };
+                checker.wrong(&format!("{word} refcount block {index} is outside image"));
+                checker.rebuild |= mend;
+                return Ok(());
+            }
+            checker.region(tally, at, cluster, 1);
+            let times = tally.references.get(at >> bits);
+            if times != 1 {
+                checker.wrong(&format!("ERROR refcount block {index} refcount={times}"));
+                checker.rebuild = true;
+            }
+            Ok(())
+        })
+    }
+}

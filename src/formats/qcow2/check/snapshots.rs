@@ -1,0 +1,241 @@
+//! The snapshot table, read entry by entry whatever is wrong with it, and written anew.
+
+use crate::block::{Error, Result};
+use crate::storage::Storage;
+
+use super::super::header::{Qcow2Header, c_string};
+use super::super::layout::{
+    MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, SNAPSHOT_ENTRY, SNAPSHOT_EXTRA, SnapshotFields,
+};
+use super::super::snapshot::Snapshot;
+use super::super::window::Window;
+use super::Checker;
+
+/// The extra data that version 3 asks for, in bytes.
+const LEAST_EXTRA: u32 = 16;
+
+/// The table as it is in the file, less what has to go.
+#[derive(Debug, Default)]
+pub(super) struct SnapshotTable {
+    /// Where it is.
+    pub at: u64,
+    /// Its length, without what fills up the last entry.
+    pub bytes: u64,
+    pub entries: Vec<Snapshot>,
+    /// It is going to be written anew; so many findings are mended by that.
+    mended: u64,
+}
+
+/// One step of reading it.
+enum Read {
+    /// An entry, the length of its extra data in the table, and where it ends.
+    Entry(Box<Snapshot>, u32, u64),
+    /// The table is too long with it.
+    TooLong,
+}
+
+fn read_entry(window: &mut Window<'_>, start: u64) -> Result<Read> {
+    let fixed: [u8; SNAPSHOT_ENTRY] =
+        window.take(SNAPSHOT_ENTRY as u64)?.try_into().map_err(|_| Error::corrupt("Failed to read snapshot table"))?;
+    let mut fields = SnapshotFields::read(&fixed);
+    let stored = fields.extra_size;
+    fields.extra_size = stored.min(MAX_SNAPSHOT_EXTRA);
+    let extra = window.take(u64::from(fields.extra_size))?.to_vec();
+    window.skip(u64::from(stored - fields.extra_size))?;
+    let id = c_string(window.take(u64::from(fields.id_size))?);
+    let name = c_string(window.take(u64::from(fields.name_size))?);
+    let len = SNAPSHOT_ENTRY as u64 + u64::from(stored) + u64::from(fields.id_size) + u64::from(fields.name_size);
+    window.skip(len.next_multiple_of(8) - len)?;
+    let end = start + len;
+    // What is dropped of the extra data does not count.
+    if end - u64::from(stored - fields.extra_size) > MAX_SNAPSHOT_TABLE_BYTES {
+        return Ok(Read::TooLong);
+    }
+    Ok(Read::Entry(Box::new(Snapshot { fields, extra, id, name }), stored, end))
+}
+
+/// The snapshots of an image that may be damaged, as far as they can be read.
+pub fn readable(storage: &dyn Storage, header: &Qcow2Header) -> Vec<Snapshot> {
+    let mut window = Window::new(storage, header.fields.snapshots_offset);
+    let (mut found, mut at) = (Vec::new(), 0u64);
+    for _ in 0..header.fields.nb_snapshots.min(MAX_SNAPSHOTS) {
+        match read_entry(&mut window, at.next_multiple_of(8)) {
+            Ok(Read::Entry(entry, _, end)) => {
+                found.push(*entry);
+                at = end;
+            }
+            _ => break,
+        }
+    }
+    found
+}
+
+impl Checker<'_> {
+    pub(super) fn read_snapshots(&mut self) -> Result<()> {
+        let fields = self.driver.header().fields;
+        let mend = self.fix.corruptions();
+        self.snapshots = SnapshotTable { at: fields.snapshots_offset, ..SnapshotTable::default() };
+        let mut count = fields.nb_snapshots;
+        if let Some(rest) = count.checked_sub(MAX_SNAPSHOTS).filter(|rest| *rest > 0) {
+            if !mend {
+                return Err(self.refuse(
+                    "ERROR snapshot table too large",
+                    Some(format!("You can force-remove all {rest} overhanging snapshots with qemu-img check -r all")),
+                    "File too large",
+                ));
+            }
+            self.mended_later(u64::from(rest), &format!("Discarding {rest} overhanging snapshots"));
+            count = MAX_SNAPSHOTS;
+        }
+        if !self.geometry.places(fields.snapshots_offset, u64::from(count) * SNAPSHOT_ENTRY as u64) {
+            return Err(self.refuse("ERROR snapshot table offset invalid", None, "Invalid argument"));
+        }
+        let storage = self.storage();
+        let mut window = Window::new(storage, fields.snapshots_offset);
+        for n in 0..count {
+            let start = self.snapshots.bytes.next_multiple_of(8);
+            let (entry, stored, end) = match read_entry(&mut window, start)? {
+                Read::Entry(entry, stored, end) => (entry, stored, end),
+                Read::TooLong => {
+                    let rest = count - n;
+                    self.too_long(rest, mend)?;
+                    break;
+                }
+            };
+            if stored > MAX_SNAPSHOT_EXTRA {
+                if !mend {
+                    return Err(self.refuse(
+                        &format!(
+                            "ERROR failed to read the snapshot table: Too much extra metadata in snapshot table entry \
+                             {n}"
+                        ),
+                        Some("You can force-remove this extra metadata with qemu-img check -r all".to_owned()),
+                        "File too large",
+                    ));
+                }
+                self.mended_later(
+                    1,
+                    &format!(
+                        "Discarding too much extra metadata in snapshot table entry {n} ({stored} > \
+                         {MAX_SNAPSHOT_EXTRA})"
+                    ),
+                );
+            }
+            self.snapshots.entries.push(*entry);
+            self.snapshots.bytes = end;
+        }
+        self.find_incomplete(mend);
+        Ok(())
+    }
+
+    /// Version 3 has the sizes of the machine's state and of the disk in every entry.
+    fn find_incomplete(&mut self, mend: bool) {
+        let short = |entry: &Snapshot| entry.fields.extra_size < LEAST_EXTRA;
+        let entries = (0..).zip(&self.snapshots.entries);
+        let incomplete: Vec<u32> = entries.filter(|(_, entry)| short(entry)).map(|(n, _)| n).collect();
+        let asked_for = self.geometry.version >= 3;
+        for n in incomplete.into_iter().filter(|_| asked_for) {
+            let line = format!("snapshot table entry {n} is incomplete");
+            match mend {
+                true => self.mended_later(1, &format!("Repairing {line}")),
+                false => self.wrong(&format!("ERROR {line}")),
+            }
+        }
+    }
+
+    fn too_long(&mut self, rest: u32, mend: bool) -> Result<()> {
+        if !mend {
+            return Err(self.refuse(
+                "ERROR failed to read the snapshot table: Snapshot table is too big",
+                Some(format!("You can force-remove all {rest} overhanging snapshots with qemu-img check -r all")),
+                "File too large",
+            ));
+        }
+        self.mended_later(
+            u64::from(rest),
+            &format!("Discarding {rest} overhanging snapshots (snapshot table is too big)"),
+        );
+        Ok(())
+    }
+
+    /// A table that cannot be read.
+    fn refuse(&mut self, what: &str, hint: Option<String>, cause: &str) -> Error {
+        self.findings.error(what);
+        if let Some(hint) = hint {
+            self.findings.line(&hint);
+        }
+        Error::corrupt(cause)
+    }
+
+    fn mended_later(&mut self, findings: u64, line: &str) {
+        self.snapshots.mended += findings;
+        self.wrong(line);
+        self.report.corruptions += findings - 1;
+    }
+
+    /// Writes the table anew, if that is what it needs: beside the old one, then the header changes over.
+    pub(super) fn write_snapshots(&mut self) -> Result<()> {
+        if self.snapshots.mended == 0 {
+            return Ok(());
+        }
+        if let Err(error) = self.renew_snapshots() {
+            self.tell(&format!("ERROR failed to update snapshot table: {}", error.message()));
+            return Err(Error::corrupt("Input/output error"));
+        }
+        self.report.corruptions = self.report.corruptions.saturating_sub(self.snapshots.mended);
+        self.report.corruptions_fixed += self.snapshots.mended;
+        Ok(())
+    }
+
+    fn renew_snapshots(&mut self) -> Result<()> {
+        let driver = self.driver;
+        let disk = driver.header().fields.size;
+        let mut bytes = Vec::new();
+        for snapshot in &self.snapshots.entries {
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+            append(&mut bytes, snapshot, disk)?;
+        }
+        let count = u32::try_from(self.snapshots.entries.len()).map_err(|_| Error::corrupt("too many snapshots"))?;
+        driver.tables.forget(0, u64::MAX);
+        let mut alloc = driver.lock_alloc();
+        driver.learn_metadata()?;
+        alloc.learned = true;
+        let at = if bytes.is_empty() { 0 } else { driver.put(&mut alloc, &bytes)? };
+        driver.tables.write_back()?;
+        self.flush()?;
+        driver.update_header(|header| {
+            header.fields.snapshots_offset = at;
+            header.fields.nb_snapshots = count;
+        })?;
+        self.flush()?;
+        let (bits, old) = (self.geometry.cluster_bits, &self.snapshots);
+        if old.bytes > 0 && old.at.saturating_add(old.bytes) <= self.file {
+            driver.lower(old.at >> bits, old.bytes.div_ceil(self.geometry.cluster_size()))?;
+            driver.tables.write_back()?;
+        }
+        self.flush()
+    }
+}
+
+fn append(bytes: &mut Vec<u8>, snapshot: &Snapshot, disk: u64) -> Result<()> {
+    let mut extra = snapshot.extra.clone();
+    if extra.len() < SNAPSHOT_EXTRA {
+        // What an entry does not say: the state's size as its field has it, the disk's as it is, no instruction count.
+        let known = [snapshot.vm_state_size(), snapshot.disk_size().unwrap_or(disk), u64::MAX];
+        let known: Vec<u8> = known.iter().flat_map(|word| word.to_be_bytes()).collect();
+        extra.truncate(extra.len() / 8 * 8);
+        extra.extend_from_slice(known.get(extra.len()..).unwrap_or(&[]));
+    }
+    let short = |len: usize| u16::try_from(len).map_err(|_| Error::corrupt("a snapshot's name is too long"));
+    let fields = SnapshotFields {
+        extra_size: u32::try_from(extra.len()).unwrap_or(0),
+        id_size: short(snapshot.id.len())?,
+        name_size: short(snapshot.name.len())?,
+        ..snapshot.fields
+    };
+    bytes.extend_from_slice(&fields.to_bytes());
+    bytes.extend_from_slice(&extra);
+    bytes.extend_from_slice(snapshot.id.as_bytes());
+    bytes.extend_from_slice(snapshot.name.as_bytes());
+    Ok(())
+}
