@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vimg::block::io::Scratch as Buffers;
-use vimg::block::{Format, GuestOffset, Node};
+use vimg::block::{Fix, Format, GuestOffset, Node};
 use vimg::formats::FORMATS;
 use vimg::storage::Preallocation;
 use vimg::storage::memory::Memory;
@@ -215,6 +215,13 @@ fn exercise(files: &Files, format: &'static dyn Format, name: &str, sizes: [u64;
     }
 }
 
+/// Its tables are checked, and what is wrong with them is mended as far as that can be.
+fn check(files: &Files, format: &'static dyn Format, name: &str, reads: &Arc<Reads>) {
+    for fix in [Fix::Nothing, Fix::Leaks, Fix::All] {
+        let _ = inside::check(&files.copy_capped(64 << 20, reads), format, name, fix);
+    }
+}
+
 /// Maps and reads, with a budget: a mutated image may say that it is exabytes large.
 fn read_some(node: &Node, buffers: &mut Buffers) {
     let size = node.virtual_size();
@@ -280,13 +287,18 @@ fn mutated_images_in_process() {
                         mutated.put(other, files.get(other).expect("fixture"));
                     }
                     mutated.put(name, Arc::new(Memory::new(bytes)));
-                    let reads = Arc::default();
-                    let run = || exercise(&mutated, *format, name, sizes, &reads);
+                    let (reads, checks) = (Arc::default(), Arc::default());
+                    let run = || {
+                        exercise(&mutated, *format, name, sizes, &reads);
+                        check(&mutated, *format, name, &checks);
+                    };
                     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
                         // The panic's own message went to stderr; this is the case that caused it.
                         panic!("a panic: {what}");
                     }
-                    assert!(reads.calls() <= CALLS && reads.bytes() <= BYTES, "{reads:?}: {what}");
+                    for reads in [reads, checks] {
+                        assert!(reads.calls() <= CALLS && reads.bytes() <= BYTES, "{reads:?}: {what}");
+                    }
                 }
                 let _ = tell.send((worker, None));
             });
@@ -315,8 +327,12 @@ fn watch(told: &mpsc::Receiver<(usize, Option<Watch>)>, workers: usize) {
 
 /// Ends well or with an error of ours.
 fn assert_sane(out: &Output, what: &str) {
+    assert_ends(out, &[0, 1], what);
+}
+
+fn assert_ends(out: &Output, codes: &[i32], what: &str) {
     assert!(!out.timed_out, "{what}: no end: {out:#?}");
-    assert!(matches!(out.code, Some(0 | 1)), "{what}: {out:#?}");
+    assert!(out.code.is_some_and(|code| codes.contains(&code)), "{what}: {out:#?}");
     assert!(!out.stderr.contains("panicked"), "{what}: {out:#?}");
     if out.code == Some(1) {
         assert!(!out.stderr.trim().is_empty(), "{what}: fails without a word");
@@ -370,6 +386,10 @@ fn through_the_program(scratch: &Scratch, name: &str, format: &str, what: &str) 
     if size <= 1 << 30 {
         assert_sane(&run(&["convert", "-f", format, "-O", "raw", name, "out.raw"]), what);
         let _ = std::fs::remove_file(scratch.file("out.raw"));
+    }
+    for fix in [&[][..], &["-r", "all"]] {
+        let out = run(&[&["check", "-f", format], fix, &[name]].concat());
+        assert_ends(&out, &[0, 1, 2, 3, 63], what);
     }
     assert_sane(&run(&["resize", "-q", "-f", format, name, "+1M"]), what);
     assert_sane(&run(&["resize", "-q", "-f", format, "--shrink", name, "64k"]), what);

@@ -5,6 +5,7 @@
 
 mod bitmaps;
 mod both;
+mod check;
 mod common;
 mod compression;
 mod contract;

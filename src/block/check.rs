@@ -86,15 +86,52 @@ impl CheckReport {
 
 /// Able to check its tables.
 pub trait Check {
-    /// Whether this image can be mended at all. Where it cannot, `check` is asked for [`Fix::Nothing`] alone.
-    fn mends(&self) -> bool {
-        true
-    }
-
     /// Checks, and mends what `fix` allows, in an order in which a stop at any write leaves the image no worse than it
     /// was. All that was mended is in the files when this returns. Reads the tables anew at each call: a second one
     /// sees what the first one left.
     ///
     /// `fix` is [`Fix::Nothing`] unless the image was opened for [`Repair`](super::Purpose::Repair).
     fn check(&self, fix: Fix, findings: &dyn Findings) -> Result<CheckReport>;
+}
+
+/// Counts what a check finds, and tells it.
+pub struct Tally<'a> {
+    findings: &'a dyn Findings,
+    /// The count so far.
+    pub report: CheckReport,
+}
+
+impl<'a> Tally<'a> {
+    /// Nothing found yet.
+    pub fn new(findings: &'a dyn Findings) -> Self {
+        Self { findings, report: CheckReport::default() }
+    }
+
+    /// An error.
+    pub fn wrong(&mut self, text: impl AsRef<str>) {
+        self.findings.line(&format!("ERROR: {}", text.as_ref()));
+        self.report.corruptions += 1;
+    }
+
+    /// So many units of space that nothing uses.
+    pub fn leaked(&mut self, units: u64, text: impl AsRef<str>) {
+        self.findings.line(&format!("Leaked {}", text.as_ref()));
+        self.report.leaks += units;
+    }
+
+    /// What was told before is about to be mended.
+    pub fn repairing(&self, text: impl AsRef<str>) {
+        self.findings.line(&format!("Repairing {}", text.as_ref()));
+    }
+
+    /// So many errors are no more.
+    pub fn mended(&mut self, errors: u64) {
+        self.report.corruptions = self.report.corruptions.saturating_sub(errors);
+        self.report.corruptions_fixed += errors;
+    }
+
+    /// All leaks are no more.
+    pub fn gave_back(&mut self) {
+        self.report.leaks_fixed += std::mem::take(&mut self.report.leaks);
+    }
 }

@@ -35,6 +35,11 @@ impl Purpose {
         matches!(self, Self::Look | Self::Read | Self::Check | Self::Repair)
     }
 
+    /// Damage is what is looked for: as long as the image can be told for one, it is opened, whatever is wrong with it.
+    pub fn checks(self) -> bool {
+        matches!(self, Self::Check | Self::Repair)
+    }
+
     /// What must be put right before guest data is written is put right on opening. Nothing else ever is.
     pub fn mends(self) -> bool {
         matches!(self, Self::Write | Self::Commit)

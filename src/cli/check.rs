@@ -65,8 +65,8 @@ impl Subcommand for CheckArgs {
         };
         let source =
             ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
-        source.check()?;
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
+        source.check()?;
         let fix = self.repair.unwrap_or_default();
         let purpose = if fix.is_asked_for() { Purpose::Repair } else { Purpose::Check };
         let (image, how) = source.image(program, name)?;

@@ -4,6 +4,7 @@
 //! and `open`, and `BlockDriver`'s `format`, `virtual_size`, `extent`, `files` and `info`; all the rest has defaults, which
 //! say that it cannot be done. The smallest one is [`raw`].
 
+mod claims;
 mod effort;
 mod encryption;
 mod legacy_aes;

@@ -64,7 +64,7 @@ fn resize_is_qemu_imgs() {
 
 #[test]
 fn check_is_qemu_imgs() {
-    run_all("check", include_str!("check.case"), 9);
+    run_all("check", include_str!("check.case"), 12);
 }
 
 #[test]

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vimg::block::{
-    Child, CreateFiles, CreateOptions, CreateRequest, Error, Format, Ids, NO_SECRETS, Node, OpenRequest, OptionKind,
-    OptionSpec, OptionTree, OptionValue, Purpose, Related, Result,
+    CheckReport, Child, CreateFiles, CreateOptions, CreateRequest, Error, Fix, Format, Ids, NO_SECRETS, Node,
+    OpenRequest, OptionKind, OptionSpec, OptionTree, OptionValue, Purpose, Related, Result,
 };
 use vimg::storage::file::FileHow;
 use vimg::storage::memory::Memory;
@@ -255,9 +255,26 @@ fn open_child(
     related: &dyn Related,
     backing: Option<Arc<Node>>,
 ) -> Result<Node> {
+    open_child_for(file, format, if write { Purpose::Write } else { Purpose::Read }, related, backing)
+}
+
+/// Checks an image of `files`, and mends it.
+pub fn check(files: &Files, format: &dyn Format, name: &str, fix: Fix) -> Result<CheckReport> {
+    let purpose = if fix == Fix::Nothing { Purpose::Check } else { Purpose::Repair };
+    let node = open_child_for(files.open("file", name.as_ref())?, format, purpose, files, None)?;
+    let checking = node.driver().checking().ok_or_else(|| Error::unsupported("no check"))?;
+    checking.check(fix, &|_: &str| {})
+}
+
+fn open_child_for(
+    file: Child,
+    format: &dyn Format,
+    purpose: Purpose,
+    related: &dyn Related,
+    backing: Option<Arc<Node>>,
+) -> Result<Node> {
     let name = file.name.clone();
     let mut options = OptionTree::new();
-    let purpose = if write { Purpose::Write } else { Purpose::Read };
     let request = OpenRequest { file, options: &mut options, purpose, secrets: &NO_SECRETS, related };
     Ok(Node::new(format.open(request)?, backing, name))
 }

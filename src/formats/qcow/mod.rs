@@ -6,6 +6,7 @@
 //!
 //! One lock, over the tables (`one_file.rs`); it is never held while guest data moves.
 
+mod check;
 mod create;
 mod layout;
 mod resize;
@@ -20,8 +21,8 @@ use self::tables::QcowState;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    Action, BackingRef, BlockDriver, Child, Cipher, Compress, CompressedUnit, Create, Effort, Encoded, Error, Extent,
-    ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
+    Action, BackingRef, BlockDriver, Check, Child, Cipher, Compress, CompressedUnit, Create, Effort, Encoded, Error,
+    Extent, ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
 };
 use crate::codec::deflate::{self, How, Wrap};
 use crate::formats::encryption::{self, KEY_SECRET};
@@ -175,6 +176,10 @@ impl BlockDriver for QcowDriver {
 
     fn cipher(&self) -> Option<&dyn Cipher> {
         self.cipher.as_ref().map(|cipher| cipher as &dyn Cipher)
+    }
+
+    fn checking(&self) -> Option<&dyn Check> {
+        Some(self)
     }
 }
 

@@ -28,7 +28,7 @@ pub struct VdiState {
 const MOST_BLOCKS: u64 = 1 << 28;
 
 /// Which blocks of the file are in use.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct VdiSpace {
     used: Vec<u64>,
     /// No block below this is free.
@@ -253,6 +253,16 @@ impl VdiState {
         let entry = u32::try_from(index).map_err(|_| Error::corrupt("block index too large"))?;
         let at = self.entry_at(block);
         self.map.write(storage, at, &entry.to_le_bytes()).context("Could not read the VDI block map")
+    }
+
+    /// Writes the header's counter of blocks, between two flushes.
+    pub fn write_counter(&mut self, storage: &dyn Storage, blocks: u64) -> Result<()> {
+        let blocks = u32::try_from(blocks).map_err(|_| Error::corrupt("too many blocks"))?;
+        storage.flush().context("Could not flush")?;
+        storage.write_at(ALLOCATED_AT as u64, &blocks.to_le_bytes()).context("Could not write the VDI header")?;
+        self.header.set_allocated(blocks);
+        self.map.forget();
+        storage.flush().context("Could not flush")
     }
 
     /// Whether so much waits that it should be written now.

@@ -5,13 +5,15 @@
 //! text, `open.rs` which files there are, `sparse.rs` one extent behind grain tables, `tables.rs` those, `stream.rs` the
 //! open end of a stream-optimized one, `grain.rs` one compressed grain, `sesparse.rs` the extents of vSphere's snapshots, `write.rs` placing, `text.rs`
 //! changes of the text, `create.rs`, `resize.rs` and, for one sparse extent, `length.rs`, with
-//! `intact.rs` for what has to hold before.
+//! `intact.rs` for what has to hold before; `check.rs` and, for one sparse extent, `inspect.rs`.
 //!
 //! Source: VMware, *Virtual Disk Format 5.0* (technical note).
 
+mod check;
 mod create;
 mod descriptor;
 mod grain;
+mod inspect;
 mod intact;
 mod layout;
 mod length;
@@ -32,8 +34,8 @@ use serde_json::{Map, Value, json};
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    BackingRef, BlockDriver, Child, CompressedUnit, Create, Error, ErrorKind, Extent, ExtentKind, Format, GuestOffset,
-    HostOffset, HostPlace, OpenRequest, Resize, Result, Write,
+    BackingRef, BlockDriver, Check, Child, CompressedUnit, Create, Error, ErrorKind, Extent, ExtentKind, Format,
+    GuestOffset, HostOffset, HostPlace, OpenRequest, Resize, Result, Write,
 };
 use crate::storage::Storage;
 
@@ -284,6 +286,10 @@ impl BlockDriver for VmdkDriver {
     }
 
     fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+
+    fn checking(&self) -> Option<&dyn Check> {
         Some(self)
     }
 }

@@ -229,7 +229,8 @@ fn holds(storage: &dyn Storage, end: u64, header: &SparseHeader) -> Result<bool>
     Ok(inside && told.is_none_or(|sectors| sectors == bytes.div_ceil(SECTOR)))
 }
 
-fn read_directory(storage: &dyn Storage, sector: u64, entries: u64) -> Result<Vec<u32>> {
+/// So many entries of a grain directory at that sector.
+pub fn read_directory(storage: &dyn Storage, sector: u64, entries: u64) -> Result<Vec<u32>> {
     if entries > MAX_TABLES {
         return Err(Error::corrupt("L1 size too big"));
     }

@@ -60,7 +60,8 @@ impl GrainShape {
         self.grain * self.gtes
     }
 
-    fn grain_of(&self, entry: u32) -> Grain {
+    /// What an entry says.
+    pub fn grain_of(&self, entry: u32) -> Grain {
         match entry {
             0 => Grain::Unallocated,
             GTE_ZEROED if self.zeroed => Grain::Zeroed,
@@ -234,6 +235,11 @@ impl VmdkState {
         self.directory_dirty = true;
         self.load(extent, table)?.dirty = true;
         Ok(())
+    }
+
+    /// Forgets what was read, after the tables were written by other ways.
+    pub fn forget_tables(&mut self) {
+        self.tables.clear();
     }
 
     /// Writes dirty tables, in runs that are contiguous in the file, then dirty directories.

@@ -8,8 +8,8 @@ use super::table::VpcState;
 use crate::block::info::ImageInfo;
 use crate::block::io::punch;
 use crate::block::{
-    Action, BlockDriver, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed, Resize, Result,
-    Store, Ticket, Write,
+    Action, BlockDriver, Check, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed, Purpose,
+    Resize, Result, Store, Ticket, Write,
 };
 use crate::formats::one_file::{OneFile, Tables};
 
@@ -26,8 +26,9 @@ pub struct Dynamic {
 
 impl Dynamic {
     /// Checks the table and opens.
-    pub fn open(file: Child, footer: Footer, header: DynamicHeader, size: u64, write: bool) -> Result<Self> {
-        let state = VpcState::open(&*file.storage, footer, header, size)?;
+    pub fn open(file: Child, footer: Footer, header: DynamicHeader, size: u64, purpose: Purpose) -> Result<Self> {
+        let write = purpose.writes();
+        let state = VpcState::open(&*file.storage, footer, header, size, purpose)?;
         let (block, bitmap) = (state.block(), state.bitmap());
         if write && block > MAX_WRITTEN_BLOCK {
             return Err(Error::unsupported(format!("blocks of {block} bytes cannot be written")));
@@ -86,6 +87,10 @@ impl BlockDriver for Dynamic {
     }
 
     fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+
+    fn checking(&self) -> Option<&dyn Check> {
         Some(self)
     }
 }

@@ -8,7 +8,8 @@ use super::layout::{FOOTER_BYTES, Footer};
 use crate::block::info::ImageInfo;
 use crate::block::io::punch_at;
 use crate::block::{
-    BlockDriver, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed, Resize, Result, Store, Write,
+    BlockDriver, Check, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed, Resize, Result,
+    Store, Write,
 };
 
 /// A fixed disk.
@@ -85,6 +86,10 @@ impl BlockDriver for Fixed {
     }
 
     fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+
+    fn checking(&self) -> Option<&dyn Check> {
         Some(self)
     }
 }

@@ -253,6 +253,11 @@ impl DynamicHeader {
         self.raw.as_bytes()
     }
 
+    /// Whether the checksum is right.
+    pub fn is_sound(&self) -> bool {
+        self.raw.checksum.get() == checksum(self.raw.as_bytes(), self.raw.checksum)
+    }
+
     /// Where the block allocation table is.
     pub fn table(&self) -> u64 {
         self.raw.table.get()

@@ -7,6 +7,7 @@
 //!
 //! One lock, [`dynamic::Dynamic`]'s; it is held for tables, headers and bitmaps, never while guest data moves.
 
+mod check;
 mod create;
 mod dynamic;
 mod fixed;
@@ -76,7 +77,7 @@ impl Format for Vpc {
             return if end < SECTOR && size > 0 { Err(fixed.too_short()) } else { Ok(Box::new(fixed)) };
         }
         let header = read_header(storage, &footer)?;
-        Ok(Box::new(dynamic::Dynamic::open(file, footer, header, size, write)?))
+        Ok(Box::new(dynamic::Dynamic::open(file, footer, header, size, purpose)?))
     }
 
     fn creating(&self) -> Option<&dyn Create> {

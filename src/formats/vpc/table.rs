@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, UNALLOCATED};
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{Error, Purpose, Result};
 use crate::formats::one_file::Tables;
 use crate::formats::runs::Runs;
 use crate::formats::table::TableCache;
@@ -64,8 +64,15 @@ impl Tables for VpcState {
 }
 
 impl VpcState {
-    /// Checks header and table of an image of that virtual size.
-    pub fn open(storage: &dyn Storage, footer: Footer, header: DynamicHeader, size: u64) -> Result<Self> {
+    /// Checks header and table of an image of that virtual size; where it is opened to be checked, blocks past the end
+    /// of the file are for that to find.
+    pub fn open(
+        storage: &dyn Storage,
+        footer: Footer,
+        header: DynamicHeader,
+        size: u64,
+        purpose: Purpose,
+    ) -> Result<Self> {
         let length = storage.len().context("Could not get the size of the file")?;
         let block = header.block_size();
         if !block.is_power_of_two() || u64::from(block) < SECTOR {
@@ -104,7 +111,7 @@ impl VpcState {
         let (stride, mut last) = (state.stride(), end);
         state.each(storage, |_, at| last = last.max(at + stride))?;
         state.free = last;
-        if state.free > length {
+        if state.free > length && !purpose.checks() {
             return Err(Error::corrupt(truncated));
         }
         state.free = state.free.max(state.header_range().end.next_multiple_of(SECTOR));
@@ -154,7 +161,8 @@ impl VpcState {
         Ok(found)
     }
 
-    fn each(&mut self, storage: &dyn Storage, mut see: impl FnMut(u64, u64)) -> Result<()> {
+    /// Gives `see` every block that is there, with the place of its bitmap.
+    pub fn each(&mut self, storage: &dyn Storage, mut see: impl FnMut(u64, u64)) -> Result<()> {
         let (mut block, entries) = (0, u64::from(self.header.entries()));
         while block < entries {
             match self.run(storage, block, entries - block)? {

@@ -1,0 +1,86 @@
+//! Checks the extents of a vmdk: that each is there as long as the disk needs it, and its grain tables (`inspect.rs`).
+
+use super::inspect::{InspectedExtent, mend};
+use super::layout::*;
+use super::sesparse::SeSparse;
+use super::tables::Grain;
+use super::{Body, VmdkDriver, VmdkPart};
+use crate::block::check::Tally;
+use crate::block::error::Context;
+use crate::block::{Check, CheckReport, ErrorKind, Findings, Fix, Result};
+use crate::formats::claims::Claims;
+use crate::storage::Storage;
+
+impl Check for VmdkDriver {
+    fn check(&self, fix: Fix, findings: &dyn Findings) -> Result<CheckReport> {
+        let mut tally = Tally::new(findings);
+        for part in &self.parts {
+            match &part.body {
+                Body::Flat { file, offset } => {
+                    let file = &self.files[*file];
+                    let length = file.storage.len().with_context(|| format!("{}: no length", file.name))?;
+                    let end = offset.saturating_add(part.len());
+                    if length.checked_next_multiple_of(SECTOR).is_some_and(|length| length < end) {
+                        tally.wrong(format!("{} ends at {length}, and its extent at {end}", file.name));
+                    }
+                }
+                Body::Sparse { file, sparse } => {
+                    let text = match (*file, self.text_at) {
+                        (0, (at, Some(len))) => Some((at, len)),
+                        _ => None,
+                    };
+                    let extent = InspectedExtent::read(sparse, part.start / SECTOR, text)?;
+                    let verdict = extent.look(&mut tally)?;
+                    if fix.corruptions() {
+                        mend(sparse, &extent, &verdict, &mut tally)?;
+                    }
+                }
+                Body::SeSparse { file, sparse } => {
+                    let file = &self.files[*file];
+                    look_at_sesparse(sparse, part, &*file.storage, &file.name, &mut tally)?;
+                }
+                Body::Closed { .. } | Body::Zero | Body::Forbidden => {}
+            }
+        }
+        Ok(tally.report)
+    }
+}
+
+/// Walks the tables of a space-efficient extent as its readers do.
+fn look_at_sesparse(
+    sparse: &SeSparse,
+    part: &VmdkPart,
+    storage: &dyn Storage,
+    name: &str,
+    tally: &mut Tally<'_>,
+) -> Result<()> {
+    let length = storage.len().with_context(|| format!("{name}: no length"))?;
+    for (window, mut claims) in Claims::windows(length).enumerate() {
+        let mut at = 0;
+        while at < part.len() {
+            let sector = (part.start + at) / SECTOR;
+            let (grain, len) = match sparse.map(at, part.len() - at) {
+                Ok(found) => found,
+                Err(error) if matches!(error.kind, ErrorKind::Corrupt | ErrorKind::Truncated) => {
+                    if window == 0 {
+                        tally.wrong(format!("{name}: sector {sector}: {}", error.message()));
+                    }
+                    (Grain::Unallocated, SeSparse::GRAIN - at % SeSparse::GRAIN)
+                }
+                Err(error) => return Err(error),
+            };
+            if let Grain::At(host) = grain {
+                let host = host.saturating_mul(SECTOR);
+                if host.saturating_add(len) > length.next_multiple_of(SECTOR) {
+                    if window == 0 {
+                        tally.wrong(format!("cluster offset for sector {sector} points after EOF"));
+                    }
+                } else if !claims.claim(host, len) {
+                    tally.wrong(format!("{name}: grains for sector {sector} overlap others"));
+                }
+            }
+            at += len;
+        }
+    }
+    Ok(())
+}

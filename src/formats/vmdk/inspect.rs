@@ -1,0 +1,411 @@
+//! Looks at the grain directories and tables of one sparse extent, and mends those that are there twice.
+//!
+//! A directory is judged as a whole, with its tables and the grains that these name: all of it lies in the file and over
+//! nothing else. The first one is what readers go by; what is wrong with it is told, and where the redundant one says
+//! something else. Mended is one from the other: the redundant one where nothing is wrong with the first, the first one
+//! where something is and nothing is wrong with the redundant one. Tables are written where they are, or, where their
+//! place is not their own, behind the end of the file before the directory names them: every write brings one
+//! directory closer to the other, which stays as it is.
+//!
+//! Source: *Virtual Disk Format 5.0*, "Hosted Sparse Extents", "Grain Directory", "Grain Table", "Stream-Optimized
+//! Compressed Sparse Extents".
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::block::check::Tally;
+use crate::block::error::Context;
+use crate::block::{Error, Result};
+use crate::formats::claims::Claims;
+use crate::storage::Preallocation;
+
+use super::grain;
+use super::layout::*;
+use super::sparse::{Sparse, read_directory};
+use super::stream::directory_marker;
+use super::tables::{Grain, read_entries};
+
+/// A table as a directory names it.
+enum TableCopy {
+    /// Not at all.
+    None,
+    /// Past the end of the file.
+    Lost,
+    /// There.
+    Entries(Vec<u32>),
+}
+
+/// What came of a look at an extent.
+#[derive(Debug, Default)]
+pub struct Verdict {
+    /// What is wrong with the first directory.
+    first: u64,
+    /// Tables of which the two do not say the same.
+    differing: u64,
+    /// What is wrong apart from that.
+    other: u64,
+}
+
+/// A sparse extent as it is in its file now.
+#[derive(Debug)]
+pub struct InspectedExtent<'a> {
+    sparse: &'a Sparse,
+    /// Its first sector on the guest's disk.
+    start: u64,
+    /// Bytes of the file.
+    length: u64,
+    /// Pieces of metadata that are there once, in bytes: place and length.
+    fixed: Vec<(u64, u64)>,
+    first: Vec<u32>,
+    redundant: Option<Vec<u32>>,
+    header: Option<SparseHeader>,
+    streamed: bool,
+}
+
+impl<'a> InspectedExtent<'a> {
+    /// Reads its directories. `text` is where a descriptor lies in the same file, and how long it may get, in bytes.
+    pub fn read(sparse: &'a Sparse, start: u64, text: Option<(u64, u64)>) -> Result<Self> {
+        let failed = || format!("{}: could not read the header", sparse.name);
+        let storage = &*sparse.storage;
+        let length = storage.len().with_context(failed)?;
+        let (header, tables) = {
+            let state = sparse.state();
+            (state.header, state.gd.len() as u64)
+        };
+        let mut fixed = vec![(0, SECTOR)];
+        fixed.extend(text);
+        let directory_bytes = (tables * 4).next_multiple_of(SECTOR);
+        let mut redundant = None;
+        let mut streamed = false;
+        let gd_at = match header {
+            Some(header) => {
+                let head: SparseHeader = read(storage, 0).with_context(failed)?;
+                streamed = head.gd_at.get() == GD_AT_END;
+                if header.has(FLAG_REDUNDANT) && header.rgd_at.get() != 0 {
+                    redundant = Some(read_directory(storage, header.rgd_at.get(), tables)?);
+                    fixed.push((header.rgd_at.get().saturating_mul(SECTOR), directory_bytes));
+                }
+                header.gd_at.get()
+            }
+            None => {
+                let mut head = [0; SECTOR as usize];
+                storage.read_at(0, &mut head).with_context(failed)?;
+                let head = CowdHeader::read_from_prefix(&head);
+                head.map_err(|_| Error::corrupt("Truncated COWD header"))?.0.gd_at.get().into()
+            }
+        };
+        let first = read_directory(storage, gd_at, tables)?;
+        let at = gd_at.saturating_mul(SECTOR);
+        if streamed {
+            // Marker, directory, marker, footer, end of stream.
+            fixed.push((at.saturating_sub(SECTOR), directory_bytes + 4 * SECTOR));
+        } else {
+            fixed.push((at, directory_bytes));
+        }
+        Ok(Self { sparse, start, length, fixed, first, redundant, header, streamed })
+    }
+
+    fn name(&self) -> &str {
+        &self.sparse.name
+    }
+
+    /// Tells what is wrong.
+    pub fn look(&self, tally: &mut Tally<'_>) -> Result<Verdict> {
+        let mut verdict = Verdict::default();
+        if self.streamed {
+            self.look_at_stream(&mut |text| {
+                verdict.other += 1;
+                tally.wrong(text);
+            })?;
+        }
+        self.walk(&self.first, &mut |_| {}, &mut |text| {
+            verdict.first += 1;
+            tally.wrong(text);
+        })?;
+        if let Some(redundant) = &self.redundant {
+            for (table, sectors) in self.first.iter().copied().zip(redundant.iter().copied()).enumerate() {
+                if let Some(how) = self.difference(sectors)? {
+                    verdict.differing += 1;
+                    tally.wrong(format!("{}: redundant grain table {table} {how}", self.name()));
+                }
+            }
+        }
+        Ok(verdict)
+    }
+
+    /// How the redundant copy of a table differs from the first one.
+    fn difference(&self, (first, redundant): (u32, u32)) -> Result<Option<&'static str>> {
+        Ok(match (self.table(first)?, self.table(redundant)?) {
+            (TableCopy::None, TableCopy::None) => None,
+            (_, TableCopy::None) => Some("is missing"),
+            (_, TableCopy::Lost) => Some("lies past the end of the file"),
+            (TableCopy::Entries(a), TableCopy::Entries(b)) if a == b => None,
+            _ => Some("differs from the first one"),
+        })
+    }
+
+    fn table_bytes(&self) -> u64 {
+        self.sparse.shape.table_sectors() * SECTOR
+    }
+
+    fn table(&self, sector: u32) -> Result<TableCopy> {
+        let at = u64::from(sector) * SECTOR;
+        if sector == 0 {
+            return Ok(TableCopy::None);
+        }
+        let entries = self.sparse.shape.gtes;
+        if self.length.next_multiple_of(SECTOR) < at.saturating_add(entries * 4) {
+            return Ok(TableCopy::Lost);
+        }
+        let failed = || format!("{}: could not read a grain table", self.name());
+        Ok(TableCopy::Entries(read_entries(&*self.sparse.storage, at, entries).with_context(failed)?))
+    }
+
+    /// Goes through a directory, its tables and their grains. `tell` hears of what is wrong; `and_then` gets each window
+    /// of the file, with all that is named in it taken.
+    fn walk(
+        &self,
+        directory: &[u32],
+        and_then: &mut dyn FnMut(&mut Claims),
+        tell: &mut dyn FnMut(String),
+    ) -> Result<()> {
+        let name = self.name();
+        let mut places: Vec<(u32, u32)> = Vec::new();
+        for (index, sector) in (0u32..).zip(directory.iter().copied()) {
+            match u64::from(sector) * SECTOR {
+                0 => {}
+                at if at.saturating_add(self.table_bytes()) > self.length.next_multiple_of(SECTOR) => {
+                    tell(format!("{name}: grain table {index} lies past the end of the file"));
+                }
+                _ => places.push((sector, index)),
+            }
+        }
+        places.sort_unstable();
+        let mut end = 0;
+        // A table is walked once.
+        places.retain(|(sector, index)| {
+            let apart = u64::from(*sector) >= end;
+            if apart {
+                end = u64::from(*sector) + self.sparse.shape.table_sectors();
+            } else {
+                tell(format!("{name}: grain table {index} overlaps another one"));
+            }
+            apart
+        });
+        places.sort_unstable_by_key(|(_, index)| *index);
+        // No table can name what lies further.
+        let reach = (u64::from(u32::MAX) + self.sparse.shape.grain_sectors()) * SECTOR;
+        for (window, mut claims) in Claims::windows(self.length.min(reach)).enumerate() {
+            for (at, len) in &self.fixed {
+                if !claims.claim(*at, *len) {
+                    tell(format!("{name}: metadata at offset {at} overlaps other metadata"));
+                }
+            }
+            for (sector, index) in &places {
+                if !claims.claim(u64::from(*sector) * SECTOR, self.table_bytes()) {
+                    tell(format!("{name}: grain table {index} overlaps other metadata"));
+                }
+                let marked = || self.has_table_marker(*sector);
+                if window == 0 && self.streamed && !marked()? {
+                    tell(format!("{name}: no marker before grain table {index}"));
+                }
+            }
+            for (sector, index) in &places {
+                let TableCopy::Entries(entries) = self.table(*sector)? else { continue };
+                self.walk_table(u64::from(*index), &entries, &mut |guest, found| match found {
+                    Err(text) if window == 0 => tell(text),
+                    Err(_) => {}
+                    Ok((at, len)) => {
+                        if !claims.claim(at, len) {
+                            tell(format!("{name}: cluster for sector {guest} overlaps what else is there"));
+                        }
+                    }
+                })?;
+            }
+            and_then(&mut claims);
+        }
+        Ok(())
+    }
+
+    /// Gives `see` every grain of a table: its first sector on the disk, and its place and length in the file, in bytes,
+    /// or what is wrong with it.
+    fn walk_table(
+        &self,
+        table: u64,
+        entries: &[u32],
+        see: &mut dyn FnMut(u64, std::result::Result<(u64, u64), String>),
+    ) -> Result<()> {
+        let shape = self.sparse.shape;
+        let capacity = self.sparse.state().capacity;
+        for (n, entry) in (table * shape.gtes..).zip(entries.iter().copied()) {
+            let Grain::At(sector) = shape.grain_of(entry) else { continue };
+            let inside = n * shape.grain_sectors();
+            let (guest, at) = (self.start + inside, sector * SECTOR);
+            if at >= self.length {
+                see(guest, Err(format!("cluster offset for sector {guest} points after EOF")));
+            } else if shape.compressed && shape.markers {
+                see(guest, self.compressed(inside, at)?);
+            } else if shape.compressed {
+                see(guest, Ok((at, 1)));
+            } else {
+                // What lies past the end of the disk need not be there.
+                let wanted = shape.grain.min(capacity.saturating_sub(inside) * SECTOR);
+                see(
+                    guest,
+                    match at.saturating_add(wanted) > self.length.next_multiple_of(SECTOR) {
+                        true => Err(format!("{}: cluster for sector {guest} is cut off by EOF", self.name())),
+                        false => Ok((at, shape.grain)),
+                    },
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Place and length of a compressed grain that begins at that sector of the extent, by its marker.
+    fn compressed(&self, inside: u64, at: u64) -> Result<std::result::Result<(u64, u64), String>> {
+        let (name, guest) = (self.name(), self.start + inside);
+        let failed = || format!("{name}: could not read a grain marker");
+        let marker: GrainMarker = read(&*self.sparse.storage, at).with_context(failed)?;
+        let (bytes, head) = (u64::from(marker.bytes.get()), size_of::<GrainMarker>() as u64);
+        Ok(if marker.sector.get() != inside {
+            Err(format!("{name}: cluster for sector {guest} has the marker of another one"))
+        } else if bytes == 0 || bytes > grain::longest(self.sparse.shape.grain) {
+            Err(format!("{name}: cluster for sector {guest} has a compressed size of {bytes} bytes"))
+        } else if at + head + bytes > self.length {
+            Err(format!("{name}: cluster for sector {guest} is cut off by EOF"))
+        } else {
+            Ok((at, head + bytes))
+        })
+    }
+
+    fn has_table_marker(&self, sector: u32) -> Result<bool> {
+        let Some(before) = u64::from(sector).checked_sub(1) else { return Ok(false) };
+        let failed = || format!("{}: could not read a marker", self.name());
+        let marker: Marker = read(&*self.sparse.storage, before * SECTOR).with_context(failed)?;
+        let sectors = self.sparse.shape.table_sectors();
+        Ok((marker.sectors.get(), marker.bytes.get(), marker.kind.get()) == (sectors, 0, MARKER_TABLE))
+    }
+
+    /// The end of a stream: markers, and the footer against the header.
+    fn look_at_stream(&self, tell: &mut dyn FnMut(String)) -> Result<()> {
+        let (name, storage) = (self.name(), &*self.sparse.storage);
+        let failed = || format!("{name}: could not read the end of the stream");
+        let Some(header) = self.header else { return Ok(()) };
+        let sectors = (self.first.len() as u64 * 4).div_ceil(SECTOR);
+        if directory_marker(storage, header.gd_at.get())? != Some(sectors) {
+            tell(format!("{name}: no marker before the grain directory"));
+        }
+        // The footer was found at the last sector but one.
+        let at = |back: u64| self.length.saturating_sub(back * SECTOR);
+        let marker: Marker = read(storage, at(3)).with_context(failed)?;
+        if marker.kind.get() != MARKER_FOOTER || marker.bytes.get() != 0 {
+            tell(format!("{name}: no marker before the footer"));
+        }
+        let marker: Marker = read(storage, at(1)).with_context(failed)?;
+        if (marker.sectors.get(), marker.bytes.get(), marker.kind.get()) != (0, 0, MARKER_END) {
+            tell(format!("{name}: no marker at the end of the stream"));
+        }
+        let first: SparseHeader = read(storage, 0).with_context(failed)?;
+        let footer: SparseHeader = read(storage, at(2)).with_context(failed)?;
+        let fields = |header: &SparseHeader| {
+            (
+                (header.version, header.flags, header.grain_sectors, header.gtes, header.compression),
+                (header.descriptor_at, header.descriptor_sectors),
+            )
+        };
+        // What a writer learned last stands in the footer alone.
+        let known = first.capacity.get() == 0 || first.capacity == footer.capacity;
+        if fields(&first) != fields(&footer) || !known {
+            tell(format!("{name}: header and footer differ"));
+        }
+        Ok(())
+    }
+
+    /// Where the tables of a directory can be written: where they are, but for those whose place is not their own,
+    /// given all that `other` names.
+    fn own_places(&self, directory: &[u32], other: &[u32]) -> Result<Vec<u32>> {
+        let mut own = directory.to_vec();
+        let end = self.length.next_multiple_of(SECTOR);
+        for sector in &mut own {
+            if u64::from(*sector) * SECTOR + self.table_bytes() > end {
+                *sector = 0;
+            }
+        }
+        self.walk(
+            other,
+            &mut |claims| {
+                for sector in &mut own {
+                    if *sector != 0 && !claims.claim(u64::from(*sector) * SECTOR, self.table_bytes()) {
+                        *sector = 0;
+                    }
+                }
+            },
+            &mut |_| {},
+        )?;
+        Ok(own)
+    }
+
+    /// Makes one directory say what the other one does.
+    fn rebuild(&self, mended: &[u32], mended_at: u64, whole: &[u32]) -> Result<Vec<u32>> {
+        let storage = &*self.sparse.storage;
+        let failed = || format!("{}: could not write a grain table", self.name());
+        let mut own = self.own_places(mended, whole)?;
+        let mut end = self.length.div_ceil(SECTOR).next_multiple_of(self.sparse.shape.grain_sectors());
+        for (index, (own, whole)) in own.iter_mut().zip(whole).enumerate() {
+            let wanted = match self.table(*whole)? {
+                TableCopy::Entries(entries) => entries,
+                TableCopy::None => Vec::new(),
+                TableCopy::Lost => continue,
+            };
+            if wanted.is_empty() && *own == 0 {
+                // None is named, or none that could be written.
+            } else if *own == 0 {
+                let place = sector32(end)?;
+                storage.write_at(end * SECTOR, &entry_bytes(&wanted)).with_context(failed)?;
+                end += self.sparse.shape.table_sectors();
+                storage.set_len(end * SECTOR, Preallocation::Off).with_context(failed)?;
+                storage.flush().with_context(failed)?;
+                *own = place;
+            } else if !matches!(self.table(*own)?, TableCopy::Entries(entries) if entries == wanted) {
+                let mut wanted = wanted;
+                wanted.resize(usize::try_from(self.sparse.shape.gtes).unwrap_or(0), 0);
+                storage.write_at(u64::from(*own) * SECTOR, &entry_bytes(&wanted)).with_context(failed)?;
+            }
+            if mended.get(index) != Some(&*own) {
+                let at = mended_at * SECTOR + index as u64 * 4;
+                storage.write_at(at, own.as_bytes()).with_context(failed)?;
+            }
+        }
+        storage.flush().with_context(failed)?;
+        Ok(own)
+    }
+}
+
+/// Mends a directory from the other one.
+pub fn mend(sparse: &Sparse, extent: &InspectedExtent<'_>, verdict: &Verdict, tally: &mut Tally<'_>) -> Result<()> {
+    let (Some(redundant), Some(header)) = (&extent.redundant, extent.header) else { return Ok(()) };
+    if verdict.other > 0 || extent.sparse.shape.compressed || verdict.first + verdict.differing == 0 {
+        return Ok(());
+    }
+    let mut state;
+    if verdict.first == 0 {
+        tally.repairing(format!("{}: redundant grain directory", extent.name()));
+        let rebuilt = extent.rebuild(redundant, header.rgd_at.get(), &extent.first)?;
+        state = sparse.state();
+        state.rgd = Some(rebuilt);
+    } else {
+        let mut wrong = 0;
+        extent.walk(redundant, &mut |_| {}, &mut |_| wrong += 1)?;
+        if wrong > 0 {
+            return Ok(());
+        }
+        tally.repairing(format!("{}: grain directory", extent.name()));
+        let rebuilt = extent.rebuild(&extent.first, header.gd_at.get(), redundant)?;
+        state = sparse.state();
+        state.gd = rebuilt;
+    }
+    state.forget_tables();
+    state.next = state.next.max(sparse.storage.len().with_context(|| extent.name().to_owned())?.div_ceil(SECTOR));
+    tally.mended(verdict.first + verdict.differing);
+    Ok(())
+}

@@ -1,0 +1,374 @@
+//! `check` of every kind of damage: what is found, what is mended, and what a repair that is stopped leaves.
+//!
+//! Each image is made by the judge, and damaged by a change of a few bytes. What was mended is clean for the judge and
+//! for the format's own tools, and reads as it did before it was mended.
+
+use std::sync::Arc;
+
+use vimg::block::io::Scratch as Buffers;
+use vimg::block::{Fix, GuestOffset, format};
+use vimg::formats::FORMATS;
+use vimg::storage::fault::{Fault, Faulty};
+use vimg::storage::memory::Memory;
+
+use crate::common::inside::{self, Files};
+use crate::common::{Scratch, judge, plain, vimg};
+use crate::rig::open_bytes;
+
+const IMAGE: &str = "image";
+
+/// One change of an image.
+struct Damage {
+    change: fn(&mut Vec<u8>),
+    /// Lines of standard error.
+    found: &'static [&'static str],
+    /// The exit code.
+    code: i32,
+    /// All of it can be mended.
+    mended: bool,
+}
+
+const fn lost(found: &'static [&'static str], change: fn(&mut Vec<u8>)) -> Damage {
+    Damage { change, found, code: 2, mended: false }
+}
+
+const fn mended(found: &'static [&'static str], change: fn(&mut Vec<u8>)) -> Damage {
+    Damage { change, found, code: 2, mended: true }
+}
+
+const fn leaked(found: &'static [&'static str], change: fn(&mut Vec<u8>)) -> Damage {
+    Damage { change, found, code: 3, mended: true }
+}
+
+/// An image of a format, and what can be wrong with it.
+struct Kind {
+    format: &'static str,
+    /// Makes it, under the name `image`.
+    make: &'static str,
+    /// A program that must accept it.
+    reader: Option<&'static str>,
+    damages: &'static [Damage],
+}
+
+impl Kind {
+    fn bytes(&self, scratch: &Scratch) -> Vec<u8> {
+        scratch.sh(self.make);
+        std::fs::read(scratch.file(IMAGE)).expect("image")
+    }
+
+    fn every_damage_is_found(&self) {
+        let scratch = Scratch::new();
+        let whole = self.bytes(&scratch);
+        let check = |args: &[&str]| {
+            let out = vimg(&[&["check", "-f", self.format], args, &[IMAGE]].concat()).dir(scratch.path()).run();
+            (out.code, out.stderr.lines().map(str::to_owned).collect::<Vec<_>>())
+        };
+        assert_eq!(check(&[]), (Some(0), vec![]), "{}: it is whole", self.format);
+        for Damage { change, found, code, mended } in self.damages {
+            let what = format!("{}: {found:?}", self.format);
+            let mut bytes = whole.clone();
+            change(&mut bytes);
+            std::fs::write(scratch.file(IMAGE), &bytes).expect("write");
+            assert_eq!(check(&[]), (Some(*code), found.iter().map(|line| (*line).to_owned()).collect()), "{what}");
+            assert_eq!(check(&["-q", "--output=json"]).0, Some(*code), "{what}");
+            assert_eq!(std::fs::read(scratch.file(IMAGE)).expect("read"), bytes, "{what}: a check changes nothing");
+            if *code == 2 {
+                assert_eq!(check(&["-r", "leaks"]).0, Some(2), "{what}");
+                assert_eq!(std::fs::read(scratch.file(IMAGE)).expect("read"), bytes, "{what}: these are no leaks");
+            }
+            let content = mended.then(|| self.mended_content(&whole, &bytes));
+            let fix = if *code == 3 { "leaks" } else { "all" };
+            let (after, _) = check(&["-r", fix]);
+            let now = std::fs::read(scratch.file(IMAGE)).expect("read");
+            let Some(content) = content else {
+                assert_eq!(after, Some(*code), "{what}: it cannot be mended");
+                assert!(now == bytes, "{what}: what cannot be mended is left alone");
+                continue;
+            };
+            assert_eq!((after, check(&[])), (Some(0), (Some(0), vec![])), "{what}: it is mended");
+            assert!(read_all(&now, self.format) == Some(content.clone()), "{what}: the guest's data is there");
+            let out = judge(&["check", "-f", self.format, IMAGE]).dir(scratch.path()).run();
+            assert!(matches!(out.code, Some(0 | 63)), "{what}: {out:#?}");
+            scratch.judge(&["convert", "-f", self.format, "-O", "raw", IMAGE, "raw"]);
+            assert!(std::fs::read(scratch.file("raw")).expect("raw") == content, "{what}: the judge reads it");
+            if let Some(reader) = self.reader {
+                plain(reader, &[IMAGE]).dir(scratch.path()).ok();
+            }
+        }
+    }
+
+    /// What the guest shall read once it is mended: in a vmdk, whose tables are there twice, what was there before the
+    /// damage; else what it read before it was mended.
+    fn mended_content(&self, whole: &[u8], damaged: &[u8]) -> Vec<u8> {
+        read_all(if self.format == "vmdk" { whole } else { damaged }, self.format).expect("it can be read")
+    }
+
+    /// Stopped before any write, a repair leaves nothing that is worse, and the next one completes it.
+    fn repairs_can_be_stopped(&self) {
+        let scratch = Scratch::new();
+        let whole = self.bytes(&scratch);
+        let format = format::find(FORMATS, self.format).expect("a format of ours");
+        for Damage { change, found, .. } in self.damages.iter().filter(|damage| damage.mended) {
+            let mut bytes = whole.clone();
+            change(&mut bytes);
+            let content = [read_all(&bytes, self.format), Some(self.mended_content(&whole, &bytes))];
+            let before = inside::check(&one(&bytes), format, IMAGE, Fix::Nothing).expect("check");
+            let mut at = 0;
+            loop {
+                let what = format!("{}: {found:?}: stopped at {at}", self.format);
+                let memory = Arc::new(Memory::new(bytes.clone()));
+                let faulty = Arc::new(Faulty::new(memory.clone(), at, Fault::Stop));
+                let files = Files::default();
+                files.put(IMAGE, faulty.clone());
+                let _ = inside::check(&files, format, IMAGE, Fix::All);
+                let left = memory.to_vec();
+                let after = inside::check(&one(&left), format, IMAGE, Fix::Nothing).expect("check");
+                assert!(after.corruptions <= before.corruptions, "{what}: {after:?}");
+                assert!(content.contains(&read_all(&left, self.format)), "{what}: the guest's data is there");
+                let again = one(&left);
+                inside::check(&again, format, IMAGE, Fix::All).expect("repair");
+                let last = inside::check(&again, format, IMAGE, Fix::Nothing).expect("check");
+                assert_eq!((last.corruptions, last.leaks), (0, 0), "{what}: {last:?}");
+                let now = inside::bytes_of(&*again.get(IMAGE).expect("image"));
+                assert!(read_all(&now, self.format) == content[1], "{what}: the guest's data is there when mended");
+                if !faulty.tripped() {
+                    break;
+                }
+                at += 1;
+            }
+            assert!(at > 0, "{}: {found:?}: nothing is written", self.format);
+        }
+    }
+}
+
+fn one(bytes: &[u8]) -> Files {
+    let files = Files::default();
+    files.put(IMAGE, Arc::new(Memory::new(bytes.to_vec())));
+    files
+}
+
+/// The whole disk, if all of it can be read.
+fn read_all(bytes: &[u8], format: &str) -> Option<Vec<u8>> {
+    let node = open_bytes(bytes.to_vec(), format, false).expect("open");
+    let mut all = vec![0xee; usize::try_from(node.virtual_size()).expect("small")];
+    node.read(GuestOffset(0), &mut all, &mut Buffers::default()).ok()?;
+    Some(all)
+}
+
+fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    bytes[at..at + value.len()].copy_from_slice(value);
+}
+
+fn le32(bytes: &mut [u8], at: usize, value: u32) {
+    put(bytes, at, &value.to_le_bytes());
+}
+
+fn be32(bytes: &mut [u8], at: usize, value: u32) {
+    put(bytes, at, &value.to_be_bytes());
+}
+
+fn be64(bytes: &mut [u8], at: usize, value: u64) {
+    put(bytes, at, &value.to_be_bytes());
+}
+
+fn get_le32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+}
+
+/// The map is at 512, the blocks are from 1024 on: guest blocks 1, 2 and 5.
+const VDI: Kind = Kind {
+    format: "vdi",
+    make: "qemu-img create -q -f vdi image 8M && \
+           qemu-io -f vdi -c 'write -P 1 1M 1M' -c 'write -P 2 2M 1M' -c 'write -P 3 5M 64k' image",
+    reader: None,
+    damages: &[
+        mended(&["ERROR: block index 1 also used by 1"], |b| le32(b, 512 + 5 * 4, 1)),
+        mended(
+            &[
+                "ERROR: block index 0 also used by 0",
+                "ERROR: block index 0 also used by 0",
+                "ERROR: block index 0 also used by 0",
+                "ERROR: allocated blocks mismatch, is 4, should be 3",
+            ],
+            |b| [2, 3, 5].into_iter().for_each(|n| le32(b, 512 + n * 4, 0)),
+        ),
+        mended(&["ERROR: allocated blocks mismatch, is 3, should be 1"], |b| le32(b, 0x184, 1)),
+        mended(&["ERROR: allocated blocks mismatch, is 3, should be 7"], |b| le32(b, 0x184, 7)),
+        mended(&["ERROR: block index 4 in use, allocated blocks are 3"], |b| {
+            b.resize(1024 + (4 << 20), 7);
+            let last = b[1024 + (2 << 20)..1024 + (3 << 20)].to_vec();
+            b.extend_from_slice(&last);
+            le32(b, 512 + 5 * 4, 4);
+        }),
+        leaked(&["Leaked 2 blocks at the end of the file"], |b| b.resize(b.len() + (2 << 20), 9)),
+        lost(&["ERROR: block index 5 too large, is 8", "ERROR: allocated blocks mismatch, is 2, should be 3"], |b| {
+            le32(b, 512 + 5 * 4, 8)
+        }),
+        lost(&["ERROR: block index 5 lies past the end of the file, is 6"], |b| le32(b, 512 + 5 * 4, 6)),
+        lost(&["ERROR: block index 5 lies past the end of the file, is 2"], |b| b.truncate(b.len() - 512)),
+        lost(&["ERROR: block map at 512 lies past the end of the file at 530"], |b| b.truncate(530)),
+        lost(&["ERROR: header, block map at 512 and blocks at 512 overlap"], |b| le32(b, 0x158, 512)),
+    ],
+};
+
+/// Puts the checksum of a footer right.
+fn seal(bytes: &mut [u8], at: usize) {
+    put(bytes, at + 64, &[0; 4]);
+    let sum: u32 = bytes[at..at + 512].iter().map(|byte| u32::from(*byte)).sum();
+    be32(bytes, at + 64, !sum);
+}
+
+/// The table is at 1536, the blocks are from 2048 on: guest blocks 0 and 2.
+const VPC: Kind = Kind {
+    format: "vpc",
+    make: "qemu-img create -q -f vpc -o force_size=on image 8M && \
+           qemu-io -f vpc -c 'write -P 1 0 2M' -c 'write -P 2 5M 64k' image",
+    reader: Some("vhdiinfo"),
+    damages: &[
+        mended(&["ERROR: copy of the footer at the start is missing"], |b| put(b, 0, &[0; 512])),
+        mended(&["ERROR: copy of the footer at the start is damaged"], |b| b[100] ^= 1),
+        mended(&["ERROR: footer at the end of the file is missing"], |b| b.truncate(b.len() - 512)),
+        mended(&["ERROR: footer at the end of the file is damaged"], |b| {
+            let at = b.len() - 300;
+            b[at] ^= 8;
+        }),
+        mended(&["ERROR: footer at the end of the file and its copy at the start differ"], |b| {
+            let at = b.len() - 512;
+            b[at + 27] ^= 8;
+            seal(b, at);
+        }),
+        // A block was on its way.
+        mended(&["ERROR: footer at the end of the file is missing", "Leaked 1 blocks behind the last one"], |b| {
+            let at = b.len() - 512;
+            b[at..].fill(0xff);
+            b.resize(at + 512 + (2 << 20) + 512, 3);
+        }),
+        leaked(&["Leaked 2 blocks behind the last one"], |b| {
+            let footer = b.split_off(b.len() - 512);
+            b.resize(b.len() + (4 << 20) + 1024, 3);
+            b.extend_from_slice(&footer);
+        }),
+        lost(&["ERROR: checksum of the dynamic header is wrong"], |b| b[512 + 1000] ^= 1),
+        lost(&["ERROR: block 2 at offset 51200000 lies past the end of the file"], |b| be32(b, 1536 + 8, 100_000)),
+        lost(&["ERROR: block 2 at offset 2048 overlaps what else is there"], |b| be32(b, 1536 + 8, 4)),
+        lost(&["ERROR: block 2 at offset 512 overlaps what else is there"], |b| be32(b, 1536 + 8, 1)),
+        lost(
+            &[
+                "ERROR: footer at the end of the file is missing",
+                "ERROR: block 2 at offset 2099712 lies past the end of the file",
+            ],
+            |b| b.truncate(3 << 20),
+        ),
+    ],
+};
+
+/// The L1 table is at 48; L2 tables are at 4096 (for the first 2 MiB) and behind the first clusters.
+const QCOW: Kind = Kind {
+    format: "qcow",
+    make: "qemu-img create -q -f qcow image 8M && \
+           qemu-io -f qcow -c 'write -P 1 0 64k' -c 'write -P 2 3M 32k' image",
+    reader: Some("qcowinfo"),
+    damages: &[
+        leaked(&["Leaked 3 clusters at the end of the file"], |b| b.resize(b.len() + 3 * 4096 + 100, 5)),
+        lost(&["ERROR: L2 table 1 at offset 10485760 lies past the end of the file"], |b| be64(b, 56, 10 << 20)),
+        lost(&["ERROR: L2 table 1 at offset 4096 overlaps another one"], |b| be64(b, 56, 4096)),
+        lost(&["ERROR: cluster 0 at offset 8192 overlaps what else is there"], |b| {
+            b.copy_within(73728..73728 + 4096, 8192);
+            be64(b, 56, 8192);
+        }),
+        lost(&["ERROR: cluster 1 at offset 8192 overlaps what else is there"], |b| be64(b, 4096 + 8, 8192)),
+        lost(&["ERROR: cluster 3 at offset 4096 overlaps what else is there"], |b| be64(b, 4096 + 24, 4096)),
+        lost(&["ERROR: cluster 0 at offset 4611686018427387904 lies past the end of the file"], |b| {
+            be64(b, 4096, 1 << 62);
+        }),
+        lost(&["ERROR: cluster 775 at offset 106496 lies past the end of the file"], |b| b.truncate(b.len() - 512)),
+        lost(&["ERROR: L1 table at offset 48 lies past the end of the file"], |b| b.truncate(70)),
+        lost(&["ERROR: compressed cluster 2 at offset 12288 has no data"], |b| {
+            be64(b, 4096 + 16, 1 << 63 | 12288);
+        }),
+        lost(&["ERROR: cluster 2 at offset 110000 lies past the end of the file"], |b| {
+            be64(b, 4096 + 16, 1 << 63 | 4000 << 51 | 110_000);
+        }),
+    ],
+};
+
+/// The redundant directory is at sector 21, its tables from 22 on; the directory at 30, its tables at 31 and 35; grains
+/// from 128 on.
+const VMDK: Kind = Kind {
+    format: "vmdk",
+    make: "qemu-img create -q -f vmdk image 60M && \
+           qemu-io -f vmdk -c 'write -P 1 0 64k' -c 'write -P 2 1M 128k' -c 'write -P 3 40M 4k' image",
+    reader: Some("vmdkinfo"),
+    damages: &[
+        mended(&["ERROR: image: redundant grain table 0 differs from the first one"], |b| le32(b, 22 * 512 + 64, 0)),
+        mended(&["ERROR: image: redundant grain table 1 is missing"], |b| le32(b, 21 * 512 + 4, 0)),
+        mended(&["ERROR: image: redundant grain table 1 lies past the end of the file"], |b| {
+            le32(b, 21 * 512 + 4, 0x7fff_ffff);
+        }),
+        // Its place is not its own.
+        mended(&["ERROR: image: redundant grain table 1 differs from the first one"], |b| le32(b, 21 * 512 + 4, 128)),
+        mended(
+            &[
+                "ERROR: image: grain table 0 lies past the end of the file",
+                "ERROR: image: redundant grain table 0 differs from the first one",
+            ],
+            |b| le32(b, 30 * 512, 99999),
+        ),
+        mended(
+            &[
+                "ERROR: image: grain table 1 overlaps another one",
+                "ERROR: image: redundant grain table 1 differs from the first one",
+            ],
+            |b| {
+                let table = get_le32(b, 30 * 512);
+                le32(b, 30 * 512 + 4, table);
+            },
+        ),
+        mended(
+            &[
+                "ERROR: cluster offset for sector 2048 points after EOF",
+                "ERROR: image: redundant grain table 0 differs from the first one",
+            ],
+            |b| le32(b, 31 * 512 + 64, 99999),
+        ),
+        mended(
+            &[
+                "ERROR: image: cluster for sector 2048 overlaps what else is there",
+                "ERROR: image: redundant grain table 0 differs from the first one",
+            ],
+            |b| le32(b, 31 * 512 + 64, 128),
+        ),
+        lost(&["ERROR: image: cluster for sector 2048 overlaps what else is there"], |b| {
+            [22, 31].into_iter().for_each(|table| le32(b, table * 512 + 64, 1))
+        }),
+        lost(&["ERROR: image: cluster for sector 81920 is cut off by EOF"], |b| b.truncate(b.len() - 512)),
+        lost(&["ERROR: cluster offset for sector 81920 points after EOF"], |b| b.truncate(b.len() - 65536)),
+    ],
+};
+
+#[test]
+fn damage_of_a_vdi_is_found_and_mended() {
+    VDI.every_damage_is_found();
+}
+
+#[test]
+fn damage_of_a_vpc_is_found_and_mended() {
+    VPC.every_damage_is_found();
+}
+
+#[test]
+fn damage_of_a_qcow_is_found_and_mended() {
+    QCOW.every_damage_is_found();
+}
+
+#[test]
+fn damage_of_a_vmdk_is_found_and_mended() {
+    VMDK.every_damage_is_found();
+}
+
+#[test]
+fn repairs_can_be_stopped_anywhere() {
+    for kind in [VDI, VPC, QCOW, VMDK] {
+        kind.repairs_can_be_stopped();
+    }
+}
