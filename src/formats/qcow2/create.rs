@@ -8,13 +8,15 @@ use std::sync::Arc;
 
 use crate::block::error::Context;
 use crate::block::{
-    Create, CreateOptions, CreateRequest, Effort, Error, ErrorKind, OptionKind, OptionSpec, OptionTree, Result,
+    Create, CreateOptions, CreateRequest, Effort, Error, ErrorKind, HostOffset, OptionKind, OptionSpec, OptionTree,
+    Result,
 };
 use crate::formats::effort;
 use crate::formats::encryption::{self, KEY_SECRET};
 use crate::storage::{Preallocation, Storage};
 
 use super::Qcow2;
+use super::entry::L1Entry;
 use super::geometry::Geometry;
 use super::header::Qcow2Header;
 use super::layout::{self, ENTRY, HeaderFields, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_ORDER};
@@ -265,7 +267,7 @@ fn write(
     planner.plan.write_refcounts()?;
     let mut table: Vec<u8> = Vec::new();
     for at in &planner.l1 {
-        table.extend_from_slice(&(layout::COPIED | (at << geometry.cluster_bits)).to_be_bytes());
+        table.extend_from_slice(&L1Entry::own(HostOffset(at << geometry.cluster_bits)).0.to_be_bytes());
     }
     table.resize(usize::try_from(l1_entries * ENTRY).map_err(|_| Error::invalid("L1 table is too large"))?, 0);
     planner.plan.out().put(l1, &table)?;

@@ -5,11 +5,11 @@
 use std::sync::Arc;
 
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{Error, HostOffset, Result};
 use crate::storage::{Preallocation, Storage};
 
+use super::entry::L2Entry;
 use super::geometry::Geometry;
-use super::layout::COPIED;
 use super::plan::Planner;
 
 /// What is asked for.
@@ -68,7 +68,7 @@ pub fn preallocate(planner: &mut Planner, file: &Arc<dyn Storage>, layout: &Layo
             };
             for (cluster, entry) in (host..host + n).zip(&mut entries) {
                 // A subcluster bitmap stays zero: there is room, but nothing is allocated.
-                entry[..8].copy_from_slice(&(COPIED | (cluster << geometry.cluster_bits)).to_be_bytes());
+                entry[..8].copy_from_slice(&L2Entry::own(HostOffset(cluster << geometry.cluster_bits)).0.to_be_bytes());
             }
             done += n;
             data_end = host + n;
