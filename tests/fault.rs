@@ -342,3 +342,23 @@ fn a_failing_disk_is_named_with_its_reason() {
     assert!(error.message().contains("No space left on device"), "{}", error.message());
     assert!(error.message().contains(NAME), "{}", error.message());
 }
+
+/// What cannot be read of a table is told with the file and the place in it.
+#[test]
+fn a_table_that_cannot_be_read_is_told_with_its_place() {
+    let scratch = crate::common::Scratch::new();
+    for (format, sector, told) in [
+        ("qcow2", 512, "error while reading L2 table at byte 262144"),
+        ("vdi", 1, "error while reading block map at byte 0"),
+        ("vpc", 3, "error while reading block allocation table at byte 0"),
+    ] {
+        scratch.judge(&["create", "-q", "-f", format, "a", "4M"]);
+        scratch.qemu_io(format, "a", &["write -P 1 0 64k"]);
+        let rule = format!("{{\"event\":\"none\",\"iotype\":\"read\",\"sector\":{sector}}}");
+        let below = format!("{{\"driver\":\"blkdebug\",\"image\":\"file\",\"inject-error\":[{rule}]}}");
+        let below = below.replace("\"file\"", "{\"driver\":\"file\",\"filename\":\"a\"}");
+        let tree = format!("json:{{\"driver\":\"{format}\",\"file\":{below}}}");
+        let out = crate::common::vimg(&["convert", "-O", "raw", &tree, "o"]).dir(scratch.path()).fails(1);
+        assert!(out.stderr.contains(&format!(": {told}: Input/output error")), "{out:?}");
+    }
+}

@@ -46,6 +46,15 @@ pub enum Operation {
     Status,
 }
 
+/// Of what a place is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlacePart {
+    /// Of the guest's disk: where on it.
+    Guest(GuestOffset),
+    /// Of a table that the format keeps in the file: its name.
+    Table(&'static str),
+}
+
 /// What was being done, with which file, and where in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
@@ -53,8 +62,8 @@ pub struct Place {
     pub operation: Operation,
     /// The file's name, as it is shown.
     pub file: String,
-    /// Where on the guest's disk.
-    pub guest: GuestOffset,
+    /// Of what.
+    pub part: PlacePart,
     /// Where in the file, if that is known.
     pub host: Option<HostOffset>,
 }
@@ -62,12 +71,26 @@ pub struct Place {
 impl fmt::Display for Place {
     /// In the reference's words, which know the guest's offset alone; but with the name of the file.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let doing = match self.operation {
-            Operation::Read => "error while reading at byte",
-            Operation::Write => "error while writing at byte",
-            Operation::Status => "error while reading block status at offset",
-        };
-        write!(f, "{}: {doing} {}", self.file, self.guest.get())
+        let file = &self.file;
+        match (self.part, self.operation) {
+            (PlacePart::Guest(at), Operation::Read) => write!(f, "{file}: error while reading at byte {}", at.get()),
+            (PlacePart::Guest(at), Operation::Write) => write!(f, "{file}: error while writing at byte {}", at.get()),
+            (PlacePart::Guest(at), Operation::Status) => {
+                write!(f, "{file}: error while reading block status at offset {}", at.get())
+            }
+            (PlacePart::Table(table), operation) => {
+                let doing = if operation == Operation::Write { "writing" } else { "reading" };
+                let at = self.host.unwrap_or_default().get();
+                write!(f, "{file}: error while {doing} {table} at byte {at}")
+            }
+        }
+    }
+}
+
+impl Place {
+    /// In a table of a file.
+    pub fn of_table(operation: Operation, file: &str, table: &'static str, at: u64) -> Self {
+        Self { operation, file: file.to_owned(), part: PlacePart::Table(table), host: Some(HostOffset(at)) }
     }
 }
 
@@ -159,9 +182,20 @@ impl Error {
         Self { place: Some(Box::new(place.clone())), ..self.context(place.to_string()) }
     }
 
+    /// Puts the file's name before an error that does not say where it happened.
+    pub fn naming(self, file: &str) -> Self {
+        if self.place().is_some() { self } else { self.context(file) }
+    }
+
     /// Where it happened, as far as that is known: the innermost place of the chain.
     pub fn place(&self) -> Option<&Place> {
         self.inner().and_then(Self::place).or(self.place.as_deref())
+    }
+
+    /// Whether it says where on the guest's disk it happened.
+    pub fn tells_guest(&self) -> bool {
+        let guest = |place: &Place| matches!(place.part, PlacePart::Guest(_));
+        self.place.as_deref().is_some_and(guest) || self.inner().is_some_and(Self::tells_guest)
     }
 
     /// What the host said, or what is wrong, without what was being done and where.
@@ -322,8 +356,18 @@ mod tests {
     use super::*;
 
     fn place() -> Place {
-        let (guest, host) = (GuestOffset(7), Some(HostOffset(9)));
-        Place { operation: Operation::Read, file: "a.img".to_owned(), guest, host }
+        let (part, host) = (PlacePart::Guest(GuestOffset(7)), Some(HostOffset(9)));
+        Place { operation: Operation::Read, file: "a.img".to_owned(), part, host }
+    }
+
+    #[test]
+    fn a_place_in_a_table_is_in_the_file() {
+        let place = Place::of_table(Operation::Write, "a.img", "the block map", 512);
+        assert_eq!(place.to_string(), "a.img: error while writing the block map at byte 512");
+        let error = Err::<(), _>(storage::Error::from(nix::errno::Errno::EIO)).at(|| place.clone()).unwrap_err();
+        assert!(!error.tells_guest());
+        assert_eq!(error.naming("b.img").message(), format!("{place}: Input/output error"));
+        assert_eq!(Error::corrupt("torn").naming("b.img").message(), "b.img: torn");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::error::{Context, Operation, Place};
+use super::error::{Context, Operation, Place, PlacePart};
 use super::{Error, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace, Result};
 use crate::storage::{Event, Storage};
 
@@ -72,7 +72,7 @@ impl Child {
 
     /// What was being done, should it fail.
     pub(super) fn doing(&self, operation: Operation, guest: GuestOffset, host: HostOffset) -> Place {
-        Place { operation, file: self.name.clone(), guest, host: Some(host) }
+        Place { operation, file: self.name.clone(), part: PlacePart::Guest(guest), host: Some(host) }
     }
 
     /// Returns once everything written to it is on stable storage.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::driver::Write;
-use super::error::{Operation, Place};
+use super::error::{Operation, Place, PlacePart};
 use super::last_unit::LastUnit;
 use super::{BlockDriver, Child, Error, ExtentKind, FileEnd, GuestOffset, HostPlace, Result, name};
 use crate::storage::Identity;
@@ -205,7 +205,7 @@ impl Node {
 
     /// Where on its disk something failed, for what is not known to lie in a file.
     pub fn place_of(&self, operation: Operation, guest: GuestOffset) -> Place {
-        Place { operation, file: self.name.clone(), guest, host: None }
+        Place { operation, file: self.name.clone(), part: PlacePart::Guest(guest), host: None }
     }
 
     /// The guest's disk size in bytes.

@@ -6,7 +6,9 @@
 
 use std::collections::HashMap;
 
-use crate::storage::{Event, Result, Storage};
+use crate::block::Result;
+use crate::block::error::{Context, Operation, Place};
+use crate::storage::{self, Event, Storage};
 
 /// Bytes of one cached page.
 pub const PAGE: usize = 4096;
@@ -22,6 +24,9 @@ pub struct TableCache {
     clock: u64,
     /// What is announced before a page is read.
     reading: Option<Event>,
+    /// The file's name and the tables', for errors.
+    file: String,
+    table: &'static str,
 }
 
 #[derive(Debug)]
@@ -43,14 +48,15 @@ impl Page {
 }
 
 impl TableCache {
-    /// An empty cache of at most `bytes` (pages that wait to be written apart).
-    pub fn new(bytes: usize) -> Self {
-        Self { pages: HashMap::new(), limit: (bytes / PAGE).max(2), changed: 0, clock: 0, reading: None }
+    /// An empty cache of at most `bytes` (pages that wait to be written apart) over what is called `table` in `file`.
+    pub fn new(bytes: usize, file: &str, table: &'static str) -> Self {
+        let (limit, file) = ((bytes / PAGE).max(2), file.to_owned());
+        Self { pages: HashMap::new(), limit, changed: 0, clock: 0, reading: None, file, table }
     }
 
     /// The same; the event is announced before each read of the file.
-    pub fn announcing(bytes: usize, reading: Event) -> Self {
-        Self { reading: Some(reading), ..Self::new(bytes) }
+    pub fn announcing(self, reading: Event) -> Self {
+        Self { reading: Some(reading), ..self }
     }
 
     /// The bytes from `at` to the end of its page, at most `max`. At least one.
@@ -109,7 +115,8 @@ impl TableCache {
         let first = changed.next().unwrap_or(0);
         let last = changed.next_back().unwrap_or(first);
         let (from, to) = (first * GRAIN, (last + 1) * GRAIN);
-        storage.write_at(from as u64, &page.bytes[from..to])?;
+        let place = || Place::of_table(Operation::Write, &self.file, self.table, from as u64);
+        storage.write_at(from as u64, &page.bytes[from..to]).at(place)?;
         page.changed = Default::default();
         self.changed = self.changed.saturating_sub(1);
         Ok(true)
@@ -130,7 +137,9 @@ impl TableCache {
                 }
                 if grain > first {
                     let (from, to) = (first * GRAIN, grain * GRAIN);
-                    storage.write_at(number * PAGE as u64 + from as u64, &page.bytes[from..to])?;
+                    let at = number * PAGE as u64 + from as u64;
+                    let place = || Place::of_table(Operation::Write, &self.file, self.table, at);
+                    storage.write_at(at, &page.bytes[from..to]).at(place)?;
                 } else {
                     grain += 1;
                 }
@@ -155,7 +164,9 @@ impl TableCache {
             if let Some(event) = self.reading {
                 storage.announce(event);
             }
-            storage.read_at(number * PAGE as u64, &mut bytes[..])?;
+            let at = number * PAGE as u64;
+            let place = || Place::of_table(Operation::Read, &self.file, self.table, at);
+            storage.read_at(at, &mut bytes[..]).at(place)?;
             self.pages.insert(number, Page { bytes, changed: Default::default(), used: 0 });
         }
         let clock = self.clock;
@@ -183,7 +194,7 @@ impl TableCache {
 }
 
 /// Copies bytes within a file (the ranges do not overlap), with a small buffer.
-pub fn copy(storage: &dyn Storage, from: u64, to: u64, len: u64) -> Result<()> {
+pub fn copy(storage: &dyn Storage, from: u64, to: u64, len: u64) -> storage::Result<()> {
     let mut buffer = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(1 << 20)];
     let mut done = 0;
     while done < len {
@@ -205,7 +216,7 @@ mod tests {
     #[test]
     fn only_what_changed_is_written() {
         let file = Memory::new(vec![7; 3 * PAGE]);
-        let mut cache = TableCache::new(1 << 16);
+        let mut cache = TableCache::new(1 << 16, "a", "the table");
         let mut word = [0; 4];
         cache.read(&file, PAGE as u64 - 2, &mut word).unwrap();
         assert_eq!(word, [7; 4]);
@@ -222,7 +233,7 @@ mod tests {
     #[test]
     fn the_first_page_is_written_at_once() {
         let file = Memory::new(vec![7; 2 * PAGE]);
-        let mut cache = TableCache::new(1 << 16);
+        let mut cache = TableCache::new(1 << 16, "a", "the table");
         for at in [8, 16, PAGE as u64] {
             cache.write(&file, at, &[1; 4]).unwrap();
         }
@@ -238,7 +249,7 @@ mod tests {
     #[test]
     fn it_stays_small() {
         let file = Memory::new(vec![0; 100 * PAGE]);
-        let mut cache = TableCache::new(4 * PAGE);
+        let mut cache = TableCache::new(4 * PAGE, "a", "the table");
         for page in 0..100 {
             cache.slice(&file, page * PAGE as u64, 8).unwrap();
             assert!(cache.pages.len() <= 4);

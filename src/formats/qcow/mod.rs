@@ -60,13 +60,15 @@ impl Format for Qcow {
         };
         let size = header.size() / 512 * 512;
         let backing = read_backing(&file, &header, look_only)?;
+        let bits = header.cluster_bits();
+        let state = QcowState::new(header, &file.name);
         Ok(Box::new(QcowDriver {
-            cluster: 1 << header.cluster_bits(),
-            bits: header.cluster_bits(),
+            cluster: 1 << bits,
+            bits,
             backing,
             encrypted,
             cipher,
-            image: OneFile::new(file, size, QcowState::new(header), write),
+            image: OneFile::new(file, size, state, write),
         }))
     }
 
@@ -130,7 +132,7 @@ impl BlockDriver for QcowDriver {
         let max = max.min(self.virtual_size().saturating_sub(at.get()));
         let (index, within) = (at.get() / self.cluster, at.get() % self.cluster);
         let run = self.state().run(self.storage(), index, within.saturating_add(max).div_ceil(self.cluster));
-        let (entry, run) = run.with_context(|| self.files[0].name.as_str())?;
+        let (entry, run) = run.map_err(|error| error.naming(&self.files[0].name))?;
         let len = max.min(run.saturating_mul(self.cluster).saturating_sub(within));
         let kind = match entry {
             QcowEntry::Unallocated => ExtentKind::Unallocated(None),

@@ -17,9 +17,6 @@ const L1_CACHE: usize = 4 << 20;
 /// The most tables and pieces of tables that are looked at for one answer.
 const STEPS: u64 = 1 << 16;
 
-const READING: &str = "Could not read the tables of the image";
-const WRITING: &str = "Could not write the tables of the image";
-
 /// What changes while the image is open.
 #[derive(Debug)]
 pub struct QcowState {
@@ -53,11 +50,11 @@ impl Tables for QcowState {
         }
         storage.flush().context("Could not flush")?;
         storage.announce(Event::L2_UPDATE);
-        self.l2.write_out(storage).context(WRITING)?;
+        self.l2.write_out(storage)?;
         if self.l1.is_changed() {
             storage.flush().context("Could not flush")?;
             storage.announce(Event::L1_UPDATE);
-            self.l1.write_out(storage).context(WRITING)?;
+            self.l1.write_out(storage)?;
         }
         Ok(())
     }
@@ -65,8 +62,9 @@ impl Tables for QcowState {
 
 impl QcowState {
     /// Nothing read yet.
-    pub fn new(header: QcowHeader) -> Self {
-        let (l1, l2) = (TableCache::new(L1_CACHE), TableCache::announcing(L2_CACHE, Event::L2_LOAD));
+    pub fn new(header: QcowHeader, file: &str) -> Self {
+        let l1 = TableCache::new(L1_CACHE, file, "L1 table");
+        let l2 = TableCache::new(L2_CACHE, file, "L2 table").announcing(Event::L2_LOAD);
         let (pending, end, prepared) = (HashMap::new(), None, false);
         Self { header, l1, l2, pending, end, fresh: u64::MAX, length: 0, prepared }
     }
@@ -110,7 +108,7 @@ impl QcowState {
         self.need(storage, "the L1 table", self.header.l1_offset(), self.l1_entries())?;
         let mut entry = [0; 8];
         let at = self.header.l1_offset().saturating_add(number * 8);
-        self.l1.read(storage, at, &mut entry).context(READING)?;
+        self.l1.read(storage, at, &mut entry)?;
         Ok(u64::from_be_bytes(entry))
     }
 
@@ -147,9 +145,9 @@ impl QcowState {
             let wanted = usize::try_from(left * 8).unwrap_or(usize::MAX);
             // A table that does not start at a multiple of its entries has some that cross pages.
             let entries = if table.is_multiple_of(8) {
-                self.l2.slice(storage, at, wanted).context(READING)?
+                self.l2.slice(storage, at, wanted)?
             } else {
-                self.l2.read(storage, at, &mut one).context(READING)?;
+                self.l2.read(storage, at, &mut one)?;
                 &one
             };
             for entry in entries.as_chunks().0.iter().map(|bytes| QcowEntry::decode(u64::from_be_bytes(*bytes), bits)) {
@@ -273,7 +271,7 @@ impl QcowState {
             let bytes = self.table_entries() * 8;
             let (table, _) = self.append(storage, bytes, self.cluster())?;
             let zeros = vec![0; usize::try_from(bytes).unwrap_or(0)];
-            self.l2.write(storage, table, &zeros).context(READING)?;
+            self.l2.write(storage, table, &zeros)?;
             self.pending.insert(number, table);
         }
         self.append(storage, bytes, align)
@@ -293,10 +291,10 @@ impl QcowState {
         if table == 0 {
             table = self.pending.remove(&number).ok_or_else(|| Error::corrupt("a cluster has no L2 table"))?;
             let at = self.header.l1_offset().saturating_add(number * 8);
-            self.l1.write(storage, at, &table.to_be_bytes()).context(READING)?;
+            self.l1.write(storage, at, &table.to_be_bytes())?;
         }
         let at = table.saturating_add(index % self.table_entries() * 8);
-        self.l2.write(storage, at, &entry.to_be_bytes()).context(READING)
+        self.l2.write(storage, at, &entry.to_be_bytes())
     }
 
     /// Whether so much waits that it should be written now.

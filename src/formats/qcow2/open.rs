@@ -66,7 +66,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         elsewhere: Vec::new(),
     });
     let driver = Qcow2Driver {
-        tables: Tables::new(storage.clone(), cache_bytes),
+        tables: Tables::new(storage.clone(), &files[0].name, cache_bytes),
         files,
         geometry,
         external,
@@ -109,7 +109,7 @@ impl Qcow2Driver {
     /// Another layer of the same files, read-only.
     pub(super) fn view(&self, header: Qcow2Header) -> Self {
         Self {
-            tables: Tables::new(self.file().storage.clone(), default_bytes(&self.geometry)),
+            tables: Tables::new(self.file().storage.clone(), &self.file().name, default_bytes(&self.geometry)),
             files: self.files.clone(),
             geometry: self.geometry,
             external: self.external,

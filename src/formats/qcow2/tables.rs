@@ -26,7 +26,7 @@ use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
-use crate::block::error::Context;
+use crate::block::error::{Context, Operation, Place};
 use crate::block::{Error, FileEnd, Result};
 use crate::storage::{Event, Storage};
 
@@ -125,6 +125,8 @@ struct Shard {
 #[derive(Debug)]
 pub struct Tables {
     storage: Arc<dyn Storage>,
+    /// The file's name, for errors.
+    file: String,
     shards: [Mutex<Shard>; SHARDS],
     limit: u64,
     clock: AtomicU64,
@@ -134,9 +136,10 @@ pub struct Tables {
 
 impl Tables {
     /// An empty cache of that many bytes over an image file.
-    pub fn new(storage: Arc<dyn Storage>, bytes: u64) -> Self {
+    pub fn new(storage: Arc<dyn Storage>, file: &str, bytes: u64) -> Self {
         Self {
             storage,
+            file: file.to_owned(),
             shards: Default::default(),
             limit: bytes.max(LEAST_BYTES),
             clock: AtomicU64::new(0),
@@ -302,7 +305,7 @@ impl Tables {
             self.storage.announce(slice.kind.writing());
             self.storage
                 .write_at(at, &batch)
-                .with_context(|| format!("error while writing {} at byte {at}", slice.kind.name()))?;
+                .at(|| Place::of_table(Operation::Write, &self.file, slice.kind.name(), at))?;
             for slice in part {
                 if slice.dirty.swap(false, Ordering::AcqRel) {
                     self.dirty.fetch_sub(slice.len + OVERHEAD, Ordering::AcqRel);
@@ -332,7 +335,7 @@ impl Tables {
             }
             self.storage
                 .read_at(slice.at, &mut read)
-                .with_context(|| format!("error while reading {} at byte {}", slice.kind.name(), slice.at))?;
+                .at(|| Place::of_table(Operation::Read, &self.file, slice.kind.name(), slice.at))?;
             *bytes = Some(read);
         }
         bytes.as_deref_mut().ok_or_else(|| Error::corrupt("a table slice vanished"))
@@ -421,7 +424,7 @@ mod tests {
     #[test]
     fn changes_reach_the_file_at_write_back_alone() {
         let file = Arc::new(Memory::new(vec![0; 1 << 17]));
-        let tables = Tables::new(file.clone(), 0);
+        let tables = Tables::new(file.clone(), "a", 0);
         let table = l2(65536, 65536);
         tables.set(table, 8191, 7).unwrap();
         assert_eq!(tables.get(table, 8191).unwrap(), 7);
@@ -439,7 +442,7 @@ mod tests {
         for (n, entry) in content.chunks_exact_mut(8).enumerate() {
             entry.copy_from_slice(&(n as u64).to_be_bytes());
         }
-        let tables = Tables::new(Arc::new(Memory::new(content)), 1 << 20);
+        let tables = Tables::new(Arc::new(Memory::new(content)), "a", 1 << 20);
         for round in 0..2 {
             for at in (0..8 << 20).step_by(512) {
                 let table = l2(at, 512);
@@ -453,7 +456,7 @@ mod tests {
     #[test]
     fn forgotten_tables_are_not_written() {
         let file = Arc::new(Memory::new(vec![1; 4096]));
-        let tables = Tables::new(file.clone(), 0);
+        let tables = Tables::new(file.clone(), "a", 0);
         tables.fresh(l2(512, 512)).unwrap();
         tables.fresh(l2(1024, 512)).unwrap();
         tables.forget(512, 512);

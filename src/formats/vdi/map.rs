@@ -89,30 +89,29 @@ impl Tables for VdiState {
         if !self.map.is_changed() {
             return Ok(());
         }
-        let failed = "Could not write the VDI block map";
         if let Some(space) = &self.space {
             let (top, end) = (space.top, u64::from(self.header.data_offset()) + space.top * self.block());
             let top = u32::try_from(top).unwrap_or(u32::MAX);
             if self.header.allocated() != top {
                 self.header.set_allocated(top);
-                self.map.write(storage, ALLOCATED_AT as u64, &top.to_le_bytes()).context(failed)?;
+                self.map.write(storage, ALLOCATED_AT as u64, &top.to_le_bytes())?;
             }
             if !storage.facts().fixed_len && storage.len().context("Could not get the size of the file")? < end {
                 storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
             }
         }
         storage.flush().context("Could not flush")?;
-        if self.map.write_first(storage).context(failed)? && self.map.is_changed() {
+        if self.map.write_first(storage)? && self.map.is_changed() {
             storage.flush().context("Could not flush")?;
         }
-        self.map.write_out(storage).context(failed)
+        self.map.write_out(storage)
     }
 }
 
 impl VdiState {
     /// Nothing read yet.
-    pub fn new(header: VdiHeader) -> Self {
-        Self { header, map: TableCache::new(CACHE), map_is_there: false, space: None }
+    pub fn new(header: VdiHeader, file: &str) -> Self {
+        Self { header, map: TableCache::new(CACHE, file, "block map"), map_is_there: false, space: None }
     }
 
     fn block(&self) -> u64 {
@@ -159,7 +158,7 @@ impl VdiState {
         while count < max {
             let at = self.entry_at(block + count);
             let wanted = usize::try_from((max - count) * 4).unwrap_or(usize::MAX);
-            let part = self.map.slice(storage, at, wanted).context("Could not read the VDI block map")?;
+            let part = self.map.slice(storage, at, wanted)?;
             for entry in part.as_chunks().0.iter().copied().map(u32::from_le_bytes) {
                 if count == 0 {
                     first = entry;
@@ -252,7 +251,7 @@ impl VdiState {
     pub fn set(&mut self, storage: &dyn Storage, block: u64, index: u64) -> Result<()> {
         let entry = u32::try_from(index).map_err(|_| Error::corrupt("block index too large"))?;
         let at = self.entry_at(block);
-        self.map.write(storage, at, &entry.to_le_bytes()).context("Could not read the VDI block map")
+        self.map.write(storage, at, &entry.to_le_bytes())
     }
 
     /// Writes the header's counter of blocks, between two flushes.

@@ -50,10 +50,11 @@ impl Format for Vdi {
         let mut head = [0; HEADER_BYTES];
         file.storage.read_at(0, &mut head).context("Could not read the VDI header")?;
         let header = VdiHeader::parse(head)?;
+        let state = VdiState::new(header.clone(), &file.name);
         Ok(Box::new(VdiDriver {
             block: u64::from(header.block_size()),
             fixed: header.kind() == STATIC,
-            image: OneFile::new(file, header.size().next_multiple_of(512), VdiState::new(header), write),
+            image: OneFile::new(file, header.size().next_multiple_of(512), state, write),
         }))
     }
 
@@ -99,7 +100,7 @@ impl BlockDriver for VdiDriver {
         let (entry, run, host) = {
             let mut state = self.state();
             let run = state.run(self.storage(), block, self.blocks(within.saturating_add(max)));
-            let (entry, run) = run.with_context(|| self.files[0].name.as_str())?;
+            let (entry, run) = run.map_err(|error| error.naming(&self.files[0].name))?;
             (entry, run, state.host(entry))
         };
         let len = max.min((run * self.block).saturating_sub(within));

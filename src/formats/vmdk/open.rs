@@ -190,7 +190,7 @@ fn open_extent(
         return Ok(Body::Flat { file, offset });
     }
     if line.kind == ExtentType::SeSparse {
-        return Ok(Body::SeSparse { file, sparse: Box::new(SeSparse::open(storage)?) });
+        return Ok(Body::SeSparse { file, sparse: Box::new(SeSparse::open(&name, storage)?) });
     }
     let mut head = vec![0; 512];
     storage.read_at(0, &mut head).with_context(|| format!("{name}: could not read the header"))?;

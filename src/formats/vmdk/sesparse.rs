@@ -41,7 +41,7 @@ impl SeSparse {
     pub const GRAIN: u64 = GRAIN;
 
     /// Reads both headers and the directory.
-    pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
+    pub fn open(name: &str, storage: Arc<dyn Storage>) -> Result<Self> {
         let header: SeSparseHeader = read(&*storage, 0).context(READING)?;
         if header.magic.get() != SESPARSE_MAGIC {
             return Err(corrupt("no magic number at its start"));
@@ -68,7 +68,7 @@ impl SeSparse {
         }
         let gd_at = header.gd_at.get().checked_mul(SECTOR).ok_or_else(past)?;
         let gd_entries = header.gd_sectors.get().saturating_mul(SECTOR / 8).min(needed);
-        let cache = Mutex::new(TableCache::new(CACHED));
+        let cache = Mutex::new(TableCache::new(CACHED, name, "the tables"));
         Ok(Self {
             gd_at,
             gd_entries,
@@ -84,7 +84,7 @@ impl SeSparse {
     fn word(&self, cache: &mut TableCache, at: u64) -> Result<u64> {
         self.end.require(&*self.storage, "an entry of a table", at, 8)?;
         let mut word = [0; 8];
-        cache.read(&*self.storage, at, &mut word).context(READING)?;
+        cache.read(&*self.storage, at, &mut word)?;
         Ok(u64::from_le_bytes(word))
     }
 

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::block::error::Context;
+use crate::block::error::{Context, Operation, Place};
 use crate::block::{Error, FileEnd, Result};
 use crate::storage::Storage;
 
@@ -157,9 +157,9 @@ impl VmdkState {
             let entries = match at {
                 0 => vec![0; usize::try_from(extent.shape.gtes).unwrap_or(0)],
                 at => {
-                    let failed = || format!("{}: could not read a grain table", extent.name);
+                    let place = || Place::of_table(Operation::Read, &extent.name, "a grain table", at);
                     FileEnd::default().require(&*extent.storage, "a grain table", at, extent.shape.gtes * 4)?;
-                    read_entries(&*extent.storage, at, extent.shape.gtes).with_context(failed)?
+                    read_entries(&*extent.storage, at, extent.shape.gtes).at(place)?
                 }
             };
             self.tables.insert(table, CachedTable { entries, dirty: false });
@@ -293,7 +293,7 @@ fn write_run(extent: &ExtentFile, run: Option<(u64, Vec<u8>)>) -> Result<()> {
         Some((at, bytes)) => extent
             .storage
             .write_at(at, &bytes)
-            .with_context(|| format!("{}: could not write grain tables", extent.name)),
+            .at(|| Place::of_table(Operation::Write, &extent.name, "grain tables", at)),
         None => Ok(()),
     }
 }

@@ -28,7 +28,7 @@ impl Dynamic {
     /// Checks the table and opens.
     pub fn open(file: Child, footer: Footer, header: DynamicHeader, size: u64, purpose: Purpose) -> Result<Self> {
         let write = purpose.writes();
-        let state = VpcState::open(&*file.storage, footer, header, size, purpose)?;
+        let state = VpcState::open(&file, footer, header, size, purpose)?;
         let (block, bitmap) = (state.block(), state.bitmap());
         if write && block > MAX_WRITTEN_BLOCK {
             return Err(Error::unsupported(format!("blocks of {block} bytes cannot be written")));

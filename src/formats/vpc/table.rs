@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, UNALLOCATED};
 use crate::block::error::Context;
-use crate::block::{Error, Purpose, Result};
+use crate::block::{Child, Error, Purpose, Result};
 use crate::formats::one_file::Tables;
 use crate::formats::runs::Runs;
 use crate::formats::table::TableCache;
@@ -57,7 +57,7 @@ impl Tables for VpcState {
         }
         if self.table.is_changed() {
             storage.flush().context("Could not flush")?;
-            self.table.write_out(storage).context("Could not write the block allocation table")?;
+            self.table.write_out(storage)?;
         }
         Ok(())
     }
@@ -66,13 +66,8 @@ impl Tables for VpcState {
 impl VpcState {
     /// Checks header and table of an image of that virtual size; where it is opened to be checked, blocks past the end
     /// of the file are for that to find.
-    pub fn open(
-        storage: &dyn Storage,
-        footer: Footer,
-        header: DynamicHeader,
-        size: u64,
-        purpose: Purpose,
-    ) -> Result<Self> {
+    pub fn open(file: &Child, footer: Footer, header: DynamicHeader, size: u64, purpose: Purpose) -> Result<Self> {
+        let (storage, file) = (&*file.storage, &file.name);
         let length = storage.len().context("Could not get the size of the file")?;
         let block = header.block_size();
         if !block.is_power_of_two() || u64::from(block) < SECTOR {
@@ -101,7 +96,7 @@ impl VpcState {
         let mut state = Self {
             footer,
             header,
-            table: TableCache::new(CACHE),
+            table: TableCache::new(CACHE, file, "block allocation table"),
             full: Vec::new(),
             free: end,
             fresh,
@@ -182,10 +177,9 @@ impl VpcState {
         if max == 0 {
             return Err(Error::corrupt(format!("the block allocation table has no entry {block}")));
         }
-        let reading = "Could not read the block allocation table";
         if !self.header.table().is_multiple_of(4) {
             let mut entry = [0; 4];
-            self.table.read(storage, self.entry_at(block), &mut entry).context(reading)?;
+            self.table.read(storage, self.entry_at(block), &mut entry)?;
             let entry = u32::from_be_bytes(entry);
             return Ok(((entry != UNALLOCATED).then_some(u64::from(entry) * SECTOR), 1));
         }
@@ -193,7 +187,7 @@ impl VpcState {
         while count < max {
             let wanted = usize::try_from((max - count) * 4).unwrap_or(usize::MAX);
             let at = self.entry_at(block + count);
-            let part = self.table.slice(storage, at, wanted).context(reading)?;
+            let part = self.table.slice(storage, at, wanted)?;
             for entry in part.as_chunks().0.iter().copied().map(u32::from_be_bytes) {
                 if entry != UNALLOCATED {
                     return Ok(if count == 0 { (Some(u64::from(entry) * SECTOR), 1) } else { (None, count) });
@@ -211,7 +205,7 @@ impl VpcState {
             None => UNALLOCATED,
         };
         let place = self.entry_at(block);
-        self.table.write(storage, place, &entry.to_be_bytes()).context("Could not read the block allocation table")
+        self.table.write(storage, place, &entry.to_be_bytes())
     }
 
     fn is_full(&self, block: u64) -> bool {

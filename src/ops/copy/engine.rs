@@ -314,8 +314,8 @@ impl<'a> Engine<'a> {
         let read = source::read(segment, buf, scratch);
         let Err(error) = read else { return Ok(()) };
         if !self.options.salvage {
-            return Err(match (error.place(), &segment.content) {
-                (None, Content::Stored(mapping)) => error.at(mapping.node.place_of(Operation::Read, mapping.start)),
+            return Err(match (error.tells_guest(), &segment.content) {
+                (false, Content::Stored(mapping)) => error.at(mapping.node.place_of(Operation::Read, mapping.start)),
                 _ => error,
             });
         }
@@ -430,9 +430,9 @@ impl<'a> Engine<'a> {
 
     /// Which file, and where: unless that is said already.
     fn wrote(&self, error: Error, at: u64) -> Error {
-        match error.place() {
-            Some(_) => error,
-            None => error.at(self.target.place_of(Operation::Write, GuestOffset(at))),
+        match error.tells_guest() {
+            true => error,
+            false => error.at(self.target.place_of(Operation::Write, GuestOffset(at))),
         }
     }
 

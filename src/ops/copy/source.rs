@@ -177,8 +177,8 @@ pub fn read(segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch) -> Res
 
 /// The run at `at`; what is wrong with a map is said with its place.
 fn status(node: &Node, at: GuestOffset, max: u64, layers: usize) -> Result<Mapping<'_>> {
-    node.map(at, max, layers).map_err(|error| match error.place() {
-        Some(_) => error,
-        None => error.at(node.place_of(Operation::Status, at)),
+    node.map(at, max, layers).map_err(|error| match error.tells_guest() {
+        true => error,
+        false => error.at(node.place_of(Operation::Status, at)),
     })
 }
