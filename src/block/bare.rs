@@ -3,7 +3,7 @@
 use super::error::Context;
 use super::info::ImageInfo;
 use super::io::punch_at;
-use super::{BlockDriver, Child, Extent, GuestOffset, HostPlace, Placed, Result, Store, Write};
+use super::{BlockDriver, Child, Extent, GuestOffset, HostPlace, Placed, Result, Store, StoredWord, Write};
 
 /// Bytes that no format has a say in. Their number does not change: whoever wants to resize says `raw`.
 #[derive(Debug)]
@@ -35,6 +35,10 @@ impl BlockDriver for Bare {
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let [file] = &self.files;
         file.extent(at, HostPlace::main(at.get()), max)
+    }
+
+    fn stored_word(&self, _at: GuestOffset) -> Result<StoredWord> {
+        Ok(StoredWord::File)
     }
 
     fn files(&self) -> &[Child] {

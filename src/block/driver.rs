@@ -37,6 +37,12 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
         Some(512)
     }
 
+    /// Whose word counts for what has a place in a file, in the run at `at`.
+    fn stored_word(&self, at: GuestOffset) -> Result<StoredWord> {
+        let _ = at;
+        Ok(StoredWord::Layer)
+    }
+
     /// Decodes one compressed unit: `input` is its encoded bytes, `out` has the unit's length.
     fn decode(&self, unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {
         let _ = (unit, input, out);
@@ -107,6 +113,18 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
     fn cipher(&self) -> Option<&dyn Cipher> {
         None
     }
+}
+
+/// Whose word counts for what has a place in a file: of what reads as zeros, `map` tells data from zeros by it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StoredWord {
+    /// The layer's tables alone: zeros that have a place are no data.
+    #[default]
+    Layer,
+    /// The layer's, and the file's: zeros are data in a hole of the file.
+    Both,
+    /// The file's: the disk is the file.
+    File,
 }
 
 /// What encrypts a layer's plain data. Compressed units do not pass here.

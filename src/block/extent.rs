@@ -89,6 +89,16 @@ pub enum ExtentKind {
     Unallocated(Option<HostPlace>),
 }
 
+impl ExtentKind {
+    /// The same for what is left of the run without its first `n` bytes.
+    pub fn after(mut self, n: u64) -> Self {
+        if let Self::Data(place) | Self::Zero(Some(place)) | Self::Unallocated(Some(place)) = &mut self {
+            place.at = place.at + n;
+        }
+        self
+    }
+}
+
 /// A run of guest bytes and where it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {

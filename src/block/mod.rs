@@ -10,6 +10,7 @@
 
 mod bare;
 pub mod check;
+pub mod cursor;
 pub mod driver;
 pub mod drivers;
 pub mod error;
@@ -34,8 +35,10 @@ mod sealed;
 pub mod secrets;
 
 pub use check::{Check, CheckReport, Findings, Fix};
+pub use cursor::MapCursor;
 pub use driver::{
-    Action, BlockDriver, Cipher, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, Ticket, Write, ZeroedRoom,
+    Action, BlockDriver, Cipher, Compress, Effort, Encoded, Placed, Resize, Snapshots, Store, StoredWord, Ticket,
+    Write, ZeroedRoom,
 };
 pub use drivers::{Driver, Drivers, Named};
 pub use error::{Error, ErrorKind, Result};

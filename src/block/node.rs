@@ -118,11 +118,7 @@ impl Mapping<'_> {
     pub fn after(mut self, n: u64) -> Self {
         self.start = self.start + n;
         self.len = self.len.saturating_sub(n);
-        if let ExtentKind::Data(place) | ExtentKind::Zero(Some(place)) | ExtentKind::Unallocated(Some(place)) =
-            &mut self.kind
-        {
-            place.at = place.at + n;
-        }
+        self.kind = self.kind.after(n);
         self
     }
 }

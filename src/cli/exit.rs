@@ -7,7 +7,7 @@ use std::process::ExitCode;
 pub enum Exit {
     /// What was asked for was done.
     Success,
-    /// It was not.
+    /// It was not; or what was compared differs.
     Failure,
     /// `check`: the image's tables are damaged.
     Corrupt,
@@ -15,6 +15,12 @@ pub enum Exit {
     Leaks,
     /// `check`: the format has none.
     Unsupported,
+    /// What is to be compared cannot be opened.
+    NotOpened,
+    /// What is to be compared does not say what it stores.
+    NoStatus,
+    /// What is to be compared cannot be read.
+    Unreadable,
 }
 
 impl From<Exit> for ExitCode {
@@ -25,6 +31,9 @@ impl From<Exit> for ExitCode {
             Exit::Corrupt => ExitCode::from(2),
             Exit::Leaks => ExitCode::from(3),
             Exit::Unsupported => ExitCode::from(63),
+            Exit::NotOpened => ExitCode::from(2),
+            Exit::NoStatus => ExitCode::from(3),
+            Exit::Unreadable => ExitCode::from(4),
         }
     }
 }

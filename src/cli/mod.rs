@@ -6,6 +6,7 @@
 pub mod cache;
 pub mod check;
 mod common;
+pub mod compare;
 pub mod convert;
 pub mod create;
 pub mod exit;
@@ -14,6 +15,7 @@ mod help;
 pub mod human;
 pub mod info;
 pub mod json;
+pub mod map;
 pub mod object;
 pub mod options;
 pub mod output;
@@ -67,9 +69,11 @@ pub struct Row {
 /// Every subcommand, in alphabetical order.
 pub const SUBCOMMANDS: &[Row] = &[
     row::<check::CheckArgs>(),
+    row::<compare::CompareArgs>(),
     row::<convert::ConvertArgs>(),
     row::<create::CreateArgs>(),
     row::<info::InfoArgs>(),
+    row::<map::MapArgs>(),
     row::<resize::ResizeArgs>(),
 ];
 

@@ -12,7 +12,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use super::program::stderr_line;
 
-/// A report is made when it has moved by more than this, in percent.
+/// How far apart reports are, where nothing else is said, in percent.
 const STEP: f64 = 1.0;
 
 enum ProgressForm {
@@ -27,6 +27,8 @@ enum ProgressForm {
 /// See the module. Ends its line when dropped.
 pub struct Progress {
     form: ProgressForm,
+    /// A report is made when it has moved by more than this, in percent.
+    step: f64,
     /// What was reported last, in percent.
     last: Mutex<f64>,
 }
@@ -34,6 +36,11 @@ pub struct Progress {
 impl Progress {
     /// At nothing done; `wanted` is `-p` without `-q`.
     pub fn start(wanted: bool) -> Self {
+        Self::with_step(wanted, STEP)
+    }
+
+    /// The same, with reports so many percent apart.
+    pub fn with_step(wanted: bool, step: f64) -> Self {
         let mut signal = SigSet::empty();
         signal.add(Signal::SIGUSR1);
         // Blocked before any thread is made: all inherit it. Where that fails it stays as it was.
@@ -59,7 +66,7 @@ impl Progress {
         } else {
             ProgressForm::Plain
         };
-        let progress = Self { form, last: Mutex::new(0.0) };
+        let progress = Self { form, step, last: Mutex::new(0.0) };
         progress.show(0.0);
         progress
     }
@@ -82,7 +89,7 @@ impl Progress {
             }
             ProgressForm::Plain => {
                 let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-                if percent - *last > STEP || percent >= 100.0 {
+                if percent - *last > self.step || percent >= 100.0 {
                     *last = percent;
                     self.show(percent);
                 }

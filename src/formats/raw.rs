@@ -10,7 +10,7 @@ use crate::block::io::punch_at;
 use crate::block::keys::take_size;
 use crate::block::{
     BlockDriver, Child, Create, CreateRequest, Error, Extent, Format, GuestOffset, HostPlace, OpenRequest, OptionKind,
-    OptionSpec, Placed, Resize, Result, Store, Write,
+    OptionSpec, Placed, Resize, Result, Store, StoredWord, Write,
 };
 use crate::storage::{self, Preallocation, Storage};
 
@@ -133,6 +133,10 @@ impl BlockDriver for RawDriver {
 
     fn short_unit(&self) -> Option<u64> {
         None
+    }
+
+    fn stored_word(&self, _at: GuestOffset) -> Result<StoredWord> {
+        Ok(StoredWord::File)
     }
 
     fn files(&self) -> &[Child] {

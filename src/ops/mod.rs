@@ -1,9 +1,11 @@
 //! What is done to images. No printing, no exit.
 
 pub mod check;
+pub mod compare;
 pub mod convert;
 pub mod copy;
 pub mod create;
 pub mod ids;
 pub mod info;
+pub mod map;
 pub mod resize;

@@ -27,6 +27,11 @@ pub fn normalise(text: &str) -> String {
 const OPTIONS: &[(&str, &str, &str)] = &[
     ("check", "hf:r:T:qU", "help format: repair: output: object: image-opts force-share quiet cache:"),
     (
+        "compare",
+        "hf:F:T:pqsU",
+        "help object: image-opts force-share quiet cache: a-format: b-format: left-format: right-format: strict progress",
+    ),
+    (
         "convert",
         "hf:O:B:b:CcF:o:l:S:pt:T:qnm:WUr:",
         "help object: image-opts force-share target-image-opts salvage target-is-zero bitmaps skip-broken-bitmaps \
@@ -36,6 +41,7 @@ const OPTIONS: &[(&str, &str, &str)] = &[
     ),
     ("create", "F:B:b:f:ho:qu", "help object: quiet format: backing: backing-format: backing-unsafe options:"),
     ("info", "f:hUbt:", "help format: output: backing-chain object: image-opts force-share cache:"),
+    ("map", "f:s:l:hU", "help format: output: object: image-opts force-share start-offset: max-length:"),
     ("resize", "f:hq", "help object: image-opts preallocation: shrink quiet format:"),
 ];
 

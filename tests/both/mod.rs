@@ -63,6 +63,16 @@ fn resize_is_qemu_imgs() {
 }
 
 #[test]
+fn map_is_qemu_imgs() {
+    run_all("map", include_str!("map.case"), 60);
+}
+
+#[test]
+fn compare_is_qemu_imgs() {
+    run_all("compare", include_str!("compare.case"), 40);
+}
+
+#[test]
 fn check_is_qemu_imgs() {
     run_all("check", include_str!("check.case"), 12);
 }

@@ -7,7 +7,7 @@
 //! * `tables.rs` the cache of L1, L2 and refcount tables and the order in which changes reach the file;
 //! * `snapshot.rs`, `bitmap.rs` and `dirty.rs`: snapshots, the directory of bitmaps, and what bitmaps have to be told;
 //! * `space.rs` which cluster comes next; `plan.rs`, `prealloc.rs` and `create.rs` new images; `map.rs` guest offset →
-//!   extent; `codec.rs` compressed clusters, `crypt.rs` encrypted ones; `info.rs` what info shows;
+//!   extent; `holes.rs` what of it the host does not hold; `codec.rs` compressed clusters, `crypt.rs` encrypted ones; `info.rs` what info shows;
 //! * `walk.rs` everything that the metadata refers to, one after the other, for `guard.rs` (where tables are) and
 //!   `repair.rs` (after an unclean end);
 //! * `counts.rs` refcounts of an open image; `alloc.rs` clusters given out and taken back; `flush.rs` changes on their
@@ -32,6 +32,7 @@ pub mod flush;
 pub mod geometry;
 pub mod guard;
 pub mod header;
+pub mod holes;
 pub mod info;
 pub mod layout;
 pub mod map;
@@ -52,14 +53,14 @@ pub mod walk;
 pub mod window;
 
 use std::sync::atomic::AtomicBool;
-use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard};
 
 use crate::block::driver::Bitmaps;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
     BackingRef, BlockDriver, Check, Child, Cipher, CompressedUnit, Create, Extent, Format, GuestOffset, OpenRequest,
-    Resize, Result, Snapshots, Write,
+    Resize, Result, Snapshots, StoredWord, Write,
 };
 use crate::crypto::luks;
 use crate::formats::encryption::KEY_SECRET;
@@ -128,6 +129,8 @@ pub struct Qcow2Driver {
     luks: Option<luks::LuksHeader>,
     backing: Option<BackingRef>,
     write: bool,
+    /// Whether the host has holes under data clusters; found out once (see `holes.rs`).
+    host_holes: OnceLock<bool>,
     /// Whether wrong tables were reported already.
     told_corrupt: AtomicBool,
 }
@@ -142,7 +145,11 @@ impl BlockDriver for Qcow2Driver {
     }
 
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
-        self.map(at, max)
+        self.extent_on_host(at, max)
+    }
+
+    fn stored_word(&self, at: GuestOffset) -> Result<StoredWord> {
+        self.word_on_host(at)
     }
 
     /// Of the last cluster of the file that much is written as the guest wrote.

@@ -1,7 +1,7 @@
 //! Opening: the header, the user's options, the data file, and what a writer has to put right first.
 
 use std::sync::atomic::AtomicBool;
-use std::sync::{Mutex, RwLock};
+use std::sync::{Mutex, OnceLock, RwLock};
 
 use serde_json::Value;
 
@@ -81,6 +81,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         luks,
         backing,
         write: purpose.writes(),
+        host_holes: OnceLock::new(),
         told_corrupt: AtomicBool::new(false),
     };
     if purpose.mends() {
@@ -124,6 +125,7 @@ impl Qcow2Driver {
             luks: self.luks.clone(),
             backing: self.backing.clone(),
             write: false,
+            host_holes: OnceLock::new(),
             told_corrupt: AtomicBool::new(false),
         }
     }

@@ -23,7 +23,7 @@ use crate::block::info::ImageInfo;
 use crate::block::io::punch;
 use crate::block::{
     Action, BlockDriver, Check, Child, Create, Extent, ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed,
-    Resize, Result, Store, Ticket, Write,
+    Resize, Result, Store, StoredWord, Ticket, Write,
 };
 use crate::formats::one_file::{OneFile, Tables};
 
@@ -112,8 +112,12 @@ impl BlockDriver for VdiDriver {
         if !self.fixed {
             return Ok(Extent { start: at, len, kind: ExtentKind::Data(place) });
         }
-        // A static image is as sparse as the host made it.
         self.files[0].stored_extent(at, place, len)
+    }
+
+    fn stored_word(&self, _at: GuestOffset) -> Result<StoredWord> {
+        // A static image is as sparse as the host made it.
+        Ok(if self.fixed { StoredWord::Both } else { StoredWord::Layer })
     }
 
     fn files(&self) -> &[Child] {

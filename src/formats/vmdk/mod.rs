@@ -35,7 +35,7 @@ use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
     BackingRef, BlockDriver, Check, Child, CompressedUnit, Create, Error, ErrorKind, Extent, ExtentKind, Format,
-    GuestOffset, HostOffset, HostPlace, OpenRequest, Resize, Result, Write,
+    GuestOffset, HostOffset, HostPlace, OpenRequest, Resize, Result, StoredWord, Write,
 };
 use crate::storage::Storage;
 
@@ -209,6 +209,11 @@ impl BlockDriver for VmdkDriver {
             }
         };
         Ok(Extent { start: at, len, kind })
+    }
+
+    fn stored_word(&self, at: GuestOffset) -> Result<StoredWord> {
+        let flat = matches!(self.parts[self.part_at(at.get())?].body, Body::Flat { .. });
+        Ok(if flat { StoredWord::Both } else { StoredWord::Layer })
     }
 
     fn decode(&self, _unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {

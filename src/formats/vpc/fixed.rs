@@ -9,7 +9,7 @@ use crate::block::info::ImageInfo;
 use crate::block::io::punch_at;
 use crate::block::{
     BlockDriver, Check, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed, Resize, Result,
-    Store, Write,
+    Store, StoredWord, Write,
 };
 
 /// A fixed disk.
@@ -67,6 +67,10 @@ impl BlockDriver for Fixed {
             return Ok(Extent { start: at, len: max, kind: ExtentKind::Data(place) });
         }
         self.files[0].extent(at, HostPlace::main(at.get()), there)
+    }
+
+    fn stored_word(&self, _at: GuestOffset) -> Result<StoredWord> {
+        Ok(StoredWord::Both)
     }
 
     fn files(&self) -> &[Child] {
