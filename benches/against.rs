@@ -49,6 +49,7 @@ const VDI: (&str, &str) = ("disk.vdi", "convert -f raw -O vdi {disk} disk.vdi");
 const VPC: (&str, &str) = ("disk.vpc", "convert -f raw -O vpc {disk} disk.vpc");
 const QCOW: (&str, &str) = ("disk.qcow", "convert -f raw -O qcow {disk} disk.qcow");
 const EMPTY: (&str, &str) = ("empty.qcow2", "create -q -f qcow2 empty.qcow2 8G");
+const FULL: (&str, &str) = ("full.qcow2", "create -q -f qcow2 -o preallocation=metadata full.qcow2 1T");
 const HUGE: (&str, &str) = ("huge.qcow2", "create -q -f qcow2 huge.qcow2 16T");
 
 const JOBS: &[Job] = &[
@@ -88,6 +89,9 @@ const JOBS: &[Job] = &[
     Job { name: "16T sparse qcow2→vdi", needs: &[HUGE], run: "convert -f qcow2 -O vdi huge.qcow2 out" },
     Job { name: "16T sparse qcow2→vmdk", needs: &[HUGE], run: "convert -f qcow2 -O vmdk huge.qcow2 out" },
     Job { name: "info 16T", needs: &[HUGE], run: "info huge.qcow2" },
+    Job { name: "check 1T metadata", needs: &[FULL], run: "check full.qcow2" },
+    Job { name: "check of the disk", needs: &[QCOW2], run: "check disk.qcow2" },
+    Job { name: "check of the vmdk", needs: &[VMDK], run: "check disk.vmdk" },
     Job { name: "resize 8G to 16T", needs: &[], run: "resize -f qcow2 grow.qcow2 16T" },
 ];
 

@@ -372,3 +372,157 @@ fn repairs_can_be_stopped_anywhere() {
         kind.repairs_can_be_stopped();
     }
 }
+
+#[test]
+fn a_mended_copy_leaves_the_image_alone() {
+    for kind in [VDI, VPC, QCOW, VMDK] {
+        let scratch = Scratch::new();
+        let whole = kind.bytes(&scratch);
+        let damage = kind.damages.iter().find(|damage| damage.mended).expect("one that can be mended");
+        let mut bytes = whole.clone();
+        (damage.change)(&mut bytes);
+        std::fs::write(scratch.file(IMAGE), &bytes).expect("write");
+        std::fs::write(scratch.file("copy"), "what was there").expect("write");
+        let to = |image: &str, copy: &str| {
+            vimg(&["check", "-f", kind.format, "--repair-to", copy, image]).dir(scratch.path()).run()
+        };
+        let out = to(IMAGE, "copy");
+        assert_eq!(out.code, Some(0), "{}: {out:#?}", kind.format);
+        assert!(out.stdout.contains("Double checking the fixed image now..."), "{out:#?}");
+        assert!(std::fs::read(scratch.file(IMAGE)).expect("read") == bytes, "{}: changed", kind.format);
+        let copy = std::fs::read(scratch.file("copy")).expect("copy");
+        assert!(read_all(&copy, kind.format) == Some(kind.mended_content(&whole, &bytes)), "{}", kind.format);
+        vimg(&["check", "-f", kind.format, "copy"]).dir(scratch.path()).ok();
+        let out = to("copy", "./copy");
+        assert_eq!(out.code, Some(1), "{out:#?}");
+        assert!(out.stderr.contains("'./copy' is the image itself"), "{out:#?}");
+        assert!(std::fs::read(scratch.file("copy")).expect("copy") == copy, "{}: it is as it was", kind.format);
+    }
+}
+
+#[test]
+fn a_mended_copy_of_a_qcow2_is_sparse_and_clean() {
+    let scratch = Scratch::new();
+    scratch.sh(
+        "qemu-img create -q -f qcow2 a 1G && qemu-io -c 'write -P 1 64k 64k' -c 'write -P 2 900M 64k' a && \
+         printf '\\000\\000' | dd of=a bs=1 seek=$((0x20006)) conv=notrunc && truncate -s 300M a && cp --sparse=always a a0",
+    );
+    scratch.judge(&["convert", "-O", "raw", "a", "before"]);
+    let out = vimg(&["check", "--repair-to", "b", "--output=json", "a"]).dir(scratch.path()).run();
+    assert_eq!(out.code, Some(0), "{out:#?}");
+    assert_eq!((out.json()["filename"].as_str(), out.json()["corruptions-fixed"].as_u64()), (Some("b"), Some(1)));
+    scratch.sh("cmp a a0");
+    assert_eq!(judge(&["check", "a"]).dir(scratch.path()).run().code, Some(2), "it is as damaged as it was");
+    scratch.assert_clean("qcow2", "b");
+    scratch.assert_same_content("raw", "before", "qcow2", "b");
+    use std::os::unix::fs::MetadataExt;
+    let blocks = std::fs::metadata(scratch.file("b")).expect("b").blocks();
+    assert!(blocks * 512 < 2 << 20, "{blocks} blocks");
+}
+
+#[test]
+fn no_mended_copy_is_made_of_what_cannot_be_copied_or_checked() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse split.vmdk 9M && truncate -s 1M raw && \
+         qemu-img create -q -f vdi whole 9M && truncate -s 100 whole");
+    for (format, image, code, text) in [
+        ("vmdk", "split.vmdk", 1, "'split.vmdk' has several files, of which no mended copy can be made"),
+        ("raw", "raw", 63, "This image format does not support checks"),
+        ("vdi", "whole", 1, "VDI"),
+    ] {
+        let out = vimg(&["check", "-f", format, "--repair-to", "copy", image]).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(code), "{out:#?}");
+        assert!(out.stderr.contains(text), "{out:#?}");
+        assert!(!scratch.file("copy").exists(), "{image}");
+    }
+}
+
+#[test]
+fn a_copy_far_from_its_backing_file_is_warned_of() {
+    let scratch = Scratch::new();
+    scratch.sh("mkdir far && truncate -s 1M base && qemu-img create -q -f qcow2 -b base -F raw a");
+    let out = scratch.vimg(&["check", "--repair-to", "far/b", "a"]);
+    assert!(out.stderr.contains("warning: From where 'far/b' is, its backing file 'base' is not found"), "{out:#?}");
+    assert_eq!(scratch.vimg(&["check", "--repair-to", "b", "a"]).stderr, "");
+}
+
+#[test]
+fn an_untrusted_overlay_is_checked_alone() {
+    let scratch = Scratch::new();
+    scratch.sh("truncate -s 1M base && qemu-img create -q -f qcow2 -b base -F raw a && rm base");
+    scratch.vimg(&["--untrusted", "check", "a"]);
+    vimg(&["check", "a"]).dir(scratch.path()).fails(1);
+}
+
+#[test]
+fn a_truncated_image_is_never_without_errors() {
+    let scratch = Scratch::new();
+    crate::fixtures::unpack(scratch.path());
+    // A qcow2 is checked as the reference does it, which bears what ends within the last cluster.
+    for fixture in crate::fixtures::all().into_iter().filter(|fixture| fixture.format != "qcow2") {
+        let bytes = std::fs::read(scratch.file(&fixture.name)).expect("fixture");
+        let out = vimg(&["check", "-f", &fixture.format, &fixture.name]).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(0), "{}: {out:#?}", fixture.name);
+        std::fs::write(scratch.file(&fixture.name), &bytes[..bytes.len() / 2]).expect("write");
+        let out = vimg(&["check", "-f", &fixture.format, &fixture.name]).dir(scratch.path()).run();
+        assert!(matches!(out.code, Some(1 | 2)), "{}: {out:#?}", fixture.name);
+        std::fs::write(scratch.file(&fixture.name), &bytes).expect("write");
+    }
+}
+
+/// From the end: the end of the stream, the footer and its marker, the directory and its marker. The first grain is at
+/// sector 128, and its table behind the grains.
+#[test]
+fn damage_of_a_stream_optimized_vmdk_is_found() {
+    type Change = fn(&mut Vec<u8>, usize);
+    let changes: &[(&str, Change)] = &[
+        ("ERROR: image: no marker at the end of the stream", |b, end| b[end - 512] = 1),
+        ("ERROR: image: no marker before the footer", |b, end| b[end - 3 * 512 + 12] = 9),
+        ("ERROR: image: no marker before the grain directory", |b, end| b[end - 5 * 512 + 12] = 9),
+        ("ERROR: image: header and footer differ", |b, end| b[end - 2 * 512 + 0x2c] ^= 1),
+        ("ERROR: image: no marker before grain table 0", |b, end| {
+            let table = get_le32(b, end - 4 * 512) as usize;
+            b[(table - 1) * 512 + 12] = 7;
+        }),
+        ("ERROR: image: grain table 0 lies past the end of the file", |b, end| le32(b, end - 4 * 512, 1 << 30)),
+        ("ERROR: cluster offset for sector 0 points after EOF", |b, end| {
+            let table = get_le32(b, end - 4 * 512) as usize;
+            le32(b, table * 512, 1 << 30);
+        }),
+        ("ERROR: image: cluster for sector 128 has the marker of another one", |b, end| {
+            let table = get_le32(b, end - 4 * 512) as usize;
+            let first = get_le32(b, table * 512);
+            le32(b, table * 512 + 4, first);
+        }),
+        ("ERROR: image: cluster for sector 0 has a compressed size of 1048576 bytes", |b, _| {
+            le32(b, 128 * 512 + 8, 1 << 20);
+        }),
+        ("ERROR: image: cluster for sector 128 overlaps what else is there", |b, _| le32(b, 128 * 512 + 8, 1000)),
+    ];
+    let scratch = Scratch::new();
+    scratch.sh("truncate -s 9M raw && qemu-io -f raw -c 'write -P 1 0 64k' -c 'write -P 2 64k 128k' raw");
+    scratch.vimg(&["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", "raw", IMAGE]);
+    let whole = std::fs::read(scratch.file(IMAGE)).expect("read");
+    scratch.vimg(&["check", "-f", "vmdk", IMAGE]);
+    for (text, change) in changes {
+        let mut bytes = whole.clone();
+        let end = bytes.len();
+        change(&mut bytes, end);
+        std::fs::write(scratch.file(IMAGE), &bytes).expect("write");
+        let out = vimg(&["check", "-f", "vmdk", "-r", "all", IMAGE]).dir(scratch.path()).fails(2);
+        assert_eq!(out.stderr, format!("{text}\n"));
+        assert!(std::fs::read(scratch.file(IMAGE)).expect("read") == bytes, "{text}: it is left alone");
+    }
+}
+
+#[test]
+fn every_extent_of_a_split_vmdk_is_checked() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse a.vmdk 4G && \
+         qemu-io -f vmdk -c 'write 0 64k' -c 'write 3G 128k' a.vmdk && truncate -s -64k a-s002.vmdk && \
+         truncate -s -600 a-s001.vmdk");
+    let out = vimg(&["check", "a.vmdk"]).dir(scratch.path()).fails(2);
+    let wanted = "ERROR: a-s001.vmdk: cluster for sector 0 is cut off by EOF\n\
+                  ERROR: cluster offset for sector 6291584 points after EOF\n";
+    assert_eq!(out.stderr, wanted);
+}

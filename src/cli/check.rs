@@ -1,16 +1,17 @@
 //! `check`: looks for damage in an image's tables, and mends it.
 
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 use super::common::Common;
 use super::exit::Exit;
 use super::output::OutputForm;
 use super::program::stderr_line;
 use super::source::ImageArgs;
-use super::{Complaint, Program, Subcommand, cache, json};
+use super::{Complaint, Program, Subcommand, cache, help, json};
 use crate::block::check::{CheckReport, Findings, Fix};
 use crate::block::error::Context;
-use crate::block::{OpenHow, Purpose};
+use crate::block::{OpenHow, Policy, Purpose};
 use crate::ops::check;
 use crate::storage::CacheMode;
 
@@ -37,6 +38,10 @@ pub struct CheckArgs {
     /// mend the image: space that nothing uses, or all that can be mended
     #[arg(short, long, value_name = "leaks|all", value_parser = fix)]
     repair: Option<Fix>,
+    /// mend a copy of the image, which appears as FILE when it is mended, and leave the image alone; all that can be
+    /// mended, if -r does not say otherwise
+    #[arg(long, value_name = "FILE", help_heading = help::OWN)]
+    repair_to: Option<PathBuf>,
     /// image to check
     #[arg(value_name = "FILENAME")]
     operands: Vec<OsString>,
@@ -67,11 +72,14 @@ impl Subcommand for CheckArgs {
             ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
         source.check()?;
-        let fix = self.repair.unwrap_or_default();
-        let purpose = if fix.is_asked_for() { Purpose::Repair } else { Purpose::Check };
+        let copy = self.repair_to.as_deref();
+        let fix = self.repair.unwrap_or(if copy.is_some() { Fix::All } else { Fix::Nothing });
+        let purpose = if fix.is_asked_for() && copy.is_none() { Purpose::Repair } else { Purpose::Check };
         let (image, how) = source.image(program, name)?;
         let opener = program.opener(&secrets);
-        let node = opener.open(&image, &OpenHow { purpose, cache, ..how });
+        // No backing file is needed for this: the reference misses one all the same, and an untrusted image may name none.
+        let no_backing = opener.policy() != Policy::Follow;
+        let node = opener.open(&image, &OpenHow { purpose, cache, no_backing, ..how });
         program.notices(&opener);
         let node = node?;
         let (quiet, form) = (self.common.quiet, self.output.unwrap_or_default());
@@ -81,9 +89,13 @@ impl Subcommand for CheckArgs {
                 program.print(&repaired(report));
             }
         };
-        let Some(report) =
-            check::check(&node, fix, &Console { name: program.name() }, &show).context("Check failed")?
-        else {
+        let console = Console { name: program.name() };
+        let checked = match copy {
+            Some(copy) => check::repair_to(&opener, &node, copy, fix, &console, &show),
+            None => check::check(&node, fix, &console, &show),
+        };
+        program.notices(&opener);
+        let Some(report) = checked.context("Check failed")? else {
             program.error("This image format does not support checks");
             return Ok(Exit::Unsupported);
         };
@@ -94,7 +106,8 @@ impl Subcommand for CheckArgs {
             _ if quiet => {}
             OutputForm::Human => program.print(&text(&report)),
             OutputForm::Json => {
-                let shown = check::to_json(&report, &name.to_string_lossy(), node.driver().format());
+                let name = copy.map_or(name.as_os_str(), Path::as_os_str).to_string_lossy();
+                let shown = check::to_json(&report, &name, node.driver().format());
                 program.println(&json::pretty(&shown));
             }
         }
