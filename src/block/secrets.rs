@@ -114,10 +114,10 @@ impl Secrets {
         }
     }
 
-    /// The same as text.
+    /// The same as text, in which the reference takes no NUL.
     pub fn passphrase(&self, id: &str) -> Result<&str> {
-        std::str::from_utf8(self.bytes(id)?.get())
-            .map_err(|_| Error::invalid(format!("Data from secret {id} is not valid UTF-8")))
+        let text = std::str::from_utf8(self.bytes(id)?.get()).ok().filter(|text| !text.contains('\0'));
+        text.ok_or_else(|| Error::invalid(format!("Data from secret {id} is not valid UTF-8")))
     }
 
     /// The passphrase of an image: the secret with that id, which the option `option` names, or, if it names none,

@@ -1,10 +1,12 @@
-//! What images with a LUKS header have in common, whichever format it lies in: what `info` shows
-//! of it, and what its faults are to whoever opens an image.
+//! What images with a LUKS header have in common, whichever format it lies in: the options of a new one, what `info`
+//! shows of it, and what its faults are to whoever opens an image.
 
 use serde_json::{Map, Value, json};
 
-use crate::block::{Error, ErrorKind};
-use crate::crypto::luks::{LuksError, LuksHeader};
+use crate::block::{CreateOptions, Error, ErrorKind, Result};
+use crate::crypto::luks::{LuksError, LuksHeader, LuksPlan};
+use crate::crypto::spec::GENERATORS;
+use crate::crypto::{CipherAlgorithm, CipherMode, CipherSpec, HashAlgorithm, IvGenerator};
 
 impl From<LuksError> for Error {
     fn from(error: LuksError) -> Self {
@@ -56,4 +58,49 @@ pub fn luks_facts(header: &LuksHeader, detached: bool) -> Map<String, Value> {
     put("payload-offset", header.payload().into());
     put("master-key-iters", header.iterations().into());
     facts
+}
+
+/// What the options of a new image ask for. `prefix` stands before their names, as in `encrypt.cipher-alg`; errors name
+/// them without it.
+pub fn luks_plan(options: &CreateOptions, prefix: &str) -> Result<LuksPlan> {
+    let cipher = choice(options, prefix, "cipher-alg", CipherAlgorithm::parse)?;
+    let mode = choice(options, prefix, "cipher-mode", CipherMode::parse)?;
+    let generator = choice(options, prefix, "ivgen-alg", |name| GENERATORS.into_iter().find(|known| *known == name))?;
+    let iv_hash = choice(options, prefix, "ivgen-hash-alg", HashAlgorithm::parse)?;
+    let hash = choice(options, prefix, "hash-alg", HashAlgorithm::parse)?;
+    let essiv_hash = iv_hash.or(Some(HashAlgorithm::Sha256));
+    let iv = generator.and_then(|name| IvGenerator::parse(name, essiv_hash)).unwrap_or(IvGenerator::Plain64);
+    let spec =
+        CipherSpec { cipher: cipher.unwrap_or(CipherAlgorithm::Aes256), mode: mode.unwrap_or(CipherMode::Xts), iv };
+    Ok(LuksPlan {
+        spec,
+        idle_hash: iv_hash,
+        hash: hash.unwrap_or(HashAlgorithm::Sha256),
+        time: options.number(&format!("{prefix}iter-time")).unwrap_or(LuksPlan::TIME),
+        detached: false,
+    })
+}
+
+/// The value of an option that is one of a list, or nothing where it is not given.
+fn choice<T>(
+    options: &CreateOptions,
+    prefix: &str,
+    name: &str,
+    parse: impl Fn(&str) -> Option<T>,
+) -> Result<Option<T>> {
+    let Some(value) = options.text(&format!("{prefix}{name}")) else { return Ok(None) };
+    let unknown = || Error::invalid(format!("Parameter '{name}' does not accept value '{value}'"));
+    parse(value).map(Some).ok_or_else(unknown)
+}
+
+/// A UUID as a header has it.
+pub fn uuid_text(uuid: [u8; 16]) -> String {
+    let mut text = String::new();
+    for (n, byte) in uuid.iter().enumerate() {
+        if [4, 6, 8, 10].contains(&n) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
 }

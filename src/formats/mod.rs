@@ -7,13 +7,13 @@
 mod claims;
 mod effort;
 mod encryption;
-mod legacy_aes;
 mod luks_header;
 mod one_file;
 pub mod qcow;
 pub mod qcow2;
 pub mod raw;
 mod runs;
+mod sector_cipher;
 mod table;
 pub mod vdi;
 pub mod vmdk;

@@ -26,8 +26,8 @@ use crate::block::{
 };
 use crate::codec::deflate::{self, How, Wrap};
 use crate::formats::encryption::{self, KEY_SECRET};
-use crate::formats::legacy_aes::LegacyAes;
 use crate::formats::one_file::{OneFile, Tables};
+use crate::formats::sector_cipher::ImageCipher;
 
 /// The format.
 #[derive(Debug)]
@@ -55,7 +55,9 @@ impl Format for Qcow {
         let encrypted = header.crypt() != 0;
         let id = encryption::take_key(options, encrypted.then_some("aes"))?;
         let cipher = match encrypted && !look_only {
-            true => Some(LegacyAes::new(&secrets.key(KEY_SECRET, id.as_deref(), &file.name, purpose.into())?)?),
+            true => {
+                Some(ImageCipher::legacy_aes(&secrets.key(KEY_SECRET, id.as_deref(), &file.name, purpose.into())?)?)
+            }
             false => None,
         };
         let size = header.size() / 512 * 512;
@@ -108,7 +110,7 @@ struct QcowDriver {
     encrypted: bool,
     /// What clusters that are not compressed are encrypted with. Nothing where they are not, or the header alone is
     /// looked at.
-    cipher: Option<LegacyAes>,
+    cipher: Option<ImageCipher>,
 }
 
 impl Deref for QcowDriver {

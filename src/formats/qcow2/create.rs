@@ -9,13 +9,16 @@ use std::sync::Arc;
 use crate::block::error::Context;
 use crate::block::{
     Create, CreateOptions, CreateRequest, Effort, Error, ErrorKind, HostOffset, OptionKind, OptionSpec, OptionTree,
-    Result,
+    Result, SecretBytes,
 };
+use crate::crypto::luks::{LuksPlan, NewVolume};
 use crate::formats::effort;
 use crate::formats::encryption::{self, KEY_SECRET};
+use crate::formats::luks_header::{luks_plan, uuid_text};
 use crate::storage::{Preallocation, Storage};
 
 use super::Qcow2;
+use super::crypt;
 use super::entry::L1Entry;
 use super::geometry::Geometry;
 use super::header::Qcow2Header;
@@ -59,23 +62,6 @@ const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("refcount_bits", OptionKind::Number, "Width of a reference count entry in bits").or("16"),
 ];
 
-/// Widths of the ciphers that the reference knows; others are refused while options are looked at.
-const CIPHERS: &[&str] = &[
-    "aes-128",
-    "aes-192",
-    "aes-256",
-    "des",
-    "3des",
-    "cast5-128",
-    "serpent-128",
-    "serpent-192",
-    "serpent-256",
-    "twofish-128",
-    "twofish-192",
-    "twofish-256",
-    "sm4",
-];
-
 /// What the options say, decided.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Decided {
@@ -87,13 +73,15 @@ struct Decided {
     data_file_raw: bool,
     backing: Option<(OsString, Option<String>)>,
     encrypted: Option<Encryption>,
+    /// The passphrase for it.
+    key: Option<SecretBytes>,
 }
 
 /// What an image shall be encrypted with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Encryption {
     Aes,
-    Luks,
+    Luks(LuksPlan),
 }
 
 impl Create for Qcow2 {
@@ -123,7 +111,13 @@ impl Create for Qcow2 {
         };
         let decided = decide(request)?;
         let (data, name) = data.unzip();
-        write(&decided, name, &file, data.as_ref())
+        let volume = match (decided.encrypted, &decided.key) {
+            (Some(Encryption::Luks(plan)), Some(key)) => {
+                Some(plan.make(&uuid_text(request.ids.uuid("luks")), key.get())?)
+            }
+            _ => None,
+        };
+        write(&decided, name, &file, data.as_ref(), volume.as_ref())
     }
 }
 
@@ -210,19 +204,12 @@ fn decide(request: &CreateRequest<'_>) -> Result<Decided> {
     {
         return Err(unassignable(name, backing_format, "Invalid argument"));
     }
-    match encrypted {
-        // Nothing but data is encrypted with it. Whoever makes an image knows that it is there.
-        Some(Encryption::Aes) => drop(encryption::new_key(request)?),
-        Some(Encryption::Luks) => {
-            encryption::new_key(request)?;
-            return Err(Error::unsupported("LUKS encryption is not supported for new images"));
-        }
-        None => {}
-    }
+    // Without LUKS nothing but data is encrypted with it, yet whoever makes an image knows that it is there.
+    let key = encrypted.map(|_| encryption::new_key(request)).transpose()?;
     // A raw data file can be told from the image alone only if every cluster has its place.
     let fill = if data_file_raw && fill == Preallocation::Off { Preallocation::Metadata } else { fill };
     let backing = backing_file.map(|name| (name.to_owned(), backing_format.map(str::to_owned)));
-    Ok(Decided { geometry, size, fill, zstd, lazy, data_file_raw, backing, encrypted })
+    Ok(Decided { geometry, size, fill, zstd, lazy, data_file_raw, backing, encrypted, key })
 }
 
 fn encryption(options: &CreateOptions) -> Result<Option<Encryption>> {
@@ -232,10 +219,7 @@ fn encryption(options: &CreateOptions) -> Result<Option<Encryption>> {
         return Ok(Some(Encryption::Aes));
     }
     choice("format", format, |value| (value == "luks").then_some(()))?;
-    if let Some(cipher) = options.text("encrypt.cipher-alg") {
-        choice("cipher-alg", cipher, |value| CIPHERS.contains(&value).then_some(()))?;
-    }
-    Ok(Some(Encryption::Luks))
+    Ok(Some(Encryption::Luks(luks_plan(options, "encrypt.")?)))
 }
 
 fn unassignable(name: &OsStr, format: Option<&str>, why: &str) -> Error {
@@ -250,6 +234,7 @@ fn write(
     data_file: Option<OsString>,
     file: &Arc<dyn Storage>,
     data: Option<&Arc<dyn Storage>>,
+    volume: Option<&NewVolume>,
 ) -> Result<()> {
     let Decided { geometry, size, fill, .. } = *decided;
     let cluster = geometry.cluster_size();
@@ -264,6 +249,7 @@ fn write(
     if let Some(data) = data {
         fill_data_file(&**data, size, decided.geometry.subcluster_size(), fill)?;
     }
+    let crypto = volume.map(|volume| crypt::place(&mut planner, geometry, volume)).transpose()?;
     planner.plan.write_refcounts()?;
     let mut table: Vec<u8> = Vec::new();
     for at in &planner.l1 {
@@ -272,7 +258,7 @@ fn write(
     table.resize(usize::try_from(l1_entries * ENTRY).map_err(|_| Error::invalid("L1 table is too large"))?, 0);
     planner.plan.out().put(l1, &table)?;
     let (refcount_table, refcount_table_clusters) = planner.plan.table();
-    let mut header = header(decided, data_file);
+    let mut header = Qcow2Header { crypto, ..header(decided, data_file) };
     header.fields.l1_size = u32::try_from(l1_entries).map_err(|_| Error::invalid("L1 table is too large"))?;
     header.fields.l1_table_offset = l1;
     header.fields.refcount_table_offset = refcount_table << geometry.cluster_bits;
@@ -302,7 +288,7 @@ fn header(decided: &Decided, data_file: Option<OsString>) -> Qcow2Header {
             crypt_method: match decided.encrypted {
                 None => layout::CRYPT_NONE,
                 Some(Encryption::Aes) => layout::CRYPT_AES,
-                Some(Encryption::Luks) => layout::CRYPT_LUKS,
+                Some(Encryption::Luks(_)) => layout::CRYPT_LUKS,
             },
             incompatible: flag(data_file.is_some(), layout::DATA_FILE)
                 | flag(decided.zstd, layout::COMPRESSION)

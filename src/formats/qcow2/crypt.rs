@@ -1,33 +1,104 @@
-//! Encrypted images: the key, and what their clusters are encrypted with.
+//! Encrypted images: the key, what clusters are encrypted with, and the LUKS header in its clusters.
 //!
-//! Source: specification, section "Data encryption". Compressed clusters are not encrypted.
+//! Source: specification, sections "Full disk encryption header pointer" and "Data encryption in images with LUKS
+//! encryption". Compressed clusters are not encrypted. With LUKS a sector is encrypted by its number in the file that it
+//! lies in, with the encryption of old by that on the guest's disk.
 
-use crate::block::{Error, OptionTree, Purpose, Result, Secrets};
+use crate::block::error::Context;
+use crate::block::{Child, Error, FileEnd, OptionTree, Purpose, Result, SecretBytes, Secrets};
+use crate::crypto::SectorCipher;
+use crate::crypto::luks::{HEADER, LuksError, LuksHeader, NewVolume};
 use crate::formats::encryption::{self, KEY_SECRET};
-use crate::formats::legacy_aes::LegacyAes;
+use crate::formats::sector_cipher::ImageCipher;
+use crate::storage::Storage;
 
+use super::geometry::Geometry;
 use super::header::Qcow2Header;
 use super::layout;
+use super::plan::Planner;
+
+/// How an image is encrypted, and with what.
+pub struct Unlocked {
+    /// The LUKS header.
+    pub luks: Option<LuksHeader>,
+    /// Nothing where the image is not encrypted, or where its header alone is looked at.
+    pub cipher: Option<ImageCipher>,
+}
 
 /// Takes the options about encryption, and makes the cipher of an image that has one, unless its header alone is
 /// looked at.
 pub fn unlock(
     options: &mut OptionTree,
     header: &Qcow2Header,
-    name: &str,
+    file: &Child,
     purpose: Purpose,
     secrets: &Secrets,
-) -> Result<Option<LegacyAes>> {
+) -> Result<Unlocked> {
     let format = match header.fields.crypt_method {
         layout::CRYPT_AES => Some("aes"),
         layout::CRYPT_LUKS => Some("luks"),
         _ => None,
     };
     let id = encryption::take_key(options, format)?;
-    let Some(format) = format.filter(|_| !purpose.only_looks()) else { return Ok(None) };
-    let key = secrets.key(KEY_SECRET, id.as_deref(), name, purpose.into())?;
-    match format {
-        "aes" => Ok(Some(LegacyAes::new(&key)?)),
-        _ => Err(Error::unsupported(format!("'{format}' encryption is not supported"))),
+    let key = match format.is_some() && !purpose.only_looks() {
+        true => Some(secrets.key(KEY_SECRET, id.as_deref(), &file.name, purpose.into())?),
+        false => None,
+    };
+    let Some(place) = header.crypto else {
+        let cipher = key.map(|key| ImageCipher::legacy_aes(&key)).transpose()?;
+        return Ok(Unlocked { luks: None, cipher });
+    };
+    let volume = LuksClusters { storage: &*file.storage, at: place.0, len: place.1, end: FileEnd::default() };
+    let luks = volume.header()?;
+    let cipher = key.map(|key| volume.unlock(&luks, &key)).transpose()?;
+    Ok(Unlocked { luks: Some(luks), cipher })
+}
+
+/// The clusters of a LUKS header: so many bytes from there on.
+struct LuksClusters<'a> {
+    storage: &'a dyn Storage,
+    at: u64,
+    len: u64,
+    end: FileEnd,
+}
+
+impl LuksClusters<'_> {
+    fn read(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let len = buf.len() as u64;
+        if at.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(Error::corrupt("Request for data outside of extension header"));
+        }
+        let place = self.at.saturating_add(at);
+        self.end.require(self.storage, "the LUKS header", place, len)?;
+        self.storage.read_at(place, buf).context("Unable to read encryption header")
     }
+
+    fn header(&self) -> Result<LuksHeader> {
+        let mut bytes = [0; HEADER];
+        self.read(0, &mut bytes)?;
+        Ok(LuksHeader::parse(&bytes, false)?)
+    }
+
+    fn unlock(&self, header: &LuksHeader, passphrase: &SecretBytes) -> Result<ImageCipher> {
+        let key = header.unlock(passphrase.get(), |at, buf: &mut [u8]| self.read(at, buf))?;
+        let cipher = SectorCipher::new(*header.spec(), &key).map_err(LuksError::from)?;
+        Ok(ImageCipher::by_host(cipher))
+    }
+}
+
+/// Gives the LUKS header of a new image its clusters, and writes them. Where it is, and its length in bytes.
+pub fn place(planner: &mut Planner, geometry: Geometry, volume: &NewVolume) -> Result<(u64, u64)> {
+    let length = volume.header.payload();
+    let clusters = length.div_ceil(geometry.cluster_size());
+    let at = planner.allocate(clusters)? << geometry.cluster_bits;
+    let too_large = |_| Error::invalid("The LUKS header is too large");
+    let mut bytes = vec![0; usize::try_from(clusters << geometry.cluster_bits).map_err(too_large)?];
+    let material = usize::try_from(volume.material_at).map_err(too_large)?;
+    let parts = [(0, volume.header.bytes()), (material, &volume.material[..])];
+    for (start, part) in parts {
+        let room = bytes.get_mut(start..).and_then(|rest| rest.get_mut(..part.len()));
+        room.ok_or_else(|| Error::invalid("The LUKS header has no room for its key"))?.copy_from_slice(part);
+    }
+    planner.plan.out().put(at, &bytes)?;
+    Ok((at, length))
 }

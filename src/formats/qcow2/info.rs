@@ -2,25 +2,12 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::block::error::Context;
 use crate::block::info::ImageInfo;
-use crate::block::{Error, Result, Snapshots};
-use crate::crypto::luks;
+use crate::block::{Result, Snapshots};
 use crate::formats::luks_header::luks_facts;
-use crate::storage::Storage;
 
 use super::Qcow2Driver;
 use super::layout;
-
-/// Reads the LUKS header that the header points to.
-pub fn read_luks(storage: &dyn Storage, (offset, length): (u64, u64)) -> Result<luks::LuksHeader> {
-    if length < luks::HEADER as u64 {
-        return Err(Error::corrupt("Request for data outside of extension header"));
-    }
-    let mut bytes = [0; luks::HEADER];
-    storage.read_at(offset, &mut bytes).context("Unable to read encryption header")?;
-    Ok(luks::LuksHeader::parse(&bytes, false)?)
-}
 
 impl Qcow2Driver {
     pub(super) fn image_info(&self) -> Result<ImageInfo> {

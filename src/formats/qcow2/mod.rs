@@ -64,7 +64,7 @@ use crate::block::{
 };
 use crate::crypto::luks;
 use crate::formats::encryption::KEY_SECRET;
-use crate::formats::legacy_aes::LegacyAes;
+use crate::formats::sector_cipher::ImageCipher;
 
 use alloc::Allocator;
 use entry::{L1Entry, L2Entry};
@@ -112,7 +112,7 @@ pub struct Qcow2Driver {
     /// Whether guest clusters are encrypted.
     encrypted: bool,
     /// What those are encrypted with that are not compressed. Nothing where the header alone is looked at.
-    cipher: Option<LegacyAes>,
+    cipher: Option<ImageCipher>,
     /// How compressed clusters are encoded: [`layout::ZLIB`] or [`layout::ZSTD`].
     compression: u8,
     /// The header as it is in the file (or, for an opened snapshot, with the snapshot's L1 table and size).

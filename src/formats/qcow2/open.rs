@@ -10,10 +10,11 @@ use crate::block::keys::{take_number, take_size, take_switch, take_text};
 use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Purpose, Result};
 
 use super::alloc::Allocator;
+use super::crypt::{self, Unlocked};
 use super::header::Qcow2Header;
 use super::layout;
 use super::tables::{Tables, default_bytes};
-use super::{Qcow2Driver, bitmap, check, crypt, info, snapshot};
+use super::{Qcow2Driver, bitmap, check, snapshot};
 
 /// Opens a layer.
 pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
@@ -28,11 +29,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     let cache_bytes = cache_bytes(options, &header)?;
     check_tuning(options, &header)?;
     check_lazy(options, &header)?;
-    let cipher = crypt::unlock(options, &header, &file.name, purpose, secrets)?;
-    let luks = match header.crypto {
-        Some(place) => Some(info::read_luks(&*file.storage, place)?),
-        None => None,
-    };
+    let Unlocked { luks, cipher } = crypt::unlock(options, &header, &file, purpose, secrets)?;
     let external = header.fields.incompatible & layout::DATA_FILE != 0;
     let mut files = vec![file];
     if !purpose.only_looks() {
