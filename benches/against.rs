@@ -48,6 +48,10 @@ const STREAM: (&str, &str) = ("s.vmdk", "convert -f raw -O vmdk -o subformat=str
 const VDI: (&str, &str) = ("disk.vdi", "convert -f raw -O vdi {disk} disk.vdi");
 const VPC: (&str, &str) = ("disk.vpc", "convert -f raw -O vpc {disk} disk.vpc");
 const QCOW: (&str, &str) = ("disk.qcow", "convert -f raw -O qcow {disk} disk.qcow");
+const LUKS_QCOW2: (&str, &str) = (
+    "luks.qcow2",
+    "convert -f raw -O qcow2 --object secret,id=s,data=abc -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 {disk} luks.qcow2",
+);
 const EMPTY: (&str, &str) = ("empty.qcow2", "create -q -f qcow2 empty.qcow2 8G");
 const FULL: (&str, &str) = ("full.qcow2", "create -q -f qcow2 -o preallocation=metadata full.qcow2 1T");
 const HUGE: (&str, &str) = ("huge.qcow2", "create -q -f qcow2 huge.qcow2 16T");
@@ -79,6 +83,16 @@ const JOBS: &[Job] = &[
     Job { name: "vpc→raw", needs: &[VPC], run: "convert -f vpc -O raw disk.vpc out" },
     Job { name: "raw→qcow", needs: &[], run: "convert -f raw -O qcow {disk} out" },
     Job { name: "qcow→raw", needs: &[QCOW], run: "convert -f qcow -O raw disk.qcow out" },
+    Job {
+        name: "raw→qcow2 LUKS",
+        needs: &[],
+        run: "convert -f raw -O qcow2 --object secret,id=s,data=abc -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 {disk} out",
+    },
+    Job {
+        name: "qcow2 LUKS→raw",
+        needs: &[LUKS_QCOW2],
+        run: "convert --object secret,id=s,data=abc --image-opts driver=qcow2,encrypt.key-secret=s,file.filename=luks.qcow2 -O raw out",
+    },
     Job { name: "info", needs: &[EMPTY], run: "info empty.qcow2" },
     Job { name: "info of the disk", needs: &[QCOW2], run: "info disk.qcow2" },
     Job { name: "create qcow2 8G", needs: &[], run: "create -f qcow2 out 8G" },

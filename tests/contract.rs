@@ -37,8 +37,13 @@ const VARIANTS: &[(&str, &[&str])] = &[
             "data_file=data",
             "data_file=data,data_file_raw=on",
             "compression_type=zstd",
+            "encryption=on",
+            "encryption=on,data_file=data,data_file_raw=on",
+            "encrypt.format=luks,encrypt.iter-time=1",
+            "encrypt.format=luks,encrypt.iter-time=1,extended_l2=on,cluster_size=16384",
         ],
     ),
+    ("qcow", &["", "encrypt.format=aes"]),
     ("vmdk", &["", "subformat=monolithicFlat", "subformat=twoGbMaxExtentSparse", "subformat=twoGbMaxExtentFlat"]),
     ("vdi", &["", "static=on"]),
     ("vpc", &["", "subformat=fixed", "force_size=on"]),
@@ -227,10 +232,16 @@ impl Case {
         let scratch = Scratch::new();
         self.files.save(scratch.path());
         let name = self.format.name();
-        let out = judge(&["check", "-f", name, NAME]).dir(scratch.path()).run();
+        let secret = format!("secret,id=s,data={}", inside::PASSPHRASE);
+        let keyed = format!("driver={name},encrypt.key-secret=s,file.filename={NAME}");
+        let image = match self.label.contains("encrypt") {
+            true => &["--object", &secret, "--image-opts", &keyed][..],
+            false => &["-f", name, NAME],
+        };
+        let out = judge(&[&["check"], image].concat()).dir(scratch.path()).run();
         // 63: the format has no check.
         assert!(matches!(out.code, Some(0 | 63)), "{}: {out:#?}", self.label);
-        let out = judge(&["convert", "-f", name, "-O", "raw", NAME, "judged.raw"]).dir(scratch.path()).run();
+        let out = judge(&[&["convert", "-O", "raw"], image, &["judged.raw"]].concat()).dir(scratch.path()).run();
         assert_eq!(out.code, Some(0), "{}: {out:#?}", self.label);
         let judged = std::fs::read(scratch.file("judged.raw")).expect("judged.raw");
         assert_eq!(judged.len(), self.model.len(), "{}: size", self.label);

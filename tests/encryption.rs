@@ -3,7 +3,8 @@
 
 use std::fs;
 
-use crate::common::{Output, Scratch, judge, plain, vimg_path, write_pattern};
+use crate::common::trace::{Ended, killed_at};
+use crate::common::{Output, Run, Scratch, judge, need_root, pattern, plain, sh, vimg, vimg_path, write_pattern};
 
 /// Types answers on a terminal of its own: `answers` one after the other, each at a prompt (a line that ends in `: `);
 /// `^C` is that key. Prints what the terminal showed, the exit status, whether a core file was written, and whether
@@ -176,4 +177,201 @@ fn each_layer_has_its_own_key() {
     let args = ["--image-opts", image, "e"];
     judge(&[&["convert"], &secrets[..], &args].concat()).dir(scratch.path()).ok();
     scratch.assert_same_content("raw", "e", "raw", "disk");
+}
+
+const SECRET: [&str; 2] = ["--object", "secret,id=s,data=abc"];
+const KEYED: &str = "driver=qcow2,encrypt.key-secret=s,file.filename=";
+
+fn luks(more: &str) -> String {
+    format!("encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10{more}")
+}
+
+fn ours(args: &[&str]) -> Run {
+    vimg(args)
+}
+
+fn theirs(args: &[&str]) -> Run {
+    judge(args)
+}
+
+/// Makes the image `name` of `disk` by that program.
+fn encrypt(scratch: &Scratch, by: fn(&[&str]) -> Run, more: &str, name: &str) {
+    let options = luks(more);
+    let args = ["-f", "raw", "-O", "qcow2", "-o", &options, "disk", name];
+    by(&[&["convert"], &SECRET[..], &args].concat()).dir(scratch.path()).ok();
+}
+
+/// What that program reads of it.
+fn assert_decrypts(scratch: &Scratch, by: fn(&[&str]) -> Run, name: &str) {
+    let image = format!("{KEYED}{name}");
+    by(&[&["convert"], &SECRET[..], &["--image-opts", &image, "-O", "raw", "plain"]].concat()).dir(scratch.path()).ok();
+    scratch.assert_same_content("raw", "plain", "raw", "disk");
+}
+
+#[test]
+fn each_reads_what_the_other_encrypts() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    for more in [
+        "",
+        ",cluster_size=512",
+        ",extended_l2=on",
+        ",compat=0.10",
+        ",data_file=data",
+        ",data_file=data,data_file_raw=on",
+        ",preallocation=metadata",
+        ",preallocation=full",
+        ",encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv",
+        ",encrypt.cipher-alg=serpent-256,encrypt.ivgen-alg=plain,encrypt.hash-alg=sha512",
+        ",encrypt.cipher-alg=twofish-128,encrypt.cipher-mode=ctr,encrypt.hash-alg=ripemd160",
+        ",encrypt.cipher-alg=cast5-128,encrypt.cipher-mode=ecb,encrypt.hash-alg=sha1",
+    ] {
+        encrypt(&scratch, ours, more, "ours");
+        assert_decrypts(&scratch, theirs, "ours");
+        assert_decrypts(&scratch, ours, "ours");
+        judge(&[&["check", "-q"], &SECRET[..], &["--image-opts", &format!("{KEYED}ours")]].concat())
+            .dir(scratch.path())
+            .ok();
+        encrypt(&scratch, theirs, more, "theirs");
+        assert_decrypts(&scratch, ours, "theirs");
+    }
+}
+
+/// The file but for what is drawn at random: the LUKS header's digest, salts, UUID and key material, and, which is
+/// measured, its iterations.
+fn without_chance(path: &std::path::Path) -> Vec<u8> {
+    let mut bytes = fs::read(path).unwrap();
+    let word = |at: usize| u32::from_be_bytes(*bytes[at..].first_chunk().unwrap()) as usize;
+    let mut at = if word(4) < 3 { 72 } else { word(100) };
+    while word(at) != 0x0537_be77 {
+        at += 8 + word(at + 4).next_multiple_of(8);
+    }
+    let header = word(at + 12);
+    let (material, length) = (header + word(header + 248) * 512, word(header + 108) * 4000);
+    for range in [header + 112..header + 208, header + 212..header + 248, material..material + length] {
+        bytes[range].fill(0xee);
+    }
+    bytes
+}
+
+#[test]
+fn new_luks_images_are_laid_out_as_the_references() {
+    let scratch = Scratch::new();
+    for (more, size) in [
+        ("", "0"),
+        ("", "1T"),
+        (",cluster_size=512", "1M"),
+        (",cluster_size=512,refcount_bits=64", "3M"),
+        (",cluster_size=2M", "1T"),
+        (",cluster_size=4k,preallocation=metadata", "8M"),
+        (",cluster_size=4k,preallocation=falloc", "8M"),
+        (",compat=0.10,encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc", "1M"),
+        (",extended_l2=on,preallocation=metadata", "3M"),
+        (",data_file=data", "1M"),
+        (",encrypt.ivgen-alg=plain,encrypt.ivgen-hash-alg=sha1", "1M"),
+    ] {
+        let options = luks(more);
+        for (by, name) in [(ours as fn(&[&str]) -> Run, "ours"), (theirs, "theirs")] {
+            let args = ["-q", "-f", "qcow2", "-o", &options, name, size];
+            by(&[&["create"], &SECRET[..], &args].concat()).dir(scratch.path()).ok();
+        }
+        let same = without_chance(&scratch.file("ours")) == without_chance(&scratch.file("theirs"));
+        assert!(same, "{more} {size}");
+    }
+}
+
+#[test]
+fn a_wrong_passphrase_changes_nothing() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    encrypt(&scratch, ours, "", "a");
+    let before = fs::read(scratch.file("a")).unwrap();
+    let image = format!("{KEYED}a");
+    let wrong = ["--object", "secret,id=s,data=abd", "--image-opts", &image];
+    for args in [&[&["convert"], &wrong[..], &["b"]].concat(), &[&["resize"], &wrong[..], &["2M"]].concat()] {
+        let out = vimg(args).dir(scratch.path()).fails(1);
+        let error = format!("qemu-img: Could not open '{image}': Invalid password, cannot unlock any keyslot\n");
+        assert_eq!(out.stderr, error);
+    }
+    assert!(fs::read(scratch.file("a")).unwrap() == before && !scratch.file("b").exists());
+}
+
+#[test]
+fn resize_and_repair_keep_the_luks_header() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    for more in [",cluster_size=512", ",extended_l2=on"] {
+        encrypt(&scratch, theirs, more, "a");
+        let image = format!("{KEYED}a");
+        let resize = |args: &[&str]| {
+            vimg(&[&["resize", "-q"], &SECRET[..], args].concat()).dir(scratch.path()).ok();
+            judge(&[&["check", "-q"], &SECRET[..], &["--image-opts", &image]].concat()).dir(scratch.path()).ok();
+        };
+        // The L1 table moves, and moves back; the dirty bit has refcounts counted anew.
+        resize(&["--image-opts", &image, "300M"]);
+        let mut bytes = fs::read(scratch.file("a")).unwrap();
+        bytes[79] |= 1;
+        fs::write(scratch.file("a"), bytes).unwrap();
+        resize(&["--shrink", "--image-opts", &image, "1M"]);
+        resize(&["--preallocation=metadata", "--image-opts", &image, "3M"]);
+        resize(&["--shrink", "--image-opts", &image, "1M"]);
+        assert_decrypts(&scratch, theirs, "a");
+        fs::copy(scratch.file("disk"), scratch.file("grown")).unwrap();
+        resize(&["--preallocation=metadata", "--image-opts", &image, "3M"]);
+        scratch.sh("truncate -s 3M grown");
+        let args = ["--image-opts", &image, "-O", "raw", "plain"];
+        judge(&[&["convert"], &SECRET[..], &args].concat()).dir(scratch.path()).ok();
+        scratch.assert_same_content("raw", "plain", "raw", "grown");
+    }
+}
+
+#[test]
+fn snapshots_of_an_encrypted_image_are_read() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    encrypt(&scratch, ours, "", "a");
+    let image = format!("{KEYED}a");
+    judge(&[&["snapshot", "-c", "one"], &SECRET[..], &["--image-opts", &image]].concat()).dir(scratch.path()).ok();
+    let write = ["--image-opts", "-c", "write -P 7 0 1M", &image];
+    plain("qemu-io", &[&SECRET[..], &write].concat()).dir(scratch.path()).ok();
+    scratch.vimg(&[&["convert", "-l", "one"], &SECRET[..], &["--image-opts", &image, "-O", "raw", "b"]].concat());
+    scratch.assert_same_content("raw", "b", "raw", "disk");
+}
+
+#[test]
+fn a_kill_leaves_a_whole_encrypted_image_or_none() {
+    let scratch = Scratch::new();
+    write_pattern(&scratch.file("disk"), 0, 1, 6 << 20);
+    fs::create_dir(scratch.file("in")).unwrap();
+    let options = luks("");
+    let args = ["-f", "raw", "-O", "qcow2", "-o", &options, "../disk", "new"];
+    let args = [&["convert"], &SECRET[..], &args].concat();
+    let Ended::Done(calls) = killed_at(&scratch.file("in"), &args, usize::MAX) else { panic!("nothing kills it") };
+    fs::remove_file(scratch.file("in/new")).unwrap();
+    let mut killed = 0;
+    for point in 1..10 {
+        killed += usize::from(killed_at(&scratch.file("in"), &args, calls * point / 10) == Ended::Killed);
+        if scratch.file("in/new").exists() {
+            assert_decrypts(&scratch, theirs, "in/new");
+            fs::remove_file(scratch.file("in/new")).unwrap();
+        }
+        assert_eq!(fs::read_dir(scratch.file("in")).unwrap().count(), 0, "at {point} tenths");
+    }
+    assert!(killed >= 4, "only {killed} of 9 were killed in time");
+}
+
+#[test]
+fn a_full_disk_leaves_nothing_of_an_encrypted_image() {
+    need_root("mounting a small tmpfs");
+    let scratch = Scratch::new();
+    fs::write(scratch.file("disk"), pattern(1, 8 << 20)).unwrap();
+    fs::create_dir(scratch.file("full")).unwrap();
+    sh("mount -t tmpfs -o size=4m none full").dir(scratch.path()).ok();
+    let options = luks("");
+    let args = ["-f", "raw", "-O", "qcow2", "-o", &options, "disk", "full/new"];
+    let out = vimg(&[&["convert"], &SECRET[..], &args].concat()).dir(scratch.path()).run();
+    let left = fs::read_dir(scratch.file("full")).map(|dir| dir.count());
+    sh("umount full").dir(scratch.path()).ok();
+    assert_eq!((out.code, left.unwrap()), (Some(1), 0), "{out:?}");
+    assert!(out.stderr.ends_with(": No space left on device\n"), "{}", out.stderr);
 }

@@ -308,6 +308,49 @@ fn mutated_images_in_process() {
     });
 }
 
+/// Encrypted ones, opened with their key: the header, the tables, and the LUKS header in its clusters.
+#[test]
+fn mutated_encrypted_images_in_process() {
+    let luks = "encrypt.format=luks,encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.iter-time=1";
+    let mut cases = 0;
+    for (name, options) in [("qcow", "encryption=on"), ("qcow2", "encryption=on"), ("qcow2", luks)] {
+        let format = vimg::block::format::find(FORMATS, name).expect("a format of ours");
+        let files = inside::create(format, "image", 3 << 20, options);
+        let node = inside::open(&files, format, "image", true, None).expect("open");
+        node.write(GuestOffset(70_000), &[7; 9000], &mut Buffers::default()).expect("write");
+        node.driver().close().expect("close");
+        drop(node);
+        let bytes = inside::bytes_of(&*files.get("image").expect("image"));
+        let header = (0..bytes.len()).step_by(512).find(|at| bytes[*at..].starts_with(b"LUKS\xba\xbe"));
+        let header = header.map_or(0..0, |at| at..at + 592);
+        // Iteration counts in between would only take long: those below are few, or refused.
+        let elsewhere = |mutation: &Mutation| match mutation {
+            Mutation::Set { at, .. } | Mutation::Flip { at, .. } => !header.contains(at),
+            _ => true,
+        };
+        let mut all = mutations(&bytes, &format!("image.{name}"), 150);
+        all.retain(elsewhere);
+        for at in header.clone().step_by(4) {
+            for value in [0, 1, 0x7fff_ffff, 0xffff_ffff] {
+                all.push(Mutation::Set { at, width: 4, value, little: false });
+            }
+        }
+        cases += all.len();
+        for mutation in all {
+            let mut mutated = bytes.clone();
+            mutation.apply(&mut mutated);
+            let files = Files::default();
+            files.put("image", Arc::new(Memory::new(mutated)));
+            let (run, reads) = (|reads| exercise(&files, format, "image", [3 << 20, 512], reads), Arc::default());
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&reads))).is_err() {
+                panic!("a panic: {name} {options}: {mutation:?}");
+            }
+            assert!(reads.calls() <= CALLS && reads.bytes() <= BYTES, "{reads:?}: {name} {options}: {mutation:?}");
+        }
+    }
+    assert!(cases > 700, "only {cases} cases");
+}
+
 /// Ends the whole run where one case takes too long: a thread that hangs cannot be ended otherwise.
 fn watch(told: &mpsc::Receiver<(usize, Option<Watch>)>, workers: usize) {
     let mut busy: Vec<Option<Watch>> = (0..workers).map(|_| None).collect();

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::exit::Exit;
+use super::passphrase::PassphraseArgs;
 use super::progress::Progress;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, object, report};
@@ -43,6 +44,8 @@ pub struct CompareArgs {
     /// a QEMU object, such as a secret with a passphrase
     #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
     object: Vec<object::Object>,
+    #[command(flatten)]
+    passphrase: PassphraseArgs,
     /// images to compare
     #[arg(value_name = "FILENAME1 FILENAME2")]
     operands: Vec<OsString>,
@@ -86,6 +89,7 @@ impl CompareArgs {
     /// What fails here fails before anything is compared.
     fn compare(&self, program: &Program, names: [&OsString; 2]) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
+        let secrets = self.passphrase.given_to(secrets)?;
         let typed = names.iter().filter(|_| !self.image_opts).map(PathBuf::from);
         let opener = typed.fold(program.opener(&secrets), |opener, path| opener.allowing(&path));
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;

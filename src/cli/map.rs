@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use super::exit::Exit;
 use super::output::OutputForm;
+use super::passphrase::PassphraseArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, object, size};
 use crate::block;
@@ -33,6 +34,8 @@ pub struct MapArgs {
     /// a QEMU object, such as a secret with a passphrase
     #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
     object: Vec<object::Object>,
+    #[command(flatten)]
+    passphrase: PassphraseArgs,
     /// image to map
     #[arg(value_name = "FILENAME")]
     operands: Vec<OsString>,
@@ -56,6 +59,7 @@ impl Subcommand for MapArgs {
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
+        let secrets = self.passphrase.given_to(secrets)?;
         let [name] = &self.operands[..] else {
             return Err(Complaint::usage("Expecting one image file name").into());
         };

@@ -5,15 +5,31 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
+use vimg::block::secrets::AskPassphrase;
 use vimg::block::{
-    CheckReport, Child, CreateFiles, CreateOptions, CreateRequest, Error, Fix, Format, Ids, NO_SECRETS, Node,
-    OpenRequest, OptionKind, OptionSpec, OptionTree, OptionValue, Purpose, Related, Result,
+    CheckReport, Child, CreateFiles, CreateOptions, CreateRequest, Error, Fix, Format, Ids, KeyUse, NO_SECRETS, Node,
+    OpenRequest, OptionKind, OptionSpec, OptionTree, OptionValue, Purpose, Related, Result, SecretBytes, Secrets,
 };
 use vimg::storage::file::FileHow;
 use vimg::storage::memory::Memory;
 use vimg::storage::{Event, Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
+
+/// The passphrase of every encrypted image that is made here.
+pub const PASSPHRASE: &str = "open sesame";
+
+/// Gives it to whoever asks.
+#[derive(Debug)]
+struct OnePassphrase;
+
+impl AskPassphrase for OnePassphrase {
+    fn ask(&self, _image: &str, _key_use: KeyUse) -> Result<Option<SecretBytes>> {
+        Ok(Some(PASSPHRASE.as_bytes().to_vec().into()))
+    }
+}
+
+static SECRETS: LazyLock<Secrets> = LazyLock::new(|| Secrets::default().or_ask(Arc::new(OnePassphrase)));
 
 /// The files of one image (and of its backing files), by name.
 #[derive(Debug, Default, Clone)]
@@ -216,7 +232,7 @@ pub fn create_wrapped(
     options.set("size", OptionValue::Size(size))?;
     let making = Making { name, files, wrap };
     let request =
-        CreateRequest { size, options: &options, files: &making, ids: &SameIds, secrets: &NO_SECRETS, related: files };
+        CreateRequest { size, options: &options, files: &making, ids: &SameIds, secrets: &SECRETS, related: files };
     format.creating().expect("a format that can be created").create(&request)
 }
 
@@ -275,7 +291,7 @@ fn open_child_for(
 ) -> Result<Node> {
     let name = file.name.clone();
     let mut options = OptionTree::new();
-    let request = OpenRequest { file, options: &mut options, purpose, secrets: &NO_SECRETS, related };
+    let request = OpenRequest { file, options: &mut options, purpose, secrets: &SECRETS, related };
     Ok(Node::new(format.open(request)?, backing, name))
 }
 
