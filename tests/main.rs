@@ -22,6 +22,7 @@ mod kinds;
 mod map;
 mod opening;
 mod qcow;
+mod qcow2_check;
 mod qcow2_create;
 mod qcow2_read;
 mod qcow2_resize;

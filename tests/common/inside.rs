@@ -255,34 +255,33 @@ pub fn create(format: &dyn Format, name: &str, size: u64, text: &str) -> Files {
 
 /// Opens one layer of `files`, with that backing layer.
 pub fn open(files: &Files, format: &dyn Format, name: &str, write: bool, backing: Option<Arc<Node>>) -> Result<Node> {
-    open_child(files.open("file", name.as_ref())?, format, write, files, backing)
+    open_child(files.open("file", name.as_ref())?, format, purpose(write), files, backing)
 }
 
 /// Opens one layer that lies in `storage` and has no other files.
 pub fn open_alone(storage: Arc<dyn Storage>, format: &dyn Format, write: bool) -> Result<Node> {
-    let file = Child { role: "file".to_owned(), name: "image".to_owned(), driver: "file", storage };
-    open_child(file, format, write, &Alone, None)
+    open_for(storage, format, purpose(write))
 }
 
-fn open_child(
-    file: Child,
-    format: &dyn Format,
-    write: bool,
-    related: &dyn Related,
-    backing: Option<Arc<Node>>,
-) -> Result<Node> {
-    open_child_for(file, format, if write { Purpose::Write } else { Purpose::Read }, related, backing)
+fn purpose(write: bool) -> Purpose {
+    if write { Purpose::Write } else { Purpose::Read }
+}
+
+/// The same for any purpose.
+pub fn open_for(storage: Arc<dyn Storage>, format: &dyn Format, purpose: Purpose) -> Result<Node> {
+    let file = Child { role: "file".to_owned(), name: "image".to_owned(), driver: "file", storage };
+    open_child(file, format, purpose, &Alone, None)
 }
 
 /// Checks an image of `files`, and mends it.
 pub fn check(files: &Files, format: &dyn Format, name: &str, fix: Fix) -> Result<CheckReport> {
     let purpose = if fix == Fix::Nothing { Purpose::Check } else { Purpose::Repair };
-    let node = open_child_for(files.open("file", name.as_ref())?, format, purpose, files, None)?;
+    let node = open_child(files.open("file", name.as_ref())?, format, purpose, files, None)?;
     let checking = node.driver().checking().ok_or_else(|| Error::unsupported("no check"))?;
     checking.check(fix, &|_: &str| {})
 }
 
-fn open_child_for(
+fn open_child(
     file: Child,
     format: &dyn Format,
     purpose: Purpose,

@@ -70,6 +70,10 @@ pub fn read_directory(storage: &dyn Storage, header: &Qcow2Header, tables: bool)
         return Err(Error::corrupt("Less bitmaps found than specified in header extension"));
     }
     for bitmap in &found {
+        let fields = &bitmap.fields;
+        if !header.geometry().places(fields.table_offset, u64::from(fields.table_size) * ENTRY) {
+            return Err(unreadable(bitmap, "Input/output error"));
+        }
         if tables {
             check_table(storage, &header.geometry(), bitmap)?;
         }
@@ -90,7 +94,7 @@ fn check_fields(fields: &BitmapFields, name: &str, geometry: &Geometry) -> Resul
     let sound = fields.table_size != 0
         && fields.table_size <= MAX_TABLE
         && fields.table_offset != 0
-        && geometry.places(fields.table_offset, u64::from(fields.table_size) * ENTRY)
+        && geometry.in_cluster(fields.table_offset) == 0
         && bytes <= MAX_BYTES.saturating_add(geometry.cluster_size())
         && granularity.contains(&fields.granularity_bits)
         && fields.flags & !(layout::BITMAP_IN_USE | layout::BITMAP_AUTO) == 0
@@ -120,13 +124,15 @@ fn check_table(storage: &dyn Storage, geometry: &Geometry, bitmap: &Bitmap) -> R
     let mut window = Window::new(storage, bitmap.fields.table_offset);
     for _ in 0..bitmap.fields.table_size {
         if !is_table_entry(geometry, layout::word(window.take(ENTRY)?, 0).unwrap_or(0)) {
-            return Err(Error::corrupt(format!(
-                "Could not read bitmap_table table from image for bitmap '{}': Invalid argument",
-                bitmap.name
-            )));
+            return Err(unreadable(bitmap, "Invalid argument"));
         }
     }
     Ok(())
+}
+
+fn unreadable(bitmap: &Bitmap, why: &str) -> Error {
+    let name = &bitmap.name;
+    Error::corrupt(format!("Could not read bitmap_table table from image for bitmap '{name}': {why}"))
 }
 
 /// Whether a bitmap table can have this entry.

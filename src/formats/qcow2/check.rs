@@ -32,6 +32,7 @@ use crate::storage::Storage;
 
 use super::Qcow2Driver;
 use super::geometry::Geometry;
+use super::guard::Survey;
 use super::layout::{self, ENTRY};
 use super::references::References;
 
@@ -58,6 +59,8 @@ struct Checker<'a> {
     /// Lines told so far.
     lines: u64,
     snapshots: SnapshotTable,
+    /// Where tables are, once that had to be known.
+    places: Option<Survey<'a>>,
 }
 
 impl<'a> Checker<'a> {
@@ -73,6 +76,7 @@ impl<'a> Checker<'a> {
             rebuild: false,
             lines: 0,
             snapshots: SnapshotTable::default(),
+            places: None,
         })
     }
 
@@ -119,7 +123,7 @@ impl<'a> Checker<'a> {
         self.tell("Rebuilding refcount structure");
         super::repair::renew(self.driver, references, beyond)?;
         self.file = self.driver.file().storage.len().context("Could not get file size")?;
-        self.rebuild = false;
+        (self.rebuild, self.places) = (false, None);
         self.report = CheckReport::default();
         let count = self.count(false)?;
         self.compare(&count.references, Settling::Mend { corruptions: false })?;

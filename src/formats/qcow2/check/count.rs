@@ -83,7 +83,7 @@ impl Checker<'_> {
         self.report.total_clusters = fields.size.div_ceil(self.geometry.cluster_size());
         self.region(&mut tally, 0, self.geometry.cluster_size(), 1);
         self.l1(&mut tally, fields.l1_table_offset, u64::from(fields.l1_size), true, mend)?;
-        self.snapshot_l1s(&mut tally)?;
+        self.snapshot_l1s(&mut tally, mend)?;
         self.region(&mut tally, self.snapshots.at, self.snapshots.bytes, 1);
         if let Some((at, len)) = header.crypto {
             self.region(&mut tally, at, len, 1);
@@ -230,7 +230,7 @@ impl Checker<'_> {
                 self.end_row(tally, &mut row, pass);
             }
             let entry_at = at + index as u64 * geometry.l2_entry();
-            if !self.plain(word, bitmap, entry_at, pass)? {
+            if !self.plain(word, bitmap, (at, entry_at), pass)? {
                 continue;
             }
             if pass.active {
@@ -293,7 +293,7 @@ impl Checker<'_> {
     }
 
     /// What is wrong with the entry of a cluster that is not compressed; whether it has a place that counts.
-    fn plain(&mut self, word: u64, bitmap: u64, entry_at: u64, pass: Pass) -> Result<bool> {
+    fn plain(&mut self, word: u64, bitmap: u64, (table_at, entry_at): (u64, u64), pass: Pass) -> Result<bool> {
         let geometry = self.geometry;
         let offset = word & OFFSET_MASK;
         if word & L2_RESERVED != 0 {
@@ -321,20 +321,20 @@ impl Checker<'_> {
             self.wrong(&format!("ERROR offset={offset:x}: Data cluster is not properly aligned; L2 entry corrupted."));
             return Ok(true);
         }
-        let mend = pass.mend && pass.active;
         self.wrong_or_mended(
-            mend,
+            pass.mend,
             &format!("offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted."),
         );
-        if mend {
+        if pass.mend {
+            self.may_write_l2(table_at)?;
             // It goes on reading as zeros, without a place.
             let word = if geometry.extended { 0 } else { ZERO };
             self.storage().write_at(entry_at, &word.to_be_bytes()).context("Could not write an L2 entry")?;
         }
-        Ok(!mend)
+        Ok(!pass.mend)
     }
 
-    fn snapshot_l1s(&mut self, tally: &mut Tally) -> Result<()> {
+    fn snapshot_l1s(&mut self, tally: &mut Tally, mend: bool) -> Result<()> {
         if self.driver.external && !self.snapshots.entries.is_empty() {
             let line = format!("ERROR {} snapshots in image with data file", self.snapshots.entries.len());
             self.wrong(&line);
@@ -352,7 +352,7 @@ impl Checker<'_> {
                 let line = named(&format!("l1_size={size:#x}: L1 table is too large"));
                 self.wrong(&line);
             } else {
-                self.l1(tally, at, size, false, false)?;
+                self.l1(tally, at, size, false, mend)?;
             }
         }
         Ok(())

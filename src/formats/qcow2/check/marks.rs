@@ -93,13 +93,15 @@ impl Checker<'_> {
     }
 
     /// Refuses to write an L2 table where another one lies: a mark there would be a change to that.
-    fn may_write_l2(&mut self, at: u64) -> Result<()> {
-        let driver = self.driver;
-        driver.tables.forget(0, u64::MAX);
-        let mut survey = Sane(Survey::new(driver, 0)?);
-        driver.walk(&mut survey)?;
-        let Sane(survey) = survey;
-        let Some(what) = survey.other_than_l2(at, self.geometry.cluster_size()) else { return Ok(()) };
+    pub(super) fn may_write_l2(&mut self, at: u64) -> Result<()> {
+        if self.places.is_none() {
+            self.driver.tables.forget(0, u64::MAX);
+            let mut survey = Sane(Survey::new(self.driver, 0)?);
+            self.driver.walk(&mut survey)?;
+            self.places = Some(survey.0);
+        }
+        let what = self.places.as_ref().and_then(|places| places.other_than_l2(at, self.geometry.cluster_size()));
+        let Some(what) = what else { return Ok(()) };
         self.mark_corrupt(&format!("Preventing invalid write on metadata (overlaps with {what})"));
         self.tell("ERROR: Could not write L2 table; metadata overlap check failed: Input/output error");
         Err(Error::corrupt("Input/output error"))

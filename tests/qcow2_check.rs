@@ -1,0 +1,284 @@
+//! qcow2 images damaged on purpose, checked and mended by vimg and by qemu-img: what they find, what they print, and
+//! what they leave behind.
+//!
+//! `VIMG_CORRUPTIONS` says how many random damages are tried, `VIMG_CORRUPTIONS_FROM` the first seed.
+
+#[path = "qcow2_check/damage.rs"]
+mod damage;
+
+use std::collections::HashSet;
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use vimg::block::{Fix, Purpose, format};
+use vimg::formats::FORMATS;
+use vimg::storage::Storage;
+use vimg::storage::fault::{Fault, Faulty};
+use vimg::storage::memory::Memory;
+
+use crate::common::inside::open_for;
+use crate::common::run::{self, vimg_within_memory};
+use crate::common::{Output, Scratch, judge};
+use damage::{BASES, Damaged, Tables};
+
+/// Mends an image in a storage; whether that went well, and what was told.
+fn mend(storage: Arc<dyn Storage>, fix: Fix) -> (bool, Vec<String>) {
+    let told = Mutex::new(Vec::new());
+    let qcow2 = format::find(FORMATS, "qcow2").unwrap();
+    let done = open_for(storage, qcow2, Purpose::Repair).and_then(|node| {
+        let hear = |line: &str| told.lock().unwrap().push(line.to_owned());
+        node.driver().checking().unwrap().check(fix, &hear)
+    });
+    let done = done.is_ok_and(|report| (report.corruptions, report.check_errors) == (0, 0));
+    (done, told.into_inner().unwrap())
+}
+
+/// Where the two programs part ways on purpose, and what qemu-img says then.
+const DIFFERENCES: &[(&str, &[&str])] = &[
+    ("a refcount block past the end of the file: qemu-img makes the file as long as that", &["is outside image"]),
+    (
+        "qemu-img gives up, or leaves its new refcounts broken",
+        &["Preventing invalid write", "ERROR writing refblock", "No medium found", "is still broken"],
+    ),
+    ("qemu-img writes bitmaps anew that nobody changed", &["qcow2_free_clusters failed"]),
+];
+
+/// The difference that explains another output.
+fn difference(theirs: &Output, ours: &Output) -> Option<&'static str> {
+    // New refcounts of a truncated image: ours leave the place alone that entries past the end still name.
+    let renewed = |out: &Output| out.stderr.contains("Rebuilding refcount structure");
+    if theirs.stderr.contains("exceeding the end of the file") && renewed(theirs) && renewed(ours) {
+        return Some("new refcounts of a truncated image");
+    }
+    if ours.stderr.contains("Preventing invalid write") {
+        return Some("vimg refuses to write where tables overlap");
+    }
+    let said = |(_, words): &&(&str, &[&str])| words.iter().any(|word| theirs.stderr.contains(word));
+    DIFFERENCES.iter().find(said).map(|(what, _)| *what)
+}
+
+/// One program's check of a file.
+fn check(ours: bool, scratch: &Scratch, name: &str, fix: Option<&str>) -> Output {
+    let mut args = vec!["check", "-f", "qcow2"];
+    args.extend(fix.iter().flat_map(|fix| ["-r", fix]));
+    args.push(name);
+    let run = if ours { run::vimg(&args) } else { judge(&args) };
+    let mut out = run.dir(scratch.path()).run();
+    // qemu-img leaves out the end of this line.
+    out.stderr = out.stderr.replace("on the image file to fix.\n", "on the image file to fix.");
+    out
+}
+
+/// Where two outputs part, in a few lines.
+fn unlike(ours: &Output, theirs: &Output) -> String {
+    let mut text = format!("exit codes {:?}, qemu-img's {:?}\n", ours.code, theirs.code);
+    for (what, ours, theirs) in [("stderr", &ours.stderr, &theirs.stderr), ("stdout", &ours.stdout, &theirs.stdout)] {
+        let same = ours.lines().zip(theirs.lines()).take_while(|(ours, theirs)| ours == theirs).count();
+        for (whose, lines) in [("vimg", ours), ("qemu-img", theirs)] {
+            let rest: Vec<&str> = lines.lines().skip(same).take(6).collect();
+            text += &format!("{what}, {whose}, from line {}: {rest:#?}\n", same + 1);
+        }
+    }
+    text
+}
+
+/// What is wrong with what the two programs make of one damage, if anything is.
+fn compare(scratch: &Scratch, damaged: &Damaged, name: &str) -> Result<Option<&'static str>, String> {
+    let (theirs_name, ours_name) = (format!("{name}.theirs"), format!("{name}.ours"));
+    let mut excuse = None;
+    for fix in [None, Some("leaks"), Some("all")] {
+        for name in [&theirs_name, &ours_name] {
+            let _ = fs::remove_file(scratch.file(name));
+            fs::write(scratch.file(name), &damaged.bytes).unwrap();
+        }
+        // The same name for both: it is in some of the texts.
+        let play = |ours: bool, file: &str| {
+            fs::rename(scratch.file(file), scratch.file(name)).unwrap();
+            let out = check(ours, scratch, name, fix);
+            fs::rename(scratch.file(name), scratch.file(file)).unwrap();
+            out
+        };
+        let (theirs, ours) = (play(false, &theirs_name), play(true, &ours_name));
+        let same = (theirs.code, &theirs.stdout, &theirs.stderr) == (ours.code, &ours.stdout, &ours.stderr);
+        if !same {
+            let why = fix.and_then(|_| difference(&theirs, &ours));
+            let Some(why) = why else {
+                return Err(format!("-r {fix:?}: {}", unlike(&ours, &theirs)));
+            };
+            excuse = Some(why);
+        }
+        if fix.is_none() {
+            continue;
+        }
+        // Each finds in the other's what the other does.
+        for file in [&theirs_name, &ours_name] {
+            let (a, b) = (check(false, scratch, file, None), check(true, scratch, file, None));
+            if (a.code, &a.stdout, &a.stderr) != (b.code, &b.stdout, &b.stderr) {
+                return Err(format!("{file} after -r {fix:?}: {}", unlike(&b, &a)));
+            }
+            if ours.code == Some(0) && *file == ours_name && a.code != Some(0) {
+                return Err(format!("not clean after -r {fix:?}: {}", unlike(&ours, &a)));
+            }
+        }
+        if (theirs.code, ours.code) == (Some(0), Some(0)) {
+            let args = ["compare", "-f", "qcow2", "-F", "qcow2", &theirs_name, &ours_name];
+            let out = judge(&args).dir(scratch.path()).run();
+            // What neither can read (3, 4) they read alike.
+            if !matches!(out.code, Some(0 | 3 | 4)) {
+                return Err(format!("content after -r {fix:?}: {out:#?}"));
+            }
+        }
+    }
+    Ok(excuse)
+}
+
+fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |text| text.parse().unwrap())
+}
+
+/// Whatever is damaged, both find the same, in the same words, and mend the same; or a row of `DIFFERENCES` says why
+/// not. What vimg calls mended qemu-img finds clean, and the guest's data is the same.
+#[test]
+fn random_damage_is_found_and_mended_as_by_qemu_img() {
+    let scratch = Scratch::new();
+    damage::make_bases(&scratch);
+    let (first, count) = (number("VIMG_CORRUPTIONS_FROM", 1), number("VIMG_CORRUPTIONS", 44));
+    let next = AtomicU64::new(first);
+    let (failures, excused, beside) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()), Mutex::new(()));
+    thread::scope(|scope| {
+        for worker in 0..2 {
+            let (scratch, next, failures, excused, beside) = (&scratch, &next, &failures, &excused, &beside);
+            scope.spawn(move || {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= first + count {
+                        break;
+                    }
+                    let damaged = Damaged::random(scratch, seed);
+                    // One of these at a time: they lock the same data file.
+                    let _alone = damaged.beside.then(|| beside.lock().unwrap());
+                    match compare(scratch, &damaged, &format!("image{worker}")) {
+                        Ok(None) => {}
+                        Ok(Some(why)) => excused.lock().unwrap().push((why, seed)),
+                        Err(what) => {
+                            failures.lock().unwrap().push(format!("## seed {seed}: {}\n{what}", damaged.what));
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let (failures, excused) = (failures.into_inner().unwrap(), excused.into_inner().unwrap());
+    let reasons: HashSet<&str> = excused.iter().map(|(why, _)| *why).collect();
+    for why in reasons {
+        let seeds: Vec<u64> = excused.iter().filter(|(other, _)| *other == why).map(|(_, seed)| *seed).collect();
+        println!("{}: {why} {:?}", seeds.len(), &seeds[..seeds.len().min(10)]);
+    }
+    assert!((excused.len() as u64) < count / 2, "{} of {count} differ", excused.len());
+    assert!(failures.is_empty(), "{} of {count}:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// A repair that is killed before any of its writes leaves an image that reads as before, and that both can mend
+/// afterwards, to the same disk.
+#[test]
+fn a_repair_that_is_killed_at_any_write_leaves_no_worse() {
+    let scratch = Scratch::new();
+    damage::make_bases(&scratch);
+    let mut points = 0;
+    for base in ["p512", "s4096", "b4096"] {
+        let honest = fs::read(scratch.file(base)).unwrap();
+        let tables = Tables::of(&honest);
+        for (what, bytes) in damage::mendable(&honest, &tables) {
+            let what = format!("{base}: {what}");
+            let shown = |bytes: &[u8]| {
+                let mut bytes = bytes.to_vec();
+                if damage::get(&bytes, 56, 4) == 0 {
+                    // Without a refcount table only a check opens it.
+                    damage::put(&mut bytes, 56, 4, 1);
+                }
+                fs::write(scratch.file("stopped"), &bytes).unwrap();
+                let args = ["convert", "-f", "qcow2", "-O", "raw", "stopped", "shown"];
+                // A damage may keep it from being read.
+                let code = judge(&args).dir(scratch.path()).run().code;
+                (code == Some(0)).then(|| fs::read(scratch.file("shown")).unwrap())
+            };
+            let disk = shown(&bytes);
+            // Some of it qemu-img cannot mend.
+            fs::write(scratch.file("stopped"), &bytes).unwrap();
+            let judges = judge(&["check", "-q", "-f", "qcow2", "-r", "all", "stopped"]).dir(scratch.path()).run();
+            let run = |at: usize| {
+                let memory = Arc::new(Memory::new(bytes.clone()));
+                let faulty = Arc::new(Faulty::new(memory.clone(), at, Fault::Stop));
+                let (done, told) = mend(faulty.clone(), Fix::All);
+                (memory.to_vec(), faulty.operations().len(), done, told)
+            };
+            let (whole, count, done, told) = run(usize::MAX);
+            assert!(done && !told.is_empty(), "{what}: {told:?}");
+            let mended = shown(&whole);
+            assert!(mended.is_some() && (disk.is_none() || disk == mended), "{what}: the disk");
+            let mut seen = HashSet::new();
+            for at in 0..=count {
+                let (stopped, ..) = run(at);
+                let mut hasher = DefaultHasher::new();
+                stopped.hash(&mut hasher);
+                if !seen.insert(hasher.finish()) {
+                    continue;
+                }
+                points += 1;
+                let what = format!("{what}, stopped at {at} of {count}");
+                let now = shown(&stopped);
+                assert!(now == disk || now == mended, "{what}: the disk");
+                fs::write(scratch.file("stopped"), &stopped).unwrap();
+                if judges.code == Some(0) {
+                    let out = judge(&["check", "-q", "-f", "qcow2", "-r", "all", "stopped"]).dir(scratch.path()).run();
+                    assert_eq!(out.code, Some(0), "{what}: {out:?}");
+                }
+                let again = Arc::new(Memory::new(stopped));
+                let (done, told) = mend(again.clone(), Fix::All);
+                assert!(done, "{what}: {told:?}");
+                assert!(shown(&again.to_vec()) == mended, "{what}: the disk, mended later");
+                scratch.assert_clean("qcow2", "stopped");
+            }
+        }
+    }
+    assert!(points > 60, "{points} points");
+}
+
+/// Entries that name places far past the end of the file cost no memory, whether refcounts are only compared, or
+/// written anew.
+#[test]
+fn places_far_past_the_end_cost_no_memory() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "qcow2", "i", "64T"]);
+    scratch.qemu_io("qcow2", "i", &["write 0 64k"]);
+    let mut bytes = fs::read(scratch.file("i")).unwrap();
+    let tables = Tables::of(&bytes);
+    let l2 = tables.l2s[0];
+    for n in 1..8192u64 {
+        damage::put(&mut bytes, l2 + 8 * n, 8, 1 << 63 | n << 40);
+    }
+    // And a cluster in use that has no refcount.
+    damage::put(&mut bytes, tables.refcount(l2 >> 16), 2, 0);
+    fs::write(scratch.file("i"), &bytes).unwrap();
+    for args in [&["check", "-f", "qcow2", "i"][..], &["check", "-f", "qcow2", "-r", "all", "i"]] {
+        let out = vimg_within_memory(64 << 20, args).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(2), "{args:?}: {} {}", out.stdout, out.stderr.len());
+        assert!(["16384 errors", "8191 errors"].iter().any(|found| out.stdout.contains(found)), "{}", out.stdout);
+    }
+    assert!(fs::metadata(scratch.file("i")).unwrap().len() < 2 << 20);
+}
+
+/// The images that are damaged here are sound, for both, before that.
+#[test]
+fn every_base_is_clean() {
+    let scratch = Scratch::new();
+    damage::make_bases(&scratch);
+    for base in BASES {
+        let (theirs, ours) = (check(false, &scratch, base.name, None), check(true, &scratch, base.name, None));
+        assert_eq!(theirs.code, Some(0), "{theirs:?}");
+        assert_eq!((theirs.stdout, theirs.stderr, theirs.code), (ours.stdout, ours.stderr, ours.code), "{}", base.name);
+    }
+}
