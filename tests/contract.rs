@@ -47,6 +47,14 @@ const VARIANTS: &[(&str, &[&str])] = &[
     ("vmdk", &["", "subformat=monolithicFlat", "subformat=twoGbMaxExtentSparse", "subformat=twoGbMaxExtentFlat"]),
     ("vdi", &["", "static=on"]),
     ("vpc", &["", "subformat=fixed", "force_size=on"]),
+    (
+        "luks",
+        &[
+            "iter-time=0",
+            "iter-time=0,cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv",
+            "iter-time=0,cipher-alg=twofish-256,cipher-mode=ctr",
+        ],
+    ),
     ("vhdx", &["", "subformat=fixed", "block_size=1048576"]),
     ("qed", &["", "cluster_size=4096"]),
     ("parallels", &["", "cluster_size=65536"]),
@@ -109,6 +117,10 @@ impl Case {
         let node = inside::open(&files, format, NAME, true, backing.clone())
             .unwrap_or_else(|e| panic!("{label}: {}", e.message()));
         below.resize(usize::try_from(node.virtual_size()).expect("small"), 0);
+        if !format.layered() && node.driver().cipher().is_some() {
+            // What was never written reads as anything.
+            node.write_zeroes(GuestOffset(0), node.virtual_size(), false, &mut Buffers::default()).expect("zeros");
+        }
         let model = below.clone();
         let rng = fastrand::Rng::with_seed(seed);
         Self { format, label, files, node: Some(node), backing, below, model, rng, buffers: Buffers::default() }
@@ -216,6 +228,12 @@ impl Case {
         }
         let result = resizing.resize(to, Preallocation::Off);
         self.ok("resize", result);
+        let (old, new) = (self.model.len() as u64, self.node().virtual_size());
+        if new > old && !self.format.layered() && self.node().driver().cipher().is_some() {
+            let mut buffers = std::mem::take(&mut self.buffers);
+            self.ok("zeros", self.node().write_zeroes(GuestOffset(old), new - old, false, &mut buffers));
+            self.buffers = buffers;
+        }
         // A resized image is closed next, as `resize` does.
         self.model.resize(usize::try_from(self.node().virtual_size()).expect("small"), 0);
         self.reopen();
@@ -233,8 +251,9 @@ impl Case {
         self.files.save(scratch.path());
         let name = self.format.name();
         let secret = format!("secret,id=s,data={}", inside::PASSPHRASE);
-        let keyed = format!("driver={name},encrypt.key-secret=s,file.filename={NAME}");
-        let image = match self.label.contains("encrypt") {
+        let option = if name == "luks" { "key-secret" } else { "encrypt.key-secret" };
+        let keyed = format!("driver={name},{option}=s,file.filename={NAME}");
+        let image = match name == "luks" || self.label.contains("encrypt") {
             true => &["--object", &secret, "--image-opts", &keyed][..],
             false => &["-f", name, NAME],
         };

@@ -220,9 +220,8 @@ fn an_existing_target_is_written_to() {
 #[test]
 fn images_of_other_formats_are_not_copied_as_raw() {
     let scratch = Scratch::new();
-    let secret = "--object secret,id=s,data=abc -o key-secret=s,iter-time=10";
-    for (format, more) in [("vhdx", ""), ("qed", ""), ("parallels", ""), ("luks", secret)] {
-        sh(&format!("qemu-img create -q -f {format} {more} a 8M")).dir(scratch.path()).ok();
+    for format in ["vhdx", "qed", "parallels"] {
+        sh(&format!("qemu-img create -q -f {format} a 8M")).dir(scratch.path()).ok();
         for args in [&["convert", "-O", "raw", "a", "b"][..], &["resize", "a", "16M"], &["info", "a"]] {
             let out = vimg(args).dir(scratch.path()).fails(1);
             assert!(out.stderr.contains(&format!("Image is in {format} format")), "{out:?}");

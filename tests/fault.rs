@@ -180,11 +180,16 @@ impl Judge {
         }
         let scratch = self.scratch.get_or_insert_with(Scratch::new);
         files.save(scratch.path());
-        let out = judge(&["check", "-f", case.format, NAME]).dir(scratch.path()).run();
+        let secret = format!("secret,id=s,data={}", inside::PASSPHRASE);
+        let key = if case.format == "luks" { ",key-secret=s" } else { "" };
+        let image = format!("driver={},file.filename={NAME}{key}", case.format);
+        let out = judge(&["check", "--object", &secret, "--image-opts", &image]).dir(scratch.path()).run();
         // 63: the format has no check.
         assert!(matches!(out.code, Some(0 | 3 | 63)), "{what}: {out:#?}");
-        let part = format!("driver=raw,size={},file.driver={},file.file.filename={NAME}", case.kept.end, case.format);
-        let out = judge(&["convert", "--image-opts", "-O", "raw", &part, "raw"]).dir(scratch.path()).run();
+        let part = format!("driver=raw,size={},file.{}", case.kept.end, image.replace(',', ",file."));
+        let out = judge(&["convert", "--object", &secret, "--image-opts", "-O", "raw", &part, "raw"])
+            .dir(scratch.path())
+            .run();
         assert_eq!(out.code, Some(0), "{what}: {out:#?}");
         let raw = std::fs::read(scratch.file("raw")).expect("raw");
         let kept = case.kept.start - DATA..case.kept.end - DATA;
@@ -202,6 +207,7 @@ const OTHERS: &[(&str, &str)] = &[
     ("vmdk", ""),
     ("vmdk", "subformat=twoGbMaxExtentSparse"),
     ("vmdk", "subformat=monolithicFlat"),
+    ("luks", "iter-time=0"),
 ];
 
 #[test]

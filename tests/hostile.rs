@@ -351,6 +351,31 @@ fn mutated_encrypted_images_in_process() {
     assert!(cases > 700, "only {cases} cases");
 }
 
+/// Every field of a LUKS header with every telling value. What a case costs is counted too: of iterations those that
+/// are many are refused, whatever the field's value.
+#[test]
+fn mutated_luks_headers_in_process() {
+    const NAME: &str = "image";
+    let luks = vimg::block::format::find(FORMATS, "luks").expect("luks");
+    let options = "iter-time=0,cipher-alg=aes-128,cipher-mode=cbc";
+    let whole = inside::bytes_of(&*inside::create(luks, NAME, 100 << 10, options).get(NAME).expect("made"));
+    let fields = (4..592).step_by(4);
+    let sets = fields.flat_map(|at| TELLING.iter().map(move |value| (at, *value)));
+    let sets = sets.filter(|(at, value)| *value <= 0xffff_ffff && (at / 4 + (*value % 61) as usize).is_multiple_of(3));
+    let set = |(at, value)| Mutation::Set { at, width: 4, value, little: false };
+    let cuts = [0, 7, 8, 591, 592, 4095, 4096, 70_000, 528_383, 528_384, 528_385].map(|len| Mutation::Cut { len });
+    let cases: Vec<_> = sets.map(set).chain(cuts).collect();
+    assert!(cases.len() >= 1000, "only {} cases", cases.len());
+    for mutation in cases {
+        let mut bytes = whole.clone();
+        mutation.apply(&mut bytes);
+        let (mutated, reads) = (Files::default(), Arc::default());
+        mutated.put(NAME, Arc::new(Memory::new(bytes)));
+        exercise(&mutated, luks, NAME, [3 << 20, 512], &reads);
+        assert!(reads.calls() <= CALLS && reads.bytes() <= BYTES, "{reads:?}: {mutation:?}");
+    }
+}
+
 /// Ends the whole run where one case takes too long: a thread that hangs cannot be ended otherwise.
 fn watch(told: &mpsc::Receiver<(usize, Option<Watch>)>, workers: usize) {
     let mut busy: Vec<Option<Watch>> = (0..workers).map(|_| None).collect();

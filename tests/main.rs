@@ -19,6 +19,7 @@ mod guard;
 mod hostile;
 mod killed;
 mod kinds;
+mod luks;
 mod map;
 mod opening;
 mod qcow;

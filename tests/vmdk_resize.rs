@@ -62,8 +62,14 @@ impl Folder {
         let mut options = OptionTree::new();
         let vmdk: &dyn Format = format::find(FORMATS, "vmdk").expect("vmdk");
         let file = self.child(NAME);
-        let request =
-            OpenRequest { file, options: &mut options, purpose: Purpose::Write, secrets: &NO_SECRETS, related: self };
+        let request = OpenRequest {
+            file,
+            side_files: Vec::new(),
+            options: &mut options,
+            purpose: Purpose::Write,
+            secrets: &NO_SECRETS,
+            related: self,
+        };
         vmdk.open(request).unwrap_or_else(|e| panic!("{}", e.message()))
     }
 

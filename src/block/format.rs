@@ -39,8 +39,10 @@ impl Related for Alone {
 
 /// What a driver is given to open a layer.
 pub struct OpenRequest<'a> {
-    /// The file that holds the header.
+    /// The file that was named: where the header is, unless one of the others holds it.
     pub file: Child,
+    /// The other files that options have named: of those that the format lists as [`Format::side_files`].
+    pub side_files: Vec<Child>,
     /// The user's options for this layer that are the format's own: the driver takes out those it knows; what
     /// is left is refused.
     pub options: &'a mut OptionTree,
@@ -117,6 +119,17 @@ pub trait Create: Sync {
         OptionTree::new()
     }
 
+    /// Whether it takes `preallocation` for itself, which else is the protocol's to judge.
+    fn preallocates(&self) -> bool {
+        self.options().iter().any(|option| option.name == "preallocation")
+    }
+
+    /// Whether an image with these options has a disk, whose size has to be known.
+    fn has_size(&self, options: &CreateOptions) -> bool {
+        let _ = options;
+        true
+    }
+
     /// Whether a backing file can be named.
     fn has_backing(&self) -> bool {
         self.options().iter().any(|option| option.name == "backing_file")
@@ -150,6 +163,12 @@ pub trait Format: Sync + fmt::Debug {
 
     /// Options that change what the guest sees: where they are given, a plain name does not name the image.
     fn strong_options(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// The parts that files play which options alone may name, beside the one that is named by itself. They are opened
+    /// as that one is.
+    fn side_files(&self) -> &'static [&'static str] {
         &[]
     }
 

@@ -7,6 +7,7 @@
 mod claims;
 mod effort;
 mod encryption;
+pub mod luks;
 mod luks_header;
 mod one_file;
 pub mod qcow;
@@ -28,5 +29,6 @@ pub const FORMATS: &[&dyn Format] = &[
     &vmdk::Vmdk,
     &vdi::Vdi,
     &vpc::Vpc,
+    &luks::Luks,
     &raw::Raw,
 ];

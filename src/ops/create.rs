@@ -110,6 +110,11 @@ impl Wanted<'_> {
         }
         // The reference takes 2^64 - 1 for "no size" too.
         let size = self.options.number("size").filter(|size| *size != u64::MAX);
+        let sizeless = self.target.format.creating().is_some_and(|create| !create.has_size(&self.options));
+        if sizeless && size.is_none() {
+            self.options.set("size", OptionValue::Size(u64::MAX))?;
+        }
+        let size = size.or(sizeless.then_some(u64::MAX));
         let size = size.ok_or_else(|| Error::invalid("Image creation needs a size parameter"))?;
         Ok(NewImage { name: self.name.to_owned(), format: self.target.format, size, options: self.options })
     }
@@ -232,7 +237,7 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
         drivers: opener.drivers(),
         place: &place,
         options: &new.options,
-        own_preallocation: create.options().iter().any(|spec| spec.name == "preallocation"),
+        own_preallocation: create.preallocates(),
         staging,
         main: Mutex::default(),
         made: Mutex::default(),

@@ -9,8 +9,8 @@ use std::sync::{Arc, LazyLock, Mutex};
 
 use vimg::block::secrets::AskPassphrase;
 use vimg::block::{
-    CheckReport, Child, CreateFiles, CreateOptions, CreateRequest, Error, Fix, Format, Ids, KeyUse, NO_SECRETS, Node,
-    OpenRequest, OptionKind, OptionSpec, OptionTree, OptionValue, Purpose, Related, Result, SecretBytes, Secrets,
+    CheckReport, Child, CreateFiles, CreateOptions, CreateRequest, Error, Fix, Format, Ids, KeyUse, Node, OpenRequest,
+    OptionKind, OptionSpec, OptionTree, OptionValue, Purpose, Related, Result, SecretBytes, Secrets,
 };
 use vimg::storage::file::FileHow;
 use vimg::storage::memory::Memory;
@@ -241,7 +241,7 @@ pub fn create_in(folder: &Path, format: &dyn Format, name: &str, size: u64, text
     let options = options(format, text);
     let files = Folder::new(folder, name);
     let request =
-        CreateRequest { size, options: &options, files: &files, ids: &SameIds, secrets: &NO_SECRETS, related: &Alone };
+        CreateRequest { size, options: &options, files: &files, ids: &SameIds, secrets: &SECRETS, related: &Alone };
     format.creating().expect("a format that can be created").create(&request)
 }
 
@@ -290,7 +290,8 @@ fn open_child(
 ) -> Result<Node> {
     let name = file.name.clone();
     let mut options = OptionTree::new();
-    let request = OpenRequest { file, options: &mut options, purpose, secrets: &SECRETS, related };
+    let request =
+        OpenRequest { file, side_files: Vec::new(), options: &mut options, purpose, secrets: &SECRETS, related };
     Ok(Node::new(format.open(request)?, backing, name))
 }
 

@@ -177,15 +177,20 @@ impl Opener<'_> {
                 tree.insert((*key).to_owned(), value.clone());
             }
         }
-        let plain = tree.len() == 1;
+        let side =
+            if found.is_none() { self.side_files(format, &mut options, &settings, how, trail)? } else { Vec::new() };
+        let plain = tree.len() == 1 && side.is_empty();
         tree.insert("file".to_owned(), Value::Object(file.tree));
-        let origin = Origin {
-            path: file.path.clone().filter(|_| plain),
-            base: file.base,
-            tree,
-            protocol: false,
-            inner: file.inner.into_iter().map(|node| ("file".to_owned(), node)).collect(),
-        };
+        let mut inner: Vec<_> = file.inner.into_iter().map(|node| ("file".to_owned(), node)).collect();
+        let mut side_files = Vec::new();
+        for file in side {
+            let role = file.child.role.clone();
+            tree.insert(role.clone(), Value::Object(file.tree));
+            inner.extend(file.inner.map(|node| (role, node)));
+            side_files.push(file.child);
+        }
+        let path = file.path.clone().filter(|_| plain);
+        let origin = Origin { path, base: file.base, tree, protocol: false, inner };
         let given = match &below {
             Below::Given(options) if !format.layered() && !options.is_empty() => {
                 return Err(Error::unsupported("Driver doesn't support backing files"));
@@ -212,6 +217,7 @@ impl Opener<'_> {
         }
         let request = OpenRequest {
             file: child,
+            side_files,
             options: &mut options,
             purpose: settings.purpose,
             secrets: self.secrets,

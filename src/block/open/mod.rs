@@ -1,7 +1,7 @@
 //! The one way to an open image: `chain` opens what lies below a layer, `layer` one layer, `nested` an image that
-//! another lies in, `filtered` a filter and what it is before, `related` the other files of a layer; `probe` finds out
-//! formats, `settings` takes what any node takes, `policy` says what an image may make us open, and `held` finds what
-//! is open already.
+//! another lies in, `filtered` a filter and what it is before, `related` the other files of a layer, `side` those of
+//! them that options alone name; `probe` finds out formats, `settings` takes what any node takes, `policy` says what an
+//! image may make us open, and `held` finds what is open already.
 //!
 //! Invariants: a chain is opened and closed link by link, never by recursion; recursion into images inside images
 //! is capped; a file is locked before its header is believed.
@@ -17,6 +17,7 @@ mod policy;
 mod probe;
 mod related;
 mod settings;
+mod side;
 
 use std::ffi::OsStr;
 use std::path::Path;

@@ -122,7 +122,8 @@ impl Storage for NodeStorage {
         let files = || driver.files().iter().map(|child| child.storage.facts());
         Facts {
             fixed_len: driver.resizing().is_none(),
-            new_reads_zero: files().all(|facts| facts.new_reads_zero),
+            // What is encrypted and was never written reads as anything.
+            new_reads_zero: driver.cipher().is_none() && files().all(|facts| facts.new_reads_zero),
             parallel: files().filter_map(|facts| facts.parallel).max(),
             ..Facts::PLAIN
         }
@@ -141,7 +142,13 @@ impl NodeStorage {
             return Ok(());
         }
         let resizing = self.node.driver().resizing().ok_or(Errno::ENOTSUP)?;
-        resizing.resize(len.checked_next_multiple_of(512).ok_or(Errno::EFBIG)?, fill).map_err(Error::from)
+        let old = self.node.virtual_size();
+        resizing.resize(len.checked_next_multiple_of(512).ok_or(Errno::EFBIG)?, fill).map_err(Error::from)?;
+        if len > old && self.node.driver().cipher().is_some() {
+            let new = len - old;
+            self.node.write_zeroes(GuestOffset(old), new, false, &mut Scratch::default()).map_err(Error::from)?;
+        }
+        Ok(())
     }
 
     fn grow(&self, at: u64, len: u64) -> Result<()> {

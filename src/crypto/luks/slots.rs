@@ -68,6 +68,11 @@ impl LuksHeader {
         Err(fault.into())
     }
 
+    /// What encrypts the payload, by the master key.
+    pub fn cipher(&self, key: &[u8]) -> Result<SectorCipher, LuksError> {
+        Ok(SectorCipher::new(self.spec, key)?)
+    }
+
     /// Where the key material of a slot lies, in bytes from the header's start: whole sectors.
     pub fn material(&self, index: usize) -> Range<u64> {
         let start = self.fields.slots.get(index).map_or(0, |slot| u64::from(slot.material.get())) * SECTOR;

@@ -18,7 +18,7 @@ use super::{Qcow2Driver, bitmap, check, snapshot};
 
 /// Opens a layer.
 pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
-    let OpenRequest { file, options, purpose, secrets, related } = request;
+    let OpenRequest { file, options, purpose, secrets, related, .. } = request;
     let checks = matches!(purpose, Purpose::Check | Purpose::Repair);
     let mut header =
         if checks { Qcow2Header::read_damaged(&*file.storage) } else { Qcow2Header::read(&*file.storage) }?;

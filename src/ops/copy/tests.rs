@@ -92,6 +92,7 @@ fn layer(storage: Arc<dyn Storage>, backing: Option<Arc<Node>>, name: &str) -> A
     let driver = Raw
         .open(OpenRequest {
             file: Child { role: "file".to_owned(), name: name.to_owned(), driver: "file", storage },
+            side_files: Vec::new(),
             options: &mut OptionTree::new(),
             purpose: Purpose::Write,
             secrets: &NO_SECRETS,

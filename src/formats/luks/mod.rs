@@ -1,0 +1,204 @@
+//! LUKS: an encrypted disk behind a header that keeps its key (version 1, [`crate::crypto::luks`]).
+//!
+//! Invariants: nothing is allocated, so placing is the identity, from the payload's offset on; a sector is encrypted by
+//! its number on the guest's disk. What was never written reads as whatever decrypting zeros gives: nothing in such an
+//! image is known to be zeros, and a new one does not read as zeros either. The header may lie in a file of its own,
+//! which options name as `header`.
+
+mod create;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::block::error::Context;
+use crate::block::info::ImageInfo;
+use crate::block::keys::take_text;
+use crate::block::{
+    BlockDriver, Child, Cipher, Create, Error, Extent, ExtentKind, FileEnd, Format, GuestOffset, HostPlace, KeyUse,
+    OpenRequest, Placed, Resize, Result, Store, Write,
+};
+use crate::crypto::SectorCipher;
+use crate::crypto::luks::{HEADER, LuksHeader};
+use crate::formats::luks_header::luks_facts;
+use crate::formats::sector_cipher::ImageCipher;
+use crate::storage::{self, Preallocation, Storage};
+
+/// The format.
+#[derive(Debug)]
+pub struct Luks;
+
+const SECTOR: u64 = 512;
+/// The option that names the secret with the passphrase.
+const KEY_SECRET: &str = "key-secret";
+/// The part that a detached header's file plays.
+const HEADER_FILE: &str = "header";
+
+impl Format for Luks {
+    fn name(&self) -> &'static str {
+        "luks"
+    }
+
+    fn probe(&self, head: &[u8], _name: &str) -> u32 {
+        if LuksHeader::probe(head) { 100 } else { 0 }
+    }
+
+    fn strong_options(&self) -> &'static [&'static str] {
+        &[KEY_SECRET]
+    }
+
+    fn side_files(&self) -> &'static [&'static str] {
+        &[HEADER_FILE]
+    }
+
+    fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
+        let OpenRequest { file, side_files, options, purpose, secrets, .. } = request;
+        let id = take_text(options, KEY_SECRET);
+        let name = file.name.clone();
+        let mut files = vec![file];
+        files.extend(side_files);
+        let detached = files.len() > 1;
+        let holder = files.last().ok_or_else(|| Error::invalid("no file"))?;
+        let header = read_header(&*holder.storage, detached)?;
+        let cipher = match purpose.only_looks() {
+            true => None,
+            false => {
+                let passphrase = secrets.key(KEY_SECRET, id.as_deref(), &name, KeyUse::from(purpose))?;
+                Some(ImageCipher::by_guest(unlock(&*holder.storage, &header, passphrase.get())?))
+            }
+        };
+        let driver = LuksDriver { files, header, cipher, size: AtomicU64::new(0), write: purpose.writes() };
+        driver.size.store(driver.room()?, Ordering::Relaxed);
+        Ok(Box::new(driver))
+    }
+
+    fn creating(&self) -> Option<&dyn Create> {
+        Some(self)
+    }
+}
+
+fn read_header(storage: &dyn Storage, detached: bool) -> Result<LuksHeader> {
+    let mut bytes = [0; HEADER];
+    storage.read_at(0, &mut bytes).context("Unable to read LUKS header")?;
+    Ok(LuksHeader::parse(&bytes, detached)?)
+}
+
+fn unlock(storage: &dyn Storage, header: &LuksHeader, passphrase: &[u8]) -> Result<SectorCipher> {
+    let end = FileEnd::default();
+    let key = header.unlock(passphrase, |at, buf: &mut [u8]| {
+        end.require(storage, "the key material", at, buf.len() as u64)?;
+        storage.read_at(at, buf).context("Failed to read key material")
+    })?;
+    Ok(header.cipher(&key)?)
+}
+
+#[derive(Debug)]
+struct LuksDriver {
+    /// The payload's, and the header's, where that is detached.
+    files: Vec<Child>,
+    header: LuksHeader,
+    /// Nothing where the header alone is looked at.
+    cipher: Option<ImageCipher>,
+    /// The virtual size in bytes.
+    size: AtomicU64,
+    write: bool,
+}
+
+impl LuksDriver {
+    fn storage(&self) -> &dyn Storage {
+        &*self.files[0].storage
+    }
+
+    fn place_of(&self, at: GuestOffset) -> HostPlace {
+        HostPlace::main(self.header.payload().saturating_add(at.get()))
+    }
+
+    /// Bytes of the payload. A file counts in whole sectors.
+    fn room(&self) -> Result<u64> {
+        let end = self.storage().len().with_context(|| format!("Could not get size of '{}'", self.files[0].name))?;
+        let end = end.checked_next_multiple_of(SECTOR).unwrap_or(end);
+        end.checked_sub(self.header.payload())
+            .ok_or_else(|| Error::truncated("the payload", self.header.payload(), end))
+    }
+}
+
+impl BlockDriver for LuksDriver {
+    fn format(&self) -> &'static str {
+        Luks.name()
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
+        let len = max.min(self.virtual_size().saturating_sub(at.get()));
+        Ok(Extent { start: at, len, kind: ExtentKind::Data(self.place_of(at)) })
+    }
+
+    fn short_unit(&self) -> Option<u64> {
+        None
+    }
+
+    fn files(&self) -> &[Child] {
+        &self.files
+    }
+
+    fn info(&self) -> Result<ImageInfo> {
+        // The reference goes by the offset, wherever the header is.
+        let facts = luks_facts(&self.header, self.header.payload() == 0);
+        Ok(ImageInfo { encrypted: true, specific: Some((Luks.name(), facts)), ..ImageInfo::plain(None) })
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.files[0].flush()
+    }
+
+    fn writing(&self) -> Option<&dyn Write> {
+        (self.write && self.cipher.is_some()).then_some(self)
+    }
+
+    fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+
+    fn cipher(&self) -> Option<&dyn Cipher> {
+        self.cipher.as_ref().map(|cipher| cipher as _)
+    }
+}
+
+impl Write for LuksDriver {
+    fn unit(&self) -> u64 {
+        SECTOR
+    }
+
+    fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
+        Placed::over(at, len, store, self.place_of(at))
+    }
+}
+
+impl Resize for LuksDriver {
+    fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
+        let device = self.storage().facts().fixed_len;
+        match fill {
+            Preallocation::Falloc | Preallocation::Full if device => {
+                Err(storage::Error::DevicePreallocation(fill).into())
+            }
+            _ if device && size != self.virtual_size() => Err(Error::unsupported("Cannot resize device files")),
+            Preallocation::Metadata => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
+            _ => self.end(size).map(|_| ()),
+        }
+    }
+
+    fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
+        self.check(size, fill)?;
+        self.storage().set_len(self.end(size)?, fill)?;
+        self.size.store(self.room()?, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl LuksDriver {
+    /// Where a disk of that size ends in the file.
+    fn end(&self, size: u64) -> Result<u64> {
+        create::file_end(self.header.payload(), size)
+    }
+}

@@ -1,0 +1,379 @@
+//! LUKS images: made, read and written by vimg, and judged by qemu-img and qemu-io, by cryptsetup, and by a reader of the
+//! format in Python, which has its ciphers from `cryptography`.
+
+use std::fs;
+use std::path::Path;
+
+use crate::common::trace::{Ended, killed_at};
+use crate::common::{Output, Scratch, need, need_root, pattern, plain, sh, vimg, write_pattern};
+
+const SECRET: [&str; 2] = ["--object", "secret,id=s,data=abc"];
+
+/// Cipher, mode, generator of vectors with its hash, hash: every cipher in every mode that the reference has it in, and
+/// every generator and hash with some of them. With keys of 24 bytes the reference aborts in all modes but xts.
+const COMBINATIONS: &[[&str; 4]] = &[
+    ["aes-128", "ecb", "plain", "md5"],
+    ["aes-128", "cbc", "essiv:md5", "sha1"],
+    ["aes-128", "xts", "plain64", "sha224"],
+    ["aes-128", "ctr", "plain", "sha256"],
+    ["aes-192", "xts", "essiv:sm3", "sha384"],
+    ["aes-256", "ecb", "plain64", "sha512"],
+    ["aes-256", "cbc", "essiv:sha256", "ripemd160"],
+    ["aes-256", "xts", "plain", "sm3"],
+    ["aes-256", "ctr", "essiv:sha256", "md5"],
+    ["serpent-128", "ecb", "plain64", "sha1"],
+    ["serpent-128", "cbc", "plain", "sha224"],
+    ["serpent-128", "xts", "essiv:sha256", "sha256"],
+    ["serpent-128", "ctr", "plain64", "sha384"],
+    ["serpent-192", "xts", "plain64", "sha512"],
+    ["serpent-256", "ecb", "plain", "ripemd160"],
+    ["serpent-256", "cbc", "essiv:md5", "sm3"],
+    ["serpent-256", "xts", "plain", "md5"],
+    ["serpent-256", "ctr", "plain64", "sha1"],
+    ["twofish-128", "ecb", "plain", "sha224"],
+    ["twofish-128", "cbc", "plain64", "sha256"],
+    ["twofish-128", "xts", "essiv:md5", "sha384"],
+    ["twofish-128", "ctr", "plain", "sha512"],
+    ["twofish-192", "xts", "plain64:md5", "ripemd160"],
+    ["twofish-256", "ecb", "plain64", "sm3"],
+    ["twofish-256", "cbc", "essiv:sha256", "md5"],
+    ["twofish-256", "xts", "plain64", "sha1"],
+    ["twofish-256", "ctr", "essiv:sm3", "sha224"],
+    ["cast5-128", "ecb", "plain", "sha256"],
+    ["cast5-128", "cbc", "plain64", "sha384"],
+    ["cast5-128", "ctr", "plain", "sha512"],
+];
+
+/// A combination as creation options; iterations are few.
+fn options([cipher, mode, iv, hash]: [&str; 4]) -> String {
+    let (iv, iv_hash) = iv.split_once(':').unwrap_or((iv, ""));
+    let iv_hash = if iv_hash.is_empty() { String::new() } else { format!(",ivgen-hash-alg={iv_hash}") };
+    format!("key-secret=s,cipher-alg={cipher},cipher-mode={mode},ivgen-alg={iv}{iv_hash},hash-alg={hash},iter-time=1")
+}
+
+fn image(name: &str) -> String {
+    format!("driver=luks,key-secret=s,file.filename={name}")
+}
+
+fn vimg_in(scratch: &Scratch, args: &[&str]) -> Output {
+    scratch.vimg(&[&args[..1], &SECRET, &args[1..]].concat())
+}
+
+fn judge_in(scratch: &Scratch, args: &[&str]) -> Output {
+    scratch.judge(&[&args[..1], &SECRET, &args[1..]].concat())
+}
+
+fn disk(scratch: &Scratch, name: &str, seed: u64, len: usize) {
+    fs::write(scratch.file(name), pattern(seed, len)).unwrap();
+}
+
+fn assert_same(scratch: &Scratch, a: &str, b: &str, what: &str) {
+    assert!(fs::read(scratch.file(a)).unwrap() == fs::read(scratch.file(b)).unwrap(), "{what}: {a} is not {b}");
+}
+
+/// The judge writes over a part of an image, and of its model.
+fn judge_writes(scratch: &Scratch, image: &str, model: &str) {
+    let write = ["-c", "write -P 0x5a 40961 70001"];
+    let args = [&SECRET[..], &write, &["--image-opts", image]].concat();
+    plain("qemu-io", &args).dir(scratch.path()).ok();
+    let mut bytes = fs::read(scratch.file(model)).unwrap();
+    bytes[40961..40961 + 70001].fill(0x5a);
+    fs::write(scratch.file(model), bytes).unwrap();
+}
+
+#[test]
+fn every_cipher_mode_generator_and_hash_is_read_and_written_both_ways() {
+    let scratch = Scratch::new();
+    for (n, combination) in COMBINATIONS.iter().enumerate() {
+        let (options, what) = (options(*combination), combination.join(" "));
+        disk(&scratch, "disk", n as u64, 300_032);
+        vimg_in(&scratch, &["convert", "-f", "raw", "-O", "luks", "-o", &options, "disk", "a"]);
+        judge_in(&scratch, &["convert", "--image-opts", &image("a"), "-O", "raw", "read"]);
+        assert_same(&scratch, "read", "disk", &what);
+        judge_writes(&scratch, &image("a"), "disk");
+        vimg_in(&scratch, &["convert", "--image-opts", &image("a"), "-O", "raw", "read"]);
+        assert_same(&scratch, "read", "disk", &what);
+    }
+}
+
+/// The header without what is drawn or measured: digest, salts, iterations, UUID, and the key material.
+fn masked(path: &Path) -> (Vec<u8>, u64) {
+    let bytes = fs::read(path).unwrap();
+    let word = |at: usize| u32::from_be_bytes(*bytes[at..].first_chunk().unwrap()) as usize * 512;
+    let mut head = bytes[..word(104)].to_vec();
+    head[112..208].fill(0);
+    let material = word(208 + 40);
+    head[208 + 4..208 + 40].fill(0);
+    let key = usize::try_from(u32::from_be_bytes(*bytes[108..].first_chunk().unwrap())).unwrap();
+    head[material..material + (key * 4000).next_multiple_of(512)].fill(0);
+    (head, bytes.len() as u64)
+}
+
+#[test]
+fn a_new_header_is_the_references() {
+    let scratch = Scratch::new();
+    for combination in [
+        ["aes-256", "xts", "plain64", "sha256"],
+        ["aes-128", "cbc", "essiv:sha256", "sha1"],
+        ["serpent-192", "xts", "plain:md5", "sha512"],
+    ] {
+        // Most of the time goes by while the judge finds out how fast it is.
+        let options = options(combination);
+        vimg_in(&scratch, &["create", "-q", "-f", "luks", "-o", &options, "ours", "1000001"]);
+        judge_in(&scratch, &["create", "-q", "-f", "luks", "-o", &options, "theirs", "1000001"]);
+        assert!(masked(&scratch.file("ours")) == masked(&scratch.file("theirs")), "{combination:?}");
+        disk(&scratch, "disk", 3, 1_000_001);
+        let target = image("theirs");
+        judge_in(&scratch, &["convert", "-n", "-f", "raw", "--target-image-opts", "disk", &target]);
+        fs::File::options().write(true).open(scratch.file("disk")).unwrap().set_len(1_000_448).unwrap();
+        vimg_in(&scratch, &["convert", "--image-opts", &image("theirs"), "-O", "raw", "read"]);
+        assert_same(&scratch, "read", "disk", "made by the judge");
+    }
+}
+
+#[test]
+fn cryptsetup_opens_ours_and_we_open_cryptsetups() {
+    need("cryptsetup");
+    let scratch = Scratch::new();
+    fs::write(scratch.file("abc"), "abc").unwrap();
+    fs::write(scratch.file("other"), "other").unwrap();
+    vimg_in(&scratch, &["create", "-q", "-f", "luks", "-o", "key-secret=s,iter-time=1", "ours", "1M"]);
+    scratch.sh("cryptsetup luksDump ours && cryptsetup open --test-passphrase --key-file abc ours");
+    assert!(sh("cryptsetup open --test-passphrase --key-file other ours").dir(scratch.path()).run().code == Some(2));
+    scratch.sh("cryptsetup -q luksAddKey --iter-time 1 --key-file abc --key-slot 7 ours other");
+    scratch.sh("cryptsetup -q luksKillSlot --key-file other ours 0");
+    let open = |secret: &str, image: &str| {
+        vimg(&["convert", "--object", secret, "--image-opts", image, "-O", "raw", "read"]).dir(scratch.path()).run()
+    };
+    assert_eq!(open("secret,id=s,file=other", &image("ours")).code, Some(0));
+    let wrong = open("secret,id=s,data=abc", &image("ours"));
+    assert!(wrong.stderr.ends_with("Invalid password, cannot unlock any keyslot\n"), "{wrong:?}");
+
+    // A key of 24 bytes in cbc: the reference cannot open that.
+    for (more, len) in
+        [("", 512), ("-c aes-cbc-essiv:sha256 -s 192 -h sha1", 192), ("-c aes-xts-plain64 -s 256 -h sha512", 256)]
+    {
+        scratch.sh(&format!(
+            "rm -f theirs; truncate -s 6M theirs; cryptsetup -q luksFormat --type luks1 --iter-time 1 {more} theirs abc"
+        ));
+        disk(&scratch, "disk", len, 1 << 20);
+        let info = scratch.vimg(&["info", "--output=json", "theirs"]).json();
+        let payload = info["format-specific"]["data"]["payload-offset"].as_u64().unwrap();
+        scratch.sh(&format!("truncate -s {} theirs", payload + (1 << 20)));
+        vimg_in(&scratch, &["convert", "-n", "-f", "raw", "--target-image-opts", "disk", &image("theirs")]);
+        vimg_in(&scratch, &["convert", "--image-opts", &image("theirs"), "-O", "raw", "read"]);
+        assert_same(&scratch, "read", "disk", more);
+        if len != 192 {
+            judge_in(&scratch, &["convert", "--image-opts", &image("theirs"), "-O", "raw", "read"]);
+            assert_same(&scratch, "read", "disk", more);
+        }
+        scratch.sh("cryptsetup open --test-passphrase --key-file abc theirs");
+    }
+}
+
+/// Reads a LUKS image by the specification alone.
+const READER: &str = r#"
+import hashlib, struct, sys
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+volume, passphrase = open(sys.argv[1], 'rb').read(), sys.argv[2].encode()
+text = lambda at: volume[at:at + 32].split(b'\0')[0].decode()
+cipher, mode, hash = text(8), text(40), text(72)
+assert volume[:8] == b'LUKS\xba\xbe\0\1' and cipher == 'aes'
+payload, length = struct.unpack_from('>II', volume, 104)
+chain, iv = mode.split('-')
+def decrypt(key, data):
+    out = []
+    for n in range(len(data) // 512):
+        vector = struct.pack('<QQ', n & 0xffffffff if iv == 'plain' else n, 0)
+        if iv.startswith('essiv:'):
+            e = Cipher(algorithms.AES(hashlib.new(iv[6:], key).digest()), modes.ECB()).encryptor()
+            vector = e.update(vector)
+        how = {'xts': modes.XTS, 'cbc': modes.CBC, 'ctr': modes.CTR, 'ecb': lambda _: modes.ECB()}[chain](vector)
+        d = Cipher(algorithms.AES(key), how).decryptor()
+        out.append(d.update(data[n * 512:n * 512 + 512]))
+    return b''.join(out)
+def diffuse(block):
+    size, out = hashlib.new(hash).digest_size, b''
+    for n in range(0, len(block), size):
+        out += hashlib.new(hash, struct.pack('>I', n // size) + block[n:n + size]).digest()[:len(block[n:n + size])]
+    return out
+def slot(n):
+    state, count, salt, at, stripes = struct.unpack_from('>II32sII', volume, 208 + 48 * n)
+    if state != 0xac71f3: return None
+    derived = hashlib.pbkdf2_hmac(hash, passphrase, salt, count, length)
+    size = (length * stripes + 511) // 512 * 512
+    split = decrypt(derived, volume[at * 512:at * 512 + size])
+    block = bytes(length)
+    for n in range(stripes):
+        block = bytes(a ^ b for a, b in zip(block, split[n * length:n * length + length]))
+        if n + 1 < stripes: block = diffuse(block)
+    digest, salt, count = struct.unpack_from('>20s32sI', volume, 112)
+    return block if hashlib.pbkdf2_hmac(hash, block, salt, count, 20) == digest else None
+key = next(key for key in map(slot, range(8)) if key)
+sys.stdout.buffer.write(decrypt(key, volume[payload * 512:]))
+"#;
+
+#[test]
+fn a_third_reader_agrees() {
+    let scratch = Scratch::new();
+    disk(&scratch, "disk", 5, 100 << 10);
+    fs::write(scratch.file("reader.py"), READER).unwrap();
+    for combination in [
+        ["aes-256", "xts", "plain64", "sha256"],
+        ["aes-128", "cbc", "essiv:sha256", "sha1"],
+        ["aes-192", "cbc", "plain", "sha512"],
+        ["aes-256", "ctr", "plain", "sha384"],
+        ["aes-128", "ecb", "plain", "md5"],
+    ] {
+        vimg_in(&scratch, &["convert", "-f", "raw", "-O", "luks", "-o", &options(combination), "disk", "a"]);
+        scratch.sh("python3 reader.py a abc > read");
+        assert_same(&scratch, "read", "disk", &combination.join(" "));
+    }
+}
+
+#[test]
+fn passphrases_of_any_text_open() {
+    need("cryptsetup");
+    let scratch = Scratch::new();
+    for passphrase in ["", "x", "line\n", "ä€\u{1f511}", &"long".repeat(128)] {
+        fs::write(scratch.file("key"), passphrase).unwrap();
+        let key = ["--object", "secret,id=s,file=key"];
+        let create =
+            [&["create", "-q", "-f", "luks"], &key[..], &["-o", "key-secret=s,iter-time=1", "a", "64k"]].concat();
+        scratch.vimg(&create);
+        scratch.sh("cryptsetup open --test-passphrase --key-file key a");
+        let a = image("a");
+        let args = [&key[..], &["-c", "write -P 7 0 64k", "--image-opts", &a]].concat();
+        plain("qemu-io", &args).dir(scratch.path()).ok();
+        scratch.vimg(&[&["convert"], &key[..], &["--image-opts", &image("a"), "-O", "raw", "read"]].concat());
+        assert!(fs::read(scratch.file("read")).unwrap() == [7; 65536], "{passphrase:?}");
+    }
+    let binary = "secret,id=s,format=base64,data=/w==";
+    let out = vimg(&["create", "-q", "-f", "luks", "--object", binary, "-o", "key-secret=s", "b", "1M"]);
+    assert!(out.dir(scratch.path()).fails(1).stderr.ends_with("Data from secret s is not valid UTF-8\n"));
+    assert!(!scratch.file("b").exists());
+}
+
+#[test]
+fn a_detached_header_is_made_read_and_used_to_write() {
+    need("cryptsetup");
+    let scratch = Scratch::new();
+    fs::write(scratch.file("abc"), "abc").unwrap();
+    let create = ["create", "-f", "luks", "-o", "key-secret=s,iter-time=1,detached-header=on", "head"];
+    let said = vimg_in(&scratch, &create).stdout;
+    assert_eq!(said, "Formatting 'head', fmt=luks size=-1 key-secret=s iter-time=1 detached-header=on\n");
+    scratch.sh("cryptsetup open --test-passphrase --key-file abc --header head head");
+    disk(&scratch, "disk", 8, 1 << 20);
+    scratch.sh("truncate -s 1M payload");
+    let parts = "driver=luks,key-secret=s,file.filename=payload,header.filename=head";
+    vimg_in(&scratch, &["convert", "-n", "-f", "raw", "--target-image-opts", "disk", parts]);
+    judge_in(&scratch, &["convert", "--image-opts", parts, "-O", "raw", "read"]);
+    assert_same(&scratch, "read", "disk", "by the judge");
+    judge_writes(&scratch, parts, "disk");
+    let nested = parts.replace("header.filename", "header.driver=raw,header.file.filename");
+    vimg_in(&scratch, &["convert", "--image-opts", &nested, "-O", "raw", "read"]);
+    assert_same(&scratch, "read", "disk", "in an image");
+    for parts in [parts, &nested] {
+        for args in [["info", "--image-opts", parts], ["info", "--output=json", "--image-opts"]] {
+            let args = if args[2] == parts { args.to_vec() } else { [&args[..], &[parts]].concat() };
+            assert_eq!(vimg_in(&scratch, &args).stdout, judge_in(&scratch, &args).stdout);
+        }
+    }
+    vimg_in(&scratch, &["resize", "--image-opts", parts, "2M"]);
+    assert_eq!(fs::metadata(scratch.file("payload")).unwrap().len(), 2 << 20);
+    let refused = |args: &[&str]| {
+        let args = [&args[..1], &SECRET, &args[1..]].concat();
+        vimg(&args).dir(scratch.path()).fails(1).stderr
+    };
+    let with_size = [&create[..5], &["b", "1M"]].concat();
+    assert!(refused(&with_size).contains("a detached header has no disk"));
+    assert!(refused(&["convert", "-f", "raw", "-O", "luks", "-o", create[4], "disk", "b"]).contains("no disk"));
+    assert!(!scratch.file("b").exists());
+    let missing = parts.replace("=head", "=nosuch");
+    assert!(refused(&["convert", "--image-opts", &missing, "-O", "raw", "b"]).contains("Could not open 'nosuch'"));
+    let unknown = format!("{parts},header.x=y");
+    assert!(refused(&["convert", "--image-opts", &unknown, "-O", "raw", "b"]).contains("the option 'x'"));
+}
+
+/// A header that asks for more iterations than anybody waits for is refused at once; so is one to be made.
+#[test]
+fn iterations_that_take_hours_are_refused() {
+    let scratch = Scratch::new();
+    vimg_in(&scratch, &["create", "-q", "-f", "luks", "-o", "key-secret=s,iter-time=1", "a", "1M"]);
+    let whole = fs::read(scratch.file("a")).unwrap();
+    for at in [164, 208 + 4] {
+        let mut bytes = whole.clone();
+        bytes[at..at + 4].fill(0xff);
+        fs::write(scratch.file("b"), bytes).unwrap();
+        let b = image("b");
+        let args = [&["convert"], &SECRET[..], &["--image-opts", &b, "-O", "raw", "read"]].concat();
+        let out = vimg(&args).dir(scratch.path()).fails(1);
+        assert!(out.stderr.contains("4294967295 iterations of the key derivation are refused"), "{out:?}");
+    }
+    let args = [&["create", "-f", "luks"], &SECRET[..], &["-o", "key-secret=s,iter-time=500000", "c", "1M"]].concat();
+    let out = vimg(&args).dir(scratch.path()).fails(1);
+    assert!(out.stderr.contains("are refused") && !scratch.file("c").exists(), "{out:?}");
+}
+
+/// What an encrypted image holds where nothing was written is no zeros: an image in it does not take it for such.
+#[test]
+fn an_image_inside_grows_by_zeros() {
+    let scratch = Scratch::new();
+    disk(&scratch, "disk", 4, 3 << 20);
+    scratch.judge(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "inner", "8M"]);
+    vimg_in(&scratch, &["convert", "-f", "raw", "-O", "luks", "-o", "key-secret=s,iter-time=1", "inner", "a"]);
+    let inside = "driver=qcow2,file.driver=luks,file.key-secret=s,file.file.filename=a";
+    let args = [&SECRET[..], &["-c", "write -P 9 5000 1", "-c", "write -P 8 7M 3k", "--image-opts", inside]].concat();
+    plain("qemu-io", &args).dir(scratch.path()).ok();
+    vimg_in(&scratch, &["convert", "-n", "-f", "raw", "--target-image-opts", "disk", inside]);
+    judge_in(&scratch, &["check", "--image-opts", inside]);
+    judge_in(&scratch, &["convert", "--image-opts", inside, "-O", "raw", "read"]);
+    let read = fs::read(scratch.file("read")).unwrap();
+    assert!(read[..3 << 20] == fs::read(scratch.file("disk")).unwrap()[..]);
+    assert!(read[7 << 20..][..3 << 10] == [8; 3 << 10] && read[(7 << 20) + (3 << 10)..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn killed_at_any_call_leaves_the_older_image_or_the_new_one() {
+    let scratch = Scratch::new();
+    write_pattern(&scratch.file("disk"), 0, 1, 3 << 20);
+    let job =
+        [&["convert", "-f", "raw", "-O", "luks"], &SECRET[..], &["-o", "key-secret=s,iter-time=0", "../disk", "a"]];
+    let job = job.concat();
+    let (mut n, mut before, mut after) = (0, 0, 0);
+    loop {
+        n += 19;
+        let folder = scratch.file(&n.to_string());
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("a"), "precious").unwrap();
+        let killed = killed_at(&folder, &job, n) == Ended::Killed;
+        if fs::read(folder.join("a")).unwrap() == b"precious" {
+            assert!(killed, "call {n}");
+            before += 1;
+        } else {
+            let args = [&["compare"], &SECRET[..], &["--image-opts", &image("a"), "driver=raw,file.filename=../disk"]];
+            plain("qemu-img", &args.concat()).dir(&folder).ok();
+            after += 1;
+        }
+        if !killed {
+            break;
+        }
+    }
+    assert!(before > 5 && after > 0, "{before} before, {after} after");
+}
+
+#[test]
+fn a_full_disk_leaves_nothing() {
+    need_root("mounting a small tmpfs");
+    let scratch = Scratch::new();
+    disk(&scratch, "disk", 2, 8 << 20);
+    fs::create_dir(scratch.file("full")).unwrap();
+    scratch.sh("mount -t tmpfs -o size=4m none full");
+    let args =
+        [&["convert", "-f", "raw", "-O", "luks"], &SECRET[..], &["-o", "key-secret=s,iter-time=0", "disk", "full/a"]];
+    let out = vimg(&args.concat()).dir(scratch.path()).run();
+    let left = fs::read_dir(scratch.file("full")).map(Iterator::count);
+    scratch.sh("umount full");
+    assert!(out.code == Some(1) && out.stderr.contains("No space left on device"), "{out:?}");
+    assert_eq!(left.unwrap(), 0);
+}
