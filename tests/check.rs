@@ -28,6 +28,9 @@ struct Damage {
     mended: bool,
 }
 
+/// What is done to an image's bytes.
+type Change = fn(&mut Vec<u8>);
+
 const fn lost(found: &'static [&'static str], change: fn(&mut Vec<u8>)) -> Damage {
     Damage { change, found, code: 2, mended: false }
 }
@@ -474,8 +477,8 @@ fn a_truncated_image_is_never_without_errors() {
 /// sector 128, and its table behind the grains.
 #[test]
 fn damage_of_a_stream_optimized_vmdk_is_found() {
-    type Change = fn(&mut Vec<u8>, usize);
-    let changes: &[(&str, Change)] = &[
+    type ChangeFromEnd = fn(&mut Vec<u8>, usize);
+    let changes: &[(&str, ChangeFromEnd)] = &[
         ("ERROR: image: no marker at the end of the stream", |b, end| b[end - 512] = 1),
         ("ERROR: image: no marker before the footer", |b, end| b[end - 3 * 512 + 12] = 9),
         ("ERROR: image: no marker before the grain directory", |b, end| b[end - 5 * 512 + 12] = 9),
@@ -525,4 +528,109 @@ fn every_extent_of_a_split_vmdk_is_checked() {
     let wanted = "ERROR: a-s001.vmdk: cluster for sector 0 is cut off by EOF\n\
                   ERROR: cluster offset for sector 6291584 points after EOF\n";
     assert_eq!(out.stderr, wanted);
+}
+
+/// An image of one extent that has no descriptor in it.
+fn with_descriptor(scratch: &Scratch, kind: &str, word: &str, sectors: u64, extent: &[u8]) {
+    std::fs::write(scratch.file("extent"), extent).expect("write");
+    let text = format!(
+        "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"{kind}\"\n\
+         RW {sectors} {word} \"extent\"\n"
+    );
+    std::fs::write(scratch.file(IMAGE), text).expect("write");
+}
+
+/// The directory is at sector 4, its table at 5, grains of 8 sectors at 40 and 48.
+#[test]
+fn damage_of_a_cowd_extent_is_found() {
+    let mut whole = vec![0; 56 * 512];
+    put(&mut whole, 0, b"COWD");
+    for (n, word) in [1, 3, 8192, 8, 4, 1, 100].into_iter().enumerate() {
+        le32(&mut whole, 4 + n * 4, word);
+    }
+    le32(&mut whole, 4 * 512, 5);
+    le32(&mut whole, 5 * 512, 40);
+    le32(&mut whole, 5 * 512 + 4, 48);
+    let scratch = Scratch::new();
+    with_descriptor(&scratch, "vmfsSparse", "VMFSSPARSE", 8192, &whole);
+    scratch.judge(&["check", IMAGE]);
+    scratch.vimg(&["check", IMAGE]);
+    let changes: [(&str, Change); 5] = [
+        ("ERROR: extent: cluster for sector 8 overlaps what else is there", |b| le32(b, 5 * 512 + 4, 40)),
+        ("ERROR: extent: cluster for sector 8 overlaps what else is there", |b| le32(b, 5 * 512 + 4, 4)),
+        ("ERROR: cluster offset for sector 8 points after EOF", |b| le32(b, 5 * 512 + 4, 400)),
+        ("ERROR: extent: cluster for sector 8 is cut off by EOF", |b| b.truncate(50 * 512)),
+        ("ERROR: extent: grain table 0 lies past the end of the file", |b| le32(b, 4 * 512, 400)),
+    ];
+    for (text, change) in changes {
+        let mut bytes = whole.clone();
+        change(&mut bytes);
+        with_descriptor(&scratch, "vmfsSparse", "VMFSSPARSE", 8192, &bytes);
+        let out = vimg(&["check", "-r", "all", IMAGE]).dir(scratch.path()).fails(2);
+        assert_eq!(out.stderr, format!("{text}\n"));
+    }
+}
+
+/// Three tables, from sector 256 on; grains from 8192 on.
+#[test]
+fn damage_of_a_space_efficient_extent_is_found() {
+    fn le64(bytes: &mut [u8], at: usize, value: u64) {
+        put(bytes, at, &value.to_le_bytes());
+    }
+    const SECTORS: u64 = 4096 * 8 * 2 + 80;
+    let mut whole = vec![0; 8192 * 512 + 100 * 4096];
+    let words = [
+        (0, 0xcafe_babe),
+        (1, 0x2_0000_0001),
+        (2, SECTORS),
+        (3, 8),
+        (4, 64),
+        (10, 1),
+        (11, 1),
+        (16, 128),
+        (17, 1),
+        (18, 256),
+        (19, 192),
+        (24, 8192),
+        (25, 800),
+    ];
+    for (n, word) in words {
+        le64(&mut whole, n * 8, word);
+    }
+    le64(&mut whole, 512, 0xcafe_cafe);
+    for table in 0..3 {
+        le64(&mut whole, 128 * 512 + table * 8, 0x1000_0000_0000_0000 | table as u64);
+    }
+    for (n, grain) in [(0, 5), (1, 6), (10, 0), (4096, 3), (8192, 50)] {
+        le64(&mut whole, 256 * 512 + n * 8, 0x3000_0000_0000_0000 | grain << 48);
+    }
+    let scratch = Scratch::new();
+    with_descriptor(&scratch, "seSparse", "SESPARSE", SECTORS, &whole);
+    scratch.judge(&["check", IMAGE]);
+    scratch.vimg(&["check", IMAGE]);
+    let changes: [(&str, Change); 6] = [
+        ("ERROR: extent: cluster for sector 32768 overlaps what else is there", |b| {
+            le64(b, 256 * 512 + 4096 * 8, 0x3000_0000_0000_0000 | 6 << 48);
+        }),
+        ("ERROR: cluster offset for sector 80 points after EOF", |b| {
+            le64(b, 256 * 512 + 80, 0x3000_0000_0000_0000 | 600 << 48);
+        }),
+        ("ERROR: extent: sector 80: seSparse extent: invalid table entry 0x7000000000000000", |b| {
+            le64(b, 256 * 512 + 80, 7 << 60);
+        }),
+        ("ERROR: extent: directory entry 1: seSparse extent: there is no grain table 9", |b| {
+            le64(b, 128 * 512 + 8, 1 << 60 | 9);
+        }),
+        ("ERROR: extent: directory entry 1 names grain table 0, as another one does", |b| {
+            le64(b, 128 * 512 + 8, 1 << 60);
+        }),
+        ("ERROR: cluster offset for sector 65536 points after EOF", |b| b.truncate(8192 * 512 + 50 * 4096 + 600)),
+    ];
+    for (text, change) in changes {
+        let mut bytes = whole.clone();
+        change(&mut bytes);
+        with_descriptor(&scratch, "seSparse", "SESPARSE", SECTORS, &bytes);
+        let out = vimg(&["check", IMAGE]).dir(scratch.path()).fails(2);
+        assert_eq!(out.stderr, format!("{text}\n"));
+    }
 }

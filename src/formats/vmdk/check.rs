@@ -1,5 +1,7 @@
 //! Checks the extents of a vmdk: that each is there as long as the disk needs it, and its grain tables (`inspect.rs`).
 
+use std::collections::HashSet;
+
 use super::inspect::{InspectedExtent, mend};
 use super::layout::*;
 use super::sesparse::SeSparse;
@@ -7,7 +9,7 @@ use super::tables::Grain;
 use super::{Body, VmdkDriver, VmdkPart};
 use crate::block::check::Tally;
 use crate::block::error::Context;
-use crate::block::{Check, CheckReport, ErrorKind, Findings, Fix, Result};
+use crate::block::{Check, CheckReport, Error, ErrorKind, Findings, Fix, Result};
 use crate::formats::claims::Claims;
 use crate::storage::Storage;
 
@@ -46,6 +48,14 @@ impl Check for VmdkDriver {
     }
 }
 
+/// Damage is a finding.
+fn finding<T>(error: Error) -> Result<std::result::Result<T, String>> {
+    match error.kind {
+        ErrorKind::Corrupt | ErrorKind::Truncated => Ok(Err(error.message())),
+        _ => Err(error),
+    }
+}
+
 /// Walks the tables of a space-efficient extent as its readers do.
 fn look_at_sesparse(
     sparse: &SeSparse,
@@ -56,30 +66,50 @@ fn look_at_sesparse(
 ) -> Result<()> {
     let length = storage.len().with_context(|| format!("{name}: no length"))?;
     for (window, mut claims) in Claims::windows(length).enumerate() {
-        let mut at = 0;
-        while at < part.len() {
-            let sector = (part.start + at) / SECTOR;
-            let (grain, len) = match sparse.map(at, part.len() - at) {
-                Ok(found) => found,
-                Err(error) if matches!(error.kind, ErrorKind::Corrupt | ErrorKind::Truncated) => {
-                    if window == 0 {
-                        tally.wrong(format!("{name}: sector {sector}: {}", error.message()));
-                    }
-                    (Grain::Unallocated, SeSparse::GRAIN - at % SeSparse::GRAIN)
+        // A table is walked once.
+        let mut seen = HashSet::new();
+        let mut tell = |text: String, found_here: bool| {
+            if window == 0 || found_here {
+                tally.wrong(text);
+            }
+        };
+        for index in 0..part.len().div_ceil(SeSparse::SPAN) {
+            match sparse.table(index).map(Ok).or_else(finding)? {
+                Ok(None) => continue,
+                Ok(Some(table)) if seen.insert(table) => {}
+                Ok(Some(table)) => {
+                    tell(
+                        format!("{name}: directory entry {index} names grain table {table}, as another one does"),
+                        false,
+                    );
+                    continue;
                 }
-                Err(error) => return Err(error),
-            };
-            if let Grain::At(host) = grain {
-                let host = host.saturating_mul(SECTOR);
-                if host.saturating_add(len) > length.next_multiple_of(SECTOR) {
-                    if window == 0 {
-                        tally.wrong(format!("cluster offset for sector {sector} points after EOF"));
-                    }
-                } else if !claims.claim(host, len) {
-                    tally.wrong(format!("{name}: grains for sector {sector} overlap others"));
+                Err(text) => {
+                    tell(format!("{name}: directory entry {index}: {text}"), false);
+                    continue;
                 }
             }
-            at += len;
+            let mut at = index * SeSparse::SPAN;
+            let end = (at + SeSparse::SPAN).min(part.len());
+            while at < end {
+                let sector = (part.start + at) / SECTOR;
+                let (grain, len) = match sparse.map(at, end - at).map(Ok).or_else(finding)? {
+                    Ok(found) => found,
+                    Err(text) => {
+                        tell(format!("{name}: sector {sector}: {text}"), false);
+                        (Grain::Unallocated, SeSparse::GRAIN)
+                    }
+                };
+                if let Grain::At(host) = grain {
+                    let host = host.saturating_mul(SECTOR);
+                    if host.saturating_add(len) > length.next_multiple_of(SECTOR) {
+                        tell(format!("cluster offset for sector {sector} points after EOF"), false);
+                    } else if !claims.claim(host, len) {
+                        tell(format!("{name}: cluster for sector {sector} overlaps what else is there"), true);
+                    }
+                }
+                at += len;
+            }
         }
     }
     Ok(())

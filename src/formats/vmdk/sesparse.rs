@@ -39,6 +39,8 @@ fn corrupt(what: &str) -> Error {
 impl SeSparse {
     /// Bytes in a grain.
     pub const GRAIN: u64 = GRAIN;
+    /// Bytes of the disk behind one table.
+    pub const SPAN: u64 = GRAIN * GTES;
 
     /// Reads both headers and the directory.
     pub fn open(name: &str, storage: Arc<dyn Storage>) -> Result<Self> {
@@ -93,9 +95,10 @@ impl SeSparse {
         if index >= self.gd_entries { Ok(0) } else { self.word(cache, self.gd_at.saturating_add(index * 8)) }
     }
 
-    fn entry(&self, cache: &mut TableCache, grain: u64) -> Result<Grain> {
-        let table = match self.directory(cache, grain / GTES)? {
-            0 => return Ok(Grain::Unallocated),
+    /// The number of a directory entry's grain table, and its place in bytes; `None` where there is none.
+    fn table_of(&self, cache: &mut TableCache, index: u64) -> Result<Option<(u64, u64)>> {
+        let table = match self.directory(cache, index)? {
+            0 => return Ok(None),
             entry if entry >> 32 == 0x1000_0000 => entry & 0xffff_ffff,
             entry => return Err(corrupt(&format!("invalid directory entry {entry:#x}"))),
         };
@@ -103,7 +106,19 @@ impl SeSparse {
             return Err(corrupt(&format!("there is no grain table {table}")));
         }
         let at = self.tables_at.checked_add(table * 64).and_then(|sector| sector.checked_mul(SECTOR));
-        let at = at.ok_or_else(|| corrupt("offset past every end"))?;
+        Ok(Some((table, at.ok_or_else(|| corrupt("offset past every end"))?)))
+    }
+
+    /// The number of a directory entry's grain table, all of which lies in the file; `None` where there is none.
+    pub fn table(&self, index: u64) -> Result<Option<u64>> {
+        let mut cache = self.cache.lock().unwrap_or_else(|e| e.into_inner());
+        let Some((table, at)) = self.table_of(&mut cache, index)? else { return Ok(None) };
+        self.end.require(&*self.storage, "a grain table", at, GTES * 8)?;
+        Ok(Some(table))
+    }
+
+    fn entry(&self, cache: &mut TableCache, grain: u64) -> Result<Grain> {
+        let Some((_, at)) = self.table_of(cache, grain / GTES)? else { return Ok(Grain::Unallocated) };
         let entry = self.word(cache, at.saturating_add(grain % GTES * 8))?;
         match entry >> 60 {
             0 if entry == 0 => Ok(Grain::Unallocated),
