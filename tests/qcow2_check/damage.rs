@@ -140,7 +140,10 @@ impl Tables {
             fields: Vec::new(),
         };
         for (at, width) in [(36, 4), (40, 8), (48, 8), (56, 4), (60, 4), (64, 8)] {
-            tables.field(Kind::Header, at, width);
+            // Snapshots that there are not lie in the header, and are forgotten where qemu-img writes that anew.
+            if at != 60 || get(bytes, 60, 4) > 0 {
+                tables.field(Kind::Header, at, width);
+            }
         }
         if v3 {
             for at in [72, 80, 88] {
@@ -248,6 +251,8 @@ pub struct Damaged {
     pub what: String,
     /// A file beside it belongs to it.
     pub beside: bool,
+    /// It has bitmaps.
+    pub bitmaps: bool,
 }
 
 impl Damaged {
@@ -274,7 +279,7 @@ impl Damaged {
             bytes.truncate(len);
             what += &format!("; cut at {len}");
         }
-        Self { bytes, what, beside: base.beside }
+        Self { bytes, what, beside: base.beside, bitmaps: base.bitmaps > 0 }
     }
 }
 

@@ -39,6 +39,9 @@ pub fn read_directory(storage: &dyn Storage, header: &Qcow2Header, tables: bool)
     if place.directory_size == 0 {
         return Err(Error::corrupt("Requested bitmap directory size is zero"));
     }
+    if !header.geometry().places(place.directory_offset, place.directory_size) {
+        return Err(Error::corrupt("Failed to read bitmap directory: Input/output error"));
+    }
     let mut window = Window::new(storage, place.directory_offset);
     let mut left = place.directory_size;
     let mut found = Vec::new();

@@ -118,6 +118,18 @@ impl ReferencePage {
         }
         true
     }
+
+    /// `times` more for a run, if there is a byte for each and no count gets higher than `most`.
+    fn add_bytes(&mut self, first: u16, last: u16, times: u32, most: u32) -> bool {
+        let Self::Bytes(bytes) = self else { return false };
+        let Some(run) = bytes.get_mut(usize::from(first)..=usize::from(last)) else { return false };
+        let room = most.min(255).checked_sub(times).and_then(|room| u8::try_from(room).ok());
+        if room.is_none_or(|room| run.iter().any(|count| *count > room)) {
+            return false;
+        }
+        run.iter_mut().for_each(|count| *count += times as u8);
+        true
+    }
 }
 
 /// See the module.
@@ -196,7 +208,8 @@ impl References {
             let end = last.min(at / PAGE * PAGE + (PAGE - 1));
             let (from, to) = ((at % PAGE) as u16, (end % PAGE) as u16);
             let Some(page) = self.page(at / PAGE) else { return };
-            if times != 1 || most == 0 || !page.add_first(from, to) {
+            let added = times == 1 && most > 0 && page.add_first(from, to);
+            if !added && !page.add_bytes(from, to, times, most) {
                 for index in from..=to {
                     let count = page.get(index);
                     let more = times.min(most.saturating_sub(count));
@@ -288,12 +301,17 @@ mod tests {
         references.add(0, 59, 1);
         references.add(63, 64, 299);
         references.add(8000, u64::MAX, 1);
+        references.add(12_288, 16_383, 1);
+        references.add(12_288, 16_383, 1);
+        references.add(12_288, 16_383, 250);
+        references.add(12_288, 16_383, 10);
         let all: Vec<_> = references.range(0, u64::MAX).collect();
         assert_eq!(all.len(), 20_000);
         for (cluster, count) in all {
             let wanted = match cluster {
                 63 | 64 => 300,
                 8000..=9000 => 2,
+                12_288..=16_383 => 263,
                 _ => 1,
             };
             assert_eq!(count, wanted, "{cluster}");

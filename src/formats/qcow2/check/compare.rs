@@ -1,5 +1,6 @@
 //! The refcounts, block by block, against what was counted.
 
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
 use crate::block::Result;
@@ -33,7 +34,12 @@ enum BlockPlace {
 /// The refcount table, and the blocks that were read.
 pub(super) struct Refcounts {
     table: Vec<u8>,
-    blocks: std::collections::HashMap<u64, Option<Vec<u8>>>,
+    /// `None` for one that cannot be read.
+    blocks: Vec<Option<Vec<u8>>>,
+    /// Where in `blocks` one is, by its index.
+    slots: HashMap<u64, usize>,
+    /// The one that was looked at last: its index, and where it is.
+    last: Option<(u64, usize)>,
     held: u64,
 }
 
@@ -45,7 +51,7 @@ impl Checker<'_> {
         let place = self.driver.refcount_table();
         let mut table = Vec::new();
         self.read(place.at, place.len, &mut table)?;
-        Ok(Refcounts { table, blocks: std::collections::HashMap::new(), held: 0 })
+        Ok(Refcounts { table, blocks: Vec::new(), slots: HashMap::new(), last: None, held: 0 })
     }
 
     fn block_place(&self, refcounts: &Refcounts, index: u64) -> BlockPlace {
@@ -61,27 +67,39 @@ impl Checker<'_> {
     pub(super) fn refcount_of(&self, refcounts: &mut Refcounts, cluster: u64) -> Result<Option<u64>> {
         let per_block = self.geometry.refcounts_per_block();
         let index = cluster / per_block;
-        if !refcounts.blocks.contains_key(&index) {
-            let block = match self.block_place(refcounts, index) {
-                BlockPlace::Nowhere => Some(Vec::new()),
-                BlockPlace::Misplaced(_) => None,
-                BlockPlace::At(at) => {
-                    let mut block = Vec::new();
-                    self.read(at, self.geometry.cluster_size(), &mut block)?;
-                    Some(block)
-                }
-            };
-            let len = block.as_ref().map_or(0, |block| block.len() as u64) + 64;
-            if refcounts.held + len > WINDOW {
-                refcounts.blocks.clear();
-                refcounts.held = 0;
-            }
-            refcounts.held += len;
-            refcounts.blocks.insert(index, block);
-        }
-        let block = refcounts.blocks.get(&index).and_then(Option::as_ref);
+        let slot = match refcounts.last {
+            Some((last, slot)) if last == index => slot,
+            _ => self.block_slot(refcounts, index)?,
+        };
+        refcounts.last = Some((index, slot));
+        let block = refcounts.blocks.get(slot).and_then(Option::as_ref);
         let at = usize::try_from(cluster % per_block).unwrap_or(usize::MAX);
         Ok(block.map(|block| refcount::get(self.geometry.refcount_order, block, at)))
+    }
+
+    fn block_slot(&self, refcounts: &mut Refcounts, index: u64) -> Result<usize> {
+        if let Some(slot) = refcounts.slots.get(&index) {
+            return Ok(*slot);
+        }
+        let block = match self.block_place(refcounts, index) {
+            BlockPlace::Nowhere => Some(Vec::new()),
+            BlockPlace::Misplaced(_) => None,
+            BlockPlace::At(at) => {
+                let mut block = Vec::new();
+                self.read(at, self.geometry.cluster_size(), &mut block)?;
+                Some(block)
+            }
+        };
+        let len = block.as_ref().map_or(0, |block| block.len() as u64) + 64;
+        if refcounts.held + len > WINDOW {
+            refcounts.blocks.clear();
+            refcounts.slots.clear();
+            refcounts.held = 0;
+        }
+        refcounts.held += len;
+        refcounts.blocks.push(block);
+        refcounts.slots.insert(index, refcounts.blocks.len() - 1);
+        Ok(refcounts.blocks.len() - 1)
     }
 
     /// Compares all of them.

@@ -24,17 +24,12 @@ pub(super) struct SnapshotTable {
     pub entries: Vec<Snapshot>,
     /// It is going to be written anew; so many findings are mended by that.
     mended: u64,
+    /// Findings that stay.
+    pub wrong: u64,
 }
 
-/// One step of reading it.
-enum Read {
-    /// An entry, the length of its extra data in the table, and where it ends.
-    Entry(Box<Snapshot>, u32, u64),
-    /// The table is too long with it.
-    TooLong,
-}
-
-fn read_entry(window: &mut Window<'_>, start: u64) -> Result<Read> {
+/// An entry that starts at `start`, the length of its extra data in the table, and where it ends.
+fn read_entry(window: &mut Window<'_>, start: u64) -> Result<(Snapshot, u32, u64)> {
     let fixed: [u8; SNAPSHOT_ENTRY] =
         window.take(SNAPSHOT_ENTRY as u64)?.try_into().map_err(|_| Error::corrupt("Failed to read snapshot table"))?;
     let mut fields = SnapshotFields::read(&fixed);
@@ -46,12 +41,7 @@ fn read_entry(window: &mut Window<'_>, start: u64) -> Result<Read> {
     let name = c_string(window.take(u64::from(fields.name_size))?);
     let len = SNAPSHOT_ENTRY as u64 + u64::from(stored) + u64::from(fields.id_size) + u64::from(fields.name_size);
     window.skip(len.next_multiple_of(8) - len)?;
-    let end = start + len;
-    // What is dropped of the extra data does not count.
-    if end - u64::from(stored - fields.extra_size) > MAX_SNAPSHOT_TABLE_BYTES {
-        return Ok(Read::TooLong);
-    }
-    Ok(Read::Entry(Box::new(Snapshot { fields, extra, id, name }), stored, end))
+    Ok((Snapshot { fields, extra, id, name }, stored, start + len))
 }
 
 /// The snapshots of an image that may be damaged, as far as they can be read.
@@ -60,8 +50,8 @@ pub fn readable(storage: &dyn Storage, header: &Qcow2Header) -> Vec<Snapshot> {
     let (mut found, mut at) = (Vec::new(), 0u64);
     for _ in 0..header.fields.nb_snapshots.min(MAX_SNAPSHOTS) {
         match read_entry(&mut window, at.next_multiple_of(8)) {
-            Ok(Read::Entry(entry, _, end)) => {
-                found.push(*entry);
+            Ok((entry, _, end)) if end <= MAX_SNAPSHOT_TABLE_BYTES => {
+                found.push(entry);
                 at = end;
             }
             _ => break,
@@ -94,14 +84,7 @@ impl Checker<'_> {
         let mut window = Window::new(storage, fields.snapshots_offset);
         for n in 0..count {
             let start = self.snapshots.bytes.next_multiple_of(8);
-            let (entry, stored, end) = match read_entry(&mut window, start)? {
-                Read::Entry(entry, stored, end) => (entry, stored, end),
-                Read::TooLong => {
-                    let rest = count - n;
-                    self.too_long(rest, mend)?;
-                    break;
-                }
-            };
+            let (entry, stored, end) = read_entry(&mut window, start)?;
             if stored > MAX_SNAPSHOT_EXTRA {
                 if !mend {
                     return Err(self.refuse(
@@ -121,7 +104,11 @@ impl Checker<'_> {
                     ),
                 );
             }
-            self.snapshots.entries.push(*entry);
+            if end > MAX_SNAPSHOT_TABLE_BYTES {
+                self.too_long(count - n, mend)?;
+                break;
+            }
+            self.snapshots.entries.push(entry);
             self.snapshots.bytes = end;
         }
         self.find_incomplete(mend);
@@ -138,7 +125,10 @@ impl Checker<'_> {
             let line = format!("snapshot table entry {n} is incomplete");
             match mend {
                 true => self.mended_later(1, &format!("Repairing {line}")),
-                false => self.wrong(&format!("ERROR {line}")),
+                false => {
+                    self.snapshots.wrong += 1;
+                    self.tell(&format!("ERROR {line}"));
+                }
             }
         }
     }
@@ -169,12 +159,12 @@ impl Checker<'_> {
 
     fn mended_later(&mut self, findings: u64, line: &str) {
         self.snapshots.mended += findings;
-        self.wrong(line);
-        self.report.corruptions += findings - 1;
+        self.tell(line);
     }
 
     /// Writes the table anew, if that is what it needs: beside the old one, then the header changes over.
     pub(super) fn write_snapshots(&mut self) -> Result<()> {
+        self.report.corruptions += self.snapshots.wrong;
         if self.snapshots.mended == 0 {
             return Ok(());
         }
@@ -182,7 +172,6 @@ impl Checker<'_> {
             self.tell(&format!("ERROR failed to update snapshot table: {}", error.message()));
             return Err(Error::corrupt("Input/output error"));
         }
-        self.report.corruptions = self.report.corruptions.saturating_sub(self.snapshots.mended);
         self.report.corruptions_fixed += self.snapshots.mended;
         Ok(())
     }
