@@ -60,6 +60,12 @@ const EMPTY: (&str, &str) = ("empty.qcow2", "create -q -f qcow2 empty.qcow2 8G")
 const FULL: (&str, &str) = ("full.qcow2", "create -q -f qcow2 -o preallocation=metadata full.qcow2 1T");
 const HUGE: (&str, &str) = ("huge.qcow2", "create -q -f qcow2 huge.qcow2 16T");
 
+/// Makes a chain of 30 overlays, each with a few clusters, over an image in which every other cluster is data.
+const CHAIN: &str = "qemu-img create -q -f qcow2 layer0 8G; \
+    { for k in $(seq 0 4000); do echo write $((k * 131072)) 64k; done; } | qemu-io layer0 >/dev/null; \
+    for n in $(seq 1 30); do qemu-img create -q -f qcow2 -b layer$((n - 1)) -F qcow2 layer$n; \
+    { for k in $(seq 0 20); do echo write $(((n * 37 + k * 211) % 8000 * 65536)) 64k; done; } | qemu-io layer$n >/dev/null; done";
+
 const JOBS: &[Job] = &[
     Job { name: "raw→raw", needs: &[], run: "convert -f raw -O raw {disk} out" },
     Job { name: "raw→qcow2", needs: &[], run: "convert -f raw -O qcow2 {disk} out" },
@@ -120,6 +126,10 @@ const JOBS: &[Job] = &[
     Job { name: "check 1T metadata", needs: &[FULL], run: "check full.qcow2" },
     Job { name: "check of the disk", needs: &[QCOW2], run: "check disk.qcow2" },
     Job { name: "check of the vmdk", needs: &[VMDK], run: "check disk.vmdk" },
+    Job { name: "compare raw, qcow2", needs: &[QCOW2], run: "compare -f raw -F qcow2 {disk} disk.qcow2" },
+    Job { name: "compare raw, qcow2 zlib", needs: &[ZLIB], run: "compare -f raw -F qcow2 {disk} zlib.qcow2" },
+    Job { name: "compare raw, vmdk stream", needs: &[STREAM], run: "compare -f raw -F vmdk {disk} s.vmdk" },
+    Job { name: "map of 30 overlays", needs: &[], run: "map --output=json layer30" },
     Job { name: "resize 8G to 16T", needs: &[], run: "resize -f qcow2 grow.qcow2 16T" },
 ];
 
@@ -304,6 +314,9 @@ fn run_job(job: &Job, dir: &Path, disk: &Path, rounds: u64, contenders: &[Conten
             let status = Command::new("qemu-img").args(words(make, disk, true)).current_dir(dir).status();
             assert!(status.is_ok_and(|s| s.success()), "failed: qemu-img {make}");
         }
+    }
+    if job.run.contains("layer30") && !dir.join("layer30").exists() {
+        shell(dir, CHAIN);
     }
     let mut all: Vec<Runs> = contenders.iter().map(|_| Runs::default()).collect();
     // One run of each to warm up, then in turn.

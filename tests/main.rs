@@ -21,6 +21,7 @@ mod killed;
 mod kinds;
 mod luks;
 mod map;
+mod measure;
 mod opening;
 mod qcow;
 mod qcow2_check;

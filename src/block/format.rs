@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::sync::Arc;
 
+use super::measure::Measure;
 use super::notice::Notice;
 use super::options::{CreateOptions, OptionSpec};
 use super::{BlockDriver, Child, Effort, Error, OptionTree, Purpose, Result, Secrets};
@@ -108,6 +109,11 @@ pub trait Create: Sync {
     fn effort(&self, options: &CreateOptions, compress: bool) -> Result<Effort> {
         let _ = (options, compress);
         Ok(Effort::default())
+    }
+
+    /// Able to tell how large an image becomes.
+    fn measuring(&self) -> Option<&dyn Measure> {
+        None
     }
 
     /// Makes the image: complete, closed, all zeros or all backing file.

@@ -23,6 +23,7 @@ pub mod io;
 pub mod jsonish;
 pub mod keys;
 mod last_unit;
+pub mod measure;
 pub mod name;
 pub mod node;
 pub mod notice;

@@ -128,13 +128,13 @@ fn threads(text: &str) -> Result<usize, Complaint> {
 
 /// The snapshot that `-l` names, and what the user should write instead.
 #[derive(Debug, Clone)]
-struct SnapshotArg {
-    key: SnapshotKey,
-    warnings: Vec<(String, String)>,
+pub(super) struct SnapshotArg {
+    pub(super) key: SnapshotKey,
+    pub(super) warnings: Vec<(String, String)>,
 }
 
 /// `-l`: a list of `snapshot.KEY=VALUE`, or else an id or a name.
-fn snapshot(text: &str) -> Result<SnapshotArg, Complaint> {
+pub(super) fn snapshot(text: &str) -> Result<SnapshotArg, Complaint> {
     if !text.starts_with("snapshot.") {
         return Ok(SnapshotArg { key: SnapshotKey::IdOrName(text.to_owned()), warnings: Vec::new() });
     }

@@ -16,6 +16,7 @@ pub mod human;
 pub mod info;
 pub mod json;
 pub mod map;
+pub mod measure;
 pub mod object;
 pub mod options;
 pub mod output;
@@ -74,6 +75,7 @@ pub const SUBCOMMANDS: &[Row] = &[
     row::<create::CreateArgs>(),
     row::<info::InfoArgs>(),
     row::<map::MapArgs>(),
+    row::<measure::MeasureArgs>(),
     row::<resize::ResizeArgs>(),
 ];
 

@@ -42,6 +42,12 @@ const OPTIONS: &[(&str, &str, &str)] = &[
     ("create", "F:B:b:f:ho:qu", "help object: quiet format: backing: backing-format: backing-unsafe options:"),
     ("info", "f:hUbt:", "help format: output: backing-chain object: image-opts force-share cache:"),
     ("map", "f:s:l:hU", "help format: output: object: image-opts force-share start-offset: max-length:"),
+    (
+        "measure",
+        "hf:O:o:l:Us:",
+        "help image-opts object: output: size: force-share target-format: format: options: snapshot: source-format: \
+         source-image-opts target-format-options:",
+    ),
     ("resize", "f:hq", "help object: image-opts preallocation: shrink quiet format:"),
 ];
 

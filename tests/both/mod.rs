@@ -68,6 +68,11 @@ fn map_is_qemu_imgs() {
 }
 
 #[test]
+fn measure_is_qemu_imgs() {
+    run_all("measure", include_str!("measure.case"), 60);
+}
+
+#[test]
 fn compare_is_qemu_imgs() {
     run_all("compare", include_str!("compare.case"), 40);
 }

@@ -1,8 +1,11 @@
 //! New qcow images.
 
+use std::ffi::OsStr;
+
 use super::Qcow;
 use super::layout::{HEADER_BYTES, MAX_BACKING_NAME, MAX_L1, QcowHeader, too_large};
 use crate::block::error::Context;
+use crate::block::measure::Measure;
 use crate::block::{Create, CreateOptions, CreateRequest, Error, OptionKind, OptionSpec, OptionTree, Result};
 use crate::formats::encryption;
 use crate::storage::{Preallocation, Zeroing};
@@ -23,6 +26,41 @@ const OPTIONS: &[OptionSpec] = &[
 /// Zeros of a new L1 table up to this length are written, past it they are a hole.
 const WRITTEN: u64 = 16 << 20;
 
+/// A new image, decided.
+pub struct NewQcow<'a> {
+    /// Its header.
+    pub header: QcowHeader,
+    /// The size of the disk in bytes.
+    pub size: u64,
+    /// Where its L1 table ends.
+    pub end: u64,
+    table: u64,
+    backing: Option<&'a OsStr>,
+    encrypted: bool,
+}
+
+impl<'a> NewQcow<'a> {
+    /// Every check that needs no file and no key.
+    pub fn decide(options: &'a CreateOptions, size: u64) -> Result<Self> {
+        let encrypted = is_encrypted(options)?;
+        let size = size.checked_next_multiple_of(512).ok_or_else(too_large)?;
+        if size == 0 {
+            return Err(Error::invalid("Image size is too small, cannot be zero length"));
+        }
+        // Only the name is kept: the format has no place for the backing file's format.
+        let backing = options.name("backing_file").filter(|name| !name.is_empty());
+        let length = backing.map(|name| u32::try_from(name.len()).unwrap_or(u32::MAX));
+        if length.is_some_and(|length| length > MAX_BACKING_NAME) {
+            return Err(Error::invalid("Backing file name too long"));
+        }
+        let header = QcowHeader::new(size, length, encrypted);
+        let entries = header.l1_entries(size).filter(|entries| *entries <= MAX_L1).ok_or_else(too_large)?;
+        let table = (entries * 8).next_multiple_of(512);
+        let end = header.l1_offset() + table;
+        Ok(Self { header, size, end, table, backing, encrypted })
+    }
+}
+
 impl Create for Qcow {
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
@@ -36,26 +74,16 @@ impl Create for Qcow {
         encryption::open_options(options)
     }
 
+    fn measuring(&self) -> Option<&dyn Measure> {
+        Some(self)
+    }
+
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
-        let encrypted = is_encrypted(request.options)?;
-        let size = request.size.checked_next_multiple_of(512).ok_or_else(too_large)?;
-        if size == 0 {
-            return Err(Error::invalid("Image size is too small, cannot be zero length"));
-        }
+        let NewQcow { header, end, table, backing, encrypted, .. } = NewQcow::decide(request.options, request.size)?;
         if encrypted {
             // Nothing but data is encrypted with it. Whoever makes an image knows that it is there.
             encryption::new_key(request)?;
         }
-        // Only the name is kept: the format has no place for the backing file's format.
-        let backing = request.options.name("backing_file").filter(|name| !name.is_empty());
-        let length = backing.map(|name| u32::try_from(name.len()).unwrap_or(u32::MAX));
-        if length.is_some_and(|length| length > MAX_BACKING_NAME) {
-            return Err(Error::invalid("Backing file name too long"));
-        }
-        let header = QcowHeader::new(size, length, encrypted);
-        let entries = header.l1_entries(size).filter(|entries| *entries <= MAX_L1).ok_or_else(too_large)?;
-        let table = (entries * 8).next_multiple_of(512);
-        let end = header.l1_offset() + table;
         let mut bytes = header.bytes().to_vec();
         bytes.extend(backing.unwrap_or_default().as_encoded_bytes());
         debug_assert!(header.l1_offset() >= bytes.len() as u64 && bytes.len() >= HEADER_BYTES);

@@ -9,6 +9,7 @@
 mod check;
 mod create;
 mod layout;
+mod measure;
 mod resize;
 mod tables;
 

@@ -7,6 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 
 use crate::block::error::Context;
+use crate::block::measure::Measure;
 use crate::block::{
     Create, CreateOptions, CreateRequest, Effort, Error, ErrorKind, HostOffset, OptionKind, OptionSpec, OptionTree,
     Result, SecretBytes,
@@ -79,7 +80,7 @@ struct Decided {
 
 /// What an image shall be encrypted with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Encryption {
+pub(super) enum Encryption {
     Aes,
     Luks(LuksPlan),
 }
@@ -99,6 +100,10 @@ impl Create for Qcow2 {
 
     fn open_options(&self, options: &CreateOptions) -> OptionTree {
         encryption::open_options(options)
+    }
+
+    fn measuring(&self) -> Option<&dyn Measure> {
+        Some(self)
     }
 
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
@@ -212,7 +217,7 @@ fn decide(request: &CreateRequest<'_>) -> Result<Decided> {
     Ok(Decided { geometry, size, fill, zstd, lazy, data_file_raw, backing, encrypted, key })
 }
 
-fn encryption(options: &CreateOptions) -> Result<Option<Encryption>> {
+pub(super) fn encryption(options: &CreateOptions) -> Result<Option<Encryption>> {
     let Some(format) = encryption::format(options)? else { return Ok(None) };
     if format == "aes" {
         encryption::only(options, &["encrypt.format", KEY_SECRET])?;

@@ -6,7 +6,7 @@
 //!   directories read piece by piece; `refcount.rs` refcounts in bytes; `references.rs` references counted in memory;
 //! * `tables.rs` the cache of L1, L2 and refcount tables and the order in which changes reach the file;
 //! * `snapshot.rs`, `bitmap.rs` and `dirty.rs`: snapshots, the directory of bitmaps, and what bitmaps have to be told;
-//! * `space.rs` which cluster comes next; `plan.rs`, `prealloc.rs` and `create.rs` new images; `map.rs` guest offset →
+//! * `space.rs` which cluster comes next; `plan.rs`, `prealloc.rs` and `create.rs` new images, `measure.rs` how large they become; `map.rs` guest offset →
 //!   extent; `holes.rs` what of it the host does not hold; `codec.rs` compressed clusters, `crypt.rs` encrypted ones; `info.rs` what info shows;
 //! * `walk.rs` everything that the metadata refers to, one after the other, for `guard.rs` (where tables are) and
 //!   `repair.rs` (after an unclean end);
@@ -36,6 +36,7 @@ pub mod holes;
 pub mod info;
 pub mod layout;
 pub mod map;
+pub mod measure;
 pub mod open;
 pub mod place;
 pub mod plan;

@@ -3,6 +3,7 @@
 use super::Vdi;
 use super::layout::{BLOCK_SIZE, MAP_OFFSET, MAX_SIZE, UNALLOCATED, VdiHeader, too_large};
 use crate::block::error::Context;
+use crate::block::measure::Measure;
 use crate::block::{Create, CreateRequest, OptionKind, OptionSpec, Result};
 use crate::storage::{Preallocation, Zeroing};
 
@@ -11,15 +12,24 @@ const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("static", OptionKind::Switch, "VDI static (pre-allocated) image").or("off"),
 ];
 
+/// The size of a new disk in bytes, and its blocks.
+pub fn new_blocks(size: u64) -> Result<(u64, u32)> {
+    let size = size.checked_next_multiple_of(512).unwrap_or(u64::MAX);
+    let blocks = u32::try_from(size.div_ceil(u64::from(BLOCK_SIZE)));
+    Ok((size, blocks.ok().filter(|_| size <= MAX_SIZE).ok_or_else(|| too_large(size))?))
+}
+
 impl Create for Vdi {
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
     }
 
+    fn measuring(&self) -> Option<&dyn Measure> {
+        Some(self)
+    }
+
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
-        let size = request.size.checked_next_multiple_of(512).unwrap_or(u64::MAX);
-        let blocks = u32::try_from(size.div_ceil(u64::from(BLOCK_SIZE)));
-        let blocks = blocks.ok().filter(|_| size <= MAX_SIZE).ok_or_else(|| too_large(size))?;
+        let (size, blocks) = new_blocks(request.size)?;
         let fixed = request.options.switch("static");
         let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
         let (image, snapshot) = (request.ids.uuid("image"), request.ids.uuid("snapshot"));

@@ -12,6 +12,7 @@ mod check;
 mod create;
 mod layout;
 mod map;
+mod measure;
 mod resize;
 
 use std::ops::Deref;

@@ -12,6 +12,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use zerocopy::IntoBytes;
 
 use crate::block::error::Context;
+use crate::block::measure::Measure;
 use crate::block::{Create, CreateOptions, CreateRequest, Effort, Error, OptionKind, OptionSpec, Result};
 use crate::codec::deflate;
 use crate::formats::effort;
@@ -74,7 +75,8 @@ pub const SUBFORMATS: &[Subformat] = &[
     Subformat { name: "streamOptimized", split: false, flat: false, compressed: true },
 ];
 
-fn subformat(options: &CreateOptions) -> Result<Subformat> {
+/// The one that the options name.
+pub fn subformat(options: &CreateOptions) -> Result<Subformat> {
     let name = options.text("subformat").unwrap_or(SUBFORMATS[0].name);
     let known = SUBFORMATS.iter().find(|subformat| subformat.name == name);
     known.copied().ok_or_else(|| Error::invalid(format!("invalid parameter value: {name}")))
@@ -118,18 +120,7 @@ impl<'a> VmdkCreatePlan<'a> {
         if options.text("backing_fmt").is_some_and(|format| format != "vmdk") {
             return Err(Error::invalid("backing_file must be a vmdk image"));
         }
-        let size = request
-            .size
-            .checked_next_multiple_of(SECTOR)
-            .filter(|size| i64::try_from(*size).is_ok())
-            .ok_or_else(|| Error::invalid("The image size is too large"))?;
-        let too_many = match (subformat.split, subformat.flat) {
-            (true, _) => size.div_ceil(SPLIT) > MAX_EXTENTS as u64,
-            (false, flat) => !flat && tables(size) > MAX_TABLES,
-        };
-        if too_many {
-            return Err(Error::invalid("The image size is too large for file format 'vmdk'"));
-        }
+        let size = decide_size(&subformat, request.size)?;
         // What could not be read again is not written.
         let extents = match subformat.split || subformat.flat {
             true => Some(extent_name(request.files.name(), &subformat, 0)),
@@ -179,7 +170,24 @@ fn parent_cid(request: &CreateRequest<'_>, name: &OsStr) -> Result<u32> {
     Ok(Descriptor::parse(&text.ok_or_else(not_vmdk)?).map_err(|_| not_vmdk())?.cid)
 }
 
-fn tables(size: u64) -> u64 {
+/// The size of a new disk in bytes.
+pub fn decide_size(subformat: &Subformat, size: u64) -> Result<u64> {
+    let size = size
+        .checked_next_multiple_of(SECTOR)
+        .filter(|size| i64::try_from(*size).is_ok())
+        .ok_or_else(|| Error::invalid("The image size is too large"))?;
+    let too_many = match (subformat.split, subformat.flat) {
+        (true, _) => size.div_ceil(SPLIT) > MAX_EXTENTS as u64,
+        (false, flat) => !flat && tables(size) > MAX_TABLES,
+    };
+    match too_many {
+        true => Err(Error::invalid("The image size is too large for file format 'vmdk'")),
+        false => Ok(size),
+    }
+}
+
+/// Grain tables of an extent of that many bytes.
+pub fn tables(size: u64) -> u64 {
     size.div_ceil(GRAIN_SECTORS * SECTOR * u64::from(HOSTED_GTES))
 }
 
@@ -221,7 +229,7 @@ impl SparseLayout {
                 .map(|table| u32::try_from(at + gd_sectors + table * GT_SECTORS).map_err(|_| too_large()))
                 .collect()
         };
-        let overhead = (gd_at + gd_sectors + tables * GT_SECTORS).next_multiple_of(GRAIN_SECTORS);
+        let overhead = Self::overhead(size);
         let (version, flags) = if zeroed { (2, FLAG_ZERO_GRAIN) } else { (1, 0) };
         let header = SparseHeader {
             descriptor_at: 1.into(),
@@ -232,6 +240,13 @@ impl SparseLayout {
             ..SparseHeader::new(version, FLAG_REDUNDANT | flags, size / SECTOR)
         };
         Ok(Self { header, rgd: directory(rgd_at)?, gd: directory(gd_at)? })
+    }
+
+    /// How many sectors lie before the grains.
+    pub fn overhead(size: u64) -> u64 {
+        let tables = tables(size);
+        let directory = (4 * tables).div_ceil(SECTOR) + tables * GT_SECTORS;
+        (1 + DESCRIPTOR_SECTORS + 2 * directory).next_multiple_of(GRAIN_SECTORS)
     }
 
     /// Writes header and directories; the tables are holes, or zeros where there was something before.
@@ -290,6 +305,10 @@ impl Create for Vmdk {
             effort::refuse(options, "unless the subformat is streamOptimized")?;
         }
         Ok(Effort { level: effort::level(options, deflate::DeflateWindow::Full.levels())?, wide: true })
+    }
+
+    fn measuring(&self) -> Option<&dyn Measure> {
+        Some(self)
     }
 
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {

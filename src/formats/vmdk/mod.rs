@@ -17,6 +17,7 @@ mod inspect;
 mod intact;
 mod layout;
 mod length;
+mod measure;
 mod open;
 mod resize;
 mod sesparse;

@@ -4,7 +4,8 @@ use super::Vpc;
 use super::geometry::ChsGeometry;
 use super::layout::{BLOCK_SIZE, DynamicHeader, FOOTER_BYTES, Footer, MAX_SIZE, SECTOR, TABLE_OFFSET};
 use crate::block::error::Context;
-use crate::block::{Create, CreateRequest, Error, ErrorKind, OptionKind, OptionSpec, Result};
+use crate::block::measure::Measure;
+use crate::block::{Create, CreateOptions, CreateRequest, Error, ErrorKind, OptionKind, OptionSpec, Result};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 const OPTIONS: &[OptionSpec] = &[
@@ -49,21 +50,44 @@ impl VpcShape {
     }
 }
 
-impl Create for Vpc {
-    fn options(&self) -> &'static [OptionSpec] {
-        OPTIONS
-    }
+fn too_large() -> Error {
+    Error::new(ErrorKind::TooLarge, "Disk size is too large, max size is 2040 GiB")
+}
 
-    fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
-        let fixed = match request.options.text("subformat") {
+/// A new disk, decided.
+pub struct NewVpc {
+    /// Whether it is a fixed one.
+    pub fixed: bool,
+    /// What its footer says.
+    pub shape: VpcShape,
+}
+
+impl NewVpc {
+    /// Every check that needs no file.
+    pub fn decide(options: &CreateOptions, size: u64) -> Result<Self> {
+        let fixed = match options.text("subformat") {
             None | Some("dynamic") => false,
             Some("fixed") => true,
             Some(other) => {
                 return Err(Error::invalid(format!("Parameter 'subformat' does not accept value '{other}'")));
             }
         };
-        let shape = VpcShape::new(request.size, request.options.switch("force_size"))
-            .ok_or_else(|| Error::new(ErrorKind::TooLarge, "Disk size is too large, max size is 2040 GiB"))?;
+        let shape = VpcShape::new(size, options.switch("force_size")).ok_or_else(too_large)?;
+        Ok(Self { fixed, shape })
+    }
+}
+
+impl Create for Vpc {
+    fn options(&self) -> &'static [OptionSpec] {
+        OPTIONS
+    }
+
+    fn measuring(&self) -> Option<&dyn Measure> {
+        Some(self)
+    }
+
+    fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
+        let NewVpc { fixed, shape } = NewVpc::decide(request.options, request.size)?;
         let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
         let (seconds, uuid) = (request.ids.seconds(), request.ids.uuid("image"));
         let footer = Footer::new(shape.size, shape.geometry, fixed, &shape.creator, seconds, uuid);
@@ -87,15 +111,20 @@ fn create_fixed(file: &dyn Storage, size: u64, footer: &Footer, fill: Preallocat
     file.write_at(at, footer.bytes()).context("Could not write the VHD footer")
 }
 
-fn create_dynamic(file: &dyn Storage, size: u64, footer: &Footer) -> Result<()> {
-    let entries = u32::try_from(size.div_ceil(u64::from(BLOCK_SIZE)));
-    let entries =
-        entries.map_err(|_| Error::new(ErrorKind::TooLarge, "Disk size is too large, max size is 2040 GiB"))?;
+/// Blocks of a dynamic disk, and bytes of its file as long as it has none of them.
+pub fn dynamic_bytes(size: u64) -> Result<(u32, u64)> {
+    let entries = u32::try_from(size.div_ceil(u64::from(BLOCK_SIZE))).map_err(|_| too_large())?;
     let table = (u64::from(entries) * 4).next_multiple_of(SECTOR);
+    Ok((entries, TABLE_OFFSET + table + FOOTER_BYTES as u64))
+}
+
+fn create_dynamic(file: &dyn Storage, size: u64, footer: &Footer) -> Result<()> {
+    let (entries, end) = dynamic_bytes(size)?;
+    let table = end - TABLE_OFFSET - FOOTER_BYTES as u64;
     let mut bytes = footer.bytes().to_vec();
     bytes.extend(DynamicHeader::new(entries).bytes());
     bytes.resize(bytes.len() + usize::try_from(table).unwrap_or(0), 0xff);
     bytes.extend(footer.bytes());
-    debug_assert_eq!(bytes.len() as u64, TABLE_OFFSET + table + FOOTER_BYTES as u64);
+    debug_assert_eq!(bytes.len() as u64, end);
     file.write_at(0, &bytes).context("Could not write the VHD headers")
 }

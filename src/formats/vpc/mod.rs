@@ -13,6 +13,7 @@ mod dynamic;
 mod fixed;
 mod geometry;
 mod layout;
+mod measure;
 mod resize;
 mod table;
 

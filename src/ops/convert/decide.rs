@@ -194,7 +194,7 @@ fn check_compression(new: &NewImage) -> Result<()> {
 }
 
 /// The same image as it was at an internal snapshot, with the backing chain that it has now.
-fn at_snapshot(node: &Arc<Node>, key: &SnapshotKey) -> Result<Arc<Node>> {
+pub fn at_snapshot(node: &Arc<Node>, key: &SnapshotKey) -> Result<Arc<Node>> {
     let snapshots = node.driver().snapshots().ok_or_else(|| {
         let format = node.driver().format();
         Error::unsupported(format!(

@@ -1,6 +1,10 @@
 //! raw: the guest's disk, byte by byte, in a file or on a device.
 //!
+//! `measure.rs` is how large one becomes.
+//!
 //! Invariants: never `Unallocated` (a hole is a zero); nothing is allocated, so placing is the identity.
+
+mod measure;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -8,6 +12,7 @@ use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::io::punch_at;
 use crate::block::keys::take_size;
+use crate::block::measure::Measure;
 use crate::block::{
     BlockDriver, Child, Create, CreateRequest, Error, Extent, Format, GuestOffset, HostPlace, OpenRequest, OptionKind,
     OptionSpec, Placed, Resize, Result, Store, StoredWord, Write,
@@ -70,6 +75,10 @@ impl Format for Raw {
 impl Create for Raw {
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
+    }
+
+    fn measuring(&self) -> Option<&dyn Measure> {
+        Some(self)
     }
 
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {

@@ -1,0 +1,19 @@
+//! How large a VDI image becomes: header and block map, then whole blocks.
+
+use super::Vdi;
+use super::create::new_blocks;
+use super::layout::{BLOCK_SIZE, VdiHeader};
+use crate::block::Result;
+use crate::block::measure::{Measure, MeasureRequest, Measured};
+
+impl Measure for Vdi {
+    fn measure(&self, request: &MeasureRequest<'_>) -> Result<Measured> {
+        let (size, blocks) = new_blocks(request.size)?;
+        let fixed = request.options.switch("static");
+        let start = u64::from(VdiHeader::new(size, fixed, blocks, [0; 16], [0; 16]).data_offset());
+        let block = u64::from(BLOCK_SIZE);
+        let fully_allocated = start + u64::from(blocks) * block;
+        let required = if fixed { fully_allocated } else { start + (request.stored)(block)? * block };
+        Ok(Measured { required, fully_allocated, bitmaps: None })
+    }
+}
