@@ -38,7 +38,6 @@ const VARIANTS: &[(&str, &[&str])] = &[
             "data_file=data,data_file_raw=on",
             "compression_type=zstd",
             "encryption=on",
-            "encryption=on,data_file=data,data_file_raw=on",
             "encrypt.format=luks,encrypt.iter-time=1",
             "encrypt.format=luks,encrypt.iter-time=1,extended_l2=on,cluster_size=16384",
         ],
