@@ -113,6 +113,9 @@ const JOBS: &[Job] = &[
         needs: &[LUKS],
         run: "convert --object secret,id=s,data=abc --image-opts driver=luks,key-secret=s,file.filename=disk.luks -O raw out",
     },
+
+    Job { name: "dd bs=1M", needs: &[], run: "dd -f raw -O raw bs=1M if={disk} of=out" },
+    Job { name: "dd to qcow2", needs: &[], run: "dd -f raw -O qcow2 bs=1M if={disk} of=out" },
     Job { name: "info", needs: &[EMPTY], run: "info empty.qcow2" },
     Job { name: "info of the disk", needs: &[QCOW2], run: "info disk.qcow2" },
     Job { name: "create qcow2 8G", needs: &[], run: "create -f qcow2 out 8G" },
@@ -299,10 +302,9 @@ fn openssl(cipher: &str) -> Option<f64> {
 
 /// The words of a line for one of the programs.
 fn words(line: &str, disk: &Path, theirs: bool) -> Vec<String> {
-    let word = |word: &str| match (word, word.strip_prefix('+')) {
-        ("{disk}", _) => Some(disk.display().to_string()),
-        (_, Some(word)) => theirs.then(|| word.to_owned()),
-        _ => Some(word.to_owned()),
+    let word = |word: &str| match word.strip_prefix('+') {
+        Some(word) => theirs.then(|| word.to_owned()),
+        None => Some(word.replace("{disk}", &disk.display().to_string())),
     };
     line.split(' ').filter_map(word).collect()
 }

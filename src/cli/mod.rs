@@ -9,6 +9,7 @@ mod common;
 pub mod compare;
 pub mod convert;
 pub mod create;
+pub mod dd;
 pub mod exit;
 mod getopt;
 mod help;
@@ -73,6 +74,7 @@ pub const SUBCOMMANDS: &[Row] = &[
     row::<compare::CompareArgs>(),
     row::<convert::ConvertArgs>(),
     row::<create::CreateArgs>(),
+    row::<dd::DdArgs>(),
     row::<info::InfoArgs>(),
     row::<map::MapArgs>(),
     row::<measure::MeasureArgs>(),

@@ -80,6 +80,11 @@ impl NewImage {
     pub fn converting(&self) -> String {
         format!("{}: error while converting {}", self.name.to_string_lossy(), self.format.name())
     }
+
+    /// The same for a copy of blocks.
+    pub fn creating_output(&self) -> String {
+        format!("{}: error while creating output image", self.name.to_string_lossy())
+    }
 }
 
 impl Wanted<'_> {
@@ -212,9 +217,16 @@ pub fn create(new: &NewImage, opener: &Opener<'_>) -> Result<Vec<String>> {
     Ok(warnings)
 }
 
-/// Makes an image in `staging`, and hands it back open. Its files get their names when that is committed.
-pub fn create_open(new: &NewImage, staging: &Staging, opener: &Opener<'_>, cache: CacheMode) -> Result<Arc<Node>> {
-    let made = make(new, staging, opener).with_context(|| new.converting());
+/// Makes an image in `staging`, and hands it back open. Its files get their names when that is committed. `doing`
+/// says what is being done, should it fail.
+pub fn create_open(
+    new: &NewImage,
+    staging: &Staging,
+    opener: &Opener<'_>,
+    cache: CacheMode,
+    doing: fn(&NewImage) -> String,
+) -> Result<Arc<Node>> {
+    let made = make(new, staging, opener).with_context(|| doing(new));
     staging.take_notices().into_iter().for_each(|text| opener.notice(Notice::Warning(text)));
     let how =
         OpenHow { format: Some(new.format.name().to_owned()), purpose: Purpose::Write, cache, ..OpenHow::default() };

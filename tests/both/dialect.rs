@@ -40,6 +40,7 @@ const OPTIONS: &[(&str, &str, &str)] = &[
          target-format: target-format-options: target-cache: no-create progress",
     ),
     ("create", "F:B:b:f:ho:qu", "help object: quiet format: backing: backing-format: backing-unsafe options:"),
+    ("dd", "hf:O:U", "help format: output-format: object: image-opts force-share"),
     ("info", "f:hUbt:", "help format: output: backing-chain object: image-opts force-share cache:"),
     ("map", "f:s:l:hU", "help format: output: object: image-opts force-share start-offset: max-length:"),
     (

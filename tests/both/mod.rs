@@ -63,6 +63,11 @@ fn resize_is_qemu_imgs() {
 }
 
 #[test]
+fn dd_is_qemu_imgs() {
+    run_all("dd", include_str!("dd.case"), 12);
+}
+
+#[test]
 fn map_is_qemu_imgs() {
     run_all("map", include_str!("map.case"), 60);
 }

@@ -5,12 +5,11 @@
 use std::sync::Arc;
 
 use super::{Conversion, bitmaps};
-use crate::block::error::Context;
-use crate::block::{BlockDriver, Error, ExtentKind, GuestOffset, ImageRef, Node, OpenHow, Opener, Purpose, Result};
+use crate::block::{Error, ImageRef, Node, OpenHow, Opener, Purpose, Result};
 use crate::ops::copy::{self, Above, Joined, Observer, TargetFacts};
-use crate::ops::create::{self, NewImage};
-use crate::storage::staging::{Durability, Staging};
-use crate::storage::{self, CacheMode, Identity};
+use crate::ops::create::NewImage;
+use crate::ops::staged::StagedTarget;
+use crate::storage::{CacheMode, Identity};
 
 fn identity(node: &Node) -> Option<Identity> {
     node.driver().files().first().and_then(|child| child.storage.facts().identity)
@@ -32,36 +31,11 @@ fn layers_above(source: &Node, backing: &Node) -> usize {
     1
 }
 
-/// Whether a layer's tables name no data at all.
-fn stores_nothing(driver: &dyn BlockDriver) -> Result<bool> {
-    let (mut at, size) = (0, driver.virtual_size());
-    while at < size {
-        let extent = driver.extent(GuestOffset(at), size - at)?;
-        if !matches!(extent.kind, ExtentKind::Unallocated(_) | ExtentKind::Zero(_)) || extent.len == 0 {
-            return Ok(false);
-        }
-        at = at.saturating_add(extent.len);
-    }
-    Ok(true)
-}
-
 /// What lies above the target's backing file, where it has one and was asked for it.
 fn above(sources: &[Arc<Node>], target: &Node, blank: bool) -> Option<Above> {
     let (Some(source), Some(backing)) = (sources.first(), target.backing()) else { return None };
     let layers = layers_above(source, backing);
     Some(Above { layers, backing_len: backing.virtual_size(), blank_past: blank })
-}
-
-/// Where an older file stays until it is replaced, the disk may be too small for both.
-fn no_room_for_both(error: Error, staging: &Staging) -> Error {
-    let full = error.storage().is_some_and(storage::Error::is_full);
-    match staging.replaces().filter(|_| full) {
-        Some(older) => error.hint(format!(
-            "The older '{older}' stays until the new one is complete, and there is not room for both: -n writes to it \
-             in place."
-        )),
-        None => error,
-    }
 }
 
 /// Opens the target, and converts.
@@ -75,40 +49,16 @@ pub struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// How the target is cached.
-    fn cache(&self) -> CacheMode {
-        self.cache.unwrap_or(CacheMode::Unsafe)
-    }
-
-    /// What of a new image is on stable storage when it appears. `unsafe` is the default, but only what the user says
-    /// is taken by the word.
-    fn durability(&self) -> Durability {
-        match self.cache {
-            None => Durability::Replacing,
-            Some(CacheMode::Unsafe) => Durability::Never,
-            Some(_) => Durability::Always,
-        }
-    }
-
     /// To a new image. It appears when it is complete.
     pub fn to_new(&self, new: &NewImage, opener: &Opener<'_>) -> Result<()> {
-        let staging = Staging::new(self.cache(), self.durability());
-        let target = create::create_open(new, &staging, opener, self.cache())?;
-        // A new file is a hole. A device holds whatever it held: what the format maps already is not zeros, nor is a
-        // hole of the host where data is encrypted. What others can see must not be mapped before it is filled.
-        let unnamed = staging.is_unseen();
-        let holes_are_zeros = staging.is_blank() && target.driver().cipher().is_none();
-        let blank = holes_are_zeros || stores_nothing(target.driver())?;
-        let reads_zero = target.backing().is_none() && blank;
-        let facts = TargetFacts { unnamed, reads_zero, blank };
-        self.run(&target, facts).map_err(|error| no_room_for_both(error, &staging))?;
-        drop(target);
-        staging.commit().with_context(|| format!("Could not create '{}'", new.name.to_string_lossy()))
+        let target = StagedTarget::make(new, self.cache, opener, NewImage::converting)?;
+        let done = target.facts().and_then(|facts| self.run(target.node(), facts));
+        target.finish(done)
     }
 
     /// To an image that is there.
     pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<()> {
-        let how = OpenHow { purpose: Purpose::Write, cache: self.cache(), ..how.clone() };
+        let how = OpenHow { purpose: Purpose::Write, cache: self.cache.unwrap_or(CacheMode::Unsafe), ..how.clone() };
         let target = opener.open(image, &how)?;
         let facts = TargetFacts { reads_zero: self.conversion.target_is_zero, ..TargetFacts::default() };
         let done = self.run(&target, facts);

@@ -73,7 +73,10 @@ pub struct Joined {
 #[derive(Debug)]
 struct SourcePart {
     node: Arc<Node>,
+    /// Where it starts on the target.
     start: u64,
+    /// Where it starts on its own disk.
+    from: u64,
     len: u64,
 }
 
@@ -95,10 +98,17 @@ impl Joined {
         let mut parts = Vec::new();
         for node in nodes {
             let len = node.virtual_size();
-            parts.push(SourcePart { node: node.clone(), start, len });
+            parts.push(SourcePart { node: node.clone(), start, from: 0, len });
             start = start.saturating_add(len);
         }
         Self { parts, len: start, above }
+    }
+
+    /// `len` bytes of one disk, from `from` on. What is missing to a whole sector is zeros.
+    pub fn part(node: &Arc<Node>, from: u64, len: u64) -> Self {
+        let len = len.min(node.virtual_size().saturating_sub(from));
+        let part = SourcePart { node: node.clone(), start: 0, from, len };
+        Self { parts: vec![part], len: len.next_multiple_of(SECTOR), above: None }
     }
 
     /// What is joined, in order.
@@ -117,8 +127,8 @@ impl Joined {
         let Some(part) = self.parts.get(index) else {
             return Ok(Segment { at, len: max, content: Content::Zero });
         };
-        let inside = at - part.start;
-        let max = max.min(part.len - inside);
+        let max = max.min(part.start + part.len - at);
+        let inside = part.from + (at - part.start);
         if let Some(above) = self.above.filter(|above| at < above.backing_len) {
             let max = max.min(above.backing_len - at);
             let mapping = status(&part.node, GuestOffset(inside), max, above.layers)?;

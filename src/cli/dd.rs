@@ -1,0 +1,127 @@
+//! `dd`: copies some blocks of an image to a new one, in any format.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+
+use super::exit::Exit;
+use super::passphrase::PassphraseArgs;
+use super::source::ImageArgs;
+use super::{Complaint, Program, Subcommand, object, size};
+use crate::block::{Opener, OptionValue};
+use crate::ops::create::{NewImage, Target};
+use crate::ops::dd::{self, Blocks};
+use crate::ops::staged::StagedTarget;
+
+/// The options.
+#[derive(Debug, clap::Args)]
+pub struct DdArgs {
+    /// format of the input, detected if not given
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// the input is named by a list of options key=value,..., not by a file name
+    #[arg(long)]
+    image_opts: bool,
+    /// format of the output, raw if not given
+    #[arg(short = 'O', long, value_name = "FMT")]
+    output_format: Option<String>,
+    /// allow other writers: do not lock the input
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// a QEMU object, such as a secret with a passphrase
+    #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
+    object: Vec<object::Object>,
+    #[command(flatten)]
+    passphrase: PassphraseArgs,
+    /// if=FILENAME: the input; of=FILENAME: the output, which is made anew; bs=SIZE: length of a block, 512 if not
+    /// given; count=N: blocks to read, skipped ones and all; skip=N: blocks to skip at the start of the input
+    #[arg(value_name = "[bs=SIZE] [count=N] [skip=N] if=INPUT of=OUTPUT")]
+    operands: Vec<OsString>,
+}
+
+/// What the operands say. Of several with one name the last counts.
+#[derive(Debug, Default)]
+struct Operands {
+    input: Option<OsString>,
+    output: Option<OsString>,
+    block: Option<u64>,
+    count: Option<u64>,
+    skip: Option<u64>,
+}
+
+impl Operands {
+    fn parse(words: &[OsString]) -> Result<Self, Complaint> {
+        let mut operands = Self::default();
+        for word in words {
+            let bytes = word.as_bytes();
+            let end = bytes.iter().position(|byte| *byte == b'=').unwrap_or(bytes.len());
+            let (name, value) = bytes.split_at(end);
+            let name = String::from_utf8_lossy(name);
+            let value = value.strip_prefix(b"=").map(OsStr::from_bytes);
+            let unknown = || Complaint::value(format!("unrecognized operand {name}"));
+            let value = value.ok_or_else(unknown)?;
+            let text = value.to_string_lossy();
+            match &*name {
+                "if" => operands.input = Some(value.to_owned()),
+                "of" => operands.output = Some(value.to_owned()),
+                "bs" => operands.block = Some(size::size_within("bs", &text, 1..=i32::MAX as u64)?),
+                "count" => operands.count = Some(size::size("count", &text)?),
+                "skip" => operands.skip = Some(size::size("skip", &text)?),
+                _ => return Err(unknown()),
+            }
+        }
+        Ok(operands)
+    }
+}
+
+impl Subcommand for DdArgs {
+    const NAME: &'static str = "dd";
+    const ABOUT: &'static str = "Copy input to output with optional format conversion";
+    const USAGE: &'static [&'static str] = &[
+        "[-f FMT | --image-opts] [-O OUTPUT_FMT] [-U] [--object OBJDEF]",
+        "[bs=BLOCK_SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT",
+    ];
+
+    fn run(self, program: &Program) -> anyhow::Result<Exit> {
+        let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
+        let operands = Operands::parse(&self.operands)?;
+        let (Some(input), Some(output)) = (&operands.input, &operands.output) else {
+            return Err(Complaint::value("Must specify both input and output files").into());
+        };
+        let source =
+            ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
+        source.check()?;
+        let secrets = self.passphrase.given_to(secrets)?;
+        let (image, how) = source.image(program, input)?;
+        let opener = program.opener(&secrets).allowing(output.as_ref());
+        let opener = if self.image_opts { opener } else { opener.allowing(input.as_ref()) };
+        let source = opener.open(&image, &how);
+        program.notices(&opener);
+        let source = source?;
+        let blocks =
+            Blocks { len: operands.block.unwrap_or(512), count: operands.count, skip: operands.skip.unwrap_or(0) };
+        let part = blocks.of(source.virtual_size());
+        let new = self.new_image(&opener, output, part.len)?;
+        let target = StagedTarget::make(&new, None, &opener, NewImage::creating_output);
+        program.notices(&opener);
+        let target = target?;
+        if part.past_end {
+            // No failure: there is nothing to copy.
+            program.error(&format!("{}: cannot skip to specified offset", input.to_string_lossy()));
+        }
+        dd::copy(&source, part, target)?;
+        Ok(Exit::Success)
+    }
+}
+
+impl DdArgs {
+    fn new_image(&self, opener: &Opener<'_>, name: &OsStr, size: u64) -> anyhow::Result<NewImage> {
+        let format = self.output_format.as_deref().unwrap_or("raw");
+        if opener.drivers().find(format).is_none() {
+            return Err(Complaint::value("Unknown file format").into());
+        }
+        let target = Target::find(opener.drivers(), format, Some(name))?;
+        let mut options = target.options();
+        options.set("size", OptionValue::Size(size))?;
+        Ok(NewImage { name: name.to_owned(), format: target.format, size, options })
+    }
+}

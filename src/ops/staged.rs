@@ -1,0 +1,93 @@
+//! A new image that is copied to: open already, and to be seen under its name once it is complete.
+//!
+//! Invariant: what fails leaves no file, and an older one of that name as it was.
+
+use std::sync::Arc;
+
+use super::copy::TargetFacts;
+use super::create::{self, NewImage};
+use crate::block::error::Context;
+use crate::block::{BlockDriver, Error, ExtentKind, GuestOffset, Node, Opener, Result};
+use crate::storage::staging::{Durability, Staging};
+use crate::storage::{self, CacheMode};
+
+/// See the module.
+pub struct StagedTarget {
+    staging: Staging,
+    node: Arc<Node>,
+    name: String,
+}
+
+impl StagedTarget {
+    /// Makes it. `cache` is what the user says, if that is said; `doing` is what is told of a failure.
+    pub fn make(
+        new: &NewImage,
+        cache: Option<CacheMode>,
+        opener: &Opener<'_>,
+        doing: fn(&NewImage) -> String,
+    ) -> Result<Self> {
+        let mode = cache.unwrap_or(CacheMode::Unsafe);
+        let staging = Staging::new(mode, durability(cache));
+        let node = create::create_open(new, &staging, opener, mode, doing)?;
+        Ok(Self { staging, node, name: new.name.to_string_lossy().into_owned() })
+    }
+
+    /// The image.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// What is known of it before the first byte is copied.
+    pub fn facts(&self) -> Result<TargetFacts> {
+        // A new file is a hole. A device holds whatever it held: what the format maps already is not zeros, nor is a
+        // hole of the host where data is encrypted. What others can see must not be mapped before it is filled.
+        let unnamed = self.staging.is_unseen();
+        let holes_are_zeros = self.staging.is_blank() && self.node.driver().cipher().is_none();
+        let blank = holes_are_zeros || stores_nothing(self.node.driver())?;
+        let reads_zero = self.node.backing().is_none() && blank;
+        Ok(TargetFacts { unnamed, reads_zero, blank })
+    }
+
+    /// Gives it its name, if all has gone well.
+    pub fn finish(self, done: Result<()>) -> Result<()> {
+        let Self { staging, node, name } = self;
+        done.map_err(|error| no_room_for_both(error, &staging))?;
+        drop(node);
+        staging.commit().with_context(|| format!("Could not create '{name}'"))
+    }
+}
+
+/// What of a new image is on stable storage when it appears. `unsafe` is the default, but only what the user says is
+/// taken by the word.
+fn durability(cache: Option<CacheMode>) -> Durability {
+    match cache {
+        None => Durability::Replacing,
+        Some(CacheMode::Unsafe) => Durability::Never,
+        Some(_) => Durability::Always,
+    }
+}
+
+/// Whether a layer's tables name no data at all.
+fn stores_nothing(driver: &dyn BlockDriver) -> Result<bool> {
+    let (mut at, size) = (0, driver.virtual_size());
+    while at < size {
+        let extent = driver.extent(GuestOffset(at), size - at)?;
+        if !matches!(extent.kind, ExtentKind::Unallocated(_) | ExtentKind::Zero(_)) || extent.len == 0 {
+            return Ok(false);
+        }
+        at = at.saturating_add(extent.len);
+    }
+    Ok(true)
+}
+
+/// Where an older file stays until it is replaced, the disk may be too small for both.
+fn no_room_for_both(error: Error, staging: &Staging) -> Error {
+    let full = error.storage().is_some_and(storage::Error::is_full);
+    match staging.replaces().filter(|_| full) {
+        Some(older) => error.hint(format!(
+            "The older '{older}' stays until the new one is complete, and there is not room for both: -n writes to it \
+             in place."
+        )),
+        None => error,
+    }
+}
