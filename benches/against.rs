@@ -113,9 +113,11 @@ const JOBS: &[Job] = &[
         needs: &[LUKS],
         run: "convert --object secret,id=s,data=abc --image-opts driver=luks,key-secret=s,file.filename=disk.luks -O raw out",
     },
-
     Job { name: "dd bs=1M", needs: &[], run: "dd -f raw -O raw bs=1M if={disk} of=out" },
     Job { name: "dd to qcow2", needs: &[], run: "dd -f raw -O qcow2 bs=1M if={disk} of=out" },
+    Job { name: "snapshot -c", needs: &[QCOW2], run: "snapshot -c new keep.qcow2" },
+    Job { name: "snapshot -a", needs: &[QCOW2], run: "snapshot -a old keep.qcow2" },
+    Job { name: "snapshot -d", needs: &[QCOW2], run: "snapshot -d old keep.qcow2" },
     Job { name: "info", needs: &[EMPTY], run: "info empty.qcow2" },
     Job { name: "info of the disk", needs: &[QCOW2], run: "info disk.qcow2" },
     Job { name: "create qcow2 8G", needs: &[], run: "create -f qcow2 out 8G" },
@@ -327,6 +329,12 @@ fn run_job(job: &Job, dir: &Path, disk: &Path, rounds: u64, contenders: &[Conten
             let _ = std::fs::remove_file(dir.join("out"));
             if job.run.contains("grow.qcow2") {
                 shell(dir, "rm -f grow.qcow2; qemu-img create -q -f qcow2 grow.qcow2 8G");
+            }
+            if job.run.contains("keep.qcow2") {
+                shell(
+                    dir,
+                    "cp --reflink=auto disk.qcow2 keep.qcow2; qemu-img snapshot -c old keep.qcow2; sync keep.qcow2",
+                );
             }
             let args = words(job.run, disk, contender.name == "qemu");
             let cost = measure(&contender.path, &args, dir)?;

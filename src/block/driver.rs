@@ -400,6 +400,26 @@ pub trait Snapshots {
 
     /// The layer as it was at that snapshot, read-only. `key` matches an id or a name as `by` says.
     fn open(&self, key: &SnapshotKey) -> Result<Box<dyn BlockDriver>>;
+
+    /// Keeps the disk as it is now in a snapshot of its own. Names may repeat.
+    fn create(&self, new: &NewSnapshot) -> Result<()>;
+
+    /// Gives the disk the content and the size that it had; a saved machine's state is not looked at.
+    fn apply(&self, key: &SnapshotKey) -> Result<()>;
+
+    /// Gives up the one at that place in the list.
+    fn delete(&self, index: usize) -> Result<()>;
+}
+
+/// A snapshot that is wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewSnapshot {
+    /// Its name.
+    pub name: String,
+    /// When it is taken: seconds since the epoch.
+    pub date_sec: u64,
+    /// And nanoseconds.
+    pub date_nsec: u32,
 }
 
 /// What is known of a persistent bitmap.

@@ -27,6 +27,7 @@ pub mod progress;
 pub mod report;
 pub mod resize;
 pub mod size;
+pub mod snapshot;
 pub mod source;
 mod trace;
 
@@ -79,6 +80,7 @@ pub const SUBCOMMANDS: &[Row] = &[
     row::<map::MapArgs>(),
     row::<measure::MeasureArgs>(),
     row::<resize::ResizeArgs>(),
+    row::<snapshot::SnapshotArgs>(),
 ];
 
 const fn row<S: Subcommand>() -> Row {

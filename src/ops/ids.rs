@@ -52,6 +52,18 @@ impl ImageIds {
     }
 }
 
+impl ImageIds {
+    /// The time: seconds since the epoch, and nanoseconds.
+    pub fn time(&self) -> (u64, u32) {
+        match self.source {
+            IdSource::Fixed { seconds, .. } => (seconds, 0),
+            IdSource::Random(_) => SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or((0, 0), |since| (since.as_secs(), since.subsec_nanos())),
+        }
+    }
+}
+
 const FNV_START: u64 = 0xcbf2_9ce4_8422_2325;
 
 /// FNV-1a, 64 bits.
@@ -61,10 +73,7 @@ fn fnv(start: u64, bytes: &[u8]) -> u64 {
 
 impl block::Ids for ImageIds {
     fn seconds(&self) -> u64 {
-        match self.source {
-            IdSource::Random(_) => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-            IdSource::Fixed { seconds, .. } => seconds,
-        }
+        self.time().0
     }
 
     fn uuid(&self, purpose: &str) -> [u8; 16] {

@@ -11,4 +11,5 @@ pub mod info;
 pub mod map;
 pub mod measure;
 pub mod resize;
+pub mod snapshot;
 pub mod staged;

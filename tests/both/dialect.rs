@@ -50,6 +50,7 @@ const OPTIONS: &[(&str, &str, &str)] = &[
          source-image-opts target-format-options:",
     ),
     ("resize", "f:hq", "help object: image-opts preallocation: shrink quiet format:"),
+    ("snapshot", "la:c:d:hqUf:", "help object: image-opts force-share quiet format: list apply: create: delete:"),
 ];
 
 #[test]

@@ -68,6 +68,11 @@ fn dd_is_qemu_imgs() {
 }
 
 #[test]
+fn snapshot_is_qemu_imgs() {
+    run_all("snapshot", include_str!("snapshot.case"), 18);
+}
+
+#[test]
 fn map_is_qemu_imgs() {
     run_all("map", include_str!("map.case"), 60);
 }

@@ -12,7 +12,7 @@
 //!   `repair.rs` (after an unclean end);
 //! * `counts.rs` refcounts of an open image; `alloc.rs` clusters given out and taken back; `flush.rs` changes on their
 //!   way to the file; `place.rs` guest data; `fit.rs` and `tracking.rs`: bitmaps follow the size and what is written; `tail.rs`
-//!   what lies past the end of the disk; `resize.rs` its size; `check.rs` what is wrong, and mending it; `open.rs`
+//!   what lies past the end of the disk; `resize.rs` its size; `state.rs` snapshots taken, applied and deleted; `check.rs` what is wrong, and mending it; `open.rs`
 //!   opening: refusals, options.
 //!
 //! Lock order: `alloc` → `header` → the cache's own. Whoever changes a table or the header holds `alloc`. No lock is
@@ -47,6 +47,7 @@ pub mod repair;
 pub mod resize;
 pub mod snapshot;
 pub mod space;
+pub mod state;
 pub mod tables;
 pub mod tail;
 pub mod tracking;
@@ -122,8 +123,8 @@ pub struct Qcow2Driver {
     alloc: Mutex<Allocator>,
     /// Where tables are, known from the first change on (see `guard.rs`).
     places: Mutex<guard::Places>,
-    /// As they were when the image was opened.
-    snapshots: Vec<snapshot::Snapshot>,
+    /// As they are in the file.
+    snapshots: RwLock<Vec<snapshot::Snapshot>>,
     /// As they will be when the image is closed.
     bitmaps: RwLock<Vec<bitmap::Bitmap>>,
     /// The LUKS header.

@@ -31,7 +31,7 @@ impl Resize for Qcow2Driver {
         if !size.is_multiple_of(layout::SECTOR) {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
-        if !self.snapshots.is_empty() && self.geometry.version < 3 {
+        if !self.snapshot_list().is_empty() && self.geometry.version < 3 {
             return Err(Error::unsupported("Can't resize a v2 image which has snapshots"));
         }
         let bitmaps = self.bitmap_list();
@@ -296,7 +296,7 @@ impl Qcow2Driver {
     }
 
     /// Shows a table piece by piece.
-    fn each_piece(&self, table: Table, mut look: impl FnMut(u64, &[u8])) -> Result<()> {
+    pub(super) fn each_piece(&self, table: Table, mut look: impl FnMut(u64, &[u8])) -> Result<()> {
         let mut from = 0;
         while from < table.len {
             let len = self.tables.view(table, from, |bytes| {

@@ -160,7 +160,7 @@ impl Qcow2Driver {
         root(MetadataPart::ActiveL1, l1.at, l1.len)?;
         root(MetadataPart::RefcountTable, refcounts.at, refcounts.len)?;
         // Its last entry may be followed by nothing.
-        let snapshots: u64 = self.snapshots.iter().map(Snapshot::bytes).sum();
+        let snapshots: u64 = self.snapshot_list().iter().map(Snapshot::bytes).sum();
         root(MetadataPart::SnapshotTable, fields.snapshots_offset, snapshots.saturating_sub(7))?;
         if let Some((at, len)) = header.crypto {
             root(MetadataPart::LuksHeader, at, len)?;
@@ -175,7 +175,7 @@ impl Qcow2Driver {
     /// Tables that are entered in the snapshot table and in the directory of bitmaps.
     fn walk_directories(&self, visitor: &mut dyn Visitor) -> Result<BTreeMap<(u64, u64), u32>> {
         let mut inactive: BTreeMap<(u64, u64), u32> = BTreeMap::new();
-        for snapshot in &self.snapshots {
+        for snapshot in self.snapshot_list() {
             let len = u64::from(snapshot.fields.l1_size) * ENTRY;
             if len > 0 {
                 *inactive.entry((snapshot.fields.l1_table_offset, len)).or_default() += 1;
@@ -299,7 +299,7 @@ impl Qcow2Driver {
     }
 
     /// The words of a table that are not zero, piece by piece, without a lock; a hole is passed over.
-    fn each_word(&self, table: Table, mut look: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
+    pub(super) fn each_word(&self, table: Table, mut look: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
         let extent = self.file().storage.extent(table.at, table.len.max(1)).context("Could not get block status")?;
         if extent.is_zero() && extent.len >= table.len && !self.tables.is_dirty() {
             return Ok(());

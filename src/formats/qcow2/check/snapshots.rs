@@ -5,7 +5,7 @@ use crate::storage::Storage;
 
 use super::super::header::{Qcow2Header, c_string};
 use super::super::layout::{
-    MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, SNAPSHOT_ENTRY, SNAPSHOT_EXTRA, SnapshotFields,
+    MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, SNAPSHOT_ENTRY, SnapshotFields,
 };
 use super::super::snapshot::Snapshot;
 use super::super::window::Window;
@@ -182,7 +182,7 @@ impl Checker<'_> {
         let mut bytes = Vec::new();
         for snapshot in &self.snapshots.entries {
             bytes.resize(bytes.len().next_multiple_of(8), 0);
-            append(&mut bytes, snapshot, disk)?;
+            snapshot.append(&mut bytes, disk)?;
         }
         let count = u32::try_from(self.snapshots.entries.len()).map_err(|_| Error::corrupt("too many snapshots"))?;
         driver.tables.forget(0, u64::MAX);
@@ -204,27 +204,4 @@ impl Checker<'_> {
         }
         self.flush()
     }
-}
-
-fn append(bytes: &mut Vec<u8>, snapshot: &Snapshot, disk: u64) -> Result<()> {
-    let mut extra = snapshot.extra.clone();
-    if extra.len() < SNAPSHOT_EXTRA {
-        // What an entry does not say: the state's size as its field has it, the disk's as it is, no instruction count.
-        let known = [snapshot.vm_state_size(), snapshot.disk_size().unwrap_or(disk), u64::MAX];
-        let known: Vec<u8> = known.iter().flat_map(|word| word.to_be_bytes()).collect();
-        extra.truncate(extra.len() / 8 * 8);
-        extra.extend_from_slice(known.get(extra.len()..).unwrap_or(&[]));
-    }
-    let short = |len: usize| u16::try_from(len).map_err(|_| Error::corrupt("a snapshot's name is too long"));
-    let fields = SnapshotFields {
-        extra_size: u32::try_from(extra.len()).unwrap_or(0),
-        id_size: short(snapshot.id.len())?,
-        name_size: short(snapshot.name.len())?,
-        ..snapshot.fields
-    };
-    bytes.extend_from_slice(&fields.to_bytes());
-    bytes.extend_from_slice(&extra);
-    bytes.extend_from_slice(snapshot.id.as_bytes());
-    bytes.extend_from_slice(snapshot.name.as_bytes());
-    Ok(())
 }
