@@ -2,6 +2,7 @@
 
 use super::{KEY_SECRET, Luks};
 use crate::block::error::Context;
+use crate::block::measure::Measure;
 use crate::block::{
     Create, CreateOptions, CreateRequest, Error, ErrorKind, KeyUse, OptionKind, OptionSpec, OptionTree, Result,
 };
@@ -39,6 +40,10 @@ impl Create for Luks {
 
     fn open_options(&self, options: &CreateOptions) -> OptionTree {
         OptionTree::from_iter(options.text(KEY_SECRET).map(|id| (KEY_SECRET.to_owned(), id.into())))
+    }
+
+    fn measuring(&self) -> Option<&dyn Measure> {
+        Some(self)
     }
 
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {

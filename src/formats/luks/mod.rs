@@ -6,6 +6,7 @@
 //! which options name as `header`.
 
 mod create;
+mod measure;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
