@@ -48,6 +48,9 @@ const DIFFERENCES: &[(&str, &[&str])] = &[
 
 /// The difference that explains another output.
 fn difference(theirs: &Output, ours: &Output) -> Option<&'static str> {
+    if is_cut(ours) {
+        return Some("what the end of the file cuts off");
+    }
     // New refcounts of a truncated image: ours leave the place alone that entries past the end still name.
     let renewed = |out: &Output| out.stderr.contains("Rebuilding refcount structure");
     if theirs.stderr.contains("exceeding the end of the file") && renewed(theirs) && renewed(ours) {
@@ -61,6 +64,11 @@ fn difference(theirs: &Output, ours: &Output) -> Option<&'static str> {
     }
     let said = |(_, words): &&(&str, &[&str])| words.iter().any(|word| theirs.stderr.contains(word));
     DIFFERENCES.iter().find(said).map(|(what, _)| *what)
+}
+
+/// Whether something is told that qemu-img bears: that it ends past the end of the file by less than a cluster.
+fn is_cut(ours: &Output) -> bool {
+    ours.stderr.contains("is cut off by the end of the file")
 }
 
 /// One program's check of a file.
@@ -107,7 +115,7 @@ fn compare(scratch: &Scratch, damaged: &Damaged, name: &str) -> Result<Option<&'
         let (theirs, ours) = (play(false, &theirs_name), play(true, &ours_name));
         let same = (theirs.code, &theirs.stdout, &theirs.stderr) == (ours.code, &ours.stdout, &ours.stderr);
         if !same {
-            let why = fix.and_then(|_| difference(&theirs, &ours));
+            let why = if fix.is_some() || is_cut(&ours) { difference(&theirs, &ours) } else { None };
             let Some(why) = why else {
                 return Err(format!("-r {fix:?}: {}", unlike(&ours, &theirs)));
             };
@@ -119,7 +127,7 @@ fn compare(scratch: &Scratch, damaged: &Damaged, name: &str) -> Result<Option<&'
         // Each finds in the other's what the other does.
         for file in [&theirs_name, &ours_name] {
             let (a, b) = (check(false, scratch, file, None), check(true, scratch, file, None));
-            if (a.code, &a.stdout, &a.stderr) != (b.code, &b.stdout, &b.stderr) {
+            if !is_cut(&b) && (a.code, &a.stdout, &a.stderr) != (b.code, &b.stdout, &b.stderr) {
                 return Err(format!("{file} after -r {fix:?}: {}", unlike(&b, &a)));
             }
             if ours.code == Some(0) && *file == ours_name && a.code != Some(0) {
@@ -183,6 +191,18 @@ fn random_damage_is_found_and_mended_as_by_qemu_img() {
     }
     assert!((excused.len() as u64) < count / 2, "{} of {count} differ", excused.len());
     assert!(failures.is_empty(), "{} of {count}:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// A table whose own refcount cannot be read is passed over where marks are compared.
+#[test]
+fn tables_without_a_readable_refcount_are_passed_over_as_by_qemu_img() {
+    let scratch = Scratch::new();
+    damage::make_bases(&scratch);
+    for seed in [1239, 10413] {
+        let damaged = Damaged::random(&scratch, seed);
+        let found = compare(&scratch, &damaged, "image");
+        assert!(found.is_ok(), "seed {seed}: {}: {found:?}", damaged.what);
+    }
 }
 
 /// A repair that is killed before any of its writes leaves an image that reads as before, and that both can mend

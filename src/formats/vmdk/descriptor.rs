@@ -83,6 +83,8 @@ pub struct Descriptor {
     database: bool,
     /// Whether the bytes were not UTF-8.
     other_encoding: bool,
+    /// Whether a line says what the parent's content id is, or that there is none.
+    tells_of_parent: bool,
 }
 
 /// No parent.
@@ -165,7 +167,7 @@ impl Descriptor {
             if let Some(cid) = value(line, "CID") {
                 this.cid = hex(cid)?;
             } else if let Some(cid) = value(line, "parentCID") {
-                this.parent_cid = hex(cid)?;
+                (this.parent_cid, this.tells_of_parent) = (hex(cid)?, true);
             } else if let Some(kind) = value(line, "createType") {
                 this.create_type = kind.to_owned();
             } else if let Some(parent) = value(line, "parentFileNameHint") {
@@ -185,6 +187,16 @@ impl Descriptor {
             }
         }
         Ok(this)
+    }
+
+    /// Reads the text of a disk. Whether that has a parent must stand in it: one that has lost its line would show the
+    /// difference to its parent as the whole disk.
+    pub fn of_disk(bytes: &[u8]) -> Result<Self> {
+        let this = Self::parse(bytes)?;
+        match this.tells_of_parent {
+            true => Ok(this),
+            false => Err(Error::corrupt("The descriptor is damaged: it has no line 'parentCID='")),
+        }
     }
 
     /// Whether the text ends where extents may be missing: behind those of a split disk, without the data base that
@@ -394,6 +406,13 @@ mod tests {
         assert_eq!((d.extents[0].file.as_str(), d.extents[0].offset, d.extents[0].sectors), ("a b.vmdk", 7, 100));
         assert_eq!((d.extents[1].kind, d.extents[1].access), (ExtentType::Zero, ExtentAccess::ReadOnly));
         assert_eq!((d.extents[2].file.as_str(), d.extents[2].access), ("x.vmdk", ExtentAccess::None));
+    }
+
+    #[test]
+    fn a_disk_tells_of_its_parent() {
+        for (text, told) in [("CID=1\n", false), ("# parentCID=ffffffff\n", false), ("parentCID = ffffffff\n", true)] {
+            assert_eq!(Descriptor::of_disk(text.as_bytes()).is_ok(), told, "{text}");
+        }
     }
 
     #[test]

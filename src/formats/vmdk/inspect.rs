@@ -7,6 +7,9 @@
 //! place is not their own, behind the end of the file before the directory names them: every write brings one
 //! directory closer to the other, which stays as it is.
 //!
+//! Where a directory is, the header alone says. Nothing is mended where that is not in the file, or over something else,
+//! or where one directory has tables of which the other knows nothing: then the header's word may be what is wrong.
+//!
 //! Source: *Virtual Disk Format 5.0*, "Hosted Sparse Extents", "Grain Directory", "Grain Table", "Stream-Optimized
 //! Compressed Sparse Extents".
 
@@ -53,8 +56,12 @@ pub struct InspectedExtent<'a> {
     start: u64,
     /// Bytes of the file.
     length: u64,
-    /// Pieces of metadata that are there once, in bytes: place and length.
+    /// Pieces of metadata that are there once, in bytes: place and length. The first directory is one of them,
     fixed: Vec<(u64, u64)>,
+    /// the redundant one is not.
+    redundant_at: Option<(u64, u64)>,
+    /// The place of the first directory in bytes.
+    first_at: u64,
     first: Vec<u32>,
     redundant: Option<Vec<u32>>,
     header: Option<SparseHeader>,
@@ -74,7 +81,7 @@ impl<'a> InspectedExtent<'a> {
         let mut fixed = vec![(0, SECTOR)];
         fixed.extend(text);
         let directory_bytes = (tables * 4).next_multiple_of(SECTOR);
-        let mut redundant = None;
+        let (mut redundant, mut redundant_at) = (None, None);
         let mut streamed = false;
         let gd_at = match header {
             Some(header) => {
@@ -82,7 +89,7 @@ impl<'a> InspectedExtent<'a> {
                 streamed = head.gd_at.get() == GD_AT_END;
                 if header.has(FLAG_REDUNDANT) && header.rgd_at.get() != 0 {
                     redundant = Some(read_directory(storage, header.rgd_at.get(), tables)?);
-                    fixed.push((header.rgd_at.get().saturating_mul(SECTOR), directory_bytes));
+                    redundant_at = Some((header.rgd_at.get().saturating_mul(SECTOR), directory_bytes));
                 }
                 header.gd_at.get()
             }
@@ -101,7 +108,7 @@ impl<'a> InspectedExtent<'a> {
         } else {
             fixed.push((at, directory_bytes));
         }
-        Ok(Self { sparse, start, length, fixed, first, redundant, header, streamed })
+        Ok(Self { sparse, start, length, fixed, redundant_at, first_at: at, first, redundant, header, streamed })
     }
 
     fn name(&self) -> &str {
@@ -117,11 +124,20 @@ impl<'a> InspectedExtent<'a> {
                 tally.wrong(text);
             })?;
         }
-        self.walk(&self.first, &mut |_| {}, &mut |text| {
+        let name = self.name();
+        let mut misplaced = 0;
+        for (which, at) in [("", Some(self.first_at)), ("redundant ", self.redundant_at.map(|(at, _)| at))] {
+            if at.is_some_and(|at| !self.holds_directory(at)) {
+                misplaced += 1;
+                tally.wrong(format!("{name}: {which}grain directory lies past the end of the file"));
+            }
+        }
+        verdict.other += misplaced;
+        self.walk(&self.first, self.redundant_at, &mut |_| {}, &mut |text| {
             verdict.first += 1;
             tally.wrong(text);
         })?;
-        if let Some(redundant) = &self.redundant {
+        if let Some(redundant) = self.redundant.as_ref().filter(|_| misplaced == 0) {
             for (table, sectors) in self.first.iter().copied().zip(redundant.iter().copied()).enumerate() {
                 if let Some(how) = self.difference(sectors)? {
                     verdict.differing += 1;
@@ -143,6 +159,11 @@ impl<'a> InspectedExtent<'a> {
         })
     }
 
+    /// Whether the directory that begins at a byte of the file lies in it.
+    fn holds_directory(&self, at: u64) -> bool {
+        at.checked_add(self.first.len() as u64 * 4).is_some_and(|end| end <= self.length)
+    }
+
     fn table_bytes(&self) -> u64 {
         self.sparse.shape.table_sectors() * SECTOR
     }
@@ -160,11 +181,12 @@ impl<'a> InspectedExtent<'a> {
         Ok(TableCopy::Entries(read_entries(&*self.sparse.storage, at, entries).with_context(failed)?))
     }
 
-    /// Goes through a directory, its tables and their grains. `tell` hears of what is wrong; `and_then` gets each window
-    /// of the file, with all that is named in it taken.
+    /// Goes through a directory, its tables and their grains, which lie over no metadata and not over `and_over`.
+    /// `tell` hears of what is wrong; `and_then` gets each window of the file, with all that is named in it taken.
     fn walk(
         &self,
         directory: &[u32],
+        and_over: Option<(u64, u64)>,
         and_then: &mut dyn FnMut(&mut Claims),
         tell: &mut dyn FnMut(String),
     ) -> Result<()> {
@@ -195,7 +217,7 @@ impl<'a> InspectedExtent<'a> {
         // No table can name what lies further.
         let reach = (u64::from(u32::MAX) + self.sparse.shape.grain_sectors()) * SECTOR;
         for (window, mut claims) in Claims::windows(self.length.min(reach)).enumerate() {
-            for (at, len) in &self.fixed {
+            for (at, len) in self.fixed.iter().chain(&and_over) {
                 if !claims.claim(*at, *len) {
                     tell(format!("{name}: metadata at offset {at} overlaps other metadata"));
                 }
@@ -321,6 +343,33 @@ impl<'a> InspectedExtent<'a> {
         Ok(())
     }
 
+    /// Whether a directory has a table with grains for which the other one has none at all.
+    fn knows_more(&self, directory: &[u32], other: &[u32]) -> Result<bool> {
+        for (sector, _) in directory.iter().zip(other).filter(|(_, other)| **other == 0) {
+            if matches!(self.table(*sector)?, TableCopy::Entries(entries) if entries.iter().any(|entry| *entry != 0)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether the first directory, with which something is wrong, can be made what the redundant one is: nothing is
+    /// wrong with that, and it is a directory, as far as the first one knows.
+    fn can_follow(&self, redundant: &[u32]) -> Result<bool> {
+        let mut clear = true;
+        self.walk(redundant, self.redundant_at, &mut |_| {}, &mut |_| clear = false)?;
+        if !clear || self.knows_more(&self.first, redundant)? {
+            return Ok(false);
+        }
+        let mut apart = |claims: &mut Claims| {
+            if let Some((at, len)) = self.redundant_at {
+                clear &= claims.claim(at, len);
+            }
+        };
+        self.walk(&self.first, None, &mut apart, &mut |_| {})?;
+        Ok(clear)
+    }
+
     /// Where the tables of a directory can be written: where they are, but for those whose place is not their own,
     /// given all that `other` names.
     fn own_places(&self, directory: &[u32], other: &[u32]) -> Result<Vec<u32>> {
@@ -333,6 +382,7 @@ impl<'a> InspectedExtent<'a> {
         }
         self.walk(
             other,
+            self.redundant_at,
             &mut |claims| {
                 for sector in &mut own {
                     if *sector != 0 && !claims.claim(u64::from(*sector) * SECTOR, self.table_bytes()) {
@@ -351,6 +401,8 @@ impl<'a> InspectedExtent<'a> {
         let failed = || format!("{}: could not write a grain table", self.name());
         let mut own = self.own_places(mended, whole)?;
         let mut end = self.length.div_ceil(SECTOR).next_multiple_of(self.sparse.shape.grain_sectors());
+        // All of them can be named where they go.
+        sector32(end + whole.len() as u64 * self.sparse.shape.table_sectors())?;
         for (index, (own, whole)) in own.iter_mut().zip(whole).enumerate() {
             let wanted = match self.table(*whole)? {
                 TableCopy::Entries(entries) => entries,
@@ -387,18 +439,21 @@ pub fn mend(sparse: &Sparse, extent: &InspectedExtent<'_>, verdict: &Verdict, ta
     if verdict.other > 0 || extent.sparse.shape.compressed || verdict.first + verdict.differing == 0 {
         return Ok(());
     }
+    let from_first = verdict.first == 0;
+    let can = match from_first {
+        true => !extent.knows_more(redundant, &extent.first)?,
+        false => extent.can_follow(redundant)?,
+    };
+    if !can {
+        return Ok(());
+    }
     let mut state;
-    if verdict.first == 0 {
+    if from_first {
         tally.repairing(format!("{}: redundant grain directory", extent.name()));
         let rebuilt = extent.rebuild(redundant, header.rgd_at.get(), &extent.first)?;
         state = sparse.state();
         state.rgd = Some(rebuilt);
     } else {
-        let mut wrong = 0;
-        extent.walk(redundant, &mut |_| {}, &mut |_| wrong += 1)?;
-        if wrong > 0 {
-            return Ok(());
-        }
         tally.repairing(format!("{}: grain directory", extent.name()));
         let rebuilt = extent.rebuild(&extent.first, header.gd_at.get(), redundant)?;
         state = sparse.state();

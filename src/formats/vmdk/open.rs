@@ -67,7 +67,7 @@ fn open_alone(file: &Child, head: &[u8]) -> Result<(Descriptor, TextAt, Vec<Vmdk
         Some(found) => found,
         None => return Err(no_disk()),
     };
-    let mut descriptor = Descriptor::parse(&text)?;
+    let mut descriptor = Descriptor::of_disk(&text)?;
     if descriptor.extents.len() > 1 {
         return Err(no_disk());
     }
@@ -123,7 +123,7 @@ fn open_row(
     if len > MAX_DESCRIPTOR && !text.contains(&0) {
         return Err(Error::corrupt("The descriptor is longer than 1 MiB"));
     }
-    let descriptor = Descriptor::parse(&text)?;
+    let descriptor = Descriptor::of_disk(&text)?;
     if descriptor.create_type.is_empty() {
         return Err(Error::corrupt("invalid VMDK image descriptor"));
     }

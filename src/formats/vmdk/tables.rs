@@ -277,7 +277,14 @@ impl VmdkState {
         {
             write_run(extent, Some((header.gd_at.get() * SECTOR, entry_bytes(&self.gd))))?;
             if let Some(rgd) = &self.rgd {
-                write_run(extent, Some((header.rgd_at.get() * SECTOR, entry_bytes(rgd))))?;
+                let (at, bytes) = (header.rgd_at.get() * SECTOR, entry_bytes(rgd));
+                let length = extent.storage.len().with_context(|| format!("{}: no length", extent.name))?;
+                // To write there would be to make the file as long as a damaged header says.
+                if at.checked_add(bytes.len() as u64).is_none_or(|end| end > length) {
+                    let what = "the redundant grain directory lies past the end of the file";
+                    return Err(Error::corrupt(format!("{}: {what}", extent.name)));
+                }
+                write_run(extent, Some((at, bytes)))?;
             }
             self.directory_dirty = false;
         }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{CompressedUnit, Error, GuestOffset, HostPlace, Result};
 
 use super::super::bitmap::is_table_entry;
 use super::super::layout::{
@@ -17,6 +17,8 @@ use super::Checker;
 const MOST_ENTRIES: u64 = 1 << 26;
 /// Most clusters past the end of the file that are remembered.
 const MOST_BEYOND: u64 = 1 << 16;
+/// Compressed clusters that are decoded because their room ends past the end of the file.
+const MOST_DECODED: u32 = 1024;
 /// How often a table with something wrong in it is gone through again, to tell of it again.
 const MOST_REPEATS: u32 = 64;
 
@@ -44,6 +46,8 @@ struct Tally {
     /// L2 tables that are still to be counted: how often for the active L1 table, and for snapshots.
     repeated: BTreeMap<u64, [u32; 2]>,
     entries: u64,
+    /// Compressed clusters that were decoded.
+    decoded: u32,
     table: Vec<u8>,
 }
 
@@ -76,6 +80,7 @@ impl Checker<'_> {
             damaged: BTreeMap::new(),
             repeated: BTreeMap::new(),
             entries: 0,
+            decoded: 0,
             table: Vec::new(),
         };
         let header = self.driver.header().clone();
@@ -84,12 +89,12 @@ impl Checker<'_> {
         self.region(&mut tally, 0, self.geometry.cluster_size(), 1);
         self.l1(&mut tally, fields.l1_table_offset, u64::from(fields.l1_size), true, mend)?;
         self.snapshot_l1s(&mut tally, mend)?;
-        self.region(&mut tally, self.snapshots.at, self.snapshots.bytes, 1);
+        self.table(&mut tally, "Snapshot table", self.snapshots.at, self.snapshots.bytes);
         if let Some((at, len)) = header.crypto {
             self.region(&mut tally, at, len, 1);
         }
         let table = self.driver.refcount_table();
-        self.region(&mut tally, table.at, table.len, 1);
+        self.table(&mut tally, "Refcount table", table.at, table.len);
         self.bitmaps(&mut tally)?;
         self.repeats(&mut tally)?;
         self.refcount_blocks(&mut tally, mend)?;
@@ -144,13 +149,41 @@ impl Checker<'_> {
         self.report.corruptions += full;
     }
 
+    /// A reference to each cluster of a table, all of which must lie in the file: nobody leaves out a part of one.
+    fn table(&mut self, tally: &mut Tally, what: &str, at: u64, len: u64) {
+        self.region(tally, at, len, 1);
+        if self.is_cut(at, len) {
+            self.wrong(&format!("ERROR: {what} at offset {at:#x} is cut off by the end of the file"));
+        }
+    }
+
+    /// Whether a run of bytes ends past the end of the file, by less than [`region`](Self::region) tells of.
+    fn is_cut(&self, at: u64, len: u64) -> bool {
+        let past = at.saturating_add(len).saturating_sub(self.file);
+        len > 0 && past > 0 && past < self.geometry.cluster_size()
+    }
+
+    /// Whether the bytes that the file has of a compressed cluster are all of it: the last ones may be padding.
+    fn decodes(&self, tally: &mut Tally, at: u64, len: u64) -> Result<bool> {
+        tally.decoded = tally.decoded.saturating_add(1);
+        if at >= self.file || tally.decoded > MOST_DECODED {
+            return Ok(false);
+        }
+        let cluster = self.geometry.cluster_size();
+        let (mut encoded, mut plain) = (Vec::new(), Vec::new());
+        self.read(at, len.min(self.file - at), &mut encoded)?;
+        plain.resize(usize::try_from(cluster).unwrap_or(0), 0);
+        let unit = CompressedUnit { start: GuestOffset(0), len: cluster, place: HostPlace::main(at), host_len: len };
+        Ok(self.driver.decode_unit(&unit, &encoded, &mut plain).is_ok())
+    }
+
     /// An L1 table's L2 tables.
     fn l1(&mut self, tally: &mut Tally, at: u64, entries: u64, active: bool, mend: bool) -> Result<()> {
         tally.entries = tally.entries.saturating_add(entries);
         if tally.entries > MOST_ENTRIES {
             return Err(Error::unsupported("The image has too many snapshots to be checked"));
         }
-        self.region(tally, at, entries * ENTRY, 1);
+        self.table(tally, "L1 table", at, entries * ENTRY);
         let cluster = self.geometry.cluster_size();
         self.each_word(at, entries, |checker, _, word| {
             let l2 = word & OFFSET_MASK;
@@ -160,7 +193,7 @@ impl Checker<'_> {
             if word & L1_RESERVED != 0 {
                 checker.wrong(&format!("ERROR found L1 entry with reserved bits set: {word:x}"));
             }
-            checker.region(tally, l2, cluster, 1);
+            checker.table(tally, "L2 table", l2, cluster);
             if checker.geometry.in_cluster(l2) != 0 {
                 checker.wrong(&format!("ERROR l2_offset={l2:x}: Table is not cluster aligned; L1 entry corrupted"));
             }
@@ -221,7 +254,7 @@ impl Checker<'_> {
             }
             if word & COMPRESSED != 0 {
                 self.end_row(tally, &mut row, pass);
-                self.compressed(tally, index as u64, word, bitmap, pass);
+                self.compressed(tally, index as u64, word, bitmap, pass)?;
                 continue;
             }
             let offset = word & OFFSET_MASK;
@@ -267,7 +300,7 @@ impl Checker<'_> {
     }
 
     /// A compressed cluster's entry.
-    fn compressed(&mut self, tally: &mut Tally, index: u64, word: u64, bitmap: u64, pass: Pass) {
+    fn compressed(&mut self, tally: &mut Tally, index: u64, word: u64, bitmap: u64, pass: Pass) -> Result<()> {
         let (at, len) = self.geometry.compressed_as_told(word);
         if word & COPIED != 0 {
             self.wrong(&format!("ERROR: coffset={at:#x}: copied flag must never be set for compressed clusters"));
@@ -275,21 +308,25 @@ impl Checker<'_> {
         let shown = word & !COPIED;
         if self.driver.external {
             self.wrong(&format!("ERROR compressed cluster {index} with data file, entry={shown:#x}"));
-            return;
+            return Ok(());
         }
         if bitmap != 0 {
             self.wrong(&format!(
                 "ERROR compressed cluster {index} with non-zero subcluster allocation bitmap, entry={shown:#x}"
             ));
-            return;
+            return Ok(());
         }
         self.region(tally, at, len, pass.times);
+        if self.is_cut(at, len) && !self.decodes(tally, at, len)? {
+            self.wrong(&format!("ERROR: compressed cluster at offset {at:#x} is cut off by the end of the file"));
+        }
         if pass.active {
             let times = u64::from(pass.times);
             self.report.allocated_clusters += times;
             self.report.compressed_clusters += times;
             self.report.fragmented_clusters += times;
         }
+        Ok(())
     }
 
     /// What is wrong with the entry of a cluster that is not compressed; whether it has a place that counts.
@@ -364,11 +401,11 @@ impl Checker<'_> {
         let Some(place) = header.bitmaps.filter(|_| header.fields.autoclear & layout::BITMAPS != 0) else {
             return Ok(());
         };
-        self.region(tally, place.directory_offset, place.directory_size, 1);
+        self.table(tally, "Bitmap directory", place.directory_offset, place.directory_size);
         let cluster = self.geometry.cluster_size();
         for bitmap in self.driver.bitmap_list() {
             let (at, entries) = (bitmap.fields.table_offset, u64::from(bitmap.fields.table_size));
-            self.region(tally, at, entries * ENTRY, 1);
+            self.table(tally, "Bitmap table", at, entries * ENTRY);
             self.each_word(at, entries, |checker, _, word| {
                 let bits = word & OFFSET_MASK;
                 if !is_table_entry(&checker.geometry, word) {
@@ -407,7 +444,7 @@ impl Checker<'_> {
                 checker.rebuild |= mend;
                 return Ok(());
             }
-            checker.region(tally, at, cluster, 1);
+            checker.table(tally, "Refcount block", at, cluster);
             let times = tally.references.get(at >> bits);
             if times != 1 {
                 checker.wrong(&format!("ERROR refcount block {index} refcount={times}"));

@@ -29,7 +29,11 @@ impl Checker<'_> {
             if l2 == 0 {
                 return Ok(());
             }
-            if let Some(word) = checker.l1_mark(&mut refcounts, index, word, mend)? {
+            // A table whose own refcount cannot be read is left alone, with all that it names.
+            let Some(count) = checker.refcount_of(&mut refcounts, l2 >> checker.geometry.cluster_bits)? else {
+                return Ok(());
+            };
+            if let Some(word) = checker.l1_mark(count, index, word, mend) {
                 let at = l1 + index * ENTRY;
                 checker.storage().write_at(at, &word.to_be_bytes()).context("Could not write an L1 entry")?;
             }
@@ -43,17 +47,15 @@ impl Checker<'_> {
     }
 
     /// The entry with the mark that it ought to have, if it has another and that is mended.
-    fn l1_mark(&mut self, refcounts: &mut Refcounts, index: u64, word: u64, mend: bool) -> Result<Option<u64>> {
-        let cluster = (word & OFFSET_MASK) >> self.geometry.cluster_bits;
-        let Some(count) = self.refcount_of(refcounts, cluster)? else { return Ok(None) };
+    fn l1_mark(&mut self, count: u64, index: u64, word: u64, mend: bool) -> Option<u64> {
         if (count == 1) == (word & COPIED != 0) {
-            return Ok(None);
+            return None;
         }
         self.wrong_or_mended(
             mend,
             &format!("OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={word:x} refcount={count}"),
         );
-        Ok(mend.then_some(word ^ COPIED))
+        mend.then_some(word ^ COPIED)
     }
 
     fn l2_marks(&mut self, refcounts: &mut Refcounts, at: u64, mend: bool, table: &mut Vec<u8>) -> Result<()> {
