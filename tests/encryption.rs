@@ -147,6 +147,33 @@ fn passphrases_come_from_files() {
     assert_eq!((out.code, out.stderr.as_str()), (Some(1), error));
 }
 
+/// `qemu-img` takes no other passphrases than text.
+#[test]
+fn a_new_image_gets_no_passphrase_that_is_no_text() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    for bytes in [&b"\xff\xfe"[..], b"a\0b"] {
+        fs::write(scratch.file("key"), bytes).unwrap();
+        for how in [
+            &["create", "--passphrase-file", "key", "-f", "qcow2", "-o", "encrypt.format=luks", "a", "1M"][..],
+            &["create", "--passphrase-file", "key", "-f", "luks", "a", "1M"],
+            &["convert", "--target-passphrase-file", "key", "-O", "qcow", "-o", "encryption=on", "disk", "a"],
+        ] {
+            let out = vimg_in(&scratch, how);
+            assert_eq!(out.code, Some(1), "{out:?}");
+            assert!(out.stderr.contains("The passphrase for 'a' is not valid UTF-8 without NUL"), "{out:?}");
+            assert!(!scratch.file("a").exists(), "{how:?}");
+        }
+    }
+    // What other programs made with such a passphrase is read.
+    fs::write(scratch.file("key"), b"\xff\xfe").unwrap();
+    let args =
+        ["luksFormat", "--type", "luks1", "--batch-mode", "--pbkdf-force-iterations", "1000", "--key-file", "key"];
+    fs::write(scratch.file("b"), vec![0; 4 << 20]).unwrap();
+    plain("cryptsetup", &[&args[..], &["b"]].concat()).dir(scratch.path()).ok();
+    scratch.vimg(&["convert", "--passphrase-file", "key", "-f", "luks", "-O", "raw", "b", "c"]);
+}
+
 #[test]
 fn own_options_are_shown_under_our_own_name_alone() {
     let scratch = Scratch::new();

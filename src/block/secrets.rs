@@ -114,10 +114,10 @@ impl Secrets {
         }
     }
 
-    /// The same as text, in which the reference takes no NUL.
+    /// The same as text.
     pub fn passphrase(&self, id: &str) -> Result<&str> {
-        let text = std::str::from_utf8(self.bytes(id)?.get()).ok().filter(|text| !text.contains('\0'));
-        text.ok_or_else(|| Error::invalid(format!("Data from secret {id} is not valid UTF-8")))
+        as_text(self.bytes(id)?.get())
+            .ok_or_else(|| Error::invalid(format!("Data from secret {id} is not valid UTF-8")))
     }
 
     /// The passphrase of an image: the secret with that id, which the option `option` names, or, if it names none,
@@ -127,8 +127,21 @@ impl Secrets {
             return Ok(self.passphrase(id)?.as_bytes().to_vec().into());
         }
         let asked = self.unnamed.as_ref().map(|unnamed| unnamed.ask(image, key_use)).transpose()?;
-        asked.flatten().ok_or_else(|| Error::invalid(format!("Parameter '{option}' is required for cipher")))
+        let key = asked.flatten().ok_or_else(|| Error::invalid(format!("Parameter '{option}' is required for cipher")));
+        let key = key?;
+        // An image that is there may have any; of a new one, other programs must be able to say it.
+        if key_use == KeyUse::New && as_text(key.get()).is_none() {
+            return Err(Error::invalid(format!(
+                "The passphrase for '{image}' is not valid UTF-8 without NUL: qemu-img could not open the image with it"
+            )));
+        }
+        Ok(key)
     }
+}
+
+/// A passphrase as text, in which the reference takes no NUL.
+fn as_text(bytes: &[u8]) -> Option<&str> {
+    std::str::from_utf8(bytes).ok().filter(|text| !text.contains('\0'))
 }
 
 #[cfg(test)]

@@ -15,8 +15,10 @@ const LONG_ENOUGH: Duration = Duration::from_millis(64);
 /// Of the time that is to be spent on a key slot, the digest of the master key has one part in so many.
 const DIGEST_SHARE: u64 = 8;
 
-/// How often a hash may be turned over for one attempt to unlock. Far more than any program gives a key, some minutes of
-/// a slow machine: a header that asks for more was made to stop whoever opens it.
+/// How often a hash may be turned over for one attempt to unlock, all slots together: about a minute of a machine that
+/// does so 8 million times a second, as many do with SHA-256. Eight slots of the two seconds that programs give them by
+/// default are a quarter of that, and a user who asks for ten seconds in each of a few slots still opens them. A header
+/// that asks for more was made to stop whoever opens it.
 pub const MOST_ROUNDS: u64 = 1 << 29;
 
 /// The thread's time on the CPU.

@@ -7,8 +7,8 @@
 //! from the header's start, so that it serves a volume of its own, a header detached from it, and one in the clusters of
 //! another format.
 //!
-//! Invariants: a parsed header has sound slots, which overlap neither each other nor the header nor the payload; what
-//! unlocking costs is bounded whatever the header says.
+//! Invariants: a parsed header has sound slots, which overlap neither each other nor the header nor the payload, or lie
+//! past all that a header can name; what unlocking costs is bounded whatever the header says.
 
 mod cost;
 mod layout;
@@ -44,7 +44,11 @@ pub enum LuksError {
     #[error("Invalid password, cannot unlock any keyslot")]
     Passphrase,
     /// No slot can be tried, because of what it would cost.
-    #[error("{0} iterations of the key derivation are refused: they would take hours, and nothing makes such a header")]
+    #[error(
+        "{0} iterations of the key derivation are refused: to unlock an image may take {most} rounds of the hash, which is \
+         about a minute",
+        most = cost::MOST_ROUNDS
+    )]
     TooManyIterations(u32),
     /// More iterations than a header can say.
     #[error("PBKDF iterations {0} larger than 4294967295: Numerical result out of range")]
@@ -227,15 +231,19 @@ fn check_places(fields: &LuksFields, detached: bool) -> Result<(), String> {
         return Err("LUKS key iteration count is zero".to_owned());
     }
     let material = material_sectors(u64::from(fields.key_bytes.get()));
+    // A slot that ends past the last sector whose number fits lies past everything, and holds nothing: the reference
+    // takes it, and fails where it is read.
+    let aligned = material.next_multiple_of(ALIGNMENT / SECTOR);
+    let nowhere = |start: u64| aligned < 1 << 32 && start + aligned >= 1 << 32;
     for (n, slot) in fields.slots.iter().enumerate() {
         let start = u64::from(slot.material.get());
         check_slot(n, slot)?;
-        if start + material > payload && !detached {
+        if start + material > payload && !detached && !nowhere(start) {
             return Err(format!("Keyslot {n} is overlapping with the encrypted payload"));
         }
         for (m, other) in fields.slots.iter().enumerate().skip(n + 1) {
             let other = u64::from(other.material.get());
-            if start < other + material && other < start + material {
+            if start < other + material && other < start + material && !nowhere(start) && !nowhere(other) {
                 return Err(format!("Keyslots {n} and {m} are overlapping in the header"));
             }
         }
@@ -246,7 +254,8 @@ fn check_places(fields: &LuksFields, detached: bool) -> Result<(), String> {
 fn check_slot(n: usize, slot: &SlotFields) -> Result<(), String> {
     let stripes = slot.stripes.get();
     if stripes != STRIPES {
-        return Err(format!("Keyslot {n} is corrupted (stripes {stripes} != {STRIPES})"));
+        // The reference shows them with a sign.
+        return Err(format!("Keyslot {n} is corrupted (stripes {} != {STRIPES})", stripes.cast_signed()));
     }
     let state = slot.active.get();
     if state != ACTIVE && state != INACTIVE {
@@ -355,6 +364,12 @@ mod tests {
             (SLOTS_AT + 43, &[5], "Keyslot 0 is overlapping with the LUKS header"),
             (SLOTS_AT + SLOT + 42, &[0, 8], "Keyslots 0 and 1 are overlapping in the header"),
             (SLOTS_AT + 3, &[5], "Keyslot 0 state (active/disable) is corrupted"),
+            (SLOTS_AT + 44, &[0xff; 4], "Keyslot 0 is corrupted (stripes -1 != 4000)"),
+            (
+                SLOTS_AT + 7 * SLOT + 40,
+                &[0x7f, 0xff, 0xff, 0xf0],
+                "Keyslot 7 is overlapping with the encrypted payload",
+            ),
         ] {
             let mut header = sample();
             header[at..at + bytes.len()].copy_from_slice(bytes);

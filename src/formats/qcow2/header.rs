@@ -339,10 +339,11 @@ fn extensions(area: &[u8]) -> Result<Vec<(u32, &[u8])>> {
     let mut rest = area;
     while let Some((head, after)) = rest.split_at_checked(layout::EXT_HEAD) {
         let (kind, len) = (layout::word32(head, 0).unwrap_or(0), layout::word32(head, 4).unwrap_or(0) as usize);
+        // The end marker's data means nothing, but lies in the area as any other's.
+        let data = after.get(..len).ok_or_else(|| Error::corrupt("Header extension too large"))?;
         if kind == layout::EXT_END {
             break;
         }
-        let data = after.get(..len).ok_or_else(|| Error::corrupt("Header extension too large"))?;
         found.push((kind, data));
         rest = after.get(len.next_multiple_of(8)..).unwrap_or(&[]);
     }
