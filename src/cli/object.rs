@@ -1,64 +1,21 @@
 //! `--object`: `TYPE,id=NAME,property=value` or the same as JSON. Secrets are kept for the images that need them.
 //!
-//! Of the reference's other types those are taken that change nothing here; the rest are refused by name.
+//! Of the reference's other types those are taken that change nothing here, with the checks of their properties; the
+//! rest are refused by name.
+
+mod types;
+
+use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use self::types::{ELSEWHERE, MATCHES, ObjectType, POLICIES, Property, PropertyKind, Standing, TYPES, throttle_fault};
 use super::{Complaint, Program};
 use crate::block::jsonish;
 use crate::block::keys::{self, Dialect, Item};
 use crate::block::{SecretBytes, Secrets};
 use crate::codec::base64;
 use crate::storage::error::strerror;
-
-#[derive(Clone, Copy)]
-enum PropertyKind {
-    Text,
-    Integer,
-    Choice(&'static str, &'static [&'static str]),
-}
-
-struct Property {
-    name: &'static str,
-    kind: PropertyKind,
-    required: bool,
-}
-
-const fn property(name: &'static str, kind: PropertyKind) -> Property {
-    Property { name, kind, required: false }
-}
-
-/// Every type; `None` for those that are not supported here. Properties in the order in which they are checked.
-const TYPES: &[(&str, Option<&[Property]>)] = &[
-    ("authz-list", None),
-    ("authz-list-file", None),
-    ("authz-simple", Some(&[Property { name: "identity", kind: PropertyKind::Text, required: true }])),
-    (
-        "main-loop",
-        Some(&[
-            property("aio-max-batch", PropertyKind::Integer),
-            property("thread-pool-min", PropertyKind::Integer),
-            property("thread-pool-max", PropertyKind::Integer),
-        ]),
-    ),
-    ("pr-manager-helper", None),
-    (
-        "secret",
-        Some(&[
-            property("format", PropertyKind::Choice("QCryptoSecretFormat", &["raw", "base64"])),
-            property("keyid", PropertyKind::Text),
-            property("iv", PropertyKind::Text),
-            property("data", PropertyKind::Text),
-            property("file", PropertyKind::Text),
-        ]),
-    ),
-    ("secret_keyring", None),
-    ("thread-context", None),
-    ("throttle-group", None),
-    ("tls-creds-anon", None),
-    ("tls-creds-psk", None),
-    ("tls-creds-x509", None),
-];
 
 const ID_RULE: &[&str] = &["Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."];
 
@@ -102,39 +59,26 @@ pub struct SealedSecret {
 pub fn parse(text: &str) -> Result<Object, Complaint> {
     let given = if text.starts_with('{') { json(text)? } else { list(text)? };
     let kind = given.iter().find(|(key, _)| key == "qom-type").map(|(_, value)| value.text("qom-type")).transpose()?;
-    let row = kind.as_deref().and_then(|kind| TYPES.iter().find(|(name, _)| *name == kind));
+    let row = kind.as_deref().and_then(|kind| TYPES.iter().find(|row| row.name == kind));
     if given.iter().any(|(_, value)| *value == PropertyValue::Help) {
-        return Ok(Object::Help(row.map(|(name, _)| *name)));
+        return Ok(Object::Help(row.map(|row| row.name)));
     }
     let kind = kind.ok_or_else(|| Complaint::value("Parameter 'qom-type' is missing"))?;
-    let (kind, properties) = row.ok_or_else(|| does_not_accept("qom-type", &kind))?;
-    let unsupported = || Complaint::value(format!("Objects of type '{kind}' are not supported"));
-    let properties = properties.ok_or_else(unsupported)?;
     let find = |name: &str| given.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value);
-    let id = find("id").ok_or_else(|| Complaint::value("Parameter 'id' is missing"))?.text("id")?;
-    for Property { name, kind, required } in properties {
-        match (find(name), kind) {
-            (None, _) if *required => return Err(Complaint::value(format!("Parameter '{name}' is missing"))),
-            (None, _) => {}
-            (Some(value), PropertyKind::Text) => drop(value.text(name)?),
-            (Some(value), PropertyKind::Integer) => value.integer(name)?,
-            (Some(value), PropertyKind::Choice(_, choices)) => {
-                let text = value.text(name)?;
-                if !choices.contains(&text.as_str()) {
-                    return Err(does_not_accept(name, &text));
-                }
-            }
+    let id = || find("id").ok_or_else(|| Complaint::value("Parameter 'id' is missing"))?.text("id");
+    let row = match row {
+        Some(row) if row.standing != Standing::Listed => row,
+        None if ELSEWHERE.contains(&kind.as_str()) => {
+            id()?;
+            return Err(Complaint::value(format!("invalid object type: {kind}")));
         }
-    }
-    let known = |key: &str| key == "qom-type" || key == "id" || properties.iter().any(|property| property.name == key);
-    if let Some((key, _)) = given.iter().find(|(key, _)| !known(key)) {
-        return Err(match key.split_once('.') {
-            Some((head, _)) => Complaint::value(format!("Parameters '{head}.*' are unexpected")),
-            None => Complaint::value(format!("Parameter '{key}' is unexpected")),
-        });
-    }
+        _ => return Err(does_not_accept("qom-type", &kind)),
+    };
+    let id = id()?;
+    check_properties(&given, row.properties)?;
+    check_together(&given, row)?;
     let text = |name: &str| find(name).map(|value| value.text(name)).transpose();
-    let object = if *kind == "secret" {
+    let object = if kind == "secret" {
         let data = match (text("data")?, text("file")?) {
             (None, None) => return Err(Complaint::value("Either 'file' or 'data' must be provided")),
             (Some(_), Some(_)) => return Err(Complaint::value("'file' and 'data' are mutually exclusive")),
@@ -157,6 +101,158 @@ pub fn parse(text: &str) -> Result<Object, Complaint> {
         return Err(Complaint::Value("Parameter 'id' expects an identifier".to_owned(), ID_RULE));
     }
     Ok(object)
+}
+
+/// The last of the values that each property was given.
+fn last_of(given: &Members) -> BTreeMap<&str, &PropertyValue> {
+    given.iter().map(|(key, value)| (key.as_str(), value)).collect()
+}
+
+/// Whether every property is there that must be, is one, and has a value that it can have.
+fn check_properties(given: &Members, properties: &[Property]) -> Result<(), Complaint> {
+    let mut left = last_of(given);
+    left.remove("qom-type");
+    left.remove("id");
+    for Property { name, kind, required } in properties {
+        let value = left.remove(*name);
+        let head = format!("{name}.");
+        let mut inner = BTreeMap::new();
+        if matches!(kind, PropertyKind::Numbers | PropertyKind::Limits | PropertyKind::Rules) {
+            let keys: Vec<&str> = left.keys().copied().filter(|key| key.starts_with(&head)).collect();
+            inner.extend(keys.into_iter().filter_map(|key| Some((key.strip_prefix(&head)?, left.remove(key)?))));
+        }
+        match (kind, value) {
+            (PropertyKind::Numbers | PropertyKind::Rules, Some(_)) => return Err(wrong_type(name, "array")),
+            (PropertyKind::Limits, Some(_)) => return Err(wrong_type(name, "object")),
+            (PropertyKind::Numbers, None) => check_numbers(name, &inner)?,
+            (PropertyKind::Rules, None) => check_rules(name, &inner)?,
+            (PropertyKind::Limits, None) => {
+                let limit = |key: &str| properties.iter().any(|known| known.name.strip_prefix("x-") == Some(key));
+                for (key, value) in inner {
+                    let key = format!("{name}.{key}");
+                    if !limit(&key[head.len()..]) {
+                        return Err(unexpected(&key));
+                    }
+                    value.integer(&key)?;
+                }
+            }
+            (_, None) if *required => return Err(Complaint::value(format!("Parameter '{name}' is missing"))),
+            (_, None) => {}
+            (PropertyKind::Text, Some(value)) => drop(value.text(name)?),
+            (PropertyKind::Integer, Some(value)) => drop(value.integer(name)?),
+            (PropertyKind::Switch, Some(value)) => value.switch(name)?,
+            (PropertyKind::Choice(_, choices), Some(value)) => value.choice(name, choices)?,
+        }
+    }
+    // In the order in which they were given.
+    match given.iter().find(|(key, _)| left.contains_key(key.as_str())) {
+        Some((key, _)) => Err(match key.split_once('.') {
+            Some((head, _)) if properties.iter().any(|property| property.name == head) => {
+                Complaint::value(format!("Parameters '{head}.*' are unexpected"))
+            }
+            Some((head, _)) => unexpected(head),
+            None => unexpected(key),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// The elements of a list, by what stands behind its name; each with what stands behind its number.
+type Elements<'a> = BTreeMap<usize, Vec<(&'a str, &'a PropertyValue)>>;
+
+fn elements<'a>(name: &str, inner: &BTreeMap<&'a str, &'a PropertyValue>) -> Result<Elements<'a>, Complaint> {
+    let mut elements = Elements::new();
+    for (key, value) in inner {
+        let (number, rest) = key.split_once('.').unwrap_or((*key, ""));
+        let number = number.parse().map_err(|_| wrong_type(name, "array"))?;
+        elements.entry(number).or_default().push((rest, *value));
+    }
+    match elements.keys().enumerate().find(|(n, number)| n != *number) {
+        Some((n, _)) => Err(Complaint::value(format!("Parameter '{name}.{n}' missing"))),
+        None => Ok(elements),
+    }
+}
+
+fn check_numbers(name: &str, inner: &BTreeMap<&str, &PropertyValue>) -> Result<(), Complaint> {
+    for (number, values) in elements(name, inner)? {
+        let key = format!("{name}.{number}");
+        for (rest, value) in values {
+            if !rest.is_empty() {
+                return Err(wrong_type(&key, "integer"));
+            }
+            // The reference has no name for it.
+            u16::try_from(value.integer(&key)?).map_err(|_| Complaint::value("Parameter 'null' expects uint16_t"))?;
+        }
+    }
+    Ok(())
+}
+
+fn check_rules(name: &str, inner: &BTreeMap<&str, &PropertyValue>) -> Result<(), Complaint> {
+    for (number, values) in elements(name, inner)? {
+        let key = format!("{name}.{number}");
+        if values.iter().any(|(rest, _)| rest.is_empty()) {
+            return Err(wrong_type(&key, "object"));
+        }
+        for wanted in ["match", "policy"] {
+            if !values.iter().any(|(rest, _)| *rest == wanted) {
+                return Err(Complaint::value(format!("Parameter '{key}.{wanted}' is missing")));
+            }
+        }
+        for (rest, value) in values {
+            match rest {
+                "match" => drop(value.text(&format!("{key}.match"))?),
+                "policy" => value.choice("policy", POLICIES)?,
+                "format" => value.choice("format", MATCHES)?,
+                _ => return Err(unexpected(&format!("{key}.{rest}"))),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What properties must be together; and whether the type can be had at all.
+fn check_together(given: &Members, row: &ObjectType) -> Result<(), Complaint> {
+    let values = last_of(given);
+    match row.name {
+        "throttle-group" => {
+            let mut limits = BTreeMap::new();
+            for (key, value) in &values {
+                let Some(name) = key.strip_prefix("x-").or_else(|| key.strip_prefix("limits.")) else { continue };
+                let value = value.integer(key)?;
+                if value < 0 && key.starts_with("x-") {
+                    return Err(Complaint::value("Property values cannot be negative"));
+                }
+                if name.ends_with("-length") && u32::try_from(value).is_err() {
+                    let text = format!("{name} value must be in the range [0, 4294967295]");
+                    return Err(Complaint::value(text));
+                }
+                limits.insert(name, value);
+            }
+            throttle_fault(&limits).map_or(Ok(()), |fault| Err(Complaint::value(fault)))
+        }
+        "thread-context" => {
+            let any = |head: &str| values.keys().any(|key| key.starts_with(head));
+            match any("cpu-affinity.") && any("node-affinity.") {
+                true => Err(Complaint::value("Mixing CPU and node affinity not supported")),
+                false => Ok(()),
+            }
+        }
+        "tls-creds-psk" | "tls-creds-x509" if !values.contains_key("dir") => {
+            Err(Complaint::value("Missing 'dir' property value"))
+        }
+        name if row.standing == Standing::Refused => {
+            Err(Complaint::value(format!("Objects of type '{name}' are not supported")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn wrong_type(name: &str, expected: &str) -> Complaint {
+    Complaint::value(format!("Invalid parameter type for '{name}', expected: {expected}"))
+}
+
+fn unexpected(name: &str) -> Complaint {
+    Complaint::value(format!("Parameter '{name}' is unexpected"))
 }
 
 fn does_not_accept(name: &str, value: &str) -> Complaint {
@@ -189,17 +285,33 @@ impl PropertyValue {
     fn text(&self, name: &str) -> Result<String, Complaint> {
         match self {
             Self::Text(text) | Self::Typed(Value::String(text)) => Ok(text.clone()),
-            _ => Err(Complaint::value(format!("Invalid parameter type for '{name}', expected: string"))),
+            _ => Err(wrong_type(name, "string")),
         }
     }
 
-    fn integer(&self, name: &str) -> Result<(), Complaint> {
+    fn integer(&self, name: &str) -> Result<i64, Complaint> {
+        let number = match self {
+            Self::Text(text) => {
+                return text.parse().map_err(|_| Complaint::value(format!("Parameter '{name}' expects integer")));
+            }
+            Self::Typed(value) => value.as_i64(),
+            Self::Help => None,
+        };
+        number.ok_or_else(|| wrong_type(name, "integer"))
+    }
+
+    fn switch(&self, name: &str) -> Result<(), Complaint> {
         match self {
-            Self::Text(text) if text.parse::<i64>().is_ok() => Ok(()),
-            Self::Text(_) => Err(Complaint::value(format!("Parameter '{name}' expects integer"))),
-            Self::Typed(Value::Number(number)) if number.is_i64() => Ok(()),
-            _ => Err(Complaint::value(format!("Invalid parameter type for '{name}', expected: integer"))),
+            Self::Text(text) if text == "on" || text == "off" => Ok(()),
+            Self::Text(_) => Err(Complaint::value(format!("Parameter '{name}' expects 'on' or 'off'"))),
+            Self::Typed(Value::Bool(_)) => Ok(()),
+            _ => Err(wrong_type(name, "boolean")),
         }
+    }
+
+    fn choice(&self, name: &str, choices: &[&str]) -> Result<(), Complaint> {
+        let text = self.text(name)?;
+        if choices.contains(&text.as_str()) { Ok(()) } else { Err(does_not_accept(name, &text)) }
     }
 }
 
@@ -208,9 +320,31 @@ type Members = Vec<(String, PropertyValue)>;
 fn json(text: &str) -> Result<Members, Complaint> {
     match jsonish::parse(text).map_err(|fault| Complaint::value(fault.to_string()))? {
         Value::Object(members) => {
-            Ok(members.into_iter().map(|(key, value)| (key, PropertyValue::Typed(value))).collect())
+            let mut flat = Members::new();
+            for (key, value) in members {
+                let nested = |kind| matches!(kind, PropertyKind::Numbers | PropertyKind::Limits | PropertyKind::Rules);
+                let mut all = TYPES.iter().flat_map(|row| row.properties);
+                match all.any(|property| property.name == key && nested(property.kind)) {
+                    true => flatten(key, value, &mut flat),
+                    false => flat.push((key, PropertyValue::Typed(value))),
+                }
+            }
+            Ok(flat)
         }
         _ => Err(Complaint::value("Invalid JSON object given")),
+    }
+}
+
+/// What a property holds of others, by the names that they have in the other form. It is as deep as the parser lets it.
+fn flatten(key: String, value: Value, flat: &mut Members) {
+    match value {
+        Value::Object(members) => {
+            members.into_iter().for_each(|(name, value)| flatten(format!("{key}.{name}"), value, flat));
+        }
+        Value::Array(values) => {
+            values.into_iter().enumerate().for_each(|(n, value)| flatten(format!("{key}.{n}"), value, flat));
+        }
+        value => flat.push((key, PropertyValue::Typed(value))),
     }
 }
 
@@ -308,13 +442,10 @@ fn unseal(secrets: &Secrets, secret: &Secret, sealed: &SealedSecret) -> anyhow::
 }
 
 fn help(program: &Program, kind: Option<&str>) {
-    let Some((name, properties)) = kind.and_then(|kind| TYPES.iter().find(|(name, _)| *name == kind)) else {
+    let Some(ObjectType { name, properties, .. }) = kind.and_then(|kind| TYPES.iter().find(|row| row.name == kind))
+    else {
         program.println("List of user creatable objects:");
-        TYPES.iter().for_each(|(name, _)| program.println(&format!("  {name}")));
-        return;
-    };
-    let Some(properties) = properties else {
-        program.println(&format!("{name} is not supported"));
+        TYPES.iter().for_each(|row| program.println(&format!("  {}", row.name)));
         return;
     };
     program.println(&format!("{name} options:"));
@@ -322,7 +453,11 @@ fn help(program: &Program, kind: Option<&str>) {
         .iter()
         .map(|property| match property.kind {
             PropertyKind::Text => format!("  {}=<string>", property.name),
-            PropertyKind::Integer => format!("  {}=<int>", property.name),
+            PropertyKind::Integer if property.name == "serial" => format!("  {}=<int32_t>", property.name),
+            PropertyKind::Integer | PropertyKind::Numbers => format!("  {}=<int>", property.name),
+            PropertyKind::Switch => format!("  {}=<bool>", property.name),
+            PropertyKind::Limits => format!("  {}=<ThrottleLimits>", property.name),
+            PropertyKind::Rules => format!("  {}=<QAuthZListRule>", property.name),
             PropertyKind::Choice(type_name, _) => format!("  {}=<{type_name}>", property.name),
         })
         .collect();
