@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! cli       what the user typed and what the user sees: clap, anyhow, text, JSON, exit codes, progress
-//! ops       what is done: check, compare, convert, create, info, map, measure, resize; no printing, no exit
+//! ops       what is done: check, compare, convert, create, dd, info, map, measure, resize, snapshot; no printing, no exit
 //! drivers   the table of drivers
 //! formats   raw, qcow2, vmdk, ...: each knows its own on-disk layout and nothing of the others
 //! protocols file, host_device, null-co, ...: names to bytes
