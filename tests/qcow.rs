@@ -27,8 +27,6 @@ fn new_images_are_the_references() {
     }
     let error = create(&scratch.file("ours"), "qcow", "", 0).unwrap_err();
     assert_eq!(error.message(), "Image size is too small, cannot be zero length");
-    let error = create(&scratch.file("ours"), "qcow", "encryption=on", 512).unwrap_err();
-    assert_eq!(error.message(), "Parameter 'encrypt.key-secret' is required for cipher");
 }
 
 #[test]
@@ -124,7 +122,6 @@ fn wrong_images_are_refused_in_the_references_words() {
         (33, &[5]),
         (33, &[14]),
         (36, &[0, 0, 0, 2]),
-        (36, &[0, 0, 0, 1]),
         (8, &[0, 0, 0, 0, 0, 0, 0, 48, 0, 0, 4, 0]),
     ] {
         let mut bad = good.clone();

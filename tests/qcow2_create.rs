@@ -130,8 +130,6 @@ fn refusals_are_the_references() {
         &[("compression_type", "lzma")],
         &[("preallocation", "foo")],
         &[("encrypt.format", "foo")],
-        &[("encryption", "on"), ("encrypt.format", "aes")],
-        &[("encrypt.format", "aes")],
         &[("encrypt.iter-time", "7")],
         &[("cluster_size", "513")],
         &[("cluster_size", "4194304")],
