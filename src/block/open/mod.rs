@@ -12,6 +12,7 @@ mod foreign;
 mod held;
 mod layer;
 mod nested;
+mod no_disk;
 mod opened;
 mod policy;
 mod probe;

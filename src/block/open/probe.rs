@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::{Opener, foreign};
+use super::{Opener, foreign, no_disk};
 use crate::block::error::Context;
 use crate::block::{self, Child, Format, Notice, Trailer};
 use crate::storage::{Event, Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
@@ -44,6 +44,10 @@ impl Opener<'_> {
         }
         if foreign::is_dmg_name(name) {
             return Err(block::Error::corrupt("Could not locate UDIF trailer in dmg file"));
+        }
+        let there = usize::try_from(len).unwrap_or(HEAD).min(HEAD);
+        if let Some(found) = no_disk::of(head.get(..there).unwrap_or_default(), name) {
+            return Err(block::Error::unsupported(found.text()));
         }
         let end = Trailer { bytes: &end[end.len().saturating_sub(HEAD)..], len };
         match formats.iter().copied().find(|format| format.probe_end(&end)) {
