@@ -32,6 +32,7 @@ mod qcow2_write;
 mod realdisk;
 mod rig;
 mod signals;
+mod simg;
 mod snapshot;
 mod storage;
 mod streams;

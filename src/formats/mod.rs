@@ -15,6 +15,7 @@ pub mod qcow2;
 pub mod raw;
 mod runs;
 mod sector_cipher;
+pub mod simg;
 mod table;
 pub mod vdi;
 pub mod vmdk;
@@ -30,5 +31,6 @@ pub const FORMATS: &[&dyn Format] = &[
     &vdi::Vdi,
     &vpc::Vpc,
     &luks::Luks,
+    &simg::Simg,
     &raw::Raw,
 ];
