@@ -85,6 +85,7 @@ pub const KINDS: &[Kind] = &[
     Kind { compressed: true, same_bytes: false, ..qcow2("compression_type=zstd", &[]) },
     Kind { format: "qcow", quick: false, ..qcow2("", QCOW) },
     Kind { format: "qcow", compressed: true, same_bytes: false, quick: false, ..qcow2("", &[Mount("qcowmount")]) },
+    Kind { format: "qed", ..qcow2("", &[]) },
     vmdk("subformat=monolithicSparse", VMDK),
     Kind { quick: true, ..vmdk("subformat=monolithicFlat", &[SevenZip("vmdk")]) },
     Kind { most: SMALLER, ..vmdk("subformat=twoGbMaxExtentSparse", VMDK) },

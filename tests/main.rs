@@ -29,6 +29,7 @@ mod qcow2_create;
 mod qcow2_read;
 mod qcow2_resize;
 mod qcow2_write;
+mod qed;
 mod realdisk;
 mod rig;
 mod signals;

@@ -31,6 +31,8 @@ const KINDS: &[Kind] = &[
     kind("qcow2", "extended_l2=on,compression_type=zstd", 0),
     Kind { format: "qcow2", options: "preallocation=metadata", slack: 0, exact: false },
     kind("qcow", "", 0),
+    kind("qed", "", 0),
+    kind("qed", "cluster_size=4k", 0),
     kind("vdi", "", 0),
     kind("vdi", "static=on", 0),
     kind("vpc", "force_size=on", 0),

@@ -26,7 +26,7 @@ impl ErrorKind {
     }
 }
 
-const KINDS: [ErrorKind; 14] = [
+const KINDS: [ErrorKind; 15] = [
     kind("qcow2", "qcow2", "qemu-img convert -f raw -O qcow2 s.raw i", "i", 65536),
     kind("small clusters", "qcow2", "qemu-img convert -f raw -O qcow2 -o cluster_size=512 s.raw i", "i", 512),
     kind("subclusters", "qcow2", "qemu-img convert -f raw -O qcow2 -o extended_l2=on s.raw i", "i", 65536),
@@ -41,6 +41,7 @@ const KINDS: [ErrorKind; 14] = [
     ),
     kind("qcow", "qcow", "qemu-img convert -f raw -O qcow s.raw i", "i", 512),
     kind("compressed qcow", "qcow", "vimg convert -c -f raw -O qcow s.raw i", "i", 512),
+    kind("qed", "qed", "qemu-img convert -f raw -O qed s.raw i", "i", 512),
     kind("vdi", "vdi", "qemu-img convert -f raw -O vdi s.raw i", "i", 512),
     kind("static vdi", "vdi", "qemu-img convert -f raw -O vdi -o static=on s.raw i", "i", 512),
     kind("vpc", "vpc", "qemu-img convert -f raw -O vpc s.raw i", "i", 512),
@@ -125,7 +126,8 @@ fn what_writers_leave_short_is_whole() {
 
 #[test]
 fn salvage_reads_a_cut_source_with_a_warning_for_each_range() {
-    for kind in KINDS.iter().filter(|kind| !matches!(kind.name, "vpc" | "stream-optimized vmdk")) {
+    // Half a qed has data, and no table that names it.
+    for kind in KINDS.iter().filter(|kind| !matches!(kind.name, "vpc" | "stream-optimized vmdk" | "qed")) {
         let scratch = Scratch::new();
         source(&scratch);
         kind.make(&scratch);
@@ -146,7 +148,7 @@ fn salvage_reads_a_cut_source_with_a_warning_for_each_range() {
 
 #[test]
 fn info_warns_of_a_cut_image_and_prints_what_the_reference_prints() {
-    let silent = |kind: &&ErrorKind| matches!(kind.name, "vpc" | "stream-optimized vmdk");
+    let silent = |kind: &&ErrorKind| matches!(kind.name, "vpc" | "stream-optimized vmdk" | "qed");
     for kind in KINDS.iter().filter(|kind| !silent(kind)) {
         let scratch = Scratch::new();
         source(&scratch);

@@ -12,6 +12,7 @@ mod luks_header;
 mod one_file;
 pub mod qcow;
 pub mod qcow2;
+pub mod qed;
 pub mod raw;
 mod runs;
 mod sector_cipher;
@@ -27,6 +28,7 @@ use crate::block::Format;
 pub const FORMATS: &[&dyn Format] = &[
     &qcow2::Qcow2, //
     &qcow::Qcow,
+    &qed::Qed,
     &vmdk::Vmdk,
     &vdi::Vdi,
     &vpc::Vpc,

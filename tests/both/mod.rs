@@ -93,6 +93,11 @@ fn check_is_qemu_imgs() {
 }
 
 #[test]
+fn qed_is_qemu_imgs() {
+    run_all("qed", include_str!("qed.case"), 30);
+}
+
+#[test]
 fn check_of_qcow2_is_qemu_imgs() {
     run_all("check_qcow2", include_str!("check_qcow2.case"), 30);
 }

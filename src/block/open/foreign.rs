@@ -9,11 +9,10 @@ struct Foreign {
     marks: &'static [(usize, &'static [u8])],
 }
 
-/// Each from its published header: VHDX (MS-VHDX 2.2.1), QED, Parallels, Bochs, cloop, and UDIF with its trailer in
+/// Each from its published header: VHDX (MS-VHDX 2.2.1), Parallels, Bochs, cloop, and UDIF with its trailer in
 /// front.
 const FOREIGN: &[Foreign] = &[
     Foreign { name: "vhdx", marks: &[(0, b"vhdxfile")] },
-    Foreign { name: "qed", marks: &[(0, b"QED\0")] },
     Foreign { name: "parallels", marks: &[(0, b"WithoutFreeSpace"), (16, &[2, 0, 0, 0])] },
     Foreign { name: "parallels", marks: &[(0, b"WithouFreSpacExt"), (16, &[2, 0, 0, 0])] },
     Foreign { name: "bochs", marks: &[(0, b"Bochs Virtual HD Image"), (32, b"Redolog")] },
