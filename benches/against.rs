@@ -66,6 +66,16 @@ const CHAIN: &str = "qemu-img create -q -f qcow2 layer0 8G; \
     for n in $(seq 1 30); do qemu-img create -q -f qcow2 -b layer$((n - 1)) -F qcow2 layer$n; \
     { for k in $(seq 0 20); do echo write $(((n * 37 + k * 211) % 8000 * 65536)) 64k; done; } | qemu-io layer$n >/dev/null; done";
 
+/// Makes an overlay over a copy of the disk, with an eighth of its size in pieces of 256 KiB, and another copy, in which
+/// 64 KiB of each 16 MiB differ.
+const OVERLAY: &str = "size=$(qemu-img info -f qcow2 --output=json disk.qcow2 | sed -n 's/^    \"virtual-size\": \\([0-9]*\\).*/\\1/p'); \
+    [ -e made.qcow2 ] || { qemu-img create -q -f qcow2 -u -b lower.qcow2 -F qcow2 made.qcow2 $size; \
+    { for k in $(seq 0 $((size / 2097152 - 1))); do echo write -P 7 $((k * 2097152)) 256k; done; } \
+    | qemu-io --image-opts driver=qcow2,backing=,file.filename=made.qcow2 >/dev/null; \
+    cp disk.qcow2 other.qcow2; { for k in $(seq 0 $((size / 16777216 - 1))); do echo write -P 8 $((k * 16777216 + 1048576)) 64k; done; } \
+    | qemu-io -f qcow2 other.qcow2 >/dev/null; }; \
+    cp --reflink=auto disk.qcow2 lower.qcow2; cp --reflink=auto made.qcow2 top.qcow2; sync lower.qcow2 top.qcow2";
+
 const JOBS: &[Job] = &[
     Job { name: "raw→raw", needs: &[], run: "convert -f raw -O raw {disk} out" },
     Job { name: "raw→qcow2", needs: &[], run: "convert -f raw -O qcow2 {disk} out" },
@@ -118,6 +128,10 @@ const JOBS: &[Job] = &[
     Job { name: "snapshot -c", needs: &[QCOW2], run: "snapshot -c new keep.qcow2" },
     Job { name: "snapshot -a", needs: &[QCOW2], run: "snapshot -a old keep.qcow2" },
     Job { name: "snapshot -d", needs: &[QCOW2], run: "snapshot -d old keep.qcow2" },
+    Job { name: "commit of 1G", needs: &[QCOW2], run: "commit -q top.qcow2" },
+    Job { name: "commit -d of 1G", needs: &[QCOW2], run: "commit -q -d top.qcow2" },
+    Job { name: "rebase of 1G", needs: &[QCOW2], run: "rebase -b other.qcow2 -F qcow2 top.qcow2" },
+    Job { name: "rebase -u of 1G", needs: &[QCOW2], run: "rebase -u -b other.qcow2 -F qcow2 top.qcow2" },
     Job { name: "info", needs: &[EMPTY], run: "info empty.qcow2" },
     Job { name: "info of the disk", needs: &[QCOW2], run: "info disk.qcow2" },
     Job { name: "create qcow2 8G", needs: &[], run: "create -f qcow2 out 8G" },
@@ -335,6 +349,9 @@ fn run_job(job: &Job, dir: &Path, disk: &Path, rounds: u64, contenders: &[Conten
                     dir,
                     "cp --reflink=auto disk.qcow2 keep.qcow2; qemu-img snapshot -c old keep.qcow2; sync keep.qcow2",
                 );
+            }
+            if job.run.contains("top.qcow2") {
+                shell(dir, OVERLAY);
             }
             let args = words(job.run, disk, contender.name == "qemu");
             let cost = measure(&contender.path, &args, dir)?;

@@ -19,6 +19,8 @@ mod guard;
 mod hostile;
 mod killed;
 mod kinds;
+mod layering;
+mod layers;
 mod luks;
 mod map;
 mod measure;

@@ -4,7 +4,8 @@
 use std::fs;
 use std::sync::Arc;
 
-use vimg::block::{Node, format};
+use vimg::block::io::Scratch as Buffers;
+use vimg::block::{GuestOffset, Node, format};
 use vimg::formats::FORMATS;
 use vimg::ops::resize::resize;
 use vimg::storage::Preallocation;
@@ -195,4 +196,18 @@ fn a_growth_reserves_the_rest_of_the_last_cluster() {
             }
         }
     }
+}
+
+/// A table that is still in memory lies past the end of the file, and nothing is wrong with it.
+#[test]
+fn a_disk_grows_right_after_a_write() {
+    let format = format::find(FORMATS, "qcow2").expect("qcow2");
+    let files = inside::create(format, "i", 1 << 20, "");
+    let node = inside::open(&files, format, "i", true, None).expect("open");
+    node.write_zeroes(GuestOffset(0), 65536, true, &mut Buffers::default()).expect("zeros");
+    resize(&node, 2 << 20, Preallocation::Off).expect("resize");
+    drop(node);
+    let s = Scratch::new();
+    files.save(s.path());
+    assert_eq!(judge(&["check", "-f", "qcow2", "i"]).dir(s.path()).run().code, Some(0));
 }

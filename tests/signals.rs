@@ -1,4 +1,5 @@
-//! SIGUSR1 asks a conversion how far it is: one line on standard error, in qemu-img's form.
+//! SIGUSR1 asks a conversion how far it is: one line on standard error, in qemu-img's form. A signal that ends a change
+//! in place ends it where the image is consistent.
 
 use crate::common::{Scratch, vimg_path, write_pattern};
 
@@ -17,4 +18,26 @@ fn a_conversion_says_on_sigusr1_how_far_it_is() {
     let percent = out.strip_prefix("    (").and_then(|rest| rest.strip_suffix("/100%)\n"));
     let percent: Option<f64> = percent.and_then(|number| number.parse().ok());
     assert!(percent.is_some_and(|percent| (0.0..100.0).contains(&percent)), "{out:?}");
+}
+
+#[test]
+fn a_signal_ends_a_commit_where_the_images_are_consistent() {
+    let scratch = Scratch::new();
+    write_pattern(&scratch.file("disk"), 0, 1, 64 << 20);
+    scratch.sh("qemu-img create -q -f qcow2 base 64M; qemu-img bitmap --add base map; \
+         qemu-img convert -f raw -O qcow2 disk image; qemu-img rebase -u -b base -F qcow2 image");
+    let line = format!(
+        "{} commit -r 1M -f qcow2 image & p=$!; \
+         until [ $(stat -c %s base) -gt 1000000 ]; do sleep 0.01; done; kill -TERM $p; wait $p; echo $?",
+        vimg_path().display()
+    );
+    assert_eq!(scratch.sh(&line).stdout, "143\n", "ended by the signal");
+    for image in ["image", "base"] {
+        let check = scratch.judge(&["check", "-f", "qcow2", image]).stdout;
+        assert!(check.starts_with("No errors were found"), "{image}: {check}");
+    }
+    scratch.assert_same_content("qcow2", "image", "raw", "disk");
+    let info = scratch.judge(&["info", "-f", "qcow2", "--output=json", "base"]).json();
+    let flags = &info["format-specific"]["data"]["bitmaps"][0]["flags"];
+    assert_eq!(flags, &serde_json::json!(["auto"]), "the bitmap can be trusted");
 }

@@ -13,7 +13,7 @@ use std::num::NonZero;
 use super::check::Check;
 use super::files::{BackingRef, Child, ResizeFiles};
 use super::info::{ImageInfo, SnapshotInfo};
-use super::{CompressedUnit, Error, Extent, GuestOffset, HostOffset, HostPlace, Result};
+use super::{BackingChange, CompressedUnit, Emptying, Error, Extent, GuestOffset, HostOffset, HostPlace, Result};
 use crate::storage::Preallocation;
 
 /// One opened layer of an image. Knows nothing of its backing file except the name written in its header.
@@ -106,6 +106,16 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
 
     /// Able to hold persistent bitmaps.
     fn bitmaps(&self) -> Option<&dyn Bitmaps> {
+        None
+    }
+
+    /// Able to name another backing file.
+    fn backing_change(&self) -> Option<&dyn BackingChange> {
+        None
+    }
+
+    /// Able to give up what it stores over its backing file.
+    fn emptying(&self) -> Option<&dyn Emptying> {
         None
     }
 
@@ -302,6 +312,12 @@ pub trait Write: Send + Sync {
     /// already, so that no write has anything to fill.
     fn granule(&self) -> u64 {
         self.fill_unit()
+    }
+
+    /// Content is about to change: from here on the layer has the [`content_id`](BlockDriver::content_id) that it will
+    /// have then.
+    fn begin(&self) -> Result<()> {
+        Ok(())
     }
 
     /// Finds room for the start of a guest range (≤ `len`, ≥ 1 byte). Cheap; does no data I/O.

@@ -33,6 +33,8 @@ pub enum ErrorKind {
     TooLarge,
     /// The policy forbids what the image asks for.
     Forbidden,
+    /// The user has ended it.
+    Cancelled,
 }
 
 /// What was being done with the bytes of a disk.

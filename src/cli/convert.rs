@@ -4,9 +4,9 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::console::ConsoleObserver;
 use super::exit::Exit;
 use super::passphrase::{PassphraseArgs, TargetPassphraseArgs};
-use super::program::stderr_line;
 use super::progress::Progress;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, object, options, size};
@@ -14,7 +14,7 @@ use crate::block::driver::SnapshotKey;
 use crate::block::keys::parse_list;
 use crate::block::{Effort, ImageRef, Node, OpenHow, Opener, name};
 use crate::ops::convert::{ConvertRequest, Job};
-use crate::ops::copy::{CopyOptions, MOST_THREADS, Observer};
+use crate::ops::copy::{CopyOptions, MOST_THREADS};
 use crate::ops::create::{NewImage, Target};
 use crate::storage::CacheMode;
 
@@ -117,7 +117,7 @@ fn sparse(text: &str) -> Result<u64, Complaint> {
     )))
 }
 
-fn rate(text: &str) -> Result<u64, Complaint> {
+pub(super) fn rate(text: &str) -> Result<u64, Complaint> {
     size::size("rate limit", text)
 }
 
@@ -150,33 +150,6 @@ pub(super) fn snapshot(text: &str) -> Result<SnapshotArg, Complaint> {
         }
     }
     Ok(SnapshotArg { key: SnapshotKey::Exact { id, name }, warnings: list.warnings })
-}
-
-/// Shows on the console what the copy reports, from all its threads.
-struct ConsoleObserver<'a> {
-    progress: &'a Progress,
-    /// Prefix of warnings; none under `-q`.
-    name: Option<String>,
-}
-
-impl Observer for ConsoleObserver<'_> {
-    fn wants_progress(&self) -> bool {
-        self.progress.wanted()
-    }
-
-    fn progress(&self, done: u64, total: u64) {
-        self.progress.report(done, total);
-    }
-
-    fn note(&self, line: &str) {
-        stderr_line(line);
-    }
-
-    fn warn(&self, text: &str) {
-        if let Some(name) = &self.name {
-            stderr_line(&format!("{name}: warning: {text}"));
-        }
-    }
 }
 
 impl Subcommand for ConvertArgs {
@@ -212,7 +185,11 @@ impl Subcommand for ConvertArgs {
         let new = if self.no_create { None } else { Some(self.new_image(&opener, name, &create_options)?) };
         let conversion = request.decide(sources, new)?;
         let cache = self.target_cache.as_deref().map(cache::target).transpose()?;
-        let observer = ConsoleObserver { progress: &progress, name: (!self.quiet).then(|| program.name().to_owned()) };
+        let observer = ConsoleObserver {
+            progress: &progress,
+            name: (!self.quiet).then(|| program.name().to_owned()),
+            interrupt: None,
+        };
         let job = Job { conversion: &conversion, cache, observer: &observer };
         let done = match &conversion.new {
             Some(new) => job.to_new(new, &opener),

@@ -5,8 +5,10 @@
 
 pub mod cache;
 pub mod check;
+pub mod commit;
 mod common;
 pub mod compare;
+mod console;
 pub mod convert;
 pub mod create;
 pub mod dd;
@@ -15,6 +17,7 @@ mod getopt;
 mod help;
 pub mod human;
 pub mod info;
+mod interrupt;
 pub mod json;
 pub mod map;
 pub mod measure;
@@ -24,6 +27,7 @@ pub mod output;
 mod passphrase;
 pub mod program;
 pub mod progress;
+pub mod rebase;
 pub mod report;
 pub mod resize;
 pub mod size;
@@ -72,6 +76,7 @@ pub struct Row {
 /// Every subcommand, in alphabetical order.
 pub const SUBCOMMANDS: &[Row] = &[
     row::<check::CheckArgs>(),
+    row::<commit::CommitArgs>(),
     row::<compare::CompareArgs>(),
     row::<convert::ConvertArgs>(),
     row::<create::CreateArgs>(),
@@ -79,6 +84,7 @@ pub const SUBCOMMANDS: &[Row] = &[
     row::<info::InfoArgs>(),
     row::<map::MapArgs>(),
     row::<measure::MeasureArgs>(),
+    row::<rebase::RebaseArgs>(),
     row::<resize::ResizeArgs>(),
     row::<snapshot::SnapshotArgs>(),
 ];

@@ -79,6 +79,11 @@ impl Progress {
         }
     }
 
+    /// The work begins: nothing is done yet.
+    pub fn begin(&self) {
+        self.show(0.0);
+    }
+
     /// So much of that much is done.
     pub fn report(&self, done: u64, total: u64) {
         let percent = if total == 0 { 100.0 } else { done as f64 / total as f64 * 100.0 };

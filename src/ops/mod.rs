@@ -1,6 +1,7 @@
 //! What is done to images. No printing, no exit.
 
 pub mod check;
+pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod copy;
@@ -10,6 +11,8 @@ pub mod ids;
 pub mod info;
 pub mod map;
 pub mod measure;
+pub mod rebase;
 pub mod resize;
 pub mod snapshot;
 pub mod staged;
+pub mod written;

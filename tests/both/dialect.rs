@@ -26,6 +26,7 @@ pub fn normalise(text: &str) -> String {
 /// Every option of every dialect (up to 11): a subcommand, its letters, its long names; a colon takes a value.
 const OPTIONS: &[(&str, &str, &str)] = &[
     ("check", "hf:r:T:qU", "help format: repair: output: object: image-opts force-share quiet cache:"),
+    ("commit", "f:ht:b:dpqr:", "help object: image-opts quiet format: cache: drop base: progress rate: rate-limit:"),
     (
         "compare",
         "hf:F:T:pqsU",
@@ -48,6 +49,12 @@ const OPTIONS: &[(&str, &str, &str)] = &[
         "hf:O:o:l:Us:",
         "help image-opts object: output: size: force-share target-format: format: options: snapshot: source-format: \
          source-image-opts target-format-options:",
+    ),
+    (
+        "rebase",
+        "hf:F:B:b:upt:T:qUc",
+        "help object: image-opts force-share compress quiet progress format: cache: backing: backing-format: \
+         backing-cache: backing-unsafe",
     ),
     ("resize", "f:hq", "help object: image-opts preallocation: shrink quiet format:"),
     ("snapshot", "la:c:d:hqUf:", "help object: image-opts force-share quiet format: list apply: create: delete:"),

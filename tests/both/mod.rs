@@ -73,6 +73,16 @@ fn snapshot_is_qemu_imgs() {
 }
 
 #[test]
+fn commit_is_qemu_imgs() {
+    run_all("commit", include_str!("commit.case"), 25);
+}
+
+#[test]
+fn rebase_is_qemu_imgs() {
+    run_all("rebase", include_str!("rebase.case"), 20);
+}
+
+#[test]
 fn map_is_qemu_imgs() {
     run_all("map", include_str!("map.case"), 60);
 }

@@ -6,6 +6,7 @@
 
 pub mod files;
 pub mod inside;
+pub mod journal;
 pub mod run;
 pub mod trace;
 

@@ -135,6 +135,12 @@ impl QcowHeader {
         (at != 0).then(|| (at, self.raw.backing_length.get()))
     }
 
+    /// Sets it.
+    pub fn set_backing(&mut self, backing: Option<(u64, u32)>) {
+        let (at, length) = backing.unwrap_or_default();
+        (self.raw.backing_offset, self.raw.backing_length) = (at.into(), length.into());
+    }
+
     /// A cluster's size is two to this power.
     pub fn cluster_bits(&self) -> u32 {
         u32::from(self.raw.cluster_bits)

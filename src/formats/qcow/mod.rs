@@ -8,6 +8,7 @@
 
 mod check;
 mod create;
+mod layering;
 mod layout;
 mod measure;
 mod resize;
@@ -16,14 +17,16 @@ mod tables;
 use std::ffi::OsString;
 use std::ops::Deref;
 use std::os::unix::ffi::OsStringExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use self::layout::{HEADER_BYTES, MAX_OFFSET, QcowEntry, QcowHeader};
 use self::tables::QcowState;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    Action, BackingRef, BlockDriver, Check, Child, Cipher, Compress, CompressedUnit, Create, Effort, Encoded, Error,
-    Extent, ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write,
+    Action, BackingChange, BackingRef, BlockDriver, Check, Child, Cipher, Compress, CompressedUnit, Create, Effort,
+    Emptying, Encoded, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed, Resize, Result,
+    Store, Ticket, Write,
 };
 use crate::codec::deflate::{self, How, Wrap};
 use crate::formats::encryption::{self, KEY_SECRET};
@@ -69,6 +72,7 @@ impl Format for Qcow {
             cluster: 1 << bits,
             bits,
             backing,
+            keeps_zeros: AtomicBool::new(false),
             encrypted,
             cipher,
             image: OneFile::new(file, size, state, write),
@@ -108,6 +112,8 @@ struct QcowDriver {
     /// log2 of it.
     bits: u32,
     backing: Option<BackingRef>,
+    /// Whether zeros are kept as such though nothing lies below.
+    keeps_zeros: AtomicBool,
     encrypted: bool,
     /// What clusters that are not compressed are encrypted with. Nothing where they are not, or the header alone is
     /// looked at.
@@ -179,6 +185,14 @@ impl BlockDriver for QcowDriver {
         Some(self)
     }
 
+    fn backing_change(&self) -> Option<&dyn BackingChange> {
+        self.write.then_some(self)
+    }
+
+    fn emptying(&self) -> Option<&dyn Emptying> {
+        self.write.then_some(self)
+    }
+
     fn cipher(&self) -> Option<&dyn Cipher> {
         self.cipher.as_ref().map(|cipher| cipher as &dyn Cipher)
     }
@@ -236,7 +250,7 @@ impl Write for QcowDriver {
                 let len = len.min(run.saturating_mul(self.cluster).saturating_sub(within));
                 Placed::over(at, len, store, HostPlace::main(host.saturating_add(within)))
             }
-            QcowEntry::Unallocated if zero && self.backing.is_none() => {
+            QcowEntry::Unallocated if zero && self.backing.is_none() && !self.keeps_zeros.load(Ordering::Relaxed) => {
                 let len = len.min(run.saturating_mul(self.cluster).saturating_sub(within));
                 done(len, Action::Nothing, Ticket::Nothing)
             }

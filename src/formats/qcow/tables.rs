@@ -221,6 +221,9 @@ impl QcowState {
     /// The end of the highest thing that anything names.
     pub fn used_end(&mut self, storage: &dyn Storage) -> Result<u64> {
         let mut end = self.header.l1_offset() + self.l1_entries() * 8;
+        if let Some((at, length)) = self.header.backing() {
+            end = end.max(at.saturating_add(length.into()));
+        }
         self.each(storage, |at, len| {
             end = end.max(at.saturating_add(len));
             true
@@ -309,12 +312,15 @@ impl QcowState {
         storage.write_at(0, header.bytes()).context("Could not write the qcow header")?;
         storage.flush().context("Could not flush")?;
         self.header = header;
-        self.length = 0;
+        self.forget_tables();
+        self.forget_end();
+        Ok(())
+    }
+
+    /// Has the tables read again.
+    pub fn forget_tables(&mut self) {
         self.l1.forget();
         self.l2.forget();
         self.pending.clear();
-        self.end = None;
-        self.fresh = u64::MAX;
-        Ok(())
     }
 }

@@ -7,7 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{BackingRef, Error, Result};
 use crate::storage::Storage;
 
 use super::geometry::Geometry;
@@ -263,6 +263,12 @@ impl Qcow2Header {
             return Ok(bitmaps);
         };
         Err(Error::corrupt(complaint))
+    }
+
+    /// Names a backing file, or none.
+    pub fn set_backing(&mut self, new: Option<&BackingRef>) {
+        self.backing_file = new.map(|new| new.name.clone());
+        self.backing_format = new.and_then(|new| new.format.clone());
     }
 
     /// What never changes while the image is open.

@@ -12,7 +12,8 @@
 //!   `repair.rs` (after an unclean end);
 //! * `counts.rs` refcounts of an open image; `alloc.rs` clusters given out and taken back; `flush.rs` changes on their
 //!   way to the file; `place.rs` guest data; `fit.rs` and `tracking.rs`: bitmaps follow the size and what is written; `tail.rs`
-//!   what lies past the end of the disk; `resize.rs` its size; `state.rs` snapshots taken, applied and deleted; `check.rs` what is wrong, and mending it; `open.rs`
+//!   what lies past the end of the disk; `resize.rs` its size; `state.rs` snapshots taken, applied and deleted; `layering.rs` another backing file, and
+//!   nothing stored over it; `check.rs` what is wrong, and mending it; `open.rs`
 //!   opening: refusals, options.
 //!
 //! Lock order: `alloc` → `header` → the cache's own. Whoever changes a table or the header holds `alloc`. No lock is
@@ -34,6 +35,7 @@ pub mod guard;
 pub mod header;
 pub mod holes;
 pub mod info;
+pub mod layering;
 pub mod layout;
 pub mod map;
 pub mod measure;
@@ -61,8 +63,8 @@ use crate::block::driver::Bitmaps;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    BackingRef, BlockDriver, Check, Child, Cipher, CompressedUnit, Create, Extent, Format, GuestOffset, OpenRequest,
-    Resize, Result, Snapshots, StoredWord, Write,
+    BackingChange, BackingRef, BlockDriver, Check, Child, Cipher, CompressedUnit, Create, Emptying, Extent, Format,
+    GuestOffset, OpenRequest, Resize, Result, Snapshots, StoredWord, Write,
 };
 use crate::crypto::luks;
 use crate::formats::encryption::KEY_SECRET;
@@ -130,6 +132,8 @@ pub struct Qcow2Driver {
     /// The LUKS header.
     luks: Option<luks::LuksHeader>,
     backing: Option<BackingRef>,
+    /// Whether zeros are kept as such though nothing lies below.
+    keeps_zeros: AtomicBool,
     write: bool,
     /// Whether the host has holes under data clusters; found out once (see `holes.rs`).
     host_holes: OnceLock<bool>,
@@ -197,6 +201,14 @@ impl BlockDriver for Qcow2Driver {
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         Some(self)
+    }
+
+    fn backing_change(&self) -> Option<&dyn BackingChange> {
+        self.write.then_some(self)
+    }
+
+    fn emptying(&self) -> Option<&dyn Emptying> {
+        self.write.then_some(self)
     }
 
     fn cipher(&self) -> Option<&dyn Cipher> {

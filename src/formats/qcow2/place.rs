@@ -295,7 +295,7 @@ impl Qcow2Driver {
         };
         let room = if unmap { ZeroedRoom::GiveUp } else { ZeroedRoom::Keep };
         if geometry.version < 3 {
-            if self.backing.is_some() {
+            if self.shows_below() {
                 return self.place_data(alloc, at, len, store);
             }
             let n = (whole / cluster).min(geometry.l2_entries() - index);

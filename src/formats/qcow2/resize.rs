@@ -81,6 +81,8 @@ impl Qcow2Driver {
     }
 
     fn grow(&self, alloc: &mut Allocator, old: u64, size: u64, fill: Preallocation, covered: u64) -> Result<()> {
+        // What was written so far may still be in memory, past the end of the file.
+        self.settle(alloc)?;
         self.check_beyond(old)?;
         let entries = self.geometry.l1_entries_for(size);
         if entries > self.l1().len / ENTRY {
@@ -340,14 +342,19 @@ impl Qcow2Driver {
         self.drop_beyond(alloc, size)?;
         self.clear_tail(alloc, size, Tail::Clear)?;
         self.settle(alloc)?;
-        self.shrink_refcounts(alloc)?;
-        self.settle(alloc)?;
         if self.external
             && let Some(data) = self.files.get(self.data_file())
             && data.storage.len().context("Could not get file size")? > size
         {
             data.storage.set_len(size, Preallocation::Off).context("Failed to resize underlying file")?;
         }
+        self.cut_unused(alloc)
+    }
+
+    /// Frees refcount blocks that count nothing, and cuts the file after its last used cluster. No table is dirty.
+    pub(super) fn cut_unused(&self, alloc: &mut Allocator) -> Result<()> {
+        self.shrink_refcounts(alloc)?;
+        self.settle(alloc)?;
         let end = (self.last_used()? + 1) << self.geometry.cluster_bits;
         let storage = &self.file().storage;
         if storage.len().context("Could not get file size")? > end {

@@ -4,7 +4,7 @@
 //! stored flat, sparse, as zeros, or compressed. What is where: `layout.rs` the structures, `descriptor.rs` the
 //! text, `open.rs` which files there are, `sparse.rs` one extent behind grain tables, `tables.rs` those, `stream.rs` the
 //! open end of a stream-optimized one, `grain.rs` one compressed grain, `sesparse.rs` the extents of vSphere's snapshots, `write.rs` placing, `text.rs`
-//! changes of the text, `create.rs`, `resize.rs` and, for one sparse extent, `length.rs`, with
+//! changes of the text, `layering.rs` another parent, `create.rs`, `resize.rs` and, for one sparse extent, `length.rs`, with
 //! `intact.rs` for what has to hold before; `check.rs` and, for one sparse extent, `inspect.rs`.
 //!
 //! Source: VMware, *Virtual Disk Format 5.0* (technical note).
@@ -15,6 +15,7 @@ mod descriptor;
 mod grain;
 mod inspect;
 mod intact;
+mod layering;
 mod layout;
 mod length;
 mod measure;
@@ -27,7 +28,7 @@ mod tables;
 mod text;
 mod write;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Map, Value, json};
@@ -35,8 +36,8 @@ use serde_json::{Map, Value, json};
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    BackingRef, BlockDriver, Check, Child, CompressedUnit, Create, Error, ErrorKind, Extent, ExtentKind, Format,
-    GuestOffset, HostOffset, HostPlace, OpenRequest, Resize, Result, StoredWord, Write,
+    BackingChange, BackingRef, BlockDriver, Check, Child, CompressedUnit, Create, Error, ErrorKind, Extent, ExtentKind,
+    Format, GuestOffset, HostOffset, HostPlace, OpenRequest, Resize, Result, StoredWord, Write,
 };
 use crate::storage::Storage;
 
@@ -138,8 +139,10 @@ struct VmdkDriver {
     backing: Option<BackingRef>,
     size: AtomicU64,
     write: bool,
-    /// Whether the content id has been changed since the image was opened.
-    renewed: Mutex<bool>,
+    /// The content id that it has got since it was opened.
+    renewed: Mutex<Option<u32>>,
+    /// Whether zeros are kept as such though nothing lies below.
+    keeps_zeros: AtomicBool,
 }
 
 impl VmdkDriver {
@@ -230,7 +233,7 @@ impl BlockDriver for VmdkDriver {
     }
 
     fn content_id(&self) -> Option<u32> {
-        Some(self.descriptor.cid)
+        Some(self.renewed.lock().unwrap_or_else(|e| e.into_inner()).unwrap_or(self.descriptor.cid))
     }
 
     fn accept_backing(&self, below: &dyn BlockDriver) -> Result<()> {
@@ -293,6 +296,10 @@ impl BlockDriver for VmdkDriver {
 
     fn resizing(&self) -> Option<&dyn Resize> {
         Some(self)
+    }
+
+    fn backing_change(&self) -> Option<&dyn BackingChange> {
+        self.write.then_some(self)
     }
 
     fn checking(&self) -> Option<&dyn Check> {

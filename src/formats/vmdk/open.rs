@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::sync::Mutex;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use crate::block::error::Context;
 use crate::block::{BackingRef, Child, Error, ErrorKind, OpenRequest, Related, Result};
@@ -43,9 +43,9 @@ impl VmdkDriver {
             format: Some("vmdk".to_owned()),
             elsewhere: descriptor.names(name),
         });
-        let renewed = Mutex::new(false);
+        let (renewed, keeps_zeros) = (Mutex::default(), AtomicBool::new(false));
         let (size, replaced) = (AtomicU64::new(size), Mutex::default());
-        Ok(Self { files, parts, descriptor, text_at, replaced, backing, size, write, renewed })
+        Ok(Self { files, parts, descriptor, text_at, replaced, backing, size, write, renewed, keeps_zeros })
     }
 }
 

@@ -30,14 +30,17 @@ impl VmdkDriver {
             Body::Sparse { sparse, .. } => sparse.state().stream.is_some(),
             _ => false,
         });
-        if !*renewed && !streaming {
-            self.rewrite_text(|text| {
-                let digits = descriptor::value_of(text, "CID").map_or(8, str::len).clamp(1, 8);
-                let cid = next_cid(self.descriptor.cid, digits);
-                descriptor::with_value(text, "CID", &format!("{cid:0digits$x}"))
-            })?;
+        if renewed.is_none() {
+            let mut new = self.descriptor.cid;
+            if !streaming {
+                self.rewrite_text(|text| {
+                    let digits = descriptor::value_of(text, "CID").map_or(8, str::len).clamp(1, 8);
+                    new = next_cid(self.descriptor.cid, digits);
+                    descriptor::with_value(text, "CID", &format!("{new:0digits$x}"))
+                })?;
+            }
+            *renewed = Some(new);
         }
-        *renewed = true;
         Ok(())
     }
 

@@ -3,6 +3,8 @@
 //! Grains are appended in the order of the calls to `place`. Tables change in memory at `publish` and reach the
 //! file at `flush`, after the grains. The content id is changed once, before the first write (`text.rs`).
 
+use std::sync::atomic::Ordering;
+
 use crate::block::error::Context;
 use crate::block::io::punch_at;
 use crate::block::{
@@ -81,7 +83,9 @@ impl VmdkDriver {
         let grains_of = |len: u64| (skip + len).div_ceil(shape.grain);
         match (store, old) {
             (Store::Zero { .. }, Grain::Zeroed) => Ok(placed(len, Action::Nothing, Ticket::Nothing)),
-            (Store::Zero { .. }, Grain::Unallocated) if self.backing.is_none() => {
+            (Store::Zero { .. }, Grain::Unallocated)
+                if self.backing.is_none() && !self.keeps_zeros.load(Ordering::Relaxed) =>
+            {
                 Ok(placed(len, Action::Nothing, Ticket::Nothing))
             }
             (Store::Zero { .. }, Grain::Unallocated) if shape.compressed => {
@@ -154,6 +158,10 @@ impl Write for VmdkDriver {
             })
             .max()
             .unwrap_or(1)
+    }
+
+    fn begin(&self) -> Result<()> {
+        self.renew()
     }
 
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {

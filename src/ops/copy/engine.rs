@@ -17,7 +17,7 @@ use super::zero::{self, SECTOR, SparsePolicy};
 use super::{CopyOptions, Observer, TargetFacts};
 use crate::block::error::Operation;
 use crate::block::io::{Scratch, Step, write_steps};
-use crate::block::{Compress, Encoded, Error, GuestOffset, Node, Result, Store};
+use crate::block::{Compress, Encoded, Error, ErrorKind, GuestOffset, Node, Result, Store};
 
 /// What buffers are aligned to: the page, which is also what `O_DIRECT` wants.
 const PAGE: usize = 4096;
@@ -218,6 +218,9 @@ impl<'a> Engine<'a> {
     fn work(&self) {
         let mut worker = Worker::default();
         while !self.stop.load(Ordering::Relaxed) {
+            if self.observer.is_cancelled() {
+                return self.fail(u64::MAX, Error::new(ErrorKind::Cancelled, "Interrupted"));
+            }
             let more = lock(&self.plan).next(&mut worker.chunk);
             let result = match more {
                 Ok(false) => return,
@@ -283,6 +286,16 @@ impl<'a> Engine<'a> {
         if self.granule > 1 {
             target::coarsen(chunk.at, chunk.len, self.granule, &mut worker.flags, &mut worker.pieces);
             target::fill_kept(chunk, self.target, &worker.pieces, &mut whole[..len], &mut worker.scratch)?;
+        }
+        if let Some(onto) = self.source.new_backing() {
+            onto.keep_same(
+                chunk.at,
+                self.granule,
+                &whole[..len],
+                &mut worker.pieces,
+                &mut worker.unit,
+                &mut worker.scratch,
+            )?;
         }
         if self.detect.is_some() {
             target::detect_zeros(chunk.at, &whole[..len], &mut worker.pieces);

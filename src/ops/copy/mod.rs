@@ -5,6 +5,7 @@
 //! [`CopyOptions`]; what was found out about the target is [`TargetFacts`].
 
 pub mod engine;
+pub mod onto;
 pub mod plan;
 pub mod source;
 pub mod target;
@@ -12,6 +13,7 @@ pub mod zero;
 
 use std::num::NonZero;
 
+pub use onto::Onto;
 pub use source::{Above, Joined};
 
 use crate::block::{Effort, Error, Node, Result};
@@ -73,6 +75,11 @@ pub trait Observer: Sync {
     /// `done` of `total` stored bytes have been started on.
     fn progress(&self, done: u64, total: u64) {
         let _ = (done, total);
+    }
+
+    /// Whether the user wants it to end here: what was written stays, what is left is not.
+    fn is_cancelled(&self) -> bool {
+        false
     }
 
     /// A line to be shown as it is.

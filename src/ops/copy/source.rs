@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use super::onto::Onto;
 use super::zero::SECTOR;
 use crate::block::error::Operation;
 use crate::block::io::Scratch;
@@ -68,6 +69,7 @@ pub struct Joined {
     parts: Vec<SourcePart>,
     len: u64,
     above: Option<Above>,
+    onto: Option<Onto>,
 }
 
 #[derive(Debug)]
@@ -101,14 +103,24 @@ impl Joined {
             parts.push(SourcePart { node: node.clone(), start, from: 0, len });
             start = start.saturating_add(len);
         }
-        Self { parts, len: start, above }
+        Self { parts, len: start, above, onto: None }
+    }
+
+    /// What a layer, which is the target as well, needs of its own before it stands on another backing file.
+    pub fn onto(node: &Arc<Node>, onto: Onto) -> Self {
+        Self { onto: Some(onto), ..Self::new(std::slice::from_ref(node), None) }
+    }
+
+    /// See [`Joined::onto`].
+    pub(super) fn new_backing(&self) -> Option<&Onto> {
+        self.onto.as_ref()
     }
 
     /// `len` bytes of one disk, from `from` on. What is missing to a whole sector is zeros.
     pub fn part(node: &Arc<Node>, from: u64, len: u64) -> Self {
         let len = len.min(node.virtual_size().saturating_sub(from));
         let part = SourcePart { node: node.clone(), start: 0, from, len };
-        Self { parts: vec![part], len: len.next_multiple_of(SECTOR), above: None }
+        Self { parts: vec![part], len: len.next_multiple_of(SECTOR), above: None, onto: None }
     }
 
     /// What is joined, in order.
@@ -129,6 +141,9 @@ impl Joined {
         };
         let max = max.min(part.start + part.len - at);
         let inside = part.from + (at - part.start);
+        if let Some(onto) = &self.onto {
+            return onto.map(&part.node, inside, max);
+        }
         if let Some(above) = self.above.filter(|above| at < above.backing_len) {
             let max = max.min(above.backing_len - at);
             let mapping = status(&part.node, GuestOffset(inside), max, above.layers)?;
@@ -186,7 +201,7 @@ pub fn read(segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch) -> Res
 }
 
 /// The run at `at`; what is wrong with a map is said with its place.
-fn status(node: &Node, at: GuestOffset, max: u64, layers: usize) -> Result<Mapping<'_>> {
+pub(super) fn status(node: &Node, at: GuestOffset, max: u64, layers: usize) -> Result<Mapping<'_>> {
     node.map(at, max, layers).map_err(|error| match error.tells_guest() {
         true => error,
         false => error.at(node.place_of(Operation::Status, at)),

@@ -1,0 +1,94 @@
+//! `commit`: what an overlay stores moves into its backing file.
+
+use std::ffi::OsString;
+
+use super::common::Common;
+use super::console::ConsoleObserver;
+use super::convert::rate;
+use super::exit::Exit;
+use super::interrupt::Interrupt;
+use super::progress::Progress;
+use super::source::ImageArgs;
+use super::{Complaint, Program, Subcommand, cache};
+use crate::block::{Error, Node, OpenHow, Purpose};
+use crate::ops::commit::{self, Commit};
+use crate::storage::CacheMode;
+
+/// The options.
+#[derive(Debug, clap::Args)]
+pub struct CommitArgs {
+    #[command(flatten)]
+    common: Common,
+    /// format of the image, detected if not given
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
+    /// FILENAME is a list of options key=value,...
+    #[arg(long)]
+    image_opts: bool,
+    /// how the images are cached, writeback if not given
+    #[arg(short = 't', long, value_name = "CACHE")]
+    cache: Option<String>,
+    /// image in the backing chain that gets the data, not the next one below (the image is not emptied then)
+    #[arg(short, long, value_name = "BASE_IMG")]
+    base: Option<OsString>,
+    /// do not empty the image
+    #[arg(short, long)]
+    drop: bool,
+    /// write at most this many bytes a second
+    #[arg(short = 'r', long, alias = "rate", value_name = "RATE", value_parser = rate)]
+    rate_limit: Option<u64>,
+    /// show progress
+    #[arg(short, long)]
+    progress: bool,
+    /// image whose data is committed
+    #[arg(value_name = "FILENAME")]
+    operands: Vec<OsString>,
+}
+
+impl Subcommand for CommitArgs {
+    const NAME: &'static str = "commit";
+    const ABOUT: &'static str = "Commit image to its backing file";
+    const USAGE: &'static [&'static str] =
+        &["[-f FMT | --image-opts] [-t CACHE] [-b BASE_IMG] [-d] [-r RATE]", "[--object OBJDEF] [-p] [-q] FILENAME"];
+
+    fn run(self, program: &Program) -> anyhow::Result<Exit> {
+        let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };
+        let [name] = &self.operands[..] else {
+            return Err(Complaint::usage("Expecting one image file name").into());
+        };
+        let source = ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
+        source.check()?;
+        let interrupt = Interrupt::catch();
+        let progress = Progress::start(self.progress && !self.common.quiet);
+        let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::target)?;
+        let (image, how) = source.image(program, name)?;
+        let opener = program.opener(&secrets);
+        let node = opener.open(&image, &OpenHow { purpose: Purpose::Commit, cache, ..how });
+        program.notices(&opener);
+        let node = node?;
+        let plan = self.plan(&node, cache)?;
+        progress.begin();
+        let name = (!self.common.quiet).then(|| program.name().to_owned());
+        let observer = ConsoleObserver { progress: &progress, name, interrupt: Some(&interrupt) };
+        let done = commit::commit(&opener, &node, &plan, &observer);
+        interrupt.end();
+        program.notices(&opener);
+        done?;
+        drop(progress);
+        if !self.common.quiet {
+            program.println("Image committed.");
+        }
+        Ok(Exit::Success)
+    }
+}
+
+impl CommitArgs {
+    fn plan(&self, node: &Node, cache: CacheMode) -> Result<Commit, Error> {
+        let depth = match &self.base {
+            Some(base) => commit::depth_of(node, base)?,
+            None => 1,
+        };
+        let keep = self.drop || self.base.is_some();
+        Ok(Commit { depth, keep, rate: self.rate_limit.filter(|rate| *rate > 0), cache })
+    }
+}

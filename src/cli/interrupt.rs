@@ -1,0 +1,69 @@
+//! SIGINT, SIGTERM and SIGHUP while an image is changed in place: the work ends where the image is consistent and its
+//! marks say so, then the signal has its usual effect. A second one has it at once.
+//!
+//! The signals are blocked in every thread, and waited for in one of its own: no handler runs. One that is ignored
+//! stays so.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use nix::sys::signal::{SigSet, Signal, raise};
+
+const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+
+/// See the module.
+#[derive(Debug)]
+pub struct Interrupt {
+    /// The signal's number; 0 for none.
+    caught: Arc<AtomicI32>,
+}
+
+impl Interrupt {
+    /// From here on. Called before there are other threads; where they cannot be caught they have their usual effect.
+    pub fn catch() -> Self {
+        let caught = Arc::new(AtomicI32::new(0));
+        let ignored = ignored();
+        let mut set = SigSet::empty();
+        let wanted = |signal: &&Signal| ignored & (1 << (**signal as i32 - 1)) == 0;
+        SIGNALS.iter().filter(wanted).for_each(|signal| set.add(*signal));
+        if set.thread_block().is_ok() {
+            let seen = caught.clone();
+            let waiter = std::thread::Builder::new().spawn(move || {
+                while let Ok(signal) = set.wait() {
+                    if seen.swap(signal as i32, Ordering::SeqCst) != 0 {
+                        have_effect(signal);
+                    }
+                }
+            });
+            if waiter.is_err() {
+                let _ = set.thread_unblock();
+            }
+        }
+        Self { caught }
+    }
+
+    /// Whether one came.
+    pub fn is_caught(&self) -> bool {
+        self.caught.load(Ordering::SeqCst) != 0
+    }
+
+    /// The work has come to its end, or to one: a signal that came has its effect.
+    pub fn end(&self) {
+        if let Ok(signal) = Signal::try_from(self.caught.load(Ordering::SeqCst)) {
+            have_effect(signal);
+        }
+    }
+}
+
+fn have_effect(signal: Signal) {
+    let mut set = SigSet::empty();
+    set.add(signal);
+    let _ = set.thread_unblock().and_then(|()| raise(signal));
+}
+
+/// The signals that are ignored: signal n is bit n - 1.
+fn ignored() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
