@@ -125,6 +125,9 @@ const JOBS: &[Job] = &[
     },
     Job { name: "dd bs=1M", needs: &[], run: "dd -f raw -O raw bs=1M if={disk} of=out" },
     Job { name: "dd to qcow2", needs: &[], run: "dd -f raw -O qcow2 bs=1M if={disk} of=out" },
+    Job { name: "bench of reads", needs: &[], run: "bench -f raw {disk}" },
+    Job { name: "bench of qcow2 reads", needs: &[QCOW2], run: "bench -f qcow2 disk.qcow2" },
+    Job { name: "bench of writes", needs: &[], run: "bench -w -f qcow2 -c 20000 --flush-interval 64 new.qcow2" },
     Job { name: "snapshot -c", needs: &[QCOW2], run: "snapshot -c new keep.qcow2" },
     Job { name: "snapshot -a", needs: &[QCOW2], run: "snapshot -a old keep.qcow2" },
     Job { name: "snapshot -d", needs: &[QCOW2], run: "snapshot -d old keep.qcow2" },
@@ -343,6 +346,9 @@ fn run_job(job: &Job, dir: &Path, disk: &Path, rounds: u64, contenders: &[Conten
             let _ = std::fs::remove_file(dir.join("out"));
             if job.run.contains("grow.qcow2") {
                 shell(dir, "rm -f grow.qcow2; qemu-img create -q -f qcow2 grow.qcow2 8G");
+            }
+            if job.run.contains("new.qcow2") {
+                shell(dir, "qemu-img create -q -f qcow2 new.qcow2 64M");
             }
             if job.run.contains("keep.qcow2") {
                 shell(

@@ -642,3 +642,26 @@ fn damage_of_a_space_efficient_extent_is_found() {
         assert_eq!(out.stderr, format!("{text}\n"));
     }
 }
+
+/// Every entry of the L2 tables of a sparse image points to where nothing is.
+#[test]
+fn endless_damage_is_counted() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,preallocation=metadata", "a", "60M"]);
+    let mut bytes = std::fs::read(scratch.file("a")).unwrap();
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap()) as usize;
+    let entries = u32::from_be_bytes(bytes[36..40].try_into().unwrap()) as usize;
+    for entry in 0..entries {
+        let l2 = u64::from_be_bytes(bytes[l1 + 8 * entry..][..8].try_into().unwrap()) & 0x00ff_ffff_ffff_fe00;
+        for word in bytes[l2 as usize..][..512].chunks_exact_mut(8) {
+            word.copy_from_slice(&(1_u64 << 63 | 1 << 62 | 1).to_be_bytes());
+        }
+    }
+    std::fs::write(scratch.file("a"), &bytes).unwrap();
+    let out = vimg(&["check", "-f", "qcow2", "a"]).dir(scratch.path()).run();
+    let lines: Vec<&str> = out.stderr.lines().collect();
+    assert_eq!((out.code, lines.len()), (Some(2), 100_001), "{:?}", lines.last());
+    assert_eq!(lines.last(), Some(&"qemu-img: further findings are counted, not shown"));
+    let counted = out.stdout.lines().find_map(|line| line.strip_suffix(" errors were found on the image."));
+    assert!(counted.unwrap().parse::<u64>().unwrap() > 100_000, "{}", out.stdout);
+}

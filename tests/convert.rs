@@ -278,7 +278,7 @@ fn a_full_disk_says_which_file_and_leaves_nothing() {
         [("full/new", &data[..0], "full/new"), ("full/old", &[], "full/old"), ("full/q", &data, "full/new")]
             .into_iter()
             .map(|(target, options, named)| {
-                let args = [&["convert", "-f", "raw"], options, &["s.raw", target]].concat();
+                let args = [&["convert", "--no-space-check", "-f", "raw"], options, &["s.raw", target]].concat();
                 let out = vimg(&args).dir(scratch.path()).run();
                 (named, out, fs::read(full.join("old")), fs::read_dir(&full).map(|dir| dir.count()))
             })
@@ -291,6 +291,52 @@ fn a_full_disk_says_which_file_and_leaves_nothing() {
         assert!(stderr.ends_with(": No space left on device\n"), "{stderr}");
         assert_eq!((old.unwrap(), count.unwrap()), (b"old".to_vec(), 1));
     }
+}
+
+#[test]
+fn a_lack_of_room_is_told_before_anything_is_written() {
+    need_root("mounting a small tmpfs");
+    let scratch = Scratch::new();
+    let full = scratch.file("full");
+    fs::create_dir(&full).unwrap();
+    fs::write(scratch.file("data"), pattern(1, 8 << 20)).unwrap();
+    // Half of it is zeros that the map does not know of.
+    fs::write(scratch.file("half"), [pattern(2, 3 << 20), vec![0; 5 << 20]].concat()).unwrap();
+    sh("truncate -s 8M sparse; qemu-img create -q -f qcow2 -b data -F raw over").dir(scratch.path()).ok();
+    sh(&format!("mount -t tmpfs -o size=4m none {}", full.display())).ok();
+    fs::write(full.join("old"), b"old").unwrap();
+    let run = |options: &str, source: &str, target: &str| {
+        let args: Vec<&str> = options.split_whitespace().chain([source, target]).collect();
+        let out = vimg(&[&["convert"], &args[..]].concat()).dir(scratch.path()).run();
+        let (old, count) = (fs::read(full.join("old")), fs::read_dir(&full).map(|dir| dir.count()));
+        let _ = fs::remove_file(full.join("new"));
+        (options.to_owned(), out, old.unwrap(), count.unwrap())
+    };
+    let lacking = [
+        run("-O qcow2", "data", "full/new"),
+        run("-O raw", "data", "full/old"),
+        run("-O vdi", "over", "full/new"),
+        run("-O raw -S 0", "sparse", "full/new"),
+        run("-O raw -o preallocation=falloc", "sparse", "full/new"),
+        run("-O qcow2 -o preallocation=full", "sparse", "full/new"),
+    ];
+    let fits = [
+        run("-O raw", "half", "full/new"),
+        run("-O qcow2", "sparse", "full/new"),
+        run("-O qcow2 -o preallocation=metadata", "sparse", "full/new"),
+        run("-O qcow2 -B ../data -F raw", "over", "full/new"),
+    ];
+    let tried = run("-O raw --no-space-check", "data", "full/new");
+    sh(&format!("umount {}", full.display())).ok();
+    for (options, out, old, count) in lacking {
+        assert_eq!((out.code, old, count), (Some(1), b"old".to_vec(), 1), "{options}: {}", out.stderr);
+        assert!(out.stderr.contains(": not enough room: "), "{options}: {}", out.stderr);
+        assert!(out.stderr.contains(" MiB are needed at least, and 4 MiB are free in '"), "{options}: {}", out.stderr);
+    }
+    for (options, out, _, _) in fits {
+        assert_eq!(out.code, Some(0), "{options}: {}", out.stderr);
+    }
+    assert!(tried.1.stderr.ends_with(": No space left on device\n"), "{}", tried.1.stderr);
 }
 
 #[test]

@@ -471,6 +471,12 @@ fn through_the_program(scratch: &Scratch, name: &str, format: &str, what: &str) 
         let out = run(&[&["check", "-f", format], fix, &[name]].concat());
         assert_ends(&out, &[0, 1, 2, 3, 63], what);
     }
+    assert_sane(&run(&["bench", "-w", "-c", "20", "-s", "512", "-S", "3k", "-f", format, name]), what);
+    if format == "qcow2" {
+        for change in [["-c", "x"], ["-a", "1"], ["-d", "x"]] {
+            assert_sane(&run(&["snapshot", change[0], change[1], "-f", format, name]), what);
+        }
+    }
     assert_sane(&run(&["resize", "-q", "-f", format, name, "+1M"]), what);
     assert_sane(&run(&["resize", "-q", "-f", format, "--shrink", name, "64k"]), what);
 }

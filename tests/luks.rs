@@ -371,8 +371,11 @@ fn a_full_disk_leaves_nothing() {
     disk(&scratch, "disk", 2, 8 << 20);
     fs::create_dir(scratch.file("full")).unwrap();
     scratch.sh("mount -t tmpfs -o size=4m none full");
-    let args =
-        [&["convert", "-f", "raw", "-O", "luks"], &SECRET[..], &["-o", "key-secret=s,iter-time=0", "disk", "full/a"]];
+    let args = [
+        &["convert", "--no-space-check", "-f", "raw", "-O", "luks"],
+        &SECRET[..],
+        &["-o", "key-secret=s,iter-time=0", "disk", "full/a"],
+    ];
     let out = vimg(&args.concat()).dir(scratch.path()).run();
     let left = fs::read_dir(scratch.file("full")).map(Iterator::count);
     scratch.sh("umount full");

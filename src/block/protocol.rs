@@ -39,6 +39,8 @@ pub struct FileRequest<'a> {
     pub write: bool,
     /// What the page cache does.
     pub cache: CacheMode,
+    /// `aio=native` where the options do not say.
+    pub native_aio: bool,
     /// Whether the space of what is made zeros, or is discarded, is kept.
     pub keep_space: bool,
 }

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::common::Common;
 use super::exit::Exit;
@@ -89,7 +90,7 @@ impl Subcommand for CheckArgs {
                 program.print(&repaired(report));
             }
         };
-        let console = Console { name: program.name() };
+        let console = Console { name: program.name(), shown: AtomicUsize::new(0) };
         let checked = match copy {
             Some(copy) => check::repair_to(&opener, &node, copy, fix, &console, &show),
             None => check::check(&node, fix, &console, &show),
@@ -115,14 +116,22 @@ impl Subcommand for CheckArgs {
     }
 }
 
-/// Findings go to standard error, whatever the output's form.
+/// Findings that are shown one by one.
+const MOST_SHOWN: usize = 100_000;
+
+/// Findings go to standard error, whatever the output's form. Damage may have no end; what is shown has.
 struct Console<'a> {
     name: &'a str,
+    shown: AtomicUsize,
 }
 
 impl Findings for Console<'_> {
     fn line(&self, text: &str) {
-        stderr_line(text);
+        match self.shown.fetch_add(1, Ordering::Relaxed) {
+            ..MOST_SHOWN => stderr_line(text),
+            MOST_SHOWN => stderr_line(&format!("{}: further findings are counted, not shown", self.name)),
+            _ => {}
+        }
     }
 
     fn error(&self, text: &str) {

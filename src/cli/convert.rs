@@ -9,10 +9,11 @@ use super::exit::Exit;
 use super::passphrase::{PassphraseArgs, TargetPassphraseArgs};
 use super::progress::Progress;
 use super::source::ImageArgs;
-use super::{Complaint, Program, Subcommand, cache, object, options, size};
+use super::{Complaint, Program, Subcommand, cache, help, human, object, options, size};
 use crate::block::driver::SnapshotKey;
 use crate::block::keys::parse_list;
 use crate::block::{Effort, ImageRef, Node, OpenHow, Opener, name};
+use crate::ops::convert::room::{self, LackOfRoom};
 use crate::ops::convert::{ConvertRequest, Job};
 use crate::ops::copy::{CopyOptions, MOST_THREADS};
 use crate::ops::create::{NewImage, Target};
@@ -96,6 +97,9 @@ pub struct ConvertArgs {
     /// print nothing but errors
     #[arg(short, long)]
     quiet: bool,
+    /// write all the same where the file system plainly lacks the room
+    #[arg(long, help_heading = help::OWN)]
+    no_space_check: bool,
     #[command(flatten)]
     passphrase: PassphraseArgs,
     #[command(flatten)]
@@ -152,6 +156,18 @@ pub(super) fn snapshot(text: &str) -> Result<SnapshotArg, Complaint> {
     Ok(SnapshotArg { key: SnapshotKey::Exact { id, name }, warnings: list.warnings })
 }
 
+/// Said before anything is written.
+fn no_room(name: &OsStr, lack: &LackOfRoom) -> Complaint {
+    let LackOfRoom { needed, free, folder } = lack;
+    Complaint::value(format!(
+        "{}: not enough room: {} are needed at least, and {} are free in '{}' (--no-space-check writes all the same)",
+        name.to_string_lossy(),
+        human::size(*needed),
+        human::size(*free),
+        folder.display()
+    ))
+}
+
 impl Subcommand for ConvertArgs {
     const NAME: &'static str = "convert";
     const ABOUT: &'static str = "Copy one image to another with optional format conversion";
@@ -185,6 +201,11 @@ impl Subcommand for ConvertArgs {
         let new = if self.no_create { None } else { Some(self.new_image(&opener, name, &create_options)?) };
         let conversion = request.decide(sources, new)?;
         let cache = self.target_cache.as_deref().map(cache::target).transpose()?;
+        if let Some(new) = conversion.new.as_ref().filter(|_| !self.no_space_check)
+            && let Some(lack) = room::lacking(&conversion, new, opener.drivers())
+        {
+            return Err(no_room(name, &lack).into());
+        }
         let observer = ConsoleObserver {
             progress: &progress,
             name: (!self.quiet).then(|| program.name().to_owned()),

@@ -1,16 +1,20 @@
 //! `dd`: copies some blocks of an image to a new one, in any format.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use super::exit::Exit;
 use super::passphrase::PassphraseArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, object, size};
-use crate::block::{Opener, OptionValue};
+use crate::block::{Error, ImageRef, OpenHow, Opener, OptionValue};
 use crate::ops::create::{NewImage, Target};
+use crate::ops::dd::pipe::PipedBlocks;
 use crate::ops::dd::{self, Blocks};
 use crate::ops::staged::StagedTarget;
+use crate::storage::pipe;
 
 /// The options.
 #[derive(Debug, clap::Args)]
@@ -94,26 +98,103 @@ impl Subcommand for DdArgs {
         let (image, how) = source.image(program, input)?;
         let opener = program.opener(&secrets).allowing(output.as_ref());
         let opener = if self.image_opts { opener } else { opener.allowing(input.as_ref()) };
+        let blocks =
+            Blocks { len: operands.block.unwrap_or(512), count: operands.count, skip: operands.skip.unwrap_or(0) };
+        let sink = self.pipe_out(output)?;
+        if let Some(pipe) = self.pipe_in(input)? {
+            let piped = PipedBlocks::find(pipe::open_source(pipe).map_err(Error::from)?, pipe, &blocks)?;
+            too_far(program, input, piped.past_end);
+            return self.copy_piped(program, &opener, piped, output, sink);
+        }
         let source = opener.open(&image, &how);
         program.notices(&opener);
         let source = source?;
-        let blocks =
-            Blocks { len: operands.block.unwrap_or(512), count: operands.count, skip: operands.skip.unwrap_or(0) };
         let part = blocks.of(source.virtual_size());
-        let new = self.new_image(&opener, output, part.len)?;
-        let target = StagedTarget::make(&new, None, &opener, NewImage::creating_output);
-        program.notices(&opener);
-        let target = target?;
-        if part.past_end {
-            // No failure: there is nothing to copy.
-            program.error(&format!("{}: cannot skip to specified offset", input.to_string_lossy()));
+        match sink {
+            Some(sink) => {
+                too_far(program, input, part.past_end);
+                dd::pipe::to_pipe(&source, part, pipe::open_sink(sink).map_err(Error::from)?, sink)?;
+            }
+            None => {
+                let target = self.target(program, &opener, output, part.len)?;
+                too_far(program, input, part.past_end);
+                dd::copy(&source, part, target)?;
+            }
         }
-        dd::copy(&source, part, target)?;
         Ok(Exit::Success)
     }
 }
 
+/// No failure: there is nothing to copy.
+fn too_far(program: &Program, input: &OsStr, past_end: bool) {
+    if past_end {
+        program.error(&format!("{}: cannot skip to specified offset", input.to_string_lossy()));
+    }
+}
+
 impl DdArgs {
+    fn is_raw_output(&self) -> bool {
+        self.output_format.as_deref().is_none_or(|format| format == "raw")
+    }
+
+    /// The input, if it is a pipe. It cannot be looked at to find out what it is.
+    fn pipe_in<'a>(&self, input: &'a OsStr) -> Result<Option<&'a Path>, Complaint> {
+        let path = Path::new(input);
+        if self.image_opts || !pipe::is_pipe(path) {
+            return Ok(None);
+        }
+        match self.format.as_deref() {
+            Some("raw") => Ok(Some(path)),
+            _ => Err(Complaint::value(format!(
+                "'{}' is a pipe, which can be read as a raw disk only: say -f raw",
+                input.to_string_lossy()
+            ))),
+        }
+    }
+
+    /// The output, if it is a pipe.
+    fn pipe_out<'a>(&self, output: &'a OsStr) -> Result<Option<&'a Path>, Complaint> {
+        let path = Path::new(output);
+        match (pipe::is_pipe(path), self.is_raw_output()) {
+            (false, _) => Ok(None),
+            (true, true) => Ok(Some(path)),
+            (true, false) => Err(Complaint::value(format!(
+                "'{}' is a pipe: only raw can be written from front to back",
+                output.to_string_lossy()
+            ))),
+        }
+    }
+
+    /// Copies what a pipe gives: straight to where it is raw, else by way of a temporary file.
+    fn copy_piped(
+        &self,
+        program: &Program,
+        opener: &Opener<'_>,
+        piped: PipedBlocks<File>,
+        output: &OsStr,
+        sink: Option<&Path>,
+    ) -> anyhow::Result<Exit> {
+        if let Some(sink) = sink {
+            piped.to_pipe(pipe::open_sink(sink).map_err(Error::from)?, sink)?;
+        } else if self.is_raw_output() {
+            piped.to_raw(self.target(program, opener, output, 0)?)?;
+        } else {
+            let temporary = piped.to_temporary()?;
+            let how = OpenHow { format: Some("raw".to_owned()), ..OpenHow::default() };
+            let source = opener.open(&ImageRef::name(temporary.path().unwrap_or(Path::new(""))), &how)?;
+            let part = Blocks::ALL.of(source.virtual_size());
+            dd::copy(&source, part, self.target(program, opener, output, part.len)?)?;
+        }
+        Ok(Exit::Success)
+    }
+
+    fn target(&self, program: &Program, opener: &Opener<'_>, name: &OsStr, size: u64) -> anyhow::Result<StagedTarget> {
+        let new = self.new_image(opener, name, size)?;
+        let target = StagedTarget::make(&new, None, opener, NewImage::creating_output);
+        program.notices(opener);
+        Ok(target?)
+    }
+
     fn new_image(&self, opener: &Opener<'_>, name: &OsStr, size: u64) -> anyhow::Result<NewImage> {
         let format = self.output_format.as_deref().unwrap_or("raw");
         if opener.drivers().find(format).is_none() {

@@ -3,6 +3,7 @@
 //! [`SUBCOMMANDS`] is the list of subcommands: one file each, its `mod` line and one row, with a struct that says its options (clap) and a
 //! [`Subcommand::run`] that reads like its manual page. Nothing below this stratum prints or exits.
 
+pub mod bench;
 pub mod cache;
 pub mod check;
 pub mod commit;
@@ -75,6 +76,7 @@ pub struct Row {
 
 /// Every subcommand, in alphabetical order.
 pub const SUBCOMMANDS: &[Row] = &[
+    row::<bench::BenchArgs>(),
     row::<check::CheckArgs>(),
     row::<commit::CommitArgs>(),
     row::<compare::CompareArgs>(),

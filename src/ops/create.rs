@@ -194,6 +194,11 @@ fn place(drivers: &Drivers, name: &OsStr) -> Result<NewFilePlace> {
     NewFilePlace::of(protocol, path)
 }
 
+/// Where the main file of a new image will lie, if it is one of the host.
+pub fn path_of_new(drivers: &Drivers, name: &OsStr) -> Option<PathBuf> {
+    place(drivers, name).ok().map(|place| place.path).filter(|path| !path.as_os_str().is_empty())
+}
+
 /// Which file a name stands for, if it is a regular one that is there.
 fn identity(drivers: &Drivers, name: &OsStr) -> Option<Identity> {
     let Named::Protocol(_, spelt) = drivers.of_name(name).ok()? else { return None };

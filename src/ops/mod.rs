@@ -1,5 +1,6 @@
 //! What is done to images. No printing, no exit.
 
+pub mod bench;
 pub mod check;
 pub mod commit;
 pub mod compare;

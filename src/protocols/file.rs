@@ -107,9 +107,9 @@ pub fn open_host(
     wanted: &str,
     is_wanted: impl Fn(FileKind) -> bool,
 ) -> Result<OpenedFile> {
-    let FileRequest { path, options, write, cache, keep_space } = request;
+    let FileRequest { path, options, write, cache, native_aio, keep_space } = request;
     let path = path.unwrap_or_default();
-    let locking = take_locking(cache.direct(), options)?;
+    let locking = take_locking(cache.direct(), native_aio, options)?;
     let wrong = || Error::invalid(format!("'{driver}' driver requires '{}' to be {wanted}", path.to_string_lossy()));
     let how = FileHow { write, cache, keep_space, ..FileHow::default() };
     let storage = match HostFile::open(Path::new(&path), &how) {
@@ -133,14 +133,15 @@ pub fn file_name(driver: &str, path: Option<OsString>, options: &mut OptionTree)
 }
 
 /// Takes the options that all files of the host have: whether the file is locked.
-fn take_locking(direct: bool, options: &mut OptionTree) -> Result<bool> {
+fn take_locking(direct: bool, native_aio: bool, options: &mut OptionTree) -> Result<bool> {
     take_number(options, "aio-max-batch")?;
     take_switch(options, "drop-cache")?;
     take_switch(options, "x-check-cache-dropped")?;
     let bad = |value: &str| Error::invalid(format!("invalid parameter value: {value}"));
     // How the kernel is asked does not change what is read and written.
     let native = match take_text(options, "aio").as_deref() {
-        None | Some("threads" | "io_uring") => false,
+        None => native_aio,
+        Some("threads" | "io_uring") => false,
         Some("native") => true,
         Some(other) => return Err(bad(other)),
     };

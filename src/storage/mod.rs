@@ -19,6 +19,8 @@ pub mod lock;
 pub mod memory;
 pub mod offload;
 pub mod pieces;
+pub mod pipe;
+pub mod room;
 pub mod sparse;
 pub mod staging;
 pub mod temporary;

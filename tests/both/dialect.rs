@@ -25,6 +25,12 @@ pub fn normalise(text: &str) -> String {
 
 /// Every option of every dialect (up to 11): a subcommand, its letters, its long names; a colon takes a value.
 const OPTIONS: &[(&str, &str, &str)] = &[
+    (
+        "bench",
+        "hc:d:f:ni:o:qs:S:t:wU",
+        "help flush-interval: image-opts pattern: no-drain force-share format: cache: count: depth: offset: \
+         buffer-size: step-size: aio: native write object: quiet",
+    ),
     ("check", "hf:r:T:qU", "help format: repair: output: object: image-opts force-share quiet cache:"),
     ("commit", "f:ht:b:dpqr:", "help object: image-opts quiet format: cache: drop base: progress rate: rate-limit:"),
     (

@@ -68,8 +68,13 @@ fn dd_is_qemu_imgs() {
 }
 
 #[test]
+fn bench_is_qemu_imgs() {
+    run_all("bench", include_str!("bench.case"), 12);
+}
+
+#[test]
 fn snapshot_is_qemu_imgs() {
-    run_all("snapshot", include_str!("snapshot.case"), 18);
+    run_all("snapshot", include_str!("snapshot.case"), 24);
 }
 
 #[test]

@@ -25,7 +25,7 @@ impl Opener<'_> {
         if let Some(format) = &how.format {
             options.insert("driver".to_owned(), format.clone().into());
         }
-        let settings = Settings::new(how.purpose, how.force_share, how.cache);
+        let settings = Settings::new(how.purpose, how.force_share, how.cache).with_native_aio(how.native_aio);
         Ok(Ask { path, options, settings, made: None })
     }
 

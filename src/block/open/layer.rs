@@ -398,6 +398,7 @@ impl Opener<'_> {
             options: &mut options,
             write: settings.purpose.writes(),
             cache: settings.cache(),
+            native_aio: settings.native_aio,
             keep_space: settings.manner().keep_space,
         })?;
         if let Some(key) = first_key(&options) {

@@ -49,6 +49,8 @@ pub struct OpenHow {
     pub exclusive: bool,
     /// What the page cache does.
     pub cache: CacheMode,
+    /// The kernel is to be asked for `aio=native` where nothing else is said.
+    pub native_aio: bool,
     /// Read on, with a warning, where a layer was made on another backing file than the one that is there.
     pub salvage: bool,
 }

@@ -17,6 +17,8 @@ pub struct Settings {
     direct: bool,
     no_flush: bool,
     write_through: bool,
+    /// What `aio` is where it is not said.
+    pub native_aio: bool,
     unmap: bool,
     /// Its own `discard` and `detect-zeroes`, which its children do not inherit.
     manner: WriteManner,
@@ -35,11 +37,17 @@ impl Settings {
             direct: cache.direct(),
             no_flush: !cache.flushes(),
             write_through: cache.write_through(),
+            native_aio: false,
             unmap: false,
             manner: WriteManner::default(),
             refused: false,
             bad: None,
         }
+    }
+
+    /// With `aio=native` for files that do not say.
+    pub fn with_native_aio(self, native_aio: bool) -> Self {
+        Self { native_aio, ..self }
     }
 
     /// What a layer inherits that lies below one with these settings.

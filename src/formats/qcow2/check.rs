@@ -238,6 +238,6 @@ struct Settled {
 }
 
 /// A number as the reference shows it with a prefix, which it leaves out before zero.
-fn prefixed(number: u64) -> String {
+pub(super) fn prefixed(number: u64) -> String {
     if number == 0 { "0".to_owned() } else { format!("{number:#x}") }
 }

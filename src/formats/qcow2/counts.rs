@@ -7,6 +7,7 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
+use super::check::prefixed;
 use super::geometry::Geometry;
 use super::guard;
 use super::layout::{self, REFCOUNT_OFFSET_MASK};
@@ -26,7 +27,9 @@ impl Qcow2Driver {
         }
         let at = self.tables.get(table, index)? & REFCOUNT_OFFSET_MASK;
         if self.geometry.in_cluster(at) != 0 {
-            return Err(self.corrupt(format!("Refblock offset {at:#x} unaligned (reftable index: {index:#x})")));
+            return Err(
+                self.corrupt(format!("Refblock offset {at:#x} unaligned (reftable index: {})", prefixed(index)))
+            );
         }
         Ok((at != 0).then(|| self.refcount_block(at)))
     }

@@ -12,6 +12,7 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
+use super::check::prefixed;
 use super::geometry::Geometry;
 use super::layout::{self, ENTRY};
 use super::walk::{Found, MetadataPart, Visitor};
@@ -311,10 +312,11 @@ impl<'a> Survey<'a> {
         let end = at.saturating_add(len);
         let index = found.entry.map_or(0, |entry| entry.index);
         if self.driver.geometry.in_cluster(at) != 0 {
-            let text = format!("Refblock offset {at:#x} unaligned (reftable index: {index:#x})");
+            let text = format!("Refblock offset {at:#x} unaligned (reftable index: {})", prefixed(index));
             self.refcounts_wrong.get_or_insert(text);
         } else if at >= self.file {
-            let text = format!("Refblock offset {at:#x} is past the end of the file (reftable index: {index:#x})");
+            let text =
+                format!("Refblock offset {at:#x} is past the end of the file (reftable index: {})", prefixed(index));
             self.refcounts_wrong.get_or_insert(text);
         } else if let Some(what) = self.placed(at, len).or_else(|| self.places.at(at, end)) {
             self.clashes(true, what);

@@ -5,6 +5,7 @@
 pub mod bitmaps;
 pub mod decide;
 pub mod job;
+pub mod room;
 
 pub use decide::{Conversion, ConvertRequest};
 pub use job::Job;

@@ -62,6 +62,33 @@ impl Call {
     }
 }
 
+/// Whether a step of a plan has been made, seen from its traces. Names that are taken away were there before.
+fn is_done(steps: &[Step], step: &Step) -> bool {
+    let stat = |name: &CString| nix::sys::stat::stat(name.as_c_str()).map(|stat| (stat.st_dev, stat.st_ino)).ok();
+    let is_at = |file: &CString, name: &CString| stat(file).is_some_and(|file| stat(name) == Some(file));
+    let is_gone = |name: &CString| nix::sys::stat::lstat(name.as_c_str()) == Err(Errno::ENOENT);
+    // What has got a name may have got another one since.
+    let mut moves = steps.iter().filter_map(|step| match &step.call {
+        Call::Move { from, to } | Call::MoveToFree { from, to } => Some((from, to)),
+        _ => None,
+    });
+    let linked = |name: &CString| {
+        steps.iter().find_map(|step| match &step.call {
+            Call::Link { file, to } if to == name => Some(file),
+            _ => None,
+        })
+    };
+    match &step.call {
+        Call::Link { file, to } => is_at(file, to) || moves.any(|(from, next)| from == to && is_at(file, next)),
+        Call::Move { from, to } | Call::MoveToFree { from, to } => match linked(from) {
+            Some(file) => is_at(file, to),
+            None => is_gone(from),
+        },
+        Call::Remove { name } => is_gone(name),
+        Call::Sync { .. } => true,
+    }
+}
+
 fn rename(from: &CString, to: &CString) -> std::result::Result<(), Errno> {
     // SAFETY: rename reads two C strings.
     Errno::result(unsafe { libc::rename(from.as_ptr(), to.as_ptr()) }).map(drop)
@@ -107,6 +134,18 @@ fn run(steps: &[Step]) -> std::result::Result<(), (usize, Errno)> {
     Ok(())
 }
 
+/// What is left of a plan whose process was killed: what it did is taken back, unless that is all of it.
+fn after_a_kill(steps: &[Step]) -> std::result::Result<(), (usize, io::Error)> {
+    let done: Vec<bool> = steps.iter().map(|step| is_done(steps, step)).collect();
+    let Some(first) = done.iter().position(|done| !done) else { return Ok(()) };
+    let before = steps.iter().zip(done).take(first).rev().filter(|(_, done)| *done);
+    for undo in before.filter_map(|(step, _)| step.undo.as_ref()) {
+        // The kill is what is told.
+        let _ = undo.run();
+    }
+    Err((0, io::Error::other("the process that gives files their names was killed")))
+}
+
 /// Makes the calls of a plan, the number of the one that failed beside its error. More than one is for a process of its
 /// own, which no signal to this one stops.
 ///
@@ -143,13 +182,56 @@ pub(super) fn run_apart(steps: &[Step]) -> std::result::Result<(), (usize, io::E
     let mut text = [0; 2 * size_of::<usize>()];
     let (index, errno) = match File::from(answer).read_exact(&mut text) {
         Ok(()) => text.split_at(size_of::<usize>()),
-        // It was killed.
-        Err(_) => return Err((0, io::ErrorKind::Interrupted.into())),
+        Err(_) => return after_a_kill(steps),
     };
     let number = |bytes: &[u8]| bytes.try_into().map_or(0, usize::from_le_bytes);
     match i32::try_from(number(errno)) {
         Ok(0) => Ok(()),
         Ok(errno) => Err((number(index), Errno::from_raw(errno).into())),
         Err(_) => Err((number(index), io::ErrorKind::Other.into())),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::fs;
+    use std::os::unix::ffi::OsStrExt;
+    use std::path::Path;
+
+    use super::*;
+
+    fn c(path: &Path) -> CString {
+        CString::new(path.as_os_str().as_bytes()).unwrap()
+    }
+
+    /// A new file goes over an older one: the calls, and the names in the folder and the bytes under `target` afterwards.
+    fn killed_after(calls: usize) -> (bool, Vec<String>, Vec<u8>) {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let (target, hidden) = (dir.path().join("target"), dir.path().join(".vimg-1.tmp"));
+        fs::write(&target, b"old").unwrap();
+        fs::write(dir.path().join("new"), b"new").unwrap();
+        let file = File::open(dir.path().join("new")).unwrap();
+        let from = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        let (link, back) = (Call::Link { file: from, to: c(&hidden) }, Call::Remove { name: c(&hidden) });
+        let steps = [
+            Step { call: link, undo: Some(back), file: 0 },
+            Step { call: Call::Move { from: c(&hidden), to: c(&target) }, undo: None, file: 0 },
+        ];
+        run(&steps[..calls]).unwrap();
+        let done = after_a_kill(&steps);
+        assert!(done.as_ref().is_err_and(|(_, error)| error.to_string().ends_with("was killed")) || done.is_ok());
+        let names = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> = names.collect();
+        names.sort_unstable();
+        (done.is_ok(), names, fs::read(&target).unwrap())
+    }
+
+    #[test]
+    fn a_killed_plan_leaves_no_hidden_name() {
+        let names = vec!["new".to_owned(), "target".to_owned()];
+        assert_eq!(killed_after(0), (false, names.clone(), b"old".to_vec()));
+        assert_eq!(killed_after(1), (false, names.clone(), b"old".to_vec()));
+        assert_eq!(killed_after(2), (true, names, b"new".to_vec()));
     }
 }

@@ -1,6 +1,8 @@
 //! Copying some blocks of a disk: from the first that is not skipped to the last that counts.
 //!
-//! Every byte is written, zeros too.
+//! Every byte is written, zeros too. What comes from a pipe, or goes to one, is `pipe`'s.
+
+pub mod pipe;
 
 use std::sync::Arc;
 
@@ -31,6 +33,9 @@ pub struct DiskPart {
 }
 
 impl Blocks {
+    /// All of a disk.
+    pub const ALL: Blocks = Blocks { len: 1, count: None, skip: 0 };
+
     /// What they are of a disk of `size` bytes.
     pub fn of(&self, size: u64) -> DiskPart {
         let end = self.count.map_or(size, |count| size.min(count.saturating_mul(self.len)));
