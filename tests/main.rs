@@ -11,6 +11,7 @@ mod compare;
 mod compression;
 mod contract;
 mod convert;
+mod dmg;
 mod encryption;
 mod fault;
 mod fixtures;

@@ -142,10 +142,13 @@ pub trait Create: Sync {
     }
 }
 
+/// How many bytes at the end of a file are looked at to find out a format.
+pub const TRAILER_BYTES: u64 = 64 << 10;
+
 /// The end of a file, as it is looked at to find out a format.
 #[derive(Debug, Clone, Copy)]
 pub struct Trailer<'a> {
-    /// The last 512 bytes, or fewer where the file is shorter.
+    /// The last [`TRAILER_BYTES`], or fewer where the file is shorter.
     pub bytes: &'a [u8],
     /// The file's length.
     pub len: u64,

@@ -46,7 +46,7 @@ pub use drivers::{Driver, Drivers, Named};
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace};
 pub use files::{BackingRef, Child, FileEnd, NoFiles, ResizeFiles};
-pub use format::{Create, CreateFiles, CreateRequest, Format, Ids, OpenRequest, Related, Trailer};
+pub use format::{Create, CreateFiles, CreateRequest, Format, Ids, OpenRequest, Related, TRAILER_BYTES, Trailer};
 pub use layering::{BackingChange, Emptying};
 pub use name::{ImageRef, OptionTree};
 pub use node::{Layer, Mapping, Node};

@@ -3,9 +3,13 @@
 //! Output is always bounded by the caller's buffer or limit, whatever the input says. State that is costly to set up
 //! is kept for each thread and used again.
 
+pub mod adc;
 pub mod base64;
+pub mod bzip2;
 pub mod deflate;
+pub mod lzfse;
 pub mod sample;
+pub mod xz;
 pub mod zstd;
 
 /// What can be wrong with encoded bytes, or with the encoder.
@@ -24,3 +28,11 @@ pub enum Error {
 
 /// Result of a codec.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// Reads until `out` is full; what else there is to read is left.
+fn fill(mut from: impl std::io::Read, out: &mut [u8]) -> Result<()> {
+    from.read_exact(out).map_err(|error| match error.kind() {
+        std::io::ErrorKind::UnexpectedEof => Error::Short,
+        _ => Error::Invalid,
+    })
+}

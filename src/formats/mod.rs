@@ -5,6 +5,7 @@
 //! say that it cannot be done. The smallest one is [`raw`].
 
 mod claims;
+pub mod dmg;
 mod effort;
 mod encryption;
 pub mod luks;
@@ -33,6 +34,7 @@ pub const FORMATS: &[&dyn Format] = &[
     &vdi::Vdi,
     &vpc::Vpc,
     &luks::Luks,
+    &dmg::Dmg,
     &simg::Simg,
     &raw::Raw,
 ];

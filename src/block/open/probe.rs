@@ -6,7 +6,7 @@ use nix::errno::Errno;
 
 use super::{Opener, foreign, no_disk};
 use crate::block::error::Context;
-use crate::block::{self, Child, Format, Notice, Trailer};
+use crate::block::{self, Child, Format, Notice, TRAILER_BYTES, Trailer};
 use crate::storage::{Event, Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
 
 /// How many bytes are looked at to find out a format.
@@ -34,22 +34,19 @@ impl Opener<'_> {
         if best.0.name() != raw.name() {
             return Ok(best.0);
         }
-        let start = len.saturating_sub(foreign::END);
-        let mut end = vec![0; usize::try_from(len - start).unwrap_or(HEAD)];
+        let mut end = vec![0; usize::try_from(len.min(TRAILER_BYTES)).unwrap_or(HEAD)];
+        let start = len.saturating_sub(TRAILER_BYTES);
         storage.read_at(start, &mut end).context("Could not read image for determining its format")?;
-        if let Some(other) = foreign::of(&head).or_else(|| foreign::of_end(&end, start)) {
+        if let Some(other) = foreign::of(&head) {
             return Err(block::Error::unsupported(format!(
                 "Image is in {other} format, which is not supported (the format raw takes its bytes as they are)"
             )));
-        }
-        if foreign::is_dmg_name(name) {
-            return Err(block::Error::corrupt("Could not locate UDIF trailer in dmg file"));
         }
         let there = usize::try_from(len).unwrap_or(HEAD).min(HEAD);
         if let Some(found) = no_disk::of(head.get(..there).unwrap_or_default(), name) {
             return Err(block::Error::unsupported(found.text()));
         }
-        let end = Trailer { bytes: &end[end.len().saturating_sub(HEAD)..], len };
+        let end = Trailer { bytes: &end, len };
         match formats.iter().copied().find(|format| format.probe_end(&end)) {
             Some(format) if write => Err(block::Error::invalid(format!(
                 "The end of '{name}' says that it is a {} image, which its guest can have written: say the format, or \

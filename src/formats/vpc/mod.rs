@@ -42,7 +42,7 @@ impl Format for Vpc {
 
     /// A fixed disk has nothing but its footer, behind the data.
     fn probe_end(&self, end: &Trailer<'_>) -> bool {
-        let footer = <[u8; FOOTER_BYTES]>::try_from(end.bytes).ok().and_then(Footer::parse);
+        let footer = end.bytes.last_chunk::<FOOTER_BYTES>().copied().and_then(Footer::parse);
         footer.is_some_and(|footer| {
             let needed = footer.current_size().saturating_add(FOOTER_BYTES as u64);
             let whole = needed == end.len || (footer.is_unfinished() && needed < end.len);
