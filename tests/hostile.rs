@@ -211,6 +211,12 @@ fn exercise(files: &Files, format: &'static dyn Format, name: &str, sizes: [u64;
                 let _ = resizing.resize(size, Preallocation::Off);
             }
         }
+        if size == sizes[1] {
+            if let Some(emptying) = node.driver().emptying().filter(|_| node.virtual_size() < 1 << 40) {
+                let _ = emptying.make_empty();
+            }
+            let _ = node.driver().backing_change().map(|change| change.change(None, None));
+        }
         let _ = node.driver().close();
     }
 }
@@ -477,6 +483,7 @@ fn through_the_program(scratch: &Scratch, name: &str, format: &str, what: &str) 
             assert_sane(&run(&["snapshot", change[0], change[1], "-f", format, name]), what);
         }
     }
+    assert_sane(&run(&["rebase", "-u", "-f", format, name]), what);
     assert_sane(&run(&["resize", "-q", "-f", format, name, "+1M"]), what);
     assert_sane(&run(&["resize", "-q", "-f", format, "--shrink", name, "64k"]), what);
 }

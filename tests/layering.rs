@@ -252,6 +252,7 @@ fn commits() -> Vec<Case> {
         Case::commit(("qcow2", "compat=0.10,cluster_size=4096", MIB), ("qcow2", "extended_l2=on", MIB)),
         Case::commit(("qcow2", "extended_l2=on,cluster_size=16384", 900 << 10), ("qcow2", "compat=0.10", MIB)),
         Case::commit(("qcow", "", MIB), ("raw", "", MIB)),
+        Case::commit(("qed", "", MIB), ("qed", "", MIB)),
         Case::commit(("vmdk", "", MIB), ("vmdk", "", MIB)),
     ]
 }
@@ -268,6 +269,8 @@ fn rebases() -> Vec<Case> {
         ),
         Case { compress: true, ..compressed },
         Case::rebase(("qcow", "", MIB), ("qcow2", "", MIB), ("qcow2", "", MIB)),
+        Case::rebase(("qed", "", MIB), ("raw", "", MIB), ("qcow2", "", MIB)),
+        Case::rebase(("qed", "", MIB), ("", "", 0), ("raw", "", MIB)),
         Case::rebase(("vmdk", "", MIB), ("vmdk", "", MIB), ("vmdk", "", MIB)),
     ]
 }

@@ -47,6 +47,8 @@ pub struct Layer {
     /// Of each file, where the layer is not written to.
     ends: Box<[FileEnd]>,
     manner: WriteManner,
+    /// It was taken for raw because nothing else fits.
+    probed_raw: bool,
 }
 
 impl Layer {
@@ -54,12 +56,22 @@ impl Layer {
     pub fn new(driver: Box<dyn BlockDriver>) -> Self {
         let files = if driver.writing().is_some() { 0 } else { driver.files().len() };
         let ends = (0..files).map(|_| FileEnd::default()).collect();
-        Self { driver, last_unit: LastUnit::default(), ends, manner: WriteManner::default() }
+        Self { driver, last_unit: LastUnit::default(), ends, manner: WriteManner::default(), probed_raw: false }
     }
 
     /// To be written in that manner.
     pub fn with_manner(self, manner: WriteManner) -> Self {
         Self { manner, ..self }
+    }
+
+    /// Taken for raw because nothing else fits, or not.
+    pub(super) fn with_probed_raw(self, probed_raw: bool) -> Self {
+        Self { probed_raw, ..self }
+    }
+
+    /// See [`Layer::with_probed_raw`].
+    pub(super) fn is_probed_raw(&self) -> bool {
+        self.probed_raw
     }
 
     /// What it can do.

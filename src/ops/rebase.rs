@@ -3,13 +3,15 @@
 //! First what the image shows of its old backing file, and would not of the new one, becomes its own; then the header
 //! changes over. What stops in between has the old backing file and shows what it showed.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use super::copy::{self, CopyOptions, Joined, Observer, Onto, TargetFacts};
 use super::written;
 use crate::block::error::Context;
-use crate::block::{BackingChange, BackingRef, Error, ErrorKind, Node, Result};
+use crate::block::{BackingChange, BackingRef, BlockDriver, Error, ErrorKind, Node, Result, name};
+use crate::storage::Identity;
 
 /// What the image is to stand on.
 #[derive(Debug, Clone)]
@@ -25,6 +27,7 @@ pub struct NewBacking {
 impl NewBacking {
     /// Refuses what cannot be, before anything is changed.
     pub fn check(&self, node: &Node) -> Result<()> {
+        self.refuse_loop(node)?;
         self.change_of(node)?.check(self.named.as_ref(), self.below()).with_context(|| self.failed())?;
         match &self.named {
             // Without it whoever writes to the backing file can have it taken for another format.
@@ -35,7 +38,29 @@ impl NewBacking {
         }
     }
 
-    fn below(&self) -> Option<&dyn crate::block::BlockDriver> {
+    /// An image on top of itself could not be opened again.
+    fn refuse_loop(&self, node: &Node) -> Result<()> {
+        let mut next = self.below.as_ref();
+        let mut again = false;
+        while let Some(below) = next {
+            again |= below.identity().is_some() && below.identity() == node.identity();
+            next = below.backing();
+        }
+        if let (None, Some(named), Some((own, _))) = (&self.below, &self.named, node.identity()) {
+            let path = name::find_beside(node.origin().base.as_deref(), &named.name);
+            let meta = path.and_then(|path| std::fs::metadata(path).ok());
+            again |= meta.is_some_and(|meta| Identity { device: meta.dev(), inode: meta.ino() } == own);
+        }
+        match again {
+            true => {
+                let text = format!("Backing file '{}' creates an infinite loop.", node.name());
+                Err(Error::invalid(text)).with_context(|| self.failed())
+            }
+            false => Ok(()),
+        }
+    }
+
+    fn below(&self) -> Option<&dyn BlockDriver> {
         self.below.as_ref().map(|below| below.driver())
     }
 
@@ -83,8 +108,8 @@ pub fn check_compression(node: &Node) -> Result<()> {
 }
 
 /// The name that a layer's header gives its backing file, as a path.
-pub fn path_of(node: &Node, named: &OsStr) -> Result<std::ffi::OsString> {
-    crate::block::name::find_beside(node.origin().base.as_deref(), named).ok_or_else(|| {
+pub fn path_of(node: &Node, named: &OsStr) -> Result<OsString> {
+    name::find_beside(node.origin().base.as_deref(), named).ok_or_else(|| {
         let named = named.display();
         Error::invalid(format!("Cannot tell where '{named}' is, because the image has no plain name"))
     })

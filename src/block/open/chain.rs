@@ -96,13 +96,15 @@ impl Opener<'_> {
         let origin = lower.origin();
         let (path, mut options) = match &origin.path {
             Some(path) => (Some(path.clone()), OptionTree::new()),
-            None => (None, origin.tree.clone()),
+            None => (None, name::flatten(origin.tree.clone())),
         };
+        options.retain(|key, _| !key.starts_with("backing."));
         options.shift_remove("backing");
         options.insert("driver".to_owned(), lower.driver().format().into());
         let ask = Ask { path, options, settings: Settings::new(Purpose::Write, false, cache), made: None };
         let how = OpenHow { no_backing: true, purpose: Purpose::Write, cache, ..OpenHow::default() };
-        let mut trail = Trail { instead: files_of(lower), ..Trail::default() };
+        let probed_raw = lower.layer().is_probed_raw();
+        let mut trail = Trail { instead: files_of(lower), probed_raw, ..Trail::default() };
         let opened = self.layer(ask, &how, &mut trail)?;
         self.held.forget(lower.layer());
         let origin = Origin { inner: opened.origin.inner, ..origin.clone() };

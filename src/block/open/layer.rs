@@ -168,7 +168,11 @@ impl Opener<'_> {
         }
         let mut child = file.child;
         if raw && probed && settings.purpose.writes() {
-            self.warn_of_probed_raw(&mut child);
+            self.warn_of_probed_raw(&child);
+        }
+        let probed_raw = raw && (probed || trail.probed_raw);
+        if probed_raw && settings.purpose.writes() {
+            self.guard_probed_raw(&mut child);
         }
         let mut tree = Map::new();
         tree.insert("driver".to_owned(), format.name().into());
@@ -233,7 +237,7 @@ impl Opener<'_> {
             return Err(Error::invalid(text));
         }
         settings.may_write()?;
-        let layer = Arc::new(Layer::new(driver).with_manner(settings.manner()));
+        let layer = Arc::new(Layer::new(driver).with_manner(settings.manner()).with_probed_raw(probed_raw));
         Ok(OpenedLayer::new(layer, key, origin, settings, own).above(below, given, how))
     }
 

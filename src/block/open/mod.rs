@@ -78,6 +78,8 @@ pub(super) struct Trail {
     pub depth: usize,
     /// Files of the layer that is opened again: they give up their locks to what is opened.
     pub instead: Vec<Arc<dyn Storage>>,
+    /// The layer that is opened again was taken for raw because nothing else fits.
+    pub probed_raw: bool,
 }
 
 impl Trail {

@@ -58,8 +58,8 @@ impl Opener<'_> {
         }
     }
 
-    /// Says that raw was guessed, and guards the file against what that allows.
-    pub(super) fn warn_of_probed_raw(&self, child: &mut Child) {
+    /// Says that raw was guessed.
+    pub(super) fn warn_of_probed_raw(&self, child: &Child) {
         for line in [
             format!("WARNING: Image format was not specified for '{}' and probing guessed raw.", child.name),
             "         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.".to_owned(),
@@ -67,6 +67,10 @@ impl Opener<'_> {
         ] {
             self.notice(Notice::Line(line));
         }
+    }
+
+    /// Guards a file that was taken for raw against what that allows.
+    pub(super) fn guard_probed_raw(&self, child: &mut Child) {
         let formats = self.drivers.formats.iter().copied().filter(|format| format.name() != "raw").collect();
         let storage = child.storage.clone();
         child.storage = Arc::new(ProbedRaw { storage, formats, name: child.name.clone() });

@@ -3,10 +3,11 @@
 //! Emptying takes back all entries of the L1 table first; what they referred to is freed when that is in the file, then
 //! the file is cut. Snapshots, bitmaps and the size stay as they are: the disk shows the same before and after.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 use super::Qcow2Driver;
-use super::layout::{DATA_FILE_RAW, MAX_BACKING_NAME};
+use super::layout::{DATA_FILE_RAW, ENTRY, MAX_BACKING_NAME};
 use crate::block::error::Context;
 use crate::block::{BackingChange, BackingRef, BlockDriver, Emptying, Error, Result};
 
@@ -41,6 +42,7 @@ impl Emptying for Qcow2Driver {
         self.before_resize(&mut alloc)?;
         self.settle(&mut alloc)?;
         self.data_apart()?;
+        self.tables_apart()?;
         self.check_beyond(0)?;
         self.drop_beyond(&mut alloc, 0)?;
         self.settle(&mut alloc)?;
@@ -55,6 +57,18 @@ impl Emptying for Qcow2Driver {
 }
 
 impl Qcow2Driver {
+    /// Refuses an L1 table that names an L2 table twice: it would be given up twice.
+    fn tables_apart(&self) -> Result<()> {
+        let (l1, mut tables) = (self.l1(), BTreeSet::new());
+        for index in 0..l1.len / ENTRY {
+            let table = self.l1_entry(l1, index)?.table();
+            if let Some(at) = table.filter(|at| !tables.insert(*at)) {
+                return Err(self.corrupt(format!("L2 table offset {at} is named twice (L1 index: {index:#x})")));
+            }
+        }
+        Ok(())
+    }
+
     /// Whether what lies below shows where nothing is stored, or will.
     pub(super) fn shows_below(&self) -> bool {
         self.backing.is_some() || self.keeps_zeros.load(Ordering::Relaxed)

@@ -357,7 +357,7 @@ impl Qcow2Driver {
         self.settle(alloc)?;
         let end = (self.last_used()? + 1) << self.geometry.cluster_bits;
         let storage = &self.file().storage;
-        if storage.len().context("Could not get file size")? > end {
+        if !storage.facts().fixed_len && storage.len().context("Could not get file size")? > end {
             self.tables.forget(end, u64::MAX - end);
             storage.set_len(end, Preallocation::Off).context("Failed to resize underlying file")?;
         }

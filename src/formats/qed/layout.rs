@@ -181,6 +181,15 @@ impl QedHeader {
         there.then(|| (self.raw.backing_offset.get().into(), self.raw.backing_length.get()))
     }
 
+    /// Sets it, and whether the backing file is raw.
+    pub fn set_backing(&mut self, backing: Option<(u64, u32)>, is_raw: bool) {
+        let others = self.features() & !(BACKING_FILE | BACKING_NO_PROBE);
+        let there = if backing.is_some() { BACKING_FILE } else { 0 };
+        self.raw.features = (others | there | if is_raw { BACKING_NO_PROBE } else { 0 }).into();
+        let (at, length) = backing.unwrap_or_default();
+        (self.raw.backing_offset, self.raw.backing_length) = (narrow(at), length.into());
+    }
+
     /// Whether the backing file is said to be raw.
     pub fn is_backing_raw(&self) -> bool {
         self.features() & BACKING_NO_PROBE != 0

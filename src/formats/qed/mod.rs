@@ -9,6 +9,7 @@
 
 mod check;
 mod create;
+mod layering;
 mod layout;
 mod measure;
 mod resize;
@@ -17,14 +18,15 @@ mod tables;
 use std::ffi::OsString;
 use std::ops::Deref;
 use std::os::unix::ffi::OsStringExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use self::layout::{HEADER_BYTES, MAGIC, MOST_NAME, QedEntry, QedHeader, ZERO};
 use self::tables::QedState;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    Action, BackingRef, BlockDriver, Check, Child, Create, Error, Extent, ExtentKind, Fix, Format, GuestOffset,
-    HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write, ZeroedRoom,
+    Action, BackingChange, BackingRef, BlockDriver, Check, Child, Create, Error, Extent, ExtentKind, Fix, Format,
+    GuestOffset, HostPlace, OpenRequest, Placed, Resize, Result, Store, Ticket, Write, ZeroedRoom,
 };
 use crate::formats::one_file::{OneFile, Tables};
 
@@ -59,7 +61,7 @@ impl Format for Qed {
         }
         let cluster = header.cluster();
         let image = OneFile::new(file, header.size(), state, purpose.writes());
-        let driver = QedDriver { cluster, backing, image };
+        let driver = QedDriver { cluster, backing, keeps_zeros: AtomicBool::new(false), image };
         if purpose.mends() && header.needs_check() {
             Check::check(&driver, Fix::All, &|_: &str| {}).context("Could not repair the image")?;
         }
@@ -90,6 +92,8 @@ struct QedDriver {
     image: OneFile<QedState>,
     cluster: u64,
     backing: Option<BackingRef>,
+    /// Whether zeros are kept as such though nothing lies below.
+    keeps_zeros: AtomicBool,
 }
 
 impl Deref for QedDriver {
@@ -145,6 +149,10 @@ impl BlockDriver for QedDriver {
     }
 
     fn writing(&self) -> Option<&dyn Write> {
+        self.write.then_some(self)
+    }
+
+    fn backing_change(&self) -> Option<&dyn BackingChange> {
         self.write.then_some(self)
     }
 
@@ -207,7 +215,7 @@ impl Write for QedDriver {
         match entry {
             QedEntry::Data(host) => Placed::over(at, here, store, HostPlace::main(host.saturating_add(within))),
             QedEntry::Zero if zeros => Ok(Placed::known(at, here, store, Action::Nothing)),
-            QedEntry::Unallocated if zeros && self.backing.is_none() => {
+            QedEntry::Unallocated if zeros && self.backing.is_none() && !self.keeps_zeros.load(Ordering::Relaxed) => {
                 Ok(Placed::known(at, here, store, Action::Nothing))
             }
             QedEntry::Unallocated if zeros && whole => {
