@@ -1,7 +1,8 @@
 //! The modes, each generic over the cipher: what goes on for each sector.
 //!
 //! Slices are whole sectors; [`sectors`](super::sectors) has seen to it. Vectors and tweaks of a batch of sectors are made
-//! at once and live on the stack.
+//! at once and live on the stack. The cipher is given a
+//! whole batch at a time, which fits the CPU's nearest cache with what goes before and after.
 
 use cipher::array::{Array, ArraySize};
 use cipher::consts::U16;
@@ -32,8 +33,6 @@ pub trait SectorMode: Send + Sync {
 
 /// Sectors that are worked on at once.
 const BATCH: usize = 16;
-/// The most blocks of a sector: of 8 bytes each.
-const BLOCKS: usize = SECTOR / 8;
 
 /// Encrypts blocks of 16 bytes.
 pub trait Encipher: Send + Sync {
@@ -81,8 +80,14 @@ fn blocks<N: ArraySize>(bytes: &mut [u8]) -> &mut [Array<u8, N>] {
     Array::slice_as_chunks_mut(bytes).0
 }
 
+#[inline(always)]
 fn xor<N: ArraySize>(into: &mut Array<u8, N>, with: &Array<u8, N>) {
     into.iter_mut().zip(with).for_each(|(a, b)| *a ^= b);
+}
+
+/// The same for many blocks.
+fn mask(bytes: &mut [u8], with: &[u8]) {
+    bytes.iter_mut().zip(with).for_each(|(a, b)| *a ^= b);
 }
 
 /// Calls `act` with each batch of sectors, the number of its first and its vectors.
@@ -142,25 +147,17 @@ impl<C: BlockCipher> SectorMode for Cbc<C> {
     }
 
     fn decrypt(&self, first: u64, sectors: &mut [u8]) {
-        let step = SECTOR / C::block_size();
+        let mut before = [0; BATCH * SECTOR];
         batches::<C::BlockSize>(&self.ivs, first, sectors, |batch, vectors| {
-            for (iv, sector) in vectors.iter().zip(blocks::<C::BlockSize>(batch).chunks_mut(step)) {
-                decrypt_chain(&self.data, iv, sector);
+            let block = C::block_size();
+            for ((before, sector), iv) in before.chunks_mut(SECTOR).zip(batch.chunks(SECTOR)).zip(vectors) {
+                before[..block].copy_from_slice(iv);
+                before[block..].copy_from_slice(&sector[..SECTOR - block]);
             }
+            self.data.decrypt_blocks(blocks(batch));
+            mask(batch, &before);
         });
     }
-}
-
-/// Decrypts one chain of at most a sector; gives its last encrypted block, from which the next goes on.
-fn decrypt_chain<C: BlockCipher>(cipher: &C, iv: &Block<C>, chain: &mut [Block<C>]) -> Block<C> {
-    let mut sealed: [Block<C>; BLOCKS] = std::array::from_fn(|_| Array::default());
-    let sealed = &mut sealed[..chain.len().min(BLOCKS)];
-    sealed.clone_from_slice(chain);
-    cipher.decrypt_blocks(chain);
-    for (plain, before) in chain.iter_mut().zip(std::iter::once(iv).chain(&*sealed)) {
-        xor(plain, before);
-    }
-    sealed.last().unwrap_or(iv).clone()
 }
 
 fn set<C: BlockCipher>(key: &[u8], iv: &[u8]) -> Result<(C, Block<C>)> {
@@ -183,8 +180,11 @@ pub fn cbc_encrypt<C: BlockCipher>(key: &[u8], iv: &[u8], bytes: &mut [u8]) -> R
 /// One chain of whole blocks.
 pub fn cbc_decrypt<C: BlockCipher>(key: &[u8], iv: &[u8], bytes: &mut [u8]) -> Result<()> {
     let (cipher, mut chain) = set::<C>(key, iv)?;
-    for piece in blocks::<C::BlockSize>(bytes).chunks_mut(SECTOR / C::block_size()) {
-        chain = decrypt_chain(&cipher, &chain, piece);
+    for block in blocks::<C::BlockSize>(bytes) {
+        let next = block.clone();
+        cipher.decrypt_block(block);
+        xor(block, &chain);
+        chain = next;
     }
     Ok(())
 }
@@ -197,29 +197,20 @@ pub struct Ctr<C> {
 
 impl<C: BlockCipher> Ctr<C> {
     fn apply(&self, first: u64, sectors: &mut [u8]) {
-        batches::<C::BlockSize>(&self.ivs, first, sectors, |batch, vectors| {
-            for (counter, sector) in vectors.iter_mut().zip(batch.chunks_mut(SECTOR)) {
-                let sector = blocks::<C::BlockSize>(sector);
-                let mut stream: [Block<C>; BLOCKS] = std::array::from_fn(|_| Array::default());
-                let stream = &mut stream[..sector.len()];
-                for block in stream.iter_mut() {
-                    block.clone_from(counter);
-                    increment(counter);
+        let mut stream = [0; BATCH * SECTOR];
+        batches::<C::BlockSize>(&self.ivs, first, sectors, |batch, counters| {
+            let stream = &mut stream[..batch.len()];
+            for (counter, sector) in counters.iter().zip(stream.chunks_mut(SECTOR)) {
+                let unused = 128 - 8 * C::block_size();
+                let mut counter = counter.iter().fold(0, |counter: u128, byte| counter << 8 | u128::from(*byte));
+                for block in sector.chunks_exact_mut(C::block_size()) {
+                    block.copy_from_slice(&(counter << unused).to_be_bytes()[..C::block_size()]);
+                    counter = counter.wrapping_add(1);
                 }
-                self.data.encrypt_blocks(stream);
-                sector.iter_mut().zip(&*stream).for_each(|(block, stream)| xor(block, stream));
             }
+            self.data.encrypt_blocks(blocks(stream));
+            mask(batch, stream);
         });
-    }
-}
-
-/// Adds one to a big-endian number, which starts over at its end.
-fn increment<N: ArraySize>(counter: &mut Array<u8, N>) {
-    for byte in counter.iter_mut().rev() {
-        *byte = byte.wrapping_add(1);
-        if *byte != 0 {
-            break;
-        }
     }
 }
 
@@ -245,32 +236,38 @@ const WIDE: usize = SECTOR / 16;
 
 impl<C: BlockCipher<BlockSize = U16>> Xts<C> {
     fn apply(&self, first: u64, sectors: &mut [u8], act: impl Fn(&C, &mut [Array<u8, U16>])) {
+        let mut masks = [[0; 16]; BATCH * WIDE];
         batches::<U16>(&self.ivs, first, sectors, |batch, vectors| {
             self.tweak.encrypt_blocks(vectors);
-            for (tweak, sector) in vectors.iter().zip(batch.chunks_mut(SECTOR)) {
-                let tweaks = tweaks(u128::from_le_bytes(tweak.0));
-                let sector = blocks::<U16>(sector);
-                mask(sector, &tweaks);
-                act(&self.data, sector);
-                mask(sector, &tweaks);
-            }
+            tweaks(vectors, &mut masks);
+            mask(batch, masks.as_flattened());
+            act(&self.data, blocks(batch));
+            mask(batch, masks.as_flattened());
         });
     }
 }
 
-/// The tweak of each block: that of the one before, times x in GF(2^128) (IEEE 1619-2007, 5.2).
-fn tweaks(first: u128) -> [u128; WIDE] {
-    let mut tweak = first;
-    std::array::from_fn(|_| {
-        let this = tweak;
-        tweak = (tweak << 1) ^ ((tweak >> 127) * 0x87);
-        this
-    })
-}
-
-fn mask(sector: &mut [Array<u8, U16>], tweaks: &[u128; WIDE]) {
-    for (block, tweak) in sector.iter_mut().zip(tweaks) {
-        block.0 = (u128::from_le_bytes(block.0) ^ tweak).to_le_bytes();
+/// The tweak of each block of a batch: that of the one before, times x in GF(2^128) (IEEE 1619-2007, 5.2), from the first
+/// of each sector. Some sectors go side by side, since a chain alone would wait for itself.
+fn tweaks(first: &[Array<u8, U16>], tweaks: &mut [[u8; 16]; BATCH * WIDE]) {
+    const LANES: usize = 4;
+    for (first, tweaks) in first.chunks(LANES).zip(tweaks.chunks_exact_mut(LANES * WIDE)) {
+        let (mut low, mut high) = ([0u64; LANES], [0u64; LANES]);
+        for (n, first) in first.iter().enumerate() {
+            let first = u128::from_le_bytes(first.0);
+            (low[n], high[n]) = (first as u64, (first >> 64) as u64);
+        }
+        for at in 0..WIDE {
+            for n in 0..LANES {
+                let tweak = u128::from(low[n]) | u128::from(high[n]) << 64;
+                tweaks[n * WIDE + at] = tweak.to_le_bytes();
+            }
+            let over = high.map(|high| (high >> 63).wrapping_neg() & 0x87);
+            for n in 0..LANES {
+                high[n] = high[n] << 1 | low[n] >> 63;
+                low[n] = low[n] << 1 ^ over[n];
+            }
+        }
     }
 }
 

@@ -250,12 +250,41 @@ mod tests {
         assert!(sealed(SectorCipher::legacy_aes(b"0123456789abcdefgh").unwrap()) == sealed(long));
     }
 
+    fn hex(text: &str) -> Vec<u8> {
+        (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
+    }
+
+    /// IEEE 1619-2007, annex B, vectors 4 (sector 0) and 10 (sector 0xff).
+    #[test]
+    fn sectors_of_the_standard_for_xts() {
+        for (cipher, key, sector, start, end) in [
+            (
+                "aes-128",
+                "2718281828459045235360287471352631415926535897932384626433832795",
+                0,
+                "27a7479befa1d476489f308cd4cfa6e2a96e4bbe3208ff25287dd3819616e89c",
+                "eb4a427d1923ce3ff262735779a418f20a282df920147beabe421ee5319d0568",
+            ),
+            (
+                "aes-256",
+                "2718281828459045235360287471352662497757247093699959574966967627\
+                 3141592653589793238462643383279502884197169399375105820974944592",
+                0xff,
+                "1c3b3a102f770386e4836c99e370cf9bea00803f5e482357a4ae12d414a3e63b",
+                "773dad38014bd2092fa755c824bb5e54c4f36ffda9fcea70b9c6e693e148c151",
+            ),
+        ] {
+            let mut bytes: Vec<u8> = (0..SECTOR).map(|n| n as u8).collect();
+            let cipher = SectorCipher::new(spec(cipher, "xts", "plain64"), &hex(key)).unwrap();
+            cipher.encrypt(sector, &mut bytes).unwrap();
+            assert_eq!(bytes[..32], hex(start), "sector {sector:x}");
+            assert!(bytes.ends_with(&hex(end)), "sector {sector:x}");
+        }
+    }
+
     /// NIST SP 800-38A, F.2.5.
     #[test]
     fn one_chain_of_cbc() {
-        let hex = |text: &str| -> Vec<u8> {
-            (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
-        };
         let key = hex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4");
         let iv = hex("000102030405060708090a0b0c0d0e0f");
         let plain = hex("6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e51");
