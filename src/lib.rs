@@ -22,6 +22,19 @@
 //! line of [`formats::FORMATS`], [`protocols::PROTOCOLS`] or [`filters::FILTERS`]. "The reference" is qemu-img 10.0.2,
 //! in all comments.
 //!
+//! # Where a thing goes
+//!
+//! | what | where | and one line |
+//! |---|---|---|
+//! | a format `foo` that can be read | `formats/foo.rs`: a [`Format`](block::Format) and its [`BlockDriver`](block::BlockDriver) | in [`formats::FORMATS`] |
+//! | a protocol `bar:` | `protocols/bar.rs`: a [`Protocol`](block::protocol::Protocol) and the [`Storage`](storage::Storage) that it opens | in [`protocols::PROTOCOLS`] |
+//! | a filter | `filters/baz.rs`: a [`Filter`](block::filter::Filter) and its storage over another one | in [`filters::FILTERS`] |
+//! | `check` of a format | `formats/foo/check.rs`: a [`Check`](block::Check) | the driver's [`checking`](block::BlockDriver::checking) |
+//! | another ability: writing, resizing, snapshots | likewise, a file by its name | the driver's accessor of that name |
+//! | encryption of a format | the key, taken where it is opened; the cipher is made by `formats/sector_cipher.rs` | the driver's [`cipher`](block::BlockDriver::cipher) |
+//! | a cipher | `crypto/spec.rs`: a row of its table | in `crypto/sectors.rs`: the type that computes it |
+//! | a subcommand | `cli/qux.rs`: its arguments and what is done with them | in [`cli::SUBCOMMANDS`] |
+//!
 //! # Map, then act
 //!
 //! A driver ([`block::BlockDriver`]) does not read or write guest data. It answers *where* data is

@@ -365,6 +365,7 @@ fn a_table_that_cannot_be_read_is_told_with_its_place() {
         ("qcow2", 512, "error while reading L2 table at byte 262144"),
         ("vdi", 1, "error while reading block map at byte 0"),
         ("vpc", 3, "error while reading block allocation table at byte 0"),
+        ("vmdk", 26, "error while reading the grain directory at byte 13312"),
     ] {
         scratch.judge(&["create", "-q", "-f", format, "a", "4M"]);
         scratch.qemu_io(format, "a", &["write -P 1 0 64k"]);

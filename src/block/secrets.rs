@@ -1,18 +1,18 @@
 //! Secrets: passphrases and keys that options name, or that are asked for. What they hold is shown nowhere, and wiped
 //! when it is dropped.
 //!
-//! Lock order: none; whoever asks keeps its own lock while it does.
+//! Lock order: that of the opened keys is held for a look or an addition; whoever asks keeps its own lock while it does.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use zeroize::Zeroizing;
 
 use super::{Error, Purpose, Result};
 
 /// For images that need none.
-pub static NO_SECRETS: Secrets = Secrets { objects: BTreeMap::new(), unnamed: None };
+pub static NO_SECRETS: Secrets = Secrets { objects: BTreeMap::new(), unnamed: None, opened: Mutex::new(Vec::new()) };
 
 /// Bytes that nobody may see.
 #[derive(Clone, PartialEq, Eq, Default)]
@@ -68,6 +68,8 @@ impl From<Purpose> for KeyUse {
 pub trait AskPassphrase: Send + Sync + fmt::Debug {
     /// The passphrase of the image with that name, or nothing, if nobody can be asked.
     fn ask(&self, image: &str, key_use: KeyUse) -> Result<Option<SecretBytes>>;
+    /// Whether there is a file, or somebody, to ask.
+    fn can_ask(&self) -> bool;
 }
 
 #[derive(Debug, Clone)]
@@ -77,10 +79,19 @@ enum SecretObject {
 }
 
 /// The objects that a command line defines, by id. Those that are no secrets are known by name alone.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Secrets {
     objects: BTreeMap<String, SecretObject>,
     unnamed: Option<Arc<dyn AskPassphrase>>,
+    opened: Mutex<Vec<OpenedKey>>,
+}
+
+/// A key that a passphrase has got out of a header.
+#[derive(Debug)]
+struct OpenedKey {
+    header: Vec<u8>,
+    passphrase: SecretBytes,
+    key: SecretBytes,
 }
 
 impl Secrets {
@@ -137,6 +148,25 @@ impl Secrets {
         }
         Ok(key)
     }
+
+    /// The key that the passphrase got out of that very header before. It takes seconds to get at, by design: once is
+    /// enough for an image that is made and then opened.
+    pub fn opened(&self, header: &[u8], passphrase: &SecretBytes) -> Option<SecretBytes> {
+        let opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = opened.iter().find(|known| known.header == header && known.passphrase == *passphrase);
+        found.map(|known| known.key.clone())
+    }
+
+    /// Keeps a key for [`Self::opened`].
+    pub fn keep_opened(&self, header: &[u8], passphrase: &SecretBytes, key: SecretBytes) {
+        let known = OpenedKey { header: header.to_vec(), passphrase: passphrase.clone(), key };
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner).push(known);
+    }
+
+    /// Whether a key without an id can be had by asking.
+    pub fn can_ask(&self) -> bool {
+        self.unnamed.as_ref().is_some_and(|unnamed| unnamed.can_ask())
+    }
 }
 
 /// A passphrase as text, in which the reference takes no NUL.
@@ -154,6 +184,10 @@ mod tests {
     impl AskPassphrase for Asked {
         fn ask(&self, image: &str, _key_use: KeyUse) -> Result<Option<SecretBytes>> {
             Ok((image == "a").then(|| b"typed".to_vec().into()))
+        }
+
+        fn can_ask(&self) -> bool {
+            true
         }
     }
 

@@ -3,19 +3,20 @@
 //! Of the reference's other types those are taken that change nothing here, with the checks of their properties; the
 //! rest are refused by name.
 
+mod credentials;
+mod members;
+mod properties;
 mod types;
 
-use std::collections::BTreeMap;
-
-use serde_json::Value;
-
-use self::types::{ELSEWHERE, MATCHES, ObjectType, POLICIES, Property, PropertyKind, Standing, TYPES, throttle_fault};
+use self::credentials::{check_certificates, check_helper, check_shared_keys, read};
+use self::members::{Members, PropertyValue, does_not_accept, json, list};
+use self::properties::{check_properties, check_together, last_of};
+use self::types::{ELSEWHERE, ObjectType, PropertyKind, Standing, TYPES};
 use super::{Complaint, Program};
-use crate::block::jsonish;
-use crate::block::keys::{self, Dialect, Item};
 use crate::block::{SecretBytes, Secrets};
 use crate::codec::base64;
 use crate::storage::error::strerror;
+use crate::storage::keyring;
 
 const ID_RULE: &[&str] = &["Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."];
 
@@ -30,6 +31,8 @@ pub enum Object {
     Other {
         /// Its name.
         id: String,
+        /// A secret that it wants.
+        needs: Option<String>,
     },
 }
 
@@ -64,8 +67,10 @@ pub fn parse(text: &str) -> Result<Object, Complaint> {
         return Ok(Object::Help(row.map(|row| row.name)));
     }
     let kind = kind.ok_or_else(|| Complaint::value("Parameter 'qom-type' is missing"))?;
-    let find = |name: &str| given.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value);
-    let id = || find("id").ok_or_else(|| Complaint::value("Parameter 'id' is missing"))?.text("id");
+    let id = || {
+        let id = given.iter().rev().find(|(key, _)| key == "id");
+        id.ok_or_else(|| Complaint::value("Parameter 'id' is missing"))?.1.text("id")
+    };
     let row = match row {
         Some(row) if row.standing != Standing::Listed => row,
         None if ELSEWHERE.contains(&kind.as_str()) => {
@@ -76,314 +81,52 @@ pub fn parse(text: &str) -> Result<Object, Complaint> {
     };
     let id = id()?;
     check_properties(&given, row.properties)?;
-    check_together(&given, row)?;
-    let text = |name: &str| find(name).map(|value| value.text(name)).transpose();
-    let object = if kind == "secret" {
-        let data = match (text("data")?, text("file")?) {
-            (None, None) => return Err(Complaint::value("Either 'file' or 'data' must be provided")),
-            (Some(_), Some(_)) => return Err(Complaint::value("'file' and 'data' are mutually exclusive")),
-            (Some(data), None) => SecretBytes::from(data.into_bytes()),
-            (None, Some(file)) => SecretBytes::from(read(&file)?),
-        };
-        let base64 = text("format")?.as_deref() == Some("base64");
-        let sealed = match text("keyid")? {
-            Some(keyid) => Some(SealedSecret { keyid, iv: text("iv")?, base64 }),
-            None => None,
-        };
-        // What is encrypted is not looked at before its key.
-        let data = if base64 && sealed.is_none() { decoded(data.get())? } else { data };
-        Object::Secret(Secret { id: id.clone(), data, sealed })
-    } else {
-        Object::Other { id: id.clone() }
-    };
     let letters = id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
     if !(letters && id.starts_with(|c: char| c.is_ascii_alphabetic())) {
         return Err(Complaint::Value("Parameter 'id' expects an identifier".to_owned(), ID_RULE));
     }
-    Ok(object)
-}
-
-/// The last of the values that each property was given.
-fn last_of(given: &Members) -> BTreeMap<&str, &PropertyValue> {
-    given.iter().map(|(key, value)| (key.as_str(), value)).collect()
-}
-
-/// Whether every property is there that must be, is one, and has a value that it can have.
-fn check_properties(given: &Members, properties: &[Property]) -> Result<(), Complaint> {
-    let mut left = last_of(given);
-    left.remove("qom-type");
-    left.remove("id");
-    for Property { name, kind, required } in properties {
-        let value = left.remove(*name);
-        let head = format!("{name}.");
-        let mut inner = BTreeMap::new();
-        if matches!(kind, PropertyKind::Numbers | PropertyKind::Limits | PropertyKind::Rules) {
-            let keys: Vec<&str> = left.keys().copied().filter(|key| key.starts_with(&head)).collect();
-            inner.extend(keys.into_iter().filter_map(|key| Some((key.strip_prefix(&head)?, left.remove(key)?))));
-        }
-        match (kind, value) {
-            (PropertyKind::Numbers | PropertyKind::Rules, Some(_)) => return Err(wrong_type(name, "array")),
-            (PropertyKind::Limits, Some(_)) => return Err(wrong_type(name, "object")),
-            (PropertyKind::Numbers, None) => check_numbers(name, &inner)?,
-            (PropertyKind::Rules, None) => check_rules(name, &inner)?,
-            (PropertyKind::Limits, None) => {
-                let limit = |key: &str| properties.iter().any(|known| known.name.strip_prefix("x-") == Some(key));
-                for (key, value) in inner {
-                    let key = format!("{name}.{key}");
-                    if !limit(&key[head.len()..]) {
-                        return Err(unexpected(&key));
-                    }
-                    value.integer(&key)?;
-                }
-            }
-            (_, None) if *required => return Err(Complaint::value(format!("Parameter '{name}' is missing"))),
-            (_, None) => {}
-            (PropertyKind::Text, Some(value)) => drop(value.text(name)?),
-            (PropertyKind::Integer, Some(value)) => drop(value.integer(name)?),
-            (PropertyKind::Switch, Some(value)) => value.switch(name)?,
-            (PropertyKind::Choice(_, choices), Some(value)) => value.choice(name, choices)?,
-        }
-    }
-    // In the order in which they were given.
-    match given.iter().find(|(key, _)| left.contains_key(key.as_str())) {
-        Some((key, _)) => Err(match key.split_once('.') {
-            Some((head, _)) if properties.iter().any(|property| property.name == head) => {
-                Complaint::value(format!("Parameters '{head}.*' are unexpected"))
-            }
-            Some((head, _)) => unexpected(head),
-            None => unexpected(key),
-        }),
-        None => Ok(()),
-    }
-}
-
-/// The elements of a list, by what stands behind its name; each with what stands behind its number.
-type Elements<'a> = BTreeMap<usize, Vec<(&'a str, &'a PropertyValue)>>;
-
-fn elements<'a>(name: &str, inner: &BTreeMap<&'a str, &'a PropertyValue>) -> Result<Elements<'a>, Complaint> {
-    let mut elements = Elements::new();
-    for (key, value) in inner {
-        let (number, rest) = key.split_once('.').unwrap_or((*key, ""));
-        let number = number.parse().map_err(|_| wrong_type(name, "array"))?;
-        elements.entry(number).or_default().push((rest, *value));
-    }
-    match elements.keys().enumerate().find(|(n, number)| n != *number) {
-        Some((n, _)) => Err(Complaint::value(format!("Parameter '{name}.{n}' missing"))),
-        None => Ok(elements),
-    }
-}
-
-fn check_numbers(name: &str, inner: &BTreeMap<&str, &PropertyValue>) -> Result<(), Complaint> {
-    for (number, values) in elements(name, inner)? {
-        let key = format!("{name}.{number}");
-        for (rest, value) in values {
-            if !rest.is_empty() {
-                return Err(wrong_type(&key, "integer"));
-            }
-            // The reference has no name for it.
-            u16::try_from(value.integer(&key)?).map_err(|_| Complaint::value("Parameter 'null' expects uint16_t"))?;
-        }
-    }
-    Ok(())
-}
-
-fn check_rules(name: &str, inner: &BTreeMap<&str, &PropertyValue>) -> Result<(), Complaint> {
-    for (number, values) in elements(name, inner)? {
-        let key = format!("{name}.{number}");
-        if values.iter().any(|(rest, _)| rest.is_empty()) {
-            return Err(wrong_type(&key, "object"));
-        }
-        for wanted in ["match", "policy"] {
-            if !values.iter().any(|(rest, _)| *rest == wanted) {
-                return Err(Complaint::value(format!("Parameter '{key}.{wanted}' is missing")));
-            }
-        }
-        for (rest, value) in values {
-            match rest {
-                "match" => drop(value.text(&format!("{key}.match"))?),
-                "policy" => value.choice("policy", POLICIES)?,
-                "format" => value.choice("format", MATCHES)?,
-                _ => return Err(unexpected(&format!("{key}.{rest}"))),
-            }
-        }
-    }
-    Ok(())
-}
-
-/// What properties must be together; and whether the type can be had at all.
-fn check_together(given: &Members, row: &ObjectType) -> Result<(), Complaint> {
-    let values = last_of(given);
+    check_together(&given, row)?;
     match row.name {
-        "throttle-group" => {
-            let mut limits = BTreeMap::new();
-            for (key, value) in &values {
-                let Some(name) = key.strip_prefix("x-").or_else(|| key.strip_prefix("limits.")) else { continue };
-                let value = value.integer(key)?;
-                if value < 0 && key.starts_with("x-") {
-                    return Err(Complaint::value("Property values cannot be negative"));
-                }
-                if name.ends_with("-length") && u32::try_from(value).is_err() {
-                    let text = format!("{name} value must be in the range [0, 4294967295]");
-                    return Err(Complaint::value(text));
-                }
-                limits.insert(name, value);
-            }
-            throttle_fault(&limits).map_or(Ok(()), |fault| Err(Complaint::value(fault)))
-        }
-        "thread-context" => {
-            let any = |head: &str| values.keys().any(|key| key.starts_with(head));
-            match any("cpu-affinity.") && any("node-affinity.") {
-                true => Err(Complaint::value("Mixing CPU and node affinity not supported")),
-                false => Ok(()),
-            }
-        }
-        "tls-creds-psk" | "tls-creds-x509" if !values.contains_key("dir") => {
-            Err(Complaint::value("Missing 'dir' property value"))
-        }
-        name if row.standing == Standing::Refused => {
-            Err(Complaint::value(format!("Objects of type '{name}' are not supported")))
-        }
-        _ => Ok(()),
+        "secret" | "secret_keyring" => return Ok(Object::Secret(secret(id, &given)?)),
+        "tls-creds-psk" => check_shared_keys(&given)?,
+        "tls-creds-x509" => return Ok(Object::Other { id, needs: check_certificates(&given)? }),
+        "pr-manager-helper" => check_helper(&given)?,
+        _ => {}
     }
+    Ok(Object::Other { id, needs: None })
 }
 
-fn wrong_type(name: &str, expected: &str) -> Complaint {
-    Complaint::value(format!("Invalid parameter type for '{name}', expected: {expected}"))
+/// A secret, given as such, in a file, or in a keyring of the kernel.
+fn secret(id: String, given: &Members) -> Result<Secret, Complaint> {
+    let values = last_of(given);
+    let text = |name: &str| values.get(name).map(|value| value.text(name)).transpose();
+    let data = match (values.get("serial"), text("data")?, text("file")?) {
+        (Some(serial), ..) => SecretBytes::from(kernel_key(serial.integer("serial")?)?),
+        (None, None, None) => return Err(Complaint::value("Either 'file' or 'data' must be provided")),
+        (None, Some(_), Some(_)) => return Err(Complaint::value("'file' and 'data' are mutually exclusive")),
+        (None, Some(data), None) => SecretBytes::from(data.into_bytes()),
+        (None, None, Some(file)) => SecretBytes::from(read("Unable to read", file.as_ref())?),
+    };
+    let base64 = text("format")?.as_deref() == Some("base64");
+    let sealed = match text("keyid")? {
+        Some(keyid) => Some(SealedSecret { keyid, iv: text("iv")?, base64 }),
+        None => None,
+    };
+    // What is encrypted is not looked at before its key.
+    let data = if base64 && sealed.is_none() { decoded(data.get())? } else { data };
+    Ok(Secret { id, data, sealed })
 }
 
-fn unexpected(name: &str) -> Complaint {
-    Complaint::value(format!("Parameter '{name}' is unexpected"))
-}
-
-fn does_not_accept(name: &str, value: &str) -> Complaint {
-    Complaint::value(format!("Parameter '{name}' does not accept value '{value}'"))
+/// What a key of the kernel's holds. Its number was found to be one.
+fn kernel_key(serial: i64) -> Result<Vec<u8>, Complaint> {
+    let serial = i32::try_from(serial).unwrap_or_default();
+    keyring::read(serial)
+        .map_err(|error| Complaint::value(format!("Unable to read serial key {serial:08x}: {}", strerror(&error))))
 }
 
 fn decoded(text: &[u8]) -> Result<SecretBytes, Complaint> {
     let bytes = base64::decode(text).map(SecretBytes::from);
     bytes.ok_or_else(|| Complaint::value("Base64 data contains invalid characters"))
-}
-
-fn read(file: &str) -> Result<Vec<u8>, Complaint> {
-    std::fs::read(file).map_err(|error| {
-        let doing = match error.raw_os_error() {
-            Some(code) if code == nix::errno::Errno::EISDIR as i32 => "Error reading file",
-            _ => "Failed to open file",
-        };
-        Complaint::value(format!("Unable to read {file}: {doing} “{file}”: {}", strerror(&error)))
-    })
-}
-
-#[derive(Debug, Clone, PartialEq)]
-enum PropertyValue {
-    Text(String),
-    Typed(Value),
-    Help,
-}
-
-impl PropertyValue {
-    fn text(&self, name: &str) -> Result<String, Complaint> {
-        match self {
-            Self::Text(text) | Self::Typed(Value::String(text)) => Ok(text.clone()),
-            _ => Err(wrong_type(name, "string")),
-        }
-    }
-
-    fn integer(&self, name: &str) -> Result<i64, Complaint> {
-        let number = match self {
-            Self::Text(text) => {
-                return text.parse().map_err(|_| Complaint::value(format!("Parameter '{name}' expects integer")));
-            }
-            Self::Typed(value) => value.as_i64(),
-            Self::Help => None,
-        };
-        number.ok_or_else(|| wrong_type(name, "integer"))
-    }
-
-    fn switch(&self, name: &str) -> Result<(), Complaint> {
-        match self {
-            Self::Text(text) if text == "on" || text == "off" => Ok(()),
-            Self::Text(_) => Err(Complaint::value(format!("Parameter '{name}' expects 'on' or 'off'"))),
-            Self::Typed(Value::Bool(_)) => Ok(()),
-            _ => Err(wrong_type(name, "boolean")),
-        }
-    }
-
-    fn choice(&self, name: &str, choices: &[&str]) -> Result<(), Complaint> {
-        let text = self.text(name)?;
-        if choices.contains(&text.as_str()) { Ok(()) } else { Err(does_not_accept(name, &text)) }
-    }
-}
-
-type Members = Vec<(String, PropertyValue)>;
-
-fn json(text: &str) -> Result<Members, Complaint> {
-    match jsonish::parse(text).map_err(|fault| Complaint::value(fault.to_string()))? {
-        Value::Object(members) => {
-            let mut flat = Members::new();
-            for (key, value) in members {
-                let nested = |kind| matches!(kind, PropertyKind::Numbers | PropertyKind::Limits | PropertyKind::Rules);
-                let mut all = TYPES.iter().flat_map(|row| row.properties);
-                match all.any(|property| property.name == key && nested(property.kind)) {
-                    true => flatten(key, value, &mut flat),
-                    false => flat.push((key, PropertyValue::Typed(value))),
-                }
-            }
-            Ok(flat)
-        }
-        _ => Err(Complaint::value("Invalid JSON object given")),
-    }
-}
-
-/// What a property holds of others, by the names that they have in the other form. It is as deep as the parser lets it.
-fn flatten(key: String, value: Value, flat: &mut Members) {
-    match value {
-        Value::Object(members) => {
-            members.into_iter().for_each(|(name, value)| flatten(format!("{key}.{name}"), value, flat));
-        }
-        Value::Array(values) => {
-            values.into_iter().enumerate().for_each(|(n, value)| flatten(format!("{key}.{n}"), value, flat));
-        }
-        value => flat.push((key, PropertyValue::Typed(value))),
-    }
-}
-
-/// `key=value` pairs; the first may be the type alone.
-fn list(text: &str) -> Result<Members, Complaint> {
-    let mut members = Members::new();
-    for item in keys::items(text, Dialect::Words) {
-        let member = match item {
-            Item::Pair(key, value) => {
-                check_key(&key)?;
-                (key, PropertyValue::Text(value))
-            }
-            Item::Word(word) if keys::is_help(&word) => (word, PropertyValue::Help),
-            Item::Word(word) if members.is_empty() && !word.is_empty() => {
-                ("qom-type".to_owned(), PropertyValue::Text(word))
-            }
-            Item::Word(word) => {
-                check_key(&word)?;
-                return Err(Complaint::value(format!("Expected '=' after parameter '{word}'")));
-            }
-        };
-        members.push(member);
-    }
-    Ok(members)
-}
-
-/// Refuses what is no key: words that begin with a letter, or behind a dot numbers too.
-fn check_key(key: &str) -> Result<(), Complaint> {
-    let invalid = || Complaint::value(format!("Invalid parameter '{key}'"));
-    for (n, word) in key.split('.').enumerate() {
-        // Vendors' words are `__VENDOR_WORD`.
-        let bare = word.strip_prefix("__").and_then(|rest| rest.split_once('_')).map_or(word, |(_, rest)| rest);
-        let number = n > 0 && bare.starts_with(|c: char| c.is_ascii_digit());
-        if !number && !bare.starts_with(|c: char| c.is_ascii_alphabetic()) {
-            return Err(invalid());
-        }
-    }
-    let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if key.chars().all(known) { Ok(()) } else { Err(invalid()) }
 }
 
 /// Brings the objects of a command line into being. `None`: help was asked for and shown, and nothing else is
@@ -396,7 +139,7 @@ pub fn define(program: &Program, objects: &[Object]) -> anyhow::Result<Option<Se
                 help(program, *kind);
                 return Ok(None);
             }
-            Object::Secret(Secret { id, .. }) | Object::Other { id } => id,
+            Object::Secret(Secret { id, .. }) | Object::Other { id, .. } => id,
         };
         if secrets.has(id) {
             let text = format!("attempt to add duplicate property '{id}' to object (type 'container')");
@@ -411,7 +154,11 @@ pub fn define(program: &Program, objects: &[Object]) -> anyhow::Result<Option<Se
                 };
                 secrets.add(id, data);
             }
-            Object::Help(_) | Object::Other { .. } => secrets.add_other(id),
+            Object::Help(_) => {}
+            Object::Other { needs, .. } => {
+                needs.as_ref().map_or(Ok(()), |secret| secrets.bytes(secret).map(drop))?;
+                secrets.add_other(id);
+            }
         }
     }
     Ok(Some(secrets))
@@ -453,7 +200,7 @@ fn help(program: &Program, kind: Option<&str>) {
         .iter()
         .map(|property| match property.kind {
             PropertyKind::Text => format!("  {}=<string>", property.name),
-            PropertyKind::Integer if property.name == "serial" => format!("  {}=<int32_t>", property.name),
+            PropertyKind::Serial => format!("  {}=<int32_t>", property.name),
             PropertyKind::Integer | PropertyKind::Numbers => format!("  {}=<int>", property.name),
             PropertyKind::Switch => format!("  {}=<bool>", property.name),
             PropertyKind::Limits => format!("  {}=<ThrottleLimits>", property.name),
@@ -515,6 +262,6 @@ mod tests {
         assert!(parse("secret,data=x,data=y,id=s,").is_ok());
         assert_eq!(parse("x,help"), Ok(Object::Help(None)));
         assert_eq!(parse("secret,help"), Ok(Object::Help(Some("secret"))));
-        assert_eq!(parse("authz-simple,id=a,identity=b"), Ok(Object::Other { id: "a".into() }));
+        assert_eq!(parse("authz-simple,id=a,identity=b"), Ok(Object::Other { id: "a".into(), needs: None }));
     }
 }

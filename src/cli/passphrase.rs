@@ -116,6 +116,10 @@ impl AskPassphrase for Passphrases {
         known.insert(image.to_owned(), typed.clone());
         Ok(Some(typed))
     }
+
+    fn can_ask(&self) -> bool {
+        self.read.is_some() || self.written.is_some() || io::stdin().is_terminal()
+    }
 }
 
 /// Signals that end or stop the program, or come from the terminal.

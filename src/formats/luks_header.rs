@@ -3,10 +3,10 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::block::{CreateOptions, Error, ErrorKind, Result};
-use crate::crypto::luks::{LuksError, LuksHeader, LuksPlan};
+use crate::block::{CreateOptions, Error, ErrorKind, Result, SecretBytes, Secrets};
+use crate::crypto::luks::{LuksError, LuksHeader, LuksPlan, NewVolume};
 use crate::crypto::spec::GENERATORS;
-use crate::crypto::{CipherAlgorithm, CipherMode, CipherSpec, HashAlgorithm, IvGenerator};
+use crate::crypto::{CipherAlgorithm, CipherMode, CipherSpec, HashAlgorithm, IvGenerator, SectorCipher};
 
 impl From<LuksError> for Error {
     fn from(error: LuksError) -> Self {
@@ -29,6 +29,28 @@ impl From<LuksError> for Error {
             None => error,
         }
     }
+}
+
+/// What decrypts the payload of a volume. `read` fills a buffer from that offset on, in bytes from the header's start.
+pub fn unlock(
+    secrets: &Secrets,
+    header: &LuksHeader,
+    passphrase: &SecretBytes,
+    read: impl FnMut(u64, &mut [u8]) -> Result<()>,
+) -> Result<SectorCipher> {
+    if let Some(key) = secrets.opened(header.bytes(), passphrase) {
+        return Ok(header.cipher(key.get())?);
+    }
+    let key = header.unlock(passphrase.get(), read)?;
+    secrets.keep_opened(header.bytes(), passphrase, SecretBytes::from(key.to_vec()));
+    Ok(header.cipher(&key)?)
+}
+
+/// Makes a new volume, which this process opens again without deriving its key once more.
+pub fn new_volume(plan: &LuksPlan, uuid: [u8; 16], passphrase: &SecretBytes, secrets: &Secrets) -> Result<NewVolume> {
+    let new = plan.make(&uuid_text(uuid), passphrase.get())?;
+    secrets.keep_opened(new.header.bytes(), passphrase, SecretBytes::from(new.key.to_vec()));
+    Ok(new)
 }
 
 /// What `info` shows of a header, by the reference's names.
@@ -94,7 +116,7 @@ fn choice<T>(
 }
 
 /// A UUID as a header has it.
-pub fn uuid_text(uuid: [u8; 16]) -> String {
+fn uuid_text(uuid: [u8; 16]) -> String {
     let mut text = String::new();
     for (n, byte) in uuid.iter().enumerate() {
         if [4, 6, 8, 10].contains(&n) {

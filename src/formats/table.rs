@@ -59,6 +59,11 @@ impl TableCache {
         Self { reading: Some(reading), ..self }
     }
 
+    /// The name of the file.
+    pub fn file(&self) -> &str {
+        &self.file
+    }
+
     /// The bytes from `at` to the end of its page, at most `max`. At least one.
     pub fn slice(&mut self, storage: &dyn Storage, at: u64, max: usize) -> Result<&[u8]> {
         let start = (at % PAGE as u64) as usize;

@@ -60,7 +60,8 @@ fn resizing(node: &Node) -> Result<&dyn Resize> {
     node.driver().resizing().ok_or_else(|| Error::unsupported("Image format driver does not support resize"))
 }
 
-/// Gives the disk that many bytes. New ones read as zeros, whatever a longer backing file holds there.
+/// Gives the disk that many bytes. New ones read as zeros, whatever a longer backing file holds there; where the format
+/// encrypts all that it holds (luks), as whatever zeros of the file are decrypted to.
 pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
     resize_unnamed(node, size, fill).map_err(|error| match error.storage() {
         // The host's reason alone does not say which file it is about. (A size that no file can have is the user's.)

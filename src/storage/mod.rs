@@ -14,6 +14,7 @@ pub mod fault;
 pub mod file;
 mod file_io;
 pub mod host;
+pub mod keyring;
 mod kind;
 pub mod lock;
 pub mod memory;

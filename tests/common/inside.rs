@@ -27,6 +27,10 @@ impl AskPassphrase for OnePassphrase {
     fn ask(&self, _image: &str, _key_use: KeyUse) -> Result<Option<SecretBytes>> {
         Ok(Some(PASSPHRASE.as_bytes().to_vec().into()))
     }
+
+    fn can_ask(&self) -> bool {
+        true
+    }
 }
 
 static SECRETS: LazyLock<Secrets> = LazyLock::new(|| Secrets::default().or_ask(Arc::new(OnePassphrase)));

@@ -183,7 +183,8 @@ impl Opener<'_> {
         }
         let side =
             if found.is_none() { self.side_files(format, &mut options, &settings, how, trail)? } else { Vec::new() };
-        let plain = tree.len() == 1 && side.is_empty();
+        // Side files make no difference to the reference, which names such an image by its own file alone.
+        let plain = tree.len() == 1;
         tree.insert("file".to_owned(), Value::Object(file.tree));
         let mut inner: Vec<_> = file.inner.into_iter().map(|node| ("file".to_owned(), node)).collect();
         let mut side_files = Vec::new();

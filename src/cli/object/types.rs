@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 pub(super) enum PropertyKind {
     Text,
     Integer,
+    /// The number of a key of the kernel's.
+    Serial,
     Switch,
     Choice(&'static str, &'static [&'static str]),
     /// A list of numbers of processors or nodes.
@@ -35,8 +37,6 @@ const fn required(name: &'static str, kind: PropertyKind) -> Property {
 pub(super) enum Standing {
     /// It is taken.
     Taken,
-    /// The reference takes it; here it is refused by name.
-    Refused,
     /// The reference lists it, and knows it not.
     Listed,
 }
@@ -86,7 +86,7 @@ pub(super) const TYPES: &[ObjectType] = &[
             property("thread-pool-max", PropertyKind::Integer),
         ],
     ),
-    object_type("pr-manager-helper", Standing::Refused, &[required("path", PropertyKind::Text)]),
+    object_type("pr-manager-helper", Standing::Taken, &[required("path", PropertyKind::Text)]),
     object_type(
         "secret",
         Standing::Taken,
@@ -100,12 +100,12 @@ pub(super) const TYPES: &[ObjectType] = &[
     ),
     object_type(
         "secret_keyring",
-        Standing::Refused,
+        Standing::Taken,
         &[
             property("format", SECRET_FORMAT),
             property("keyid", PropertyKind::Text),
             property("iv", PropertyKind::Text),
-            required("serial", PropertyKind::Integer),
+            required("serial", PropertyKind::Serial),
         ],
     ),
     object_type(
@@ -142,12 +142,12 @@ pub(super) const TYPES: &[ObjectType] = &[
     object_type("tls-creds-anon", Standing::Taken, &[VERIFY_PEER, DIR, ENDPOINT, PRIORITY]),
     object_type(
         "tls-creds-psk",
-        Standing::Refused,
+        Standing::Taken,
         &[VERIFY_PEER, DIR, ENDPOINT, PRIORITY, property("username", PropertyKind::Text)],
     ),
     object_type(
         "tls-creds-x509",
-        Standing::Refused,
+        Standing::Taken,
         &[
             VERIFY_PEER,
             DIR,

@@ -16,8 +16,8 @@ pub struct NewVolume {
     pub material_at: u64,
     /// That key material.
     pub material: Vec<u8>,
-    /// What encrypts the payload.
-    pub cipher: SectorCipher,
+    /// The master key.
+    pub key: KeyBytes,
 }
 
 impl LuksPlan {
@@ -25,14 +25,14 @@ impl LuksPlan {
     pub fn make(&self, uuid: &str, passphrase: &[u8]) -> Result<NewVolume, LuksError> {
         let mut header = self.header(uuid)?;
         let key = random(self.spec.key_bytes())?;
-        let cipher = SectorCipher::new(self.spec, &key)?;
+        SectorCipher::new(self.spec, &key)?;
         let iterations = Iterations::measure(self.hash, key.len(), DIGEST, self.time)?;
         header.fields.salt.copy_from_slice(&random(SALT)?);
         header.fields.iterations = iterations.digest.into();
         let digest = header.digest(&key);
         header.fields.digest.copy_from_slice(&digest);
         let material = header.fill_slot(0, &key, passphrase, iterations.slot)?;
-        Ok(NewVolume { material_at: header.material(0).start, header, material, cipher })
+        Ok(NewVolume { material_at: header.material(0).start, header, material, key })
     }
 }
 
@@ -196,7 +196,7 @@ mod tests {
             assert_eq!(volume.header().unwrap().uuid(), UUID);
             let key = volume.unlock(b"open sesame").unwrap();
             let (mut one, mut other) = ([7; 512], [7; 512]);
-            new.cipher.encrypt(9, &mut one).unwrap();
+            SectorCipher::new(*new.header.spec(), &new.key).unwrap().encrypt(9, &mut one).unwrap();
             SectorCipher::new(*new.header.spec(), &key).unwrap().encrypt(9, &mut other).unwrap();
             assert_eq!(one, other);
             assert_eq!(volume.unlock(b"open").unwrap_err(), LuksError::Passphrase);

@@ -7,7 +7,7 @@ use crate::block::{
     Create, CreateOptions, CreateRequest, Error, ErrorKind, KeyUse, OptionKind, OptionSpec, OptionTree, Result,
 };
 use crate::crypto::luks::LuksError;
-use crate::formats::luks_header::{luks_plan, uuid_text};
+use crate::formats::luks_header::{luks_plan, new_volume};
 use crate::storage::Preallocation;
 
 const OPTIONS: &[OptionSpec] = &[
@@ -64,7 +64,7 @@ impl Create for Luks {
             true => plan.header_bytes(),
             false => file_end(plan.header_bytes(), request.size)?,
         };
-        let new = plan.make(&uuid_text(request.ids.uuid("luks")), passphrase.get())?;
+        let new = new_volume(&plan, request.ids.uuid("luks"), &passphrase, request.secrets)?;
         let file = request.files.main()?;
         file.set_len(end, fill).map_err(Error::from).map_err(too_large)?;
         file.write_at(0, new.header.bytes()).context("Unable to write LUKS header")?;

@@ -17,9 +17,8 @@ use crate::block::{
     BlockDriver, Child, Cipher, Create, Error, Extent, ExtentKind, FileEnd, Format, GuestOffset, HostPlace, KeyUse,
     OpenRequest, Placed, Resize, Result, Store, Write,
 };
-use crate::crypto::SectorCipher;
 use crate::crypto::luks::{HEADER, LuksHeader};
-use crate::formats::luks_header::luks_facts;
+use crate::formats::luks_header::{self, luks_facts};
 use crate::formats::sector_cipher::ImageCipher;
 use crate::storage::{self, Preallocation, Storage};
 
@@ -58,12 +57,20 @@ impl Format for Luks {
         files.extend(side_files);
         let detached = files.len() > 1;
         let holder = files.last().ok_or_else(|| Error::invalid("no file"))?;
-        let header = read_header(&*holder.storage, detached)?;
+        let header = match read_header(&*holder.storage, detached) {
+            // The reference wants the key first; one that is asked for is asked for when it is known to be wanted.
+            Err(_) if !purpose.only_looks() && (id.is_some() || !secrets.can_ask()) => {
+                secrets.key(KEY_SECRET, id.as_deref(), &name, KeyUse::from(purpose))?;
+                read_header(&*holder.storage, detached)?
+            }
+            header => header?,
+        };
         let cipher = match purpose.only_looks() {
             true => None,
             false => {
                 let passphrase = secrets.key(KEY_SECRET, id.as_deref(), &name, KeyUse::from(purpose))?;
-                Some(ImageCipher::by_guest(unlock(&*holder.storage, &header, passphrase.get())?))
+                let cipher = luks_header::unlock(secrets, &header, &passphrase, key_material(&*holder.storage))?;
+                Some(ImageCipher::by_guest(cipher))
             }
         };
         let driver = LuksDriver { files, header, cipher, size: AtomicU64::new(0), write: purpose.writes() };
@@ -82,13 +89,12 @@ fn read_header(storage: &dyn Storage, detached: bool) -> Result<LuksHeader> {
     Ok(LuksHeader::parse(&bytes, detached)?)
 }
 
-fn unlock(storage: &dyn Storage, header: &LuksHeader, passphrase: &[u8]) -> Result<SectorCipher> {
+fn key_material(storage: &dyn Storage) -> impl FnMut(u64, &mut [u8]) -> Result<()> {
     let end = FileEnd::default();
-    let key = header.unlock(passphrase, |at, buf: &mut [u8]| {
+    move |at, buf| {
         end.require(storage, "the key material", at, buf.len() as u64)?;
         storage.read_at(at, buf).context("Failed to read key material")
-    })?;
-    Ok(header.cipher(&key)?)
+    }
 }
 
 #[derive(Debug)]

@@ -15,7 +15,7 @@ use crate::block::{
 use crate::crypto::luks::{LuksPlan, NewVolume};
 use crate::formats::effort;
 use crate::formats::encryption::{self, KEY_SECRET};
-use crate::formats::luks_header::{luks_plan, uuid_text};
+use crate::formats::luks_header::{luks_plan, new_volume};
 use crate::storage::{Preallocation, Storage};
 
 use super::Qcow2;
@@ -118,7 +118,7 @@ impl Create for Qcow2 {
         let (data, name) = data.unzip();
         let volume = match (decided.encrypted, &decided.key) {
             (Some(Encryption::Luks(plan)), Some(key)) => {
-                Some(plan.make(&uuid_text(request.ids.uuid("luks")), key.get())?)
+                Some(new_volume(&plan, request.ids.uuid("luks"), key, request.secrets)?)
             }
             _ => None,
         };

@@ -6,9 +6,9 @@
 
 use crate::block::error::Context;
 use crate::block::{Child, Error, FileEnd, OptionTree, Purpose, Result, SecretBytes, Secrets};
-use crate::crypto::SectorCipher;
-use crate::crypto::luks::{HEADER, LuksError, LuksHeader, NewVolume};
+use crate::crypto::luks::{HEADER, LuksHeader, NewVolume};
 use crate::formats::encryption::{self, KEY_SECRET};
+use crate::formats::luks_header;
 use crate::formats::sector_cipher::ImageCipher;
 use crate::storage::Storage;
 
@@ -50,7 +50,7 @@ pub fn unlock(
     };
     let volume = LuksClusters { storage: &*file.storage, at: place.0, len: place.1, end: FileEnd::default() };
     let luks = volume.header()?;
-    let cipher = key.map(|key| volume.unlock(&luks, &key)).transpose()?;
+    let cipher = key.map(|key| volume.unlock(secrets, &luks, &key)).transpose()?;
     Ok(Unlocked { luks: Some(luks), cipher })
 }
 
@@ -79,9 +79,8 @@ impl LuksClusters<'_> {
         Ok(LuksHeader::parse(&bytes, false)?)
     }
 
-    fn unlock(&self, header: &LuksHeader, passphrase: &SecretBytes) -> Result<ImageCipher> {
-        let key = header.unlock(passphrase.get(), |at, buf: &mut [u8]| self.read(at, buf))?;
-        let cipher = SectorCipher::new(*header.spec(), &key).map_err(LuksError::from)?;
+    fn unlock(&self, secrets: &Secrets, header: &LuksHeader, passphrase: &SecretBytes) -> Result<ImageCipher> {
+        let cipher = luks_header::unlock(secrets, header, passphrase, |at, buf| self.read(at, buf))?;
         Ok(ImageCipher::by_host(cipher))
     }
 }

@@ -157,9 +157,6 @@ impl Qcow2Header {
         if fields.refcount_order > layout::MAX_REFCOUNT_ORDER {
             return Err(Error::unsupported("Reference count entry width too large; may not exceed 64 bits"));
         }
-        if fields.crypt_method > layout::CRYPT_LUKS {
-            return Err(Error::unsupported(format!("Unsupported encryption method {}", fields.crypt_method)));
-        }
         if fields.refcount_table_clusters == 0 && !damaged {
             return corrupt("Image does not contain a reference count table");
         }
@@ -193,6 +190,9 @@ impl Qcow2Header {
         }
         if u64::from(fields.l1_size) < wanted {
             return corrupt("L1 table is too small");
+        }
+        if fields.crypt_method > layout::CRYPT_LUKS {
+            return Err(Error::unsupported(format!("Unsupported encryption method {}", fields.crypt_method)));
         }
         Ok(())
     }

@@ -49,7 +49,7 @@ pub fn encode(at: u64, plain: &[u8], how: How, out: &mut Vec<u8>) -> Result<()> 
 /// encoder stored what the disk has of its last one alone.
 pub fn read_whole(file: &ExtentFile, sector: u64) -> Result<(Vec<u8>, u64)> {
     let failed = || format!("{}: could not read a grain", file.name);
-    let marker: GrainMarker = read(&*file.storage, sector * SECTOR).with_context(failed)?;
+    let marker: GrainMarker = read(&*file.storage, &file.name, "a grain marker", sector * SECTOR)?;
     let size = u64::from(marker.bytes.get());
     if size > longest(file.shape.grain) {
         return Err(Error::corrupt(format!("{}: a grain has a compressed size of {size} bytes", file.name)));

@@ -85,10 +85,10 @@ impl<'a> InspectedExtent<'a> {
         let mut streamed = false;
         let gd_at = match header {
             Some(header) => {
-                let head: SparseHeader = read(storage, 0).with_context(failed)?;
+                let head: SparseHeader = read(storage, &sparse.name, "the header", 0)?;
                 streamed = head.gd_at.get() == GD_AT_END;
                 if header.has(FLAG_REDUNDANT) && header.rgd_at.get() != 0 {
-                    redundant = Some(read_directory(storage, header.rgd_at.get(), tables)?);
+                    redundant = Some(read_directory(storage, &sparse.name, header.rgd_at.get(), tables)?);
                     redundant_at = Some((header.rgd_at.get().saturating_mul(SECTOR), directory_bytes));
                 }
                 header.gd_at.get()
@@ -100,7 +100,7 @@ impl<'a> InspectedExtent<'a> {
                 head.map_err(|_| Error::corrupt("Truncated COWD header"))?.0.gd_at.get().into()
             }
         };
-        let first = read_directory(storage, gd_at, tables)?;
+        let first = read_directory(storage, &sparse.name, gd_at, tables)?;
         let at = gd_at.saturating_mul(SECTOR);
         if streamed {
             // Marker, directory, marker, footer, end of stream.
@@ -177,8 +177,8 @@ impl<'a> InspectedExtent<'a> {
         if self.length.next_multiple_of(SECTOR) < at.saturating_add(entries * 4) {
             return Ok(TableCopy::Lost);
         }
-        let failed = || format!("{}: could not read a grain table", self.name());
-        Ok(TableCopy::Entries(read_entries(&*self.sparse.storage, at, entries).with_context(failed)?))
+        let table = read_entries(&*self.sparse.storage, &self.sparse.name, "a grain table", at, entries)?;
+        Ok(TableCopy::Entries(table))
     }
 
     /// Goes through a directory, its tables and their grains, which lie over no metadata and not over `and_over`.
@@ -286,8 +286,7 @@ impl<'a> InspectedExtent<'a> {
     /// Place and length of a compressed grain that begins at that sector of the extent, by its marker.
     fn compressed(&self, inside: u64, at: u64) -> Result<std::result::Result<(u64, u64), String>> {
         let (name, guest) = (self.name(), self.start + inside);
-        let failed = || format!("{name}: could not read a grain marker");
-        let marker: GrainMarker = read(&*self.sparse.storage, at).with_context(failed)?;
+        let marker: GrainMarker = read(&*self.sparse.storage, &self.sparse.name, "a grain marker", at)?;
         let (bytes, head) = (u64::from(marker.bytes.get()), size_of::<GrainMarker>() as u64);
         Ok(if marker.sector.get() != inside {
             Err(format!("{name}: cluster for sector {guest} has the marker of another one"))
@@ -302,8 +301,8 @@ impl<'a> InspectedExtent<'a> {
 
     fn has_table_marker(&self, sector: u32) -> Result<bool> {
         let Some(before) = u64::from(sector).checked_sub(1) else { return Ok(false) };
-        let failed = || format!("{}: could not read a marker", self.name());
-        let marker: Marker = read(&*self.sparse.storage, before * SECTOR).with_context(failed)?;
+        let file = &*self.sparse.storage;
+        let marker: Marker = read(file, &self.sparse.name, "the marker of a grain table", before * SECTOR)?;
         let sectors = self.sparse.shape.table_sectors();
         Ok((marker.sectors.get(), marker.bytes.get(), marker.kind.get()) == (sectors, 0, MARKER_TABLE))
     }
@@ -311,24 +310,24 @@ impl<'a> InspectedExtent<'a> {
     /// The end of a stream: markers, and the footer against the header.
     fn look_at_stream(&self, tell: &mut dyn FnMut(String)) -> Result<()> {
         let (name, storage) = (self.name(), &*self.sparse.storage);
-        let failed = || format!("{name}: could not read the end of the stream");
+        let file = &self.sparse.name;
         let Some(header) = self.header else { return Ok(()) };
         let sectors = (self.first.len() as u64 * 4).div_ceil(SECTOR);
-        if directory_marker(storage, header.gd_at.get())? != Some(sectors) {
+        if directory_marker(storage, file, header.gd_at.get())? != Some(sectors) {
             tell(format!("{name}: no marker before the grain directory"));
         }
         // The footer was found at the last sector but one.
         let at = |back: u64| self.length.saturating_sub(back * SECTOR);
-        let marker: Marker = read(storage, at(3)).with_context(failed)?;
+        let marker: Marker = read(storage, file, "the marker of the footer", at(3))?;
         if marker.kind.get() != MARKER_FOOTER || marker.bytes.get() != 0 {
             tell(format!("{name}: no marker before the footer"));
         }
-        let marker: Marker = read(storage, at(1)).with_context(failed)?;
+        let marker: Marker = read(storage, file, "the marker of the end", at(1))?;
         if (marker.sectors.get(), marker.bytes.get(), marker.kind.get()) != (0, 0, MARKER_END) {
             tell(format!("{name}: no marker at the end of the stream"));
         }
-        let first: SparseHeader = read(storage, 0).with_context(failed)?;
-        let footer: SparseHeader = read(storage, at(2)).with_context(failed)?;
+        let first: SparseHeader = read(storage, file, "the header", 0)?;
+        let footer: SparseHeader = read(storage, file, "the footer", at(2))?;
         let fields = |header: &SparseHeader| {
             (
                 (header.version, header.flags, header.grain_sectors, header.gtes, header.compression),

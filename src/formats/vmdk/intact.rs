@@ -41,7 +41,7 @@ pub fn check(sparse: &Sparse, text: Option<(u64, u64)>) -> Result<()> {
         Some(stream) => {
             // Two markers, the directory and the footer between them, and the end of the stream.
             let tail = 1 + gd_sectors + 3;
-            let told = directory_marker(&*sparse.storage, gd_at)?;
+            let told = directory_marker(&*sparse.storage, &sparse.name, gd_at)?;
             if told != Some(gd_sectors) || stream.tail_at.checked_add(tail) != Some(file_end) || state.rgd.is_some() {
                 return Err(refused("the grain directory is not where that of a stream is"));
             }
@@ -84,8 +84,7 @@ pub fn check(sparse: &Sparse, text: Option<(u64, u64)>) -> Result<()> {
             newest = Some((grain, sector));
             if compressed && looked_at < MARKERS {
                 looked_at += 1;
-                let failed = || format!("{}: could not read a grain marker", sparse.name);
-                let marker: GrainMarker = read(&*sparse.storage, sector * SECTOR).with_context(failed)?;
+                let marker: GrainMarker = read(&*sparse.storage, &sparse.name, "a grain marker", sector * SECTOR)?;
                 if marker.sector.get() != grain * sparse.shape.grain_sectors() {
                     return Err(refused("grains are not what their markers say"));
                 }
@@ -121,6 +120,6 @@ pub fn check(sparse: &Sparse, text: Option<(u64, u64)>) -> Result<()> {
 /// Whether the file ends as a stream does.
 fn has_footer(sparse: &Sparse, file_end: u64) -> Result<bool> {
     let Some(at) = file_end.checked_sub(2) else { return Ok(false) };
-    let footer: SparseHeader = read(&*sparse.storage, at * SECTOR).context("Could not read the footer")?;
+    let footer: SparseHeader = read(&*sparse.storage, &sparse.name, "the footer", at * SECTOR)?;
     Ok(footer.magic == *MAGIC)
 }

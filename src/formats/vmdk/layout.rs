@@ -14,7 +14,9 @@ use std::mem::{offset_of, size_of};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::block::error::{Context, Operation, Place};
 use crate::block::{Error, Result};
+use crate::storage::Storage;
 
 /// Bytes in a sector.
 pub const SECTOR: u64 = 512;
@@ -300,13 +302,15 @@ pub fn is_sesparse(head: &[u8]) -> bool {
     U64::read_from_prefix(head).is_ok_and(|(magic, _)| magic.get() == SESPARSE_MAGIC)
 }
 
-/// Reads a structure of the size of its type from the file.
+/// Reads a structure of the size of its type, which is called `what`, at that byte of the file with that name.
 pub fn read<T: FromBytes + IntoBytes + FromZeros>(
-    storage: &dyn crate::storage::Storage,
+    storage: &dyn Storage,
+    file: &str,
+    what: &'static str,
     at: u64,
-) -> crate::storage::Result<T> {
+) -> Result<T> {
     let mut value = T::new_zeroed();
-    storage.read_at(at, value.as_mut_bytes())?;
+    storage.read_at(at, value.as_mut_bytes()).at(|| Place::of_table(Operation::Read, file, what, at))?;
     Ok(value)
 }
 

@@ -323,7 +323,7 @@ impl VmdkDriver {
         let failed = || format!("{}: could not read a grain marker", sparse.name);
         let end = || sparse.storage.len().with_context(failed);
         let (skip, host_len) = if sparse.shape.markers {
-            let marker: GrainMarker = read(&*sparse.storage, marker_at).with_context(failed)?;
+            let marker: GrainMarker = read(&*sparse.storage, &sparse.name, "a grain marker", marker_at)?;
             let skip = size_of::<GrainMarker>() as u64;
             match u64::from(marker.bytes.get()) {
                 // The whole grain is missing, as its reader will find.

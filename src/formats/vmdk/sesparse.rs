@@ -4,7 +4,6 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::block::error::Context;
 use crate::block::{Error, FileEnd, Result};
 use crate::formats::table::TableCache;
 use crate::storage::Storage;
@@ -14,7 +13,6 @@ use super::tables::Grain;
 
 const GRAIN: u64 = SESPARSE_GRAIN_SECTORS * SECTOR;
 const GTES: u64 = SESPARSE_GTES;
-const READING: &str = "Could not read the metadata of a seSparse extent";
 /// Bytes of directory and tables that are kept.
 const CACHED: usize = 1 << 20;
 
@@ -44,7 +42,7 @@ impl SeSparse {
 
     /// Reads both headers and the directory.
     pub fn open(name: &str, storage: Arc<dyn Storage>) -> Result<Self> {
-        let header: SeSparseHeader = read(&*storage, 0).context(READING)?;
+        let header: SeSparseHeader = read(&*storage, name, "the header", 0)?;
         if header.magic.get() != SESPARSE_MAGIC {
             return Err(corrupt("no magic number at its start"));
         }
@@ -57,7 +55,7 @@ impl SeSparse {
         }
         let past = || corrupt("offset past every end");
         let volatile_at = header.volatile_at.get().checked_mul(SECTOR).ok_or_else(past)?;
-        let volatile: SeSparseVolatile = read(&*storage, volatile_at).context(READING)?;
+        let volatile: SeSparseVolatile = read(&*storage, name, "the volatile header", volatile_at)?;
         if volatile.magic.get() != SESPARSE_VOLATILE_MAGIC {
             return Err(corrupt("no magic number in the volatile header"));
         }

@@ -56,7 +56,7 @@ impl Sparse {
     fn open_hosted(name: &str, storage: Arc<dyn Storage>, first: SparseHeader) -> Result<Self> {
         let length = storage.len().context("Could not get the length of the extent")?;
         let streamed = first.gd_at.get() == GD_AT_END;
-        let header = if streamed { ruling(&*storage, length, first)? } else { first };
+        let header = if streamed { ruling(&*storage, name, length, first)? } else { first };
         check(&header)?;
         let (grain_sectors, overhead) = (header.grain_sectors.get(), header.overhead.get());
         let least = overhead.saturating_mul(SECTOR);
@@ -71,11 +71,14 @@ impl Sparse {
             markers: header.has(FLAG_MARKERS),
         };
         let tables = tables_of(&header);
-        let gd = read_directory(&*storage, header.gd_at.get(), tables)?;
+        let gd = read_directory(&*storage, name, header.gd_at.get(), tables)?;
         let redundant = header.has(FLAG_REDUNDANT) && header.rgd_at.get() != 0;
-        let rgd = if redundant { Some(read_directory(&*storage, header.rgd_at.get(), tables)?) } else { None };
-        let stream =
-            if shape.compressed && streamed { Some(Stream::resume(&*storage, header.gd_at.get())?) } else { None };
+        let rgd = if redundant { Some(read_directory(&*storage, name, header.rgd_at.get(), tables)?) } else { None };
+        let stream = if shape.compressed && streamed {
+            Some(Stream::resume(&*storage, name, header.gd_at.get())?)
+        } else {
+            None
+        };
         let next = match &stream {
             Some(stream) => stream.tail_at,
             None => {
@@ -102,7 +105,7 @@ impl Sparse {
         };
         let capacity = u64::from(header.capacity.get());
         let tables = capacity.div_ceil(grain_sectors * shape.gtes).min(header.gd_entries.get().into());
-        let gd = read_directory(&*storage, header.gd_at.get().into(), tables)?;
+        let gd = read_directory(&*storage, name, header.gd_at.get().into(), tables)?;
         let end = storage.len().context("Could not get the length of the extent")?.div_ceil(SECTOR);
         let file = ExtentFile { name: name.to_owned(), storage, shape };
         Ok(Self { file, hosted: false, state: Mutex::new(VmdkState::new(capacity, gd, end)) })
@@ -192,17 +195,17 @@ fn tables_of(header: &SparseHeader) -> u64 {
 /// The header of an extent whose first header says that its directory is found through the footer: all fields are
 /// the footer's, because what was not known when the stream began is only there. Where the footer is the damaged one
 /// of the two, it is the first header with the footer's directory.
-fn ruling(storage: &dyn Storage, length: u64, first: SparseHeader) -> Result<SparseHeader> {
+fn ruling(storage: &dyn Storage, file: &str, length: u64, first: SparseHeader) -> Result<SparseHeader> {
     // The footer is the last but one sector; the last is the end-of-stream marker.
     let at = length.checked_sub(2 * SECTOR).ok_or_else(|| Error::corrupt("No footer: the file is too short"))?;
-    let footer: SparseHeader = read(storage, at).context("Could not read the footer")?;
+    let footer: SparseHeader = read(storage, file, "the footer", at)?;
     if footer.magic != *MAGIC || footer.gd_at.get() == GD_AT_END {
         // The file was cut off, or never completely written.
         return Err(Error::corrupt("Invalid footer"));
     }
     let repaired = SparseHeader { gd_at: footer.gd_at, ..first };
     for header in [footer, repaired] {
-        if holds(storage, at, &header)? {
+        if holds(storage, file, at, &header)? {
             return Ok(header);
         }
     }
@@ -210,7 +213,7 @@ fn ruling(storage: &dyn Storage, length: u64, first: SparseHeader) -> Result<Spa
 }
 
 /// Whether a header can be that of a stream whose footer is at `end`.
-fn holds(storage: &dyn Storage, end: u64, header: &SparseHeader) -> Result<bool> {
+fn holds(storage: &dyn Storage, file: &str, end: u64, header: &SparseHeader) -> Result<bool> {
     if check(header).is_err() || header.compressed() != header.has(FLAG_COMPRESSED) {
         return Ok(false);
     }
@@ -225,17 +228,17 @@ fn holds(storage: &dyn Storage, end: u64, header: &SparseHeader) -> Result<bool>
     let inside =
         fits(header.gd_at.get(), bytes) && fits(header.overhead.get(), 0) && fits(header.descriptor_at.get(), 0);
     // The marker before the directory knows how long this is.
-    let told = if inside { directory_marker(storage, header.gd_at.get())? } else { None };
+    let told = if inside { directory_marker(storage, file, header.gd_at.get())? } else { None };
     Ok(inside && told.is_none_or(|sectors| sectors == bytes.div_ceil(SECTOR)))
 }
 
 /// So many entries of a grain directory at that sector.
-pub fn read_directory(storage: &dyn Storage, sector: u64, entries: u64) -> Result<Vec<u32>> {
+pub fn read_directory(storage: &dyn Storage, file: &str, sector: u64, entries: u64) -> Result<Vec<u32>> {
     if entries > MAX_TABLES {
         return Err(Error::corrupt("L1 size too big"));
     }
     let at = sector.checked_mul(SECTOR).ok_or_else(|| Error::corrupt("The grain directory lies past every end"))?;
-    read_entries(storage, at, entries).context("Could not read the grain directory")
+    read_entries(storage, file, "the grain directory", at, entries)
 }
 
 impl VmdkState {

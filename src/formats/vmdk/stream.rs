@@ -11,7 +11,6 @@ use std::collections::BTreeMap;
 
 use zerocopy::IntoBytes;
 
-use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::storage::Storage;
 
@@ -29,9 +28,9 @@ pub struct Stream {
 
 impl Stream {
     /// The state of a complete extent: its tail starts with the marker of the grain directory.
-    pub fn resume(storage: &dyn Storage, gd_at: u64) -> Result<Self> {
+    pub fn resume(storage: &dyn Storage, file: &str, gd_at: u64) -> Result<Self> {
         let before = gd_at.saturating_sub(1);
-        let tail_at = if directory_marker(storage, gd_at)?.is_some() { before } else { gd_at };
+        let tail_at = if directory_marker(storage, file, gd_at)?.is_some() { before } else { gd_at };
         Ok(Self { tail_at, open: BTreeMap::new(), dirty: false })
     }
 
@@ -66,10 +65,10 @@ impl Stream {
 }
 
 /// How many sectors the marker before a grain directory says that this has; `None` where there is no such marker.
-pub fn directory_marker(storage: &dyn Storage, gd_at: u64) -> Result<Option<u64>> {
+pub fn directory_marker(storage: &dyn Storage, file: &str, gd_at: u64) -> Result<Option<u64>> {
     let Some(before) = gd_at.checked_sub(1) else { return Ok(None) };
     let at = before.checked_mul(SECTOR).ok_or_else(|| Error::corrupt("The grain directory lies past every end"))?;
-    let marker: Marker = read(storage, at).context("Could not read a marker")?;
+    let marker: Marker = read(storage, file, "the marker of the grain directory", at)?;
     let known = marker.bytes.get() == 0 && marker.kind.get() == MARKER_DIRECTORY;
     Ok(known.then_some(marker.sectors.get()))
 }

@@ -107,10 +107,10 @@ struct CachedTable {
 }
 
 /// `entries` 32-bit numbers from `at`; the number of entries is capped by the caller.
-pub fn read_entries(storage: &dyn Storage, at: u64, entries: u64) -> Result<Vec<u32>> {
+pub fn read_entries(storage: &dyn Storage, file: &str, what: &'static str, at: u64, entries: u64) -> Result<Vec<u32>> {
     let entries = usize::try_from(entries).map_err(|_| Error::corrupt("table too long"))?;
     let mut bytes = vec![0; entries * 4];
-    storage.read_at(at, &mut bytes).context("read error")?;
+    storage.read_at(at, &mut bytes).at(|| Place::of_table(Operation::Read, file, what, at))?;
     Ok(bytes.as_chunks().0.iter().map(|entry| u32::from_le_bytes(*entry)).collect())
 }
 
@@ -157,9 +157,8 @@ impl VmdkState {
             let entries = match at {
                 0 => vec![0; usize::try_from(extent.shape.gtes).unwrap_or(0)],
                 at => {
-                    let place = || Place::of_table(Operation::Read, &extent.name, "a grain table", at);
                     FileEnd::default().require(&*extent.storage, "a grain table", at, extent.shape.gtes * 4)?;
-                    read_entries(&*extent.storage, at, extent.shape.gtes).at(place)?
+                    read_entries(&*extent.storage, &extent.name, "a grain table", at, extent.shape.gtes)?
                 }
             };
             self.tables.insert(table, CachedTable { entries, dirty: false });

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, UNALLOCATED};
-use crate::block::error::Context;
+use crate::block::error::{Context, Operation, Place};
 use crate::block::{Child, Error, Purpose, Result};
 use crate::formats::one_file::Tables;
 use crate::formats::runs::Runs;
@@ -239,13 +239,18 @@ impl VpcState {
         }
         let first = sector / 8;
         let mut bytes = vec![0; usize::try_from(all.div_ceil(8).saturating_sub(first).min(BITMAP_PIECE)).unwrap_or(0)];
-        storage.read_at(at.saturating_add(first), &mut bytes).context("Could not read the bitmap of a block")?;
+        let place = at.saturating_add(first);
+        storage.read_at(place, &mut bytes).at(|| self.in_bitmap(Operation::Read, place))?;
         let (written, run) = run_of_bits(&bytes, sector % 8);
         let run = run.min(all.saturating_sub(sector)).max(1);
         if written && sector == 0 && run == all {
             self.mark_full(block);
         }
         Ok((written, run))
+    }
+
+    fn in_bitmap(&self, operation: Operation, at: u64) -> Place {
+        Place::of_table(operation, self.table.file(), "the bitmap of a block", at)
     }
 
     /// Notes in the file that sectors of a block are written.
@@ -256,7 +261,7 @@ impl VpcState {
         let (first, last) = (from / 8, (to - 1) / 8);
         let mut bytes = vec![0; usize::try_from(last - first + 1).unwrap_or(0)];
         let place = at.saturating_add(first);
-        storage.read_at(place, &mut bytes).context("Could not read the bitmap of a block")?;
+        storage.read_at(place, &mut bytes).at(|| self.in_bitmap(Operation::Read, place))?;
         let mut changed = false;
         for sector in from..to {
             if let Some(byte) = usize::try_from(sector / 8 - first).ok().and_then(|n| bytes.get_mut(n)) {
@@ -266,7 +271,7 @@ impl VpcState {
             }
         }
         if changed {
-            storage.write_at(place, &bytes).context("Could not write the bitmap of a block")?;
+            storage.write_at(place, &bytes).at(|| self.in_bitmap(Operation::Write, place))?;
         }
         Ok(())
     }
@@ -274,7 +279,7 @@ impl VpcState {
     /// Writes the bitmap of a new block, whose sectors are all written.
     pub fn write_bitmap(&mut self, storage: &dyn Storage, block: u64, at: u64) -> Result<()> {
         let bytes = vec![0xff; usize::try_from(self.bitmap()).unwrap_or(0)];
-        storage.write_at(at, &bytes).context("Could not write the bitmap of a block")?;
+        storage.write_at(at, &bytes).at(|| self.in_bitmap(Operation::Write, at))?;
         self.mark_full(block);
         Ok(())
     }
