@@ -275,6 +275,28 @@ fn rebases() -> Vec<Case> {
     ]
 }
 
+/// A read that fails is reported, or was not needed.
+fn every_read(case: &Case) {
+    let (files, shown) = case.prepared();
+    let mut judge = Judge::new(case, &shown);
+    let (recorded, worked, _) = case.run(&files, Faulty::recording);
+    let (count, mut reported) = (recorded.reads(), 0);
+    assert!(worked && count > 5, "{}: {count} reads", case.label());
+    for at in 0..count {
+        let what = format!("{}: read {at} of {count} fails", case.label());
+        let (_, worked, after) = case.run(&files, |inner| Faulty::failing_read(inner, at));
+        reported += usize::from(!worked);
+        if worked { judge.done(&after, &what) } else { judge.judged(&after, &what) }
+    }
+    assert!(reported > 0, "{}: none of {count} failures is reported", case.label());
+}
+
+#[test]
+fn a_failed_read_of_a_commit_or_a_rebase_is_reported() {
+    every_read(&commits()[0]);
+    every_read(&rebases()[0]);
+}
+
 #[test]
 fn a_failed_commit_leaves_the_disk_as_it_was() {
     commits().iter().for_each(every_point);

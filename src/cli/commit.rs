@@ -68,6 +68,7 @@ impl Subcommand for CommitArgs {
         let node = node?;
         let plan = self.plan(&node, cache)?;
         progress.begin();
+        interrupt.begin();
         let name = (!self.common.quiet).then(|| program.name().to_owned());
         let observer = ConsoleObserver { progress: &progress, name, interrupt: Some(&interrupt) };
         let done = commit::commit(&opener, &node, &plan, &observer);

@@ -1,11 +1,11 @@
 //! SIGINT, SIGTERM and SIGHUP while an image is changed in place: the work ends where the image is consistent and its
-//! marks say so, then the signal has its usual effect. A second one has it at once.
+//! marks say so, then the signal has its usual effect. A second one has it at once, and so has one before the work.
 //!
 //! The signals are blocked in every thread, and waited for in one of its own: no handler runs. One that is ignored
 //! stays so.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use nix::sys::signal::{SigSet, Signal, raise};
 
@@ -16,21 +16,23 @@ const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 pub struct Interrupt {
     /// The signal's number; 0 for none.
     caught: Arc<AtomicI32>,
+    /// Whether the work has begun.
+    begun: Arc<AtomicBool>,
 }
 
 impl Interrupt {
-    /// From here on. Called before there are other threads; where they cannot be caught they have their usual effect.
+    /// Called before there are other threads; where signals cannot be caught they have their usual effect.
     pub fn catch() -> Self {
-        let caught = Arc::new(AtomicI32::new(0));
+        let (caught, begun) = (Arc::new(AtomicI32::new(0)), Arc::new(AtomicBool::new(false)));
         let ignored = ignored();
         let mut set = SigSet::empty();
         let wanted = |signal: &&Signal| ignored & (1 << (**signal as i32 - 1)) == 0;
         SIGNALS.iter().filter(wanted).for_each(|signal| set.add(*signal));
         if set.thread_block().is_ok() {
-            let seen = caught.clone();
+            let (seen, begun) = (caught.clone(), begun.clone());
             let waiter = std::thread::Builder::new().spawn(move || {
                 while let Ok(signal) = set.wait() {
-                    if seen.swap(signal as i32, Ordering::SeqCst) != 0 {
+                    if seen.swap(signal as i32, Ordering::SeqCst) != 0 || !begun.load(Ordering::SeqCst) {
                         have_effect(signal);
                     }
                 }
@@ -39,7 +41,12 @@ impl Interrupt {
                 let _ = set.thread_unblock();
             }
         }
-        Self { caught }
+        Self { caught, begun }
+    }
+
+    /// The work begins.
+    pub fn begin(&self) {
+        self.begun.store(true, Ordering::SeqCst);
     }
 
     /// Whether one came.

@@ -91,6 +91,7 @@ impl Subcommand for RebaseArgs {
         let new = new?;
         let name = (!self.common.quiet).then(|| program.name().to_owned());
         let observer = ConsoleObserver { progress: &progress, name, interrupt: Some(&interrupt) };
+        interrupt.begin();
         let done = match self.backing_unsafe {
             true => rebase::rename(&node, &new),
             false => rebase::rebase(&node, &new, self.compress, &observer),

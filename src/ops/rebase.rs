@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::copy::{self, CopyOptions, Joined, Observer, Onto, TargetFacts};
 use super::written;
 use crate::block::error::Context;
-use crate::block::{BackingChange, BackingRef, BlockDriver, Error, ErrorKind, Node, Result, name};
+use crate::block::{BackingChange, BackingRef, BlockDriver, Error, Node, Result, name};
 use crate::storage::Identity;
 
 /// What the image is to stand on.
@@ -103,7 +103,7 @@ pub fn check_compression(node: &Node) -> Result<()> {
     }
     match node.writing()?.compressing() {
         Some(_) => Ok(()),
-        None => Err(Error::new(ErrorKind::Unsupported, "Compression not supported for this file format")),
+        None => Err(Error::unsupported("Compression not supported for this file format")),
     }
 }
 
