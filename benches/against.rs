@@ -51,6 +51,8 @@ const STREAM: (&str, &str) = ("s.vmdk", "convert -f raw -O vmdk -o subformat=str
 const VDI: (&str, &str) = ("disk.vdi", "convert -f raw -O vdi {disk} disk.vdi");
 const VPC: (&str, &str) = ("disk.vpc", "convert -f raw -O vpc {disk} disk.vpc");
 const QCOW: (&str, &str) = ("disk.qcow", "convert -f raw -O qcow {disk} disk.qcow");
+const QED: (&str, &str) = ("disk.qed", "convert -f raw -O qed {disk} disk.qed");
+const PARALLELS: (&str, &str) = ("disk.hdd", "convert -f raw -O parallels {disk} disk.hdd");
 const LUKS_QCOW2: (&str, &str) = (
     "luks.qcow2",
     "convert -f raw -O qcow2 --object secret,id=s,data=abc -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 {disk} luks.qcow2",
@@ -103,6 +105,10 @@ const JOBS: &[Job] = &[
     Job { name: "raw→vpc", needs: &[], run: "convert -f raw -O vpc {disk} out" },
     Job { name: "vpc→raw", needs: &[VPC], run: "convert -f vpc -O raw disk.vpc out" },
     Job { name: "raw→qcow", needs: &[], run: "convert -f raw -O qcow {disk} out" },
+    Job { name: "raw→qed", needs: &[], run: "convert -f raw -O qed {disk} out" },
+    Job { name: "qed→raw", needs: &[QED], run: "convert -f qed -O raw disk.qed out" },
+    Job { name: "raw→parallels", needs: &[], run: "convert -f raw -O parallels {disk} out" },
+    Job { name: "parallels→raw", needs: &[PARALLELS], run: "convert -f parallels -O raw disk.hdd out" },
     Job { name: "qcow→raw", needs: &[QCOW], run: "convert -f qcow -O raw disk.qcow out" },
     Job {
         name: "raw→qcow2 LUKS",

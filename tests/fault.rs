@@ -184,8 +184,12 @@ impl Judge {
         let key = if case.format == "luks" { ",key-secret=s" } else { "" };
         let image = format!("driver={},file.filename={NAME}{key}", case.format);
         let out = judge(&["check", "--object", &secret, "--image-opts", &image]).dir(scratch.path()).run();
-        // 63: the format has no check.
-        assert!(matches!(out.code, Some(0 | 3 | 63)), "{what}: {out:#?}");
+        // 63: the format has no check. What a parallels image says of itself after a stop is all that may be wrong with it.
+        let unclosed = "ERROR image was not closed correctly\n";
+        let wrong =
+            out.stderr.lines().filter(|line| line.starts_with("ERROR") && !line.contains("space leaked")).count();
+        let is_open = out.code == Some(2) && out.stderr.starts_with(unclosed) && wrong == 1;
+        assert!(matches!(out.code, Some(0 | 3 | 63)) || is_open, "{what}: {out:#?}");
         let part = format!("driver=raw,size={},file.{}", case.kept.end, image.replace(',', ",file."));
         let out = judge(&["convert", "--object", &secret, "--image-opts", "-O", "raw", &part, "raw"])
             .dir(scratch.path())
@@ -208,6 +212,8 @@ const OTHERS: &[(&str, &str)] = &[
     ("vmdk", "subformat=twoGbMaxExtentSparse"),
     ("vmdk", "subformat=monolithicFlat"),
     ("luks", "iter-time=0"),
+    ("parallels", ""),
+    ("parallels", "cluster_size=4096"),
 ];
 
 /// Those that grow, but do not shrink.

@@ -86,6 +86,7 @@ pub const KINDS: &[Kind] = &[
     Kind { format: "qcow", quick: false, ..qcow2("", QCOW) },
     Kind { format: "qcow", compressed: true, same_bytes: false, quick: false, ..qcow2("", &[Mount("qcowmount")]) },
     Kind { format: "qed", ..qcow2("", &[]) },
+    Kind { format: "parallels", quick: false, ..qcow2("", &[]) },
     vmdk("subformat=monolithicSparse", VMDK),
     Kind { quick: true, ..vmdk("subformat=monolithicFlat", &[SevenZip("vmdk")]) },
     Kind { most: SMALLER, ..vmdk("subformat=twoGbMaxExtentSparse", VMDK) },

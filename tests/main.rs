@@ -26,6 +26,7 @@ mod luks;
 mod map;
 mod measure;
 mod opening;
+mod parallels;
 mod qcow;
 mod qcow2_check;
 mod qcow2_create;

@@ -32,6 +32,8 @@ const KINDS: &[Kind] = &[
     Kind { format: "qcow2", options: "preallocation=metadata", slack: 0, exact: false },
     kind("qcow", "", 0),
     kind("qed", "", 0),
+    kind("parallels", "", 0),
+    kind("parallels", "cluster_size=64k", 0),
     kind("qed", "cluster_size=4k", 0),
     kind("vdi", "", 0),
     kind("vdi", "static=on", 0),

@@ -26,7 +26,7 @@ impl ErrorKind {
     }
 }
 
-const KINDS: [ErrorKind; 15] = [
+const KINDS: [ErrorKind; 16] = [
     kind("qcow2", "qcow2", "qemu-img convert -f raw -O qcow2 s.raw i", "i", 65536),
     kind("small clusters", "qcow2", "qemu-img convert -f raw -O qcow2 -o cluster_size=512 s.raw i", "i", 512),
     kind("subclusters", "qcow2", "qemu-img convert -f raw -O qcow2 -o extended_l2=on s.raw i", "i", 65536),
@@ -42,6 +42,7 @@ const KINDS: [ErrorKind; 15] = [
     kind("qcow", "qcow", "qemu-img convert -f raw -O qcow s.raw i", "i", 512),
     kind("compressed qcow", "qcow", "vimg convert -c -f raw -O qcow s.raw i", "i", 512),
     kind("qed", "qed", "qemu-img convert -f raw -O qed s.raw i", "i", 512),
+    kind("parallels", "parallels", "qemu-img convert -f raw -O parallels s.raw i", "i", 512),
     kind("vdi", "vdi", "qemu-img convert -f raw -O vdi s.raw i", "i", 512),
     kind("static vdi", "vdi", "qemu-img convert -f raw -O vdi -o static=on s.raw i", "i", 512),
     kind("vpc", "vpc", "qemu-img convert -f raw -O vpc s.raw i", "i", 512),

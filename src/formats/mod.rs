@@ -11,6 +11,7 @@ mod encryption;
 pub mod luks;
 mod luks_header;
 mod one_file;
+pub mod parallels;
 pub mod qcow;
 pub mod qcow2;
 pub mod qed;
@@ -30,6 +31,7 @@ pub const FORMATS: &[&dyn Format] = &[
     &qcow2::Qcow2, //
     &qcow::Qcow,
     &qed::Qed,
+    &parallels::Parallels,
     &vmdk::Vmdk,
     &vdi::Vdi,
     &vpc::Vpc,

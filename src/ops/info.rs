@@ -69,7 +69,7 @@ pub fn of(node: &Node) -> Result<Info> {
         };
         if window {
             image.cluster_size = image.cluster_size.or(file.cluster_size);
-            image.dirty = file.dirty;
+            image.dirty = image.dirty.and(file.dirty);
         }
         let allocated = child.storage.allocated().ok().flatten();
         actual_size = actual_size.zip(allocated).and_then(|(a, b): (u64, u64)| a.checked_add(b));

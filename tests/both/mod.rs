@@ -108,6 +108,11 @@ fn check_is_qemu_imgs() {
 }
 
 #[test]
+fn parallels_is_qemu_imgs() {
+    run_all("parallels", include_str!("parallels.case"), 18);
+}
+
+#[test]
 fn qed_is_qemu_imgs() {
     run_all("qed", include_str!("qed.case"), 30);
 }

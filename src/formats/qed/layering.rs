@@ -17,7 +17,7 @@ impl BackingChange for QedDriver {
         let length = new.map_or(0, |new| new.name.len());
         let room = self.state().header.end().saturating_sub(HEADER_BYTES as u64);
         if length > MOST_NAME || length as u64 > room {
-            return Err(Error::invalid("No space left on device"));
+            return Err(Error::invalid("No space left in the file header"));
         }
         Ok(())
     }
