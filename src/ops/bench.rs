@@ -154,6 +154,7 @@ pub fn run(node: &Node, workload: &Workload) -> Result<Duration> {
         workload,
         size,
         writing: workload.write.is_some().then(|| node.writing()).transpose()?,
+        written: workload.write.map_or(Ok(Vec::new()), |writes| filled(workload.len, writes.pattern))?,
         state: Mutex::new(State { next: workload.offset, ..State::default() }),
         changed: Condvar::new(),
         units: Units::default(),
@@ -177,12 +178,24 @@ pub fn run(node: &Node, workload: &Workload) -> Result<Duration> {
     }
 }
 
+/// So many bytes of a kind, if there is memory for them.
+fn filled(len: u64, byte: u8) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let len = usize::try_from(len).unwrap_or(usize::MAX);
+    let lacking = |_| Error::invalid(format!("there is no memory for a request of {len} bytes"));
+    bytes.try_reserve_exact(len).map_err(lacking)?;
+    bytes.resize(len, byte);
+    Ok(bytes)
+}
+
 /// One run, as all threads see it.
 struct Bench<'a> {
     node: &'a Node,
     workload: &'a Workload,
     size: u64,
     writing: Option<&'a dyn Write>,
+    /// What every write writes.
+    written: Vec<u8>,
     state: Mutex<State>,
     changed: Condvar,
     units: Units,
@@ -218,16 +231,13 @@ impl Bench<'_> {
     }
 
     fn request(&self, at: u64, buffer: &mut Vec<u8>, scratch: &mut Scratch) -> Result<()> {
+        if let Some(writing) = self.writing {
+            return self.write(writing, at, &self.written, scratch);
+        }
         if buffer.is_empty() {
-            let len = usize::try_from(self.workload.len).unwrap_or(usize::MAX);
-            let lacking = |_| Error::invalid(format!("there is no memory for requests of {len} bytes"));
-            buffer.try_reserve_exact(len).map_err(lacking)?;
-            buffer.resize(len, self.workload.write.map_or(0, |writes| writes.pattern));
+            *buffer = filled(self.workload.len, 0)?;
         }
-        match self.writing {
-            None => self.node.read(GuestOffset(at), buffer, scratch),
-            Some(writing) => self.write(writing, at, buffer, scratch),
-        }
+        self.node.read(GuestOffset(at), buffer, scratch)
     }
 
     fn write(&self, writing: &dyn Write, at: u64, buffer: &[u8], scratch: &mut Scratch) -> Result<()> {

@@ -64,7 +64,7 @@ impl Checker<'_> {
     }
 
     /// A cluster's refcount; `None` if its block cannot be read.
-    pub(super) fn refcount_of(&self, refcounts: &mut Refcounts, cluster: u64) -> Result<Option<u64>> {
+    pub(super) fn refcount_of(&mut self, refcounts: &mut Refcounts, cluster: u64) -> Result<Option<u64>> {
         let per_block = self.geometry.refcounts_per_block();
         let index = cluster / per_block;
         let slot = match refcounts.last {
@@ -77,13 +77,16 @@ impl Checker<'_> {
         Ok(block.map(|block| refcount::get(self.geometry.refcount_order, block, at)))
     }
 
-    fn block_slot(&self, refcounts: &mut Refcounts, index: u64) -> Result<usize> {
+    fn block_slot(&mut self, refcounts: &mut Refcounts, index: u64) -> Result<usize> {
         if let Some(slot) = refcounts.slots.get(&index) {
             return Ok(*slot);
         }
         let block = match self.block_place(refcounts, index) {
             BlockPlace::Nowhere => Some(Vec::new()),
-            BlockPlace::Misplaced(_) => None,
+            BlockPlace::Misplaced(at) => {
+                self.misplaced(at, index);
+                None
+            }
             BlockPlace::At(at) => {
                 let mut block = Vec::new();
                 self.read(at, self.geometry.cluster_size(), &mut block)?;
@@ -174,7 +177,8 @@ impl Checker<'_> {
         mend
     }
 
-    fn unreadable(&mut self, first: u64, end: u64, at: u64, index: u64) {
+    /// Tells, the first time, of a block that is in no cluster.
+    fn misplaced(&mut self, at: u64, index: u64) {
         let aligned = self.geometry.in_cluster(at) == 0;
         if !aligned && !self.driver.told_corrupt.swap(true, Ordering::Relaxed) {
             let what = format!("Refblock offset {at:#x} unaligned (reftable index: {})", prefixed(index));
@@ -186,6 +190,10 @@ impl Checker<'_> {
                 ));
             }
         }
+    }
+
+    fn unreadable(&mut self, first: u64, end: u64, at: u64, index: u64) {
+        self.misplaced(at, index);
         for cluster in first..end {
             self.report.check_errors += 1;
             self.tell(&format!("Can't get refcount for cluster {cluster}: Input/output error"));
