@@ -206,7 +206,7 @@ const MIXED: Kinds =
 #[test]
 fn sequences_of_layers_are_as_the_model() {
     for seed in 0..3 {
-        sequence(Program::Vimg, MIXED, seed, 70);
+        sequence(Program::Vimg, MIXED, seed, 45);
     }
 }
 
