@@ -5,7 +5,7 @@ use std::fs;
 use crate::common::{Scratch, vimg};
 
 /// Every bitmap's flags and bits, read from the file.
-fn bitmaps(file: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
+pub fn bitmaps(file: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
     let u32_at = |at: usize| u32::from_be_bytes(file[at..at + 4].try_into().unwrap());
     let u64_at = |at: usize| u64::from_be_bytes(file[at..at + 8].try_into().unwrap()) as usize;
     let cluster = 1 << u32_at(20);
@@ -196,4 +196,61 @@ fn bitmaps_that_share_clusters_are_not_copied() {
     let out = vimg(&["convert", "--bitmaps", "-O", "qcow2", "ours", "a"]).dir(s.path()).fails(1);
     assert!(out.stderr.contains("Bitmaps share their place in the file"), "{out:?}");
     assert!(!s.file("a").exists());
+}
+
+#[test]
+fn bitmaps_of_all_granularities_are_merged() {
+    const GRANULARITIES: [&str; 6] = ["512", "1k", "4k", "64k", "1M", "2G"];
+    for (cluster, size) in [("512", "3000k"), ("64k", "40M"), ("2M", "5000k")] {
+        let s = Scratch::new();
+        s.judge(&["create", "-q", "-f", "qcow2", "-o", &format!("cluster_size={cluster}"), "ours", size]);
+        for granularity in GRANULARITIES {
+            s.judge(&["bitmap", "--add", "-g", granularity, "ours", granularity]);
+        }
+        let writes = ["write 0 512", "write 3k 1k", "write 700k 64k", "write 1000k 1500k", "write 2999k 1k"];
+        s.qemu_io("qcow2", "ours", &writes);
+        for granularity in GRANULARITIES {
+            s.judge(&["bitmap", "--disable", "ours", granularity]);
+            s.judge(&["bitmap", "--add", "-g", granularity, "ours", &format!("to {granularity}")]);
+        }
+        s.qemu_io("qcow2", "ours", &["write 2500k 30k"]);
+        fs::copy(s.file("ours"), s.file("source")).unwrap();
+        for from in GRANULARITIES {
+            fs::copy(s.file("source"), s.file("ours")).unwrap();
+            fs::copy(s.file("source"), s.file("theirs")).unwrap();
+            for to in GRANULARITIES {
+                let other = ["-b", "source", "-F", "qcow2"];
+                let other = if to == "4k" { &other[..] } else { &[] };
+                let args = [&["bitmap", "--merge", from], other].concat();
+                let to = format!("to {to}");
+                s.vimg(&[&args[..], &["ours", &to]].concat());
+                s.judge(&[&args[..], &["theirs", &to]].concat());
+            }
+            s.assert_clean("qcow2", "ours");
+            let read = |name: &str| bitmaps(&fs::read(s.file(name)).unwrap());
+            assert!(read("ours") == read("theirs"), "clusters of {cluster}, from {from}");
+        }
+    }
+}
+
+#[test]
+fn bitmaps_that_share_clusters_are_not_merged() {
+    let s = Scratch::new();
+    s.judge(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", "a", "8G"]);
+    s.judge(&["bitmap", "--add", "-g", "512", "a", "one"]);
+    s.judge(&["bitmap", "--add", "-g", "1k", "a", "two"]);
+    s.qemu_io("qcow2", "a", &["write 0 1k"]);
+    let mut bytes = fs::read(s.file("a")).unwrap();
+    let word = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let at = bytes.windows(4).position(|w| w == [0x23, 0x85, 0x28, 0x75]).unwrap();
+    let table = word(&bytes, word(&bytes, at + 24));
+    // All of its bits are said to lie in the same cluster.
+    for n in 1..512 {
+        bytes.copy_within(table..table + 8, table + n * 8);
+    }
+    fs::write(s.file("a"), &bytes).unwrap();
+    let out = vimg(&["bitmap", "--merge", "one", "a", "two"]).dir(s.path()).fails(1);
+    assert!(out.stderr.contains("Bitmaps share their place in the file"), "{out:?}");
+    let (before, after) = (bitmaps(&bytes), bitmaps(&fs::read(s.file("a")).unwrap()));
+    assert!(before == after, "the bitmaps have changed");
 }

@@ -221,6 +221,25 @@ fn exercise(files: &Files, format: &'static dyn Format, name: &str, sizes: [u64;
     }
 }
 
+/// Its options are amended, and its bitmaps changed.
+fn amend(files: &Files, format: &'static dyn Format, name: &str, reads: &Arc<Reads>) {
+    use vimg::ops::bitmap::BitmapAction::{Add, Disable, Merge, Remove};
+    for text in ["compat=0.10,refcount_bits=16", "compat=1.1,refcount_bits=32,lazy_refcounts=on"] {
+        if let Ok(node) = inside::open(&files.copy_capped(64 << 20, reads), format, name, true, None) {
+            let _ = crate::amend::amend_node(&node, text, &vimg::block::Secrets::default(), false);
+        }
+    }
+    if let Ok(node) = inside::open(&files.copy_capped(64 << 20, reads), format, name, true, None) {
+        let all = node.driver().bitmaps().map_or(Vec::new(), |bitmaps| bitmaps.list());
+        let merge = all.iter().map(|one| Merge(one.name.clone()));
+        let actions: Vec<_> = [Add(Some(4096)), Disable].into_iter().chain(merge).collect();
+        let _ = vimg::ops::bitmap::change(&node, "new", &actions, None);
+        for one in all {
+            let _ = vimg::ops::bitmap::change(&node, &one.name, &[Remove], None);
+        }
+    }
+}
+
 /// Its tables are checked, and what is wrong with them is mended as far as that can be.
 fn check(files: &Files, format: &'static dyn Format, name: &str, reads: &Arc<Reads>) {
     for fix in [Fix::Nothing, Fix::Leaks, Fix::All] {
@@ -293,8 +312,11 @@ fn mutated_images_in_process() {
                         mutated.put(other, files.get(other).expect("fixture"));
                     }
                     mutated.put(name, Arc::new(Memory::new(bytes)));
-                    let (reads, checks) = (Arc::default(), Arc::default());
+                    let (reads, checks, amends) = (Arc::default(), Arc::default(), Arc::default());
                     let run = || {
+                        if format.name() == "qcow2" {
+                            amend(&mutated, *format, name, &amends);
+                        }
                         exercise(&mutated, *format, name, sizes, &reads);
                         check(&mutated, *format, name, &checks);
                     };
@@ -302,7 +324,7 @@ fn mutated_images_in_process() {
                         // The panic's own message went to stderr; this is the case that caused it.
                         panic!("a panic: {what}");
                     }
-                    for reads in [reads, checks] {
+                    for reads in [reads, checks, amends] {
                         assert!(reads.calls() <= CALLS && reads.bytes() <= BYTES, "{reads:?}: {what}");
                     }
                 }

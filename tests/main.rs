@@ -3,6 +3,7 @@
 //! The judge is the installed `qemu-img`; nothing skips in silence when it, or another tool, is missing.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod amend;
 mod bitmaps;
 mod both;
 mod check;

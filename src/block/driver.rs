@@ -13,7 +13,10 @@ use std::num::NonZero;
 use super::check::Check;
 use super::files::{BackingRef, Child, ResizeFiles};
 use super::info::{ImageInfo, SnapshotInfo};
-use super::{BackingChange, CompressedUnit, Emptying, Error, Extent, GuestOffset, HostOffset, HostPlace, Result};
+use super::{
+    BackingChange, CompressedUnit, CreateOptions, Emptying, Error, Extent, GuestOffset, HostOffset, HostPlace, Result,
+    Secrets,
+};
 use crate::storage::Preallocation;
 
 /// One opened layer of an image. Knows nothing of its backing file except the name written in its header.
@@ -116,6 +119,16 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
 
     /// Able to give up what it stores over its backing file.
     fn emptying(&self) -> Option<&dyn Emptying> {
+        None
+    }
+
+    /// Why it cannot hold bitmaps, where other images of its format can.
+    fn no_bitmaps(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Able to change options that it was made with.
+    fn amending(&self) -> Option<&dyn Amend> {
         None
     }
 
@@ -472,6 +485,62 @@ pub trait Bitmaps {
 
     /// Sets what is set in `bits`, from the byte `at` on.
     fn set(&self, index: usize, at: u64, bits: &[u8]) -> Result<()>;
+
+    /// Refuses a new one that cannot be kept beside `others` bitmaps.
+    fn check_new(&self, name: &str, granularity_bits: u8, others: usize) -> Result<()>;
+
+    /// From now on there are these bitmaps, in that order: at once, and for good.
+    fn arrange(&self, wanted: &[WantedBitmap<'_>]) -> Result<()>;
+}
+
+/// A bitmap that there shall be.
+pub struct WantedBitmap<'a> {
+    /// Its name.
+    pub name: String,
+    /// log2 of the bytes for which one bit stands.
+    pub granularity_bits: u8,
+    /// Whether it follows what is written.
+    pub enabled: bool,
+    /// Its bits.
+    pub bits: WantedBits<'a>,
+}
+
+/// Where the bits of a bitmap come from.
+#[derive(Clone, Copy)]
+pub enum WantedBits<'a> {
+    /// It is the one at that place of the list, with the granularity that it has.
+    Kept(usize),
+    /// They are new.
+    Made(&'a dyn MakeBits),
+}
+
+/// Makes the bits of a bitmap.
+pub trait MakeBits {
+    /// Fills `bits`, which are zeros, with the bitmap's bytes from `at` on.
+    fn fill(&self, at: u64, bits: &mut [u8]) -> Result<()>;
+}
+
+/// What shall be otherwise in an image that is there.
+pub struct AmendRequest<'a> {
+    /// All `-o` options, checked against [`super::Format::amend_options`].
+    pub options: &'a CreateOptions,
+    /// Where keys are that the options name.
+    pub secrets: &'a Secrets,
+    /// What makes all data unreadable is done too.
+    pub force: bool,
+    /// Hears how much of how much is done.
+    pub progress: &'a dyn Fn(u64, u64),
+}
+
+/// Able to change options that an image was made with. Its size is one of them in some formats, and is changed, as in any
+/// other case, by [`Resize`], between the two parts.
+pub trait Amend {
+    /// Refuses, before anything is changed, what cannot be done, and does what comes before a change of size. Gives the
+    /// layer as it is from then on, if what has changed never changes in an open layer.
+    fn begin(&self, request: &AmendRequest<'_>) -> Result<Option<Box<dyn BlockDriver>>>;
+
+    /// Does the rest. It is the last call: the layer has nothing to write any more.
+    fn finish(&self, request: &AmendRequest<'_>) -> Result<()>;
 }
 
 /// Which snapshot.

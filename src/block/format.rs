@@ -189,6 +189,11 @@ pub trait Format: Sync + fmt::Debug {
         None
     }
 
+    /// The options that can be changed in an image that is there; none where none can.
+    fn amend_options(&self) -> &'static [OptionSpec] {
+        &[]
+    }
+
     /// Whether its driver answers `Unallocated` at all (can have a backing file). A format with backing files that
     /// cannot be created says so itself.
     fn layered(&self) -> bool {

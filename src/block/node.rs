@@ -156,6 +156,13 @@ impl Node {
         node
     }
 
+    /// The same image, in the same files, as that driver has it.
+    pub fn with_driver(&self, driver: Box<dyn BlockDriver>) -> Self {
+        let mut node = self.over(self.backing.clone());
+        node.layer = Arc::new(Layer::new(driver).with_manner(self.layer.manner));
+        node
+    }
+
     /// The same where it is the same image that lies below, opened anew.
     pub(super) fn over(&self, backing: Option<Arc<Node>>) -> Self {
         Self { layer: self.layer.clone(), backing, name: self.name.clone(), origin: self.origin.clone() }

@@ -114,7 +114,7 @@ fn long(command: &Command, word: &[u8], rest: &mut Rest<'_>, options: &mut Vec<O
             first
         }
     };
-    let takes_value = arg.get_action().takes_values();
+    let takes_value = takes_value(arg);
     let value = match (takes_value, value) {
         (false, Some(_)) => return Err(format!("option '--{known}' doesn't allow an argument")),
         (false, None) => None,
@@ -138,7 +138,7 @@ fn short(command: &Command, letters: &[u8], rest: &mut Rest<'_>, options: &mut V
             .get_arguments()
             .find(|arg| has(arg, letter))
             .ok_or_else(|| format!("invalid option -- '{letter}'"))?;
-        if arg.get_action().takes_values() {
+        if takes_value(arg) {
             let value = match after {
                 [] => rest.next().ok_or_else(|| format!("option requires an argument -- '{letter}'"))?.as_os_str(),
                 value => OsStr::from_bytes(value),
@@ -150,6 +150,12 @@ fn short(command: &Command, letters: &[u8], rest: &mut Rest<'_>, options: &mut V
         letters = after;
     }
     Ok(())
+}
+
+/// Whether a value follows. None does where none has to: so clap is told of what may stand several times, in an order
+/// that counts.
+pub(super) fn takes_value(arg: &Arg) -> bool {
+    arg.get_action().takes_values() && arg.get_num_args().is_none_or(|values| values.min_values() > 0)
 }
 
 /// The option as one word: `--long`, `--long=value`, or where it has no long name `-s`, `-s=value`.

@@ -2,7 +2,7 @@
 
 use clap::{Arg, ArgAction, Command};
 
-use super::{Program, Row, SUBCOMMANDS};
+use super::{Program, Row, SUBCOMMANDS, getopt};
 use crate::drivers::DRIVERS;
 
 /// The version of the reference that vimg stands in for: shown by a link of another name, for programs that
@@ -126,7 +126,7 @@ fn print_options(program: &Program, command: &Command) {
         let mut names: Vec<String> = arg.get_short().map(|short| format!("-{short}")).into_iter().collect();
         names.extend(arg.get_long().map(|long| format!("--{long}")));
         let names = names.join(", ");
-        let line = match (arg.is_positional(), arg.get_action().takes_values()) {
+        let line = match (arg.is_positional(), getopt::takes_value(arg)) {
             (true, _) => value.unwrap_or_default().to_owned(),
             (false, true) => format!("{names} {}", value.unwrap_or("VALUE")),
             (false, false) => names,

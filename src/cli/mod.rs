@@ -3,7 +3,9 @@
 //! [`SUBCOMMANDS`] is the list of subcommands: one file each, its `mod` line and one row, with a struct that says its options (clap) and a
 //! [`Subcommand::run`] that reads like its manual page. Nothing below this stratum prints or exits.
 
+pub mod amend;
 pub mod bench;
+pub mod bitmap;
 pub mod cache;
 pub mod check;
 pub mod commit;
@@ -76,7 +78,9 @@ pub struct Row {
 
 /// Every subcommand, in alphabetical order.
 pub const SUBCOMMANDS: &[Row] = &[
+    row::<amend::AmendArgs>(),
     row::<bench::BenchArgs>(),
+    row::<bitmap::BitmapArgs>(),
     row::<check::CheckArgs>(),
     row::<commit::CommitArgs>(),
     row::<compare::CompareArgs>(),

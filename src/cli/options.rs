@@ -86,16 +86,21 @@ pub fn help(program: &Program, specs: &[OptionSpec], format: Option<&str>) {
         Some(format) => program.println(&format!("Supported {format} options:")),
         None => program.println("Supported options:"),
     }
+    print_specs(program, specs);
+    if format.is_some() {
+        program.print(
+            "\nThe protocol level may support further options.\nSpecify the target filename to include those options.\n",
+        );
+    }
+}
+
+/// A line for each option.
+pub fn print_specs(program: &Program, specs: &[OptionSpec]) {
     let mut specs: Vec<&OptionSpec> = specs.iter().filter(|spec| !spec.own || program.name() == "vimg").collect();
     specs.sort_by_key(|spec| spec.name);
     for spec in specs {
         let name = format!("  {}={}", spec.name, spec.kind.shown());
         program.println(&format!("{name:24} - {}", spec.help));
-    }
-    if format.is_some() {
-        program.print(
-            "\nThe protocol level may support further options.\nSpecify the target filename to include those options.\n",
-        );
     }
 }
 

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use crate::block::{CreateOptions, Error, ErrorKind, Result, SecretBytes, Secrets};
 use crate::crypto::luks::{LuksError, LuksHeader, LuksPlan, NewVolume};
 use crate::crypto::spec::GENERATORS;
-use crate::crypto::{CipherAlgorithm, CipherMode, CipherSpec, HashAlgorithm, IvGenerator, SectorCipher};
+use crate::crypto::{CipherAlgorithm, CipherMode, CipherSpec, HashAlgorithm, IvGenerator};
 
 impl From<LuksError> for Error {
     fn from(error: LuksError) -> Self {
@@ -31,19 +31,19 @@ impl From<LuksError> for Error {
     }
 }
 
-/// What decrypts the payload of a volume. `read` fills a buffer from that offset on, in bytes from the header's start.
+/// The master key of a volume. `read` fills a buffer from that offset on, in bytes from the header's start.
 pub fn unlock(
     secrets: &Secrets,
     header: &LuksHeader,
     passphrase: &SecretBytes,
     read: impl FnMut(u64, &mut [u8]) -> Result<()>,
-) -> Result<SectorCipher> {
+) -> Result<SecretBytes> {
     if let Some(key) = secrets.opened(header.bytes(), passphrase) {
-        return Ok(header.cipher(key.get())?);
+        return Ok(key);
     }
-    let key = header.unlock(passphrase.get(), read)?;
-    secrets.keep_opened(header.bytes(), passphrase, SecretBytes::from(key.to_vec()));
-    Ok(header.cipher(&key)?)
+    let key = SecretBytes::from(header.unlock(passphrase.get(), read)?.to_vec());
+    secrets.keep_opened(header.bytes(), passphrase, key.clone());
+    Ok(key)
 }
 
 /// Makes a new volume, which this process opens again without deriving its key once more.

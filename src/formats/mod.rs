@@ -10,6 +10,7 @@ mod effort;
 mod encryption;
 pub mod luks;
 mod luks_header;
+mod luks_slots;
 mod one_file;
 pub mod parallels;
 pub mod qcow;

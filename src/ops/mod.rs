@@ -1,6 +1,8 @@
 //! What is done to images. No printing, no exit.
 
+pub mod amend;
 pub mod bench;
+pub mod bitmap;
 pub mod check;
 pub mod commit;
 pub mod compare;

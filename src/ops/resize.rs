@@ -63,15 +63,19 @@ fn resizing(node: &Node) -> Result<&dyn Resize> {
 /// Gives the disk that many bytes. New ones read as zeros, whatever a longer backing file holds there; where the format
 /// encrypts all that it holds (luks), as whatever zeros of the file are decrypted to.
 pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
-    resize_unnamed(node, size, fill).map_err(|error| match error.storage() {
-        // The host's reason alone does not say which file it is about. (A size that no file can have is the user's.)
+    resize_unnamed(node, size, fill).map_err(|error| naming_file(node, error))
+}
+
+/// The host's reason alone does not say which file it is about. (A size that no file can have is the user's.)
+pub(super) fn naming_file(node: &Node, error: Error) -> Error {
+    match error.storage() {
         Some(storage::Error::Io(_) | storage::Error::Step { .. })
             if error.place().is_none() && !matches!(error.kind, ErrorKind::TooLarge | ErrorKind::Invalid) =>
         {
             error.context(node.name())
         }
         _ => error,
-    })
+    }
 }
 
 fn resize_unnamed(node: &Node, size: u64, fill: Preallocation) -> Result<()> {

@@ -25,11 +25,17 @@ pub fn normalise(text: &str) -> String {
 
 /// Every option of every dialect (up to 11): a subcommand, its letters, its long names; a colon takes a value.
 const OPTIONS: &[(&str, &str, &str)] = &[
+    ("amend", "ho:f:t:pq", "help object: image-opts force quiet progress format: cache: options:"),
     (
         "bench",
         "hc:d:f:ni:o:qs:S:t:wU",
         "help flush-interval: image-opts pattern: no-drain force-share format: cache: count: depth: offset: \
          buffer-size: step-size: aio: native write object: quiet",
+    ),
+    (
+        "bitmap",
+        "b:f:F:g:h",
+        "help object: image-opts add remove clear enable disable merge: granularity: source-file: source-format: format:",
     ),
     ("check", "hf:r:T:qU", "help format: repair: output: object: image-opts force-share quiet cache:"),
     ("commit", "f:ht:b:dpqr:", "help object: image-opts quiet format: cache: drop base: progress rate: rate-limit:"),

@@ -88,6 +88,16 @@ fn rebase_is_qemu_imgs() {
 }
 
 #[test]
+fn amend_is_qemu_imgs() {
+    run_all("amend", include_str!("amend.case"), 18);
+}
+
+#[test]
+fn bitmap_is_qemu_imgs() {
+    run_all("bitmap", include_str!("bitmap.case"), 18);
+}
+
+#[test]
 fn map_is_qemu_imgs() {
     run_all("map", include_str!("map.case"), 60);
 }

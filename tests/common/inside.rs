@@ -193,7 +193,11 @@ const FILE_OPTIONS: &[OptionSpec] =
 /// `key=value,key=value` as creation options of a format.
 pub fn options(format: &dyn Format, text: &str) -> CreateOptions {
     let create = format.creating().expect("a format that can be created");
-    let mut options = CreateOptions::new(&[create.options(), FILE_OPTIONS]);
+    given(CreateOptions::new(&[create.options(), FILE_OPTIONS]), text)
+}
+
+/// The same with a list of options.
+pub fn given(mut options: CreateOptions, text: &str) -> CreateOptions {
     for pair in text.split(',').filter(|pair| !pair.is_empty()) {
         let (key, value) = pair.split_once('=').unwrap_or_else(|| panic!("no value: {pair}"));
         let kind = options.spec(key).unwrap_or_else(|| panic!("no option {key}")).kind;

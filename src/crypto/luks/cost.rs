@@ -54,10 +54,15 @@ impl Iterations {
     /// As many as take `milliseconds` for a slot, measured. Refused where that is more than the header can say, or than
     /// would be opened again.
     pub fn measure(hash: HashAlgorithm, key: usize, digest: usize, milliseconds: u64) -> Result<Self, LuksError> {
+        let fewest = u32::try_from(FEWEST).unwrap_or(0);
+        if milliseconds == 0 {
+            // There is nothing to measure.
+            return Ok(Self { slot: fewest, digest: fewest });
+        }
         let count = |rate: u64| u128::from(rate) * u128::from(milliseconds) / 1000;
         let fits = |count: u128, len: usize| {
             let iterations = u32::try_from(count).map_err(|_| LuksError::TooLong(count))?;
-            let iterations = iterations.max(u32::try_from(FEWEST).unwrap_or(0));
+            let iterations = iterations.max(fewest);
             match hash.rounds(iterations, len) {
                 rounds if rounds > MOST_ROUNDS / 2 => Err(LuksError::TooManyIterations(iterations)),
                 _ => Ok(iterations),

@@ -42,8 +42,40 @@ impl LuksHeader {
     pub fn unlock<E: From<LuksError>>(
         &self,
         passphrase: &[u8],
-        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+        read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
     ) -> Result<KeyBytes, E> {
+        let mut found = None;
+        let fault = self.try_slots(passphrase, read, &mut |_, key| {
+            found = Some(key);
+            false
+        })?;
+        found.ok_or_else(|| fault.into())
+    }
+
+    /// The slots that the passphrase opens. Those whose cost is too high are not tried: an error where none opens.
+    pub fn opened_by<E: From<LuksError>>(
+        &self,
+        passphrase: &[u8],
+        read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    ) -> Result<Vec<usize>, E> {
+        let mut found = Vec::new();
+        let fault = self.try_slots(passphrase, read, &mut |index, _| {
+            found.push(index);
+            true
+        })?;
+        match fault {
+            LuksError::TooManyIterations(_) if found.is_empty() => Err(fault.into()),
+            _ => Ok(found),
+        }
+    }
+
+    /// Tries the active slots one after the other; `found` says whether to go on. Gives why none may have been found.
+    fn try_slots<E: From<LuksError>>(
+        &self,
+        passphrase: &[u8],
+        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+        found: &mut dyn FnMut(usize, KeyBytes) -> bool,
+    ) -> Result<LuksError, E> {
         // Refused before minutes are spent.
         let mut fault = LuksError::Passphrase;
         SectorCipher::new(self.spec, &vec![0; self.key_bytes()]).map_err(LuksError::from)?;
@@ -61,11 +93,11 @@ impl LuksHeader {
             let mut stripes = KeyBytes::new(vec![0; usize::try_from(place.end - place.start).unwrap_or(0)]);
             read(place.start, &mut stripes)?;
             let key = self.open_slot(slot, passphrase, &mut stripes)?;
-            if self.digest(&key)[..] == self.fields.digest {
-                return Ok(key);
+            if self.digest(&key)[..] == self.fields.digest && !found(index, key) {
+                break;
             }
         }
-        Err(fault.into())
+        Ok(fault)
     }
 
     /// What encrypts the payload, by the master key.
@@ -123,6 +155,17 @@ impl LuksHeader {
             slot.iterations = 0.into();
             slot.salt.fill(0);
         }
+    }
+
+    /// What its key material is to be written over with.
+    pub fn noise(&self, index: usize) -> Result<Vec<u8>, LuksError> {
+        let place = self.material(index);
+        Ok(std::mem::take(&mut *random(usize::try_from(place.end - place.start).unwrap_or(0))?))
+    }
+
+    /// The iterations of a slot that take so many milliseconds, measured.
+    pub fn slot_iterations(&self, milliseconds: u64) -> Result<u32, LuksError> {
+        Ok(Iterations::measure(self.hash, self.key_bytes(), DIGEST, milliseconds)?.slot)
     }
 
     /// What tells the master key from others.

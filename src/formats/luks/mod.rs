@@ -5,20 +5,23 @@
 //! image is known to be zeros, and a new one does not read as zeros either. The header may lie in a file of its own,
 //! which options name as `header`.
 
+mod amend;
 mod create;
 mod measure;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::block::driver::Amend;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::keys::take_text;
 use crate::block::{
     BlockDriver, Child, Cipher, Create, Error, Extent, ExtentKind, FileEnd, Format, GuestOffset, HostPlace, KeyUse,
-    OpenRequest, Placed, Resize, Result, Store, Write,
+    OpenRequest, OptionSpec, Placed, Resize, Result, SecretBytes, Store, Write,
 };
 use crate::crypto::luks::{HEADER, LuksHeader};
 use crate::formats::luks_header::{self, luks_facts};
+use crate::formats::luks_slots;
 use crate::formats::sector_cipher::ImageCipher;
 use crate::storage::{self, Preallocation, Storage};
 
@@ -65,21 +68,25 @@ impl Format for Luks {
             }
             header => header?,
         };
-        let cipher = match purpose.only_looks() {
+        let key = match purpose.only_looks() {
             true => None,
             false => {
                 let passphrase = secrets.key(KEY_SECRET, id.as_deref(), &name, KeyUse::from(purpose))?;
-                let cipher = luks_header::unlock(secrets, &header, &passphrase, key_material(&*holder.storage))?;
-                Some(ImageCipher::by_guest(cipher))
+                Some(luks_header::unlock(secrets, &header, &passphrase, key_material(&*holder.storage))?)
             }
         };
-        let driver = LuksDriver { files, header, cipher, size: AtomicU64::new(0), write: purpose.writes() };
+        let cipher = key.as_ref().map(|key| header.cipher(key.get())).transpose()?.map(ImageCipher::by_guest);
+        let driver = LuksDriver { files, header, key, cipher, size: AtomicU64::new(0), write: purpose.writes() };
         driver.size.store(driver.room()?, Ordering::Relaxed);
         Ok(Box::new(driver))
     }
 
     fn creating(&self) -> Option<&dyn Create> {
         Some(self)
+    }
+
+    fn amend_options(&self) -> &'static [OptionSpec] {
+        luks_slots::OPTIONS
     }
 }
 
@@ -102,6 +109,8 @@ struct LuksDriver {
     /// The payload's, and the header's, where that is detached.
     files: Vec<Child>,
     header: LuksHeader,
+    /// The master key. Nothing where the header alone is looked at.
+    key: Option<SecretBytes>,
     /// Nothing where the header alone is looked at.
     cipher: Option<ImageCipher>,
     /// The virtual size in bytes.
@@ -164,6 +173,10 @@ impl BlockDriver for LuksDriver {
     }
 
     fn resizing(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+
+    fn amending(&self) -> Option<&dyn Amend> {
         Some(self)
     }
 

@@ -21,6 +21,8 @@ use super::plan::Planner;
 pub struct Unlocked {
     /// The LUKS header.
     pub luks: Option<LuksHeader>,
+    /// The master key that is kept in it.
+    pub key: Option<SecretBytes>,
     /// Nothing where the image is not encrypted, or where its header alone is looked at.
     pub cipher: Option<ImageCipher>,
 }
@@ -46,12 +48,13 @@ pub fn unlock(
     };
     let Some(place) = header.crypto else {
         let cipher = key.map(|key| ImageCipher::legacy_aes(&key)).transpose()?;
-        return Ok(Unlocked { luks: None, cipher });
+        return Ok(Unlocked { luks: None, key: None, cipher });
     };
     let volume = LuksClusters { storage: &*file.storage, at: place.0, len: place.1, end: FileEnd::default() };
     let luks = volume.header()?;
-    let cipher = key.map(|key| volume.unlock(secrets, &luks, &key)).transpose()?;
-    Ok(Unlocked { luks: Some(luks), cipher })
+    let key = key.map(|passphrase| volume.unlock(secrets, &luks, &passphrase)).transpose()?;
+    let cipher = key.as_ref().map(|key| luks.cipher(key.get())).transpose()?.map(ImageCipher::by_host);
+    Ok(Unlocked { luks: Some(luks), key, cipher })
 }
 
 /// The clusters of a LUKS header: so many bytes from there on.
@@ -79,9 +82,8 @@ impl LuksClusters<'_> {
         Ok(LuksHeader::parse(&bytes, false)?)
     }
 
-    fn unlock(&self, secrets: &Secrets, header: &LuksHeader, passphrase: &SecretBytes) -> Result<ImageCipher> {
-        let cipher = luks_header::unlock(secrets, header, passphrase, |at, buf| self.read(at, buf))?;
-        Ok(ImageCipher::by_host(cipher))
+    fn unlock(&self, secrets: &Secrets, header: &LuksHeader, passphrase: &SecretBytes) -> Result<SecretBytes> {
+        luks_header::unlock(secrets, header, passphrase, |at, buf| self.read(at, buf))
     }
 }
 

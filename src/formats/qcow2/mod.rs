@@ -11,15 +11,18 @@
 //! * `walk.rs` everything that the metadata refers to, one after the other, for `guard.rs` (where tables are) and
 //!   `repair.rs` (after an unclean end);
 //! * `counts.rs` refcounts of an open image; `alloc.rs` clusters given out and taken back; `flush.rs` changes on their
-//!   way to the file; `place.rs` guest data; `fit.rs` and `tracking.rs`: bitmaps follow the size and what is written; `tail.rs`
-//!   what lies past the end of the disk; `resize.rs` its size; `state.rs` snapshots taken, applied and deleted; `layering.rs` another backing file, and
-//!   nothing stored over it; `check.rs` what is wrong, and mending it; `open.rs`
+//!   way to the file; `place.rs` guest data; `fit.rs` and `tracking.rs`: bitmaps follow the size and what is written; `arrange.rs` those
+//!   that are added, changed and removed; `tail.rs` what lies past the end of the disk; `resize.rs` its size; `state.rs` snapshots taken,
+//!   applied and deleted; `layering.rs` another backing file, and nothing stored over it; `amend.rs` other options, `expand.rs` without
+//!   marks that version 2 lacks, `width.rs` with refcounts of another width; `check.rs` what is wrong, and mending it; `open.rs`
 //!   opening: refusals, options.
 //!
 //! Lock order: `alloc` → `header` → the cache's own. Whoever changes a table or the header holds `alloc`. No lock is
 //! held across data I/O; mapping takes `header` for reading, for a moment, and the cache's locks.
 
 pub mod alloc;
+pub mod amend;
+pub mod arrange;
 pub mod bitmap;
 pub mod check;
 pub mod codec;
@@ -28,6 +31,7 @@ pub mod create;
 pub mod crypt;
 pub mod dirty;
 pub mod entry;
+pub mod expand;
 pub mod fit;
 pub mod flush;
 pub mod geometry;
@@ -54,17 +58,18 @@ pub mod tables;
 pub mod tail;
 pub mod tracking;
 pub mod walk;
+pub mod width;
 pub mod window;
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard};
 
-use crate::block::driver::Bitmaps;
+use crate::block::driver::{Amend, Bitmaps};
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
     BackingChange, BackingRef, BlockDriver, Check, Child, Cipher, CompressedUnit, Create, Emptying, Extent, Format,
-    GuestOffset, OpenRequest, Resize, Result, Snapshots, StoredWord, Write,
+    GuestOffset, OpenRequest, OptionSpec, Resize, Result, SecretBytes, Snapshots, StoredWord, Write,
 };
 use crate::crypto::luks;
 use crate::formats::encryption::KEY_SECRET;
@@ -103,6 +108,10 @@ impl Format for Qcow2 {
     fn creating(&self) -> Option<&dyn Create> {
         Some(self)
     }
+
+    fn amend_options(&self) -> &'static [OptionSpec] {
+        amend::OPTIONS
+    }
 }
 
 /// An opened qcow2 layer.
@@ -131,6 +140,8 @@ pub struct Qcow2Driver {
     bitmaps: RwLock<Vec<bitmap::Bitmap>>,
     /// The LUKS header.
     luks: Option<luks::LuksHeader>,
+    /// The master key that is kept in it. Nothing where the header alone is looked at.
+    key: Option<SecretBytes>,
     backing: Option<BackingRef>,
     /// Whether zeros are kept as such though nothing lies below.
     keeps_zeros: AtomicBool,
@@ -211,12 +222,20 @@ impl BlockDriver for Qcow2Driver {
         self.write.then_some(self)
     }
 
+    fn amending(&self) -> Option<&dyn Amend> {
+        Some(self)
+    }
+
     fn cipher(&self) -> Option<&dyn Cipher> {
         self.cipher.as_ref().map(|cipher| cipher as &dyn Cipher)
     }
 
     fn bitmaps(&self) -> Option<&dyn Bitmaps> {
         if self.geometry.version < 3 { None } else { Some(self) }
+    }
+
+    fn no_bitmaps(&self) -> Option<&'static str> {
+        (self.geometry.version < 3).then_some("Cannot store dirty bitmaps in qcow2 v2 files")
     }
 }
 

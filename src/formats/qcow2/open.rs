@@ -29,7 +29,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     let cache_bytes = cache_bytes(options, &header)?;
     check_tuning(options, &header)?;
     check_lazy(options, &header)?;
-    let Unlocked { luks, cipher } = crypt::unlock(options, &header, &file, purpose, secrets)?;
+    let Unlocked { luks, key, cipher } = crypt::unlock(options, &header, &file, purpose, secrets)?;
     let external = header.fields.incompatible & layout::DATA_FILE != 0;
     let mut files = vec![file];
     if !purpose.only_looks() {
@@ -48,8 +48,13 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         false => snapshot::read_table(&**storage, &header)?,
     };
     if header.bitmaps.is_some() && header.fields.autoclear & layout::BITMAPS == 0 {
-        let text =
-            "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent";
+        let text = match header.fields.version {
+            2 => {
+                "This qcow2 v2 image contains bitmaps, but they may have been modified by a program without persistent \
+                 bitmap support; so now they must all be considered inconsistent"
+            }
+            _ => "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent",
+        };
         related.notice(Notice::Warning(text.to_owned()));
         let text = "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.";
         related.notice(Notice::Line(text.to_owned()));
@@ -76,6 +81,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         snapshots: RwLock::new(snapshots),
         bitmaps: RwLock::new(bitmaps),
         luks,
+        key,
         backing,
         keeps_zeros: AtomicBool::new(false),
         write: purpose.writes(),
@@ -121,6 +127,7 @@ impl Qcow2Driver {
             snapshots: RwLock::default(),
             bitmaps: RwLock::new(self.bitmap_list()),
             luks: self.luks.clone(),
+            key: self.key.clone(),
             backing: self.backing.clone(),
             keeps_zeros: AtomicBool::new(false),
             write: false,

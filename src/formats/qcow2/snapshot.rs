@@ -277,7 +277,7 @@ impl Qcow2Driver {
     }
 
     /// What has to be known, and in the file, before the state changes.
-    fn before_state(&self, alloc: &mut super::alloc::Allocator) -> Result<()> {
+    pub(super) fn before_state(&self, alloc: &mut super::alloc::Allocator) -> Result<()> {
         if !self.write {
             return Err(Error::unsupported("Block node is read-only"));
         }
@@ -287,7 +287,7 @@ impl Qcow2Driver {
     }
 
     /// The entries of an L1 table, from the file: what was changed is there.
-    fn l1_words(&self, at: u64, entries: u32) -> Result<Vec<u64>> {
+    pub(super) fn l1_words(&self, at: u64, entries: u32) -> Result<Vec<u64>> {
         self.check_l1(at, entries)?;
         let len = usize::try_from(u64::from(entries) * ENTRY).map_err(|_| Error::corrupt("L1 table too large"))?;
         let mut bytes = vec![0; len];

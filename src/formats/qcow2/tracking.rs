@@ -9,7 +9,7 @@
 
 use std::sync::PoisonError;
 
-use crate::block::driver::{BitmapInfo, Bitmaps};
+use crate::block::driver::{BitmapInfo, Bitmaps, WantedBitmap};
 use crate::block::error::Context;
 use crate::block::{Error, Result};
 
@@ -294,5 +294,13 @@ impl Bitmaps for Qcow2Driver {
         let mut alloc = self.lock_alloc();
         self.set_bits(&mut alloc, &fields, at, bits)?;
         self.settle_if_due(&mut alloc)
+    }
+
+    fn check_new(&self, name: &str, granularity_bits: u8, others: usize) -> Result<()> {
+        self.check_new_bitmap(name, granularity_bits, others)
+    }
+
+    fn arrange(&self, wanted: &[WantedBitmap<'_>]) -> Result<()> {
+        self.arrange_bitmaps(wanted)
     }
 }
