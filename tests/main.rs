@@ -37,6 +37,7 @@ mod qcow2_write;
 mod qed;
 mod realdisk;
 mod rig;
+mod sharing;
 mod signals;
 mod simg;
 mod snapshot;

@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use crate::common::{Scratch, judge, pattern, vimg, vimg_path};
+use crate::common::trace::disturbed_at;
+use crate::common::{Scratch, judge, pattern, vimg, vimg_path, write_pattern};
 
 /// A kind of image: format, how qemu-img makes it of `s.raw`, the file that is cut, and the unit of the last part of
 /// a file that writers may leave out.
@@ -180,4 +181,45 @@ fn a_cut_backing_file_is_an_error_too() {
         out.stderr
     );
     assert!(!scratch.file("o").exists());
+}
+
+/// A source that somebody cuts short while it is converted, at any time: an error that names it and where it ends, and
+/// no target; never a crash (the source's pages are mapped), and never zeros in place of what is gone.
+#[test]
+fn cut_while_it_is_converted() {
+    let scratch = Scratch::new();
+    write_pattern(&scratch.file("disk.raw"), 0, 5, 9 << 20);
+    scratch.judge(&["convert", "-f", "raw", "-O", "qcow2", "disk.raw", "disk.qcow2"]);
+    let folder = scratch.file("work");
+    fs::create_dir(&folder).expect("a folder");
+    for (format, threads, target) in [("raw", "1", "qcow2"), ("qcow2", "3", "raw"), ("raw", "4", "raw")] {
+        let (whole, source) = (scratch.file(&format!("disk.{format}")), folder.join("source"));
+        let args = ["convert", "-m", threads, "-f", format, "-O", target, "source", "target"];
+        let (mut whole_ones, mut told) = (0, 0);
+        for end in [0, (4 << 20) + 1000] {
+            let mut n = 1;
+            loop {
+                let _ = fs::remove_file(folder.join("target"));
+                fs::copy(&whole, &source).expect("copy");
+                let cut = || fs::OpenOptions::new().write(true).open(&source).expect("open").set_len(end).expect("cut");
+                let Some((code, said)) = disturbed_at(&folder, &args, n, cut) else { break };
+                let when = format!("{format} cut to {end} at call {n}: {said}");
+                if code == 0 {
+                    // All of it was read before; or it was not opened yet, and is a disk of that size.
+                    let shorter = vimg(&["convert", "-f", format, "-O", "raw", "source", "shorter"]).dir(&folder).run();
+                    vimg(&["convert", "-f", target, "-O", "raw", "target", "got"]).dir(&folder).ok();
+                    let got = fs::read(folder.join("got")).expect("read");
+                    let is_shorter = shorter.code == Some(0) && got == fs::read(folder.join("shorter")).expect("read");
+                    assert!(is_shorter || got == fs::read(scratch.file("disk.raw")).expect("read"), "{when}");
+                    whole_ones += 1;
+                } else {
+                    assert!(code == 1 && !folder.join("target").exists(), "{code}: {when}");
+                    told += usize::from(said.contains("source: the file was cut short at offset"));
+                    assert!(said.contains("source"), "{when}");
+                }
+                n += 13;
+            }
+        }
+        assert!(whole_ones > 0 && told > 3, "{format}: {whole_ones} whole, {told} told");
+    }
 }

@@ -49,6 +49,7 @@ impl FileEnd {
     }
 }
 
+#[allow(clippy::len_without_is_empty)]
 impl Child {
     /// What lies there as it is: data, or a hole.
     pub fn extent(&self, start: GuestOffset, place: HostPlace, max: u64) -> Result<Extent> {
@@ -73,6 +74,11 @@ impl Child {
     /// What was being done, should it fail.
     pub(super) fn doing(&self, operation: Operation, guest: GuestOffset, host: HostOffset) -> Place {
         Place { operation, file: self.name.clone(), part: PlacePart::Guest(guest), host: Some(host) }
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> Result<u64> {
+        self.storage.len().with_context(|| format!("{}: could not get the length of the file", self.name))
     }
 
     /// Returns once everything written to it is on stable storage.

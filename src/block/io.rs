@@ -17,7 +17,9 @@ pub use stored::{clear_stored, move_stored, punch, punch_at, read_stored, read_u
 use super::driver::{Action, Placed, Store};
 use super::error::{Context, Operation};
 use super::{CompressedUnit, Error, ExtentKind, GuestOffset, HostOffset, HostPlace, Mapping, Node, Result};
-use crate::storage::{self, Event, Zeroing};
+use crate::storage::offload::{Offload, offload};
+use crate::storage::view::Window;
+use crate::storage::{Event, Zeroing};
 
 /// Bytes that are moved, or zeros that are encrypted, in one go.
 const ZEROS: u64 = 1 << 20;
@@ -195,6 +197,17 @@ impl Mapping<'_> {
             ExtentKind::Compressed(unit) => self.read_compressed(&unit, buf, scratch)?,
         }
         Ok(())
+    }
+
+    /// Shows the run's first `len` bytes as the next ones of a window, without a copy. False where they have to be read:
+    /// they are not stored as they are, or there is no looking at them (see [`Window::add`]).
+    pub fn show(&self, len: usize, window: &mut Window) -> Result<bool> {
+        let ExtentKind::Data(place) = self.kind else { return Ok(false) };
+        if self.node.driver().cipher().is_some() || self.there()? < len as u64 {
+            return Ok(false);
+        }
+        self.node.announce(Event::READ_AIO);
+        Ok(window.add(&*self.node.child(place)?.storage, place.at.get(), len))
     }
 
     fn read_compressed(&self, unit: &CompressedUnit, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
@@ -425,18 +438,6 @@ impl Placement<'_> {
         self.target().filter(|(_, before, after)| (*before, *after) == (0, 0)).map(|(place, ..)| place)
     }
 
-    /// Lets the host copy the start of that run here, without the bytes passing through this program. False where it
-    /// cannot, or where the bytes are not the same in both files; the range may then be partly written.
-    pub fn copy_from(&self, source: &Mapping<'_>) -> Result<bool> {
-        let (Some(to), ExtentKind::Data(from)) = (self.spot(), source.kind) else { return Ok(false) };
-        if self.node.driver().cipher().is_some() || source.node.driver().cipher().is_some() {
-            return Ok(false);
-        }
-        let (there, here) = (source.node.child(from)?, self.node.child(to)?);
-        storage::offload::copy(&*there.storage, from.at.get(), &*here.storage, to.at.get(), self.placed.len)
-            .at(|| here.doing(Operation::Write, self.start(), to.at))
-    }
-
     /// Makes it visible before its bytes are there: only for images that nobody else can see yet. The tables are
     /// then the same whatever the order in which the writes end.
     pub fn publish_early(&mut self) -> Result<()> {
@@ -471,9 +472,31 @@ pub struct Step<'a> {
     pub len: usize,
     /// Whether they are in the buffer of encoded bytes.
     pub encoded: bool,
+    /// How many of the first ones are in their place already.
+    pub done: usize,
 }
 
 impl Step<'_> {
+    /// Lets the host give the next bytes of the step those of the start of that run, up to `len`, without their passing
+    /// through this program. False where it has no way to, or where the bytes are not the same in both files. What was
+    /// not done then, or lies differently in the blocks of the two files, is left to be written.
+    pub fn offload(&mut self, source: &Mapping<'_>, len: u64, how: Offload) -> Result<bool> {
+        let (Some(to), ExtentKind::Data(from)) = (self.placement.spot(), source.kind) else { return Ok(true) };
+        let node = self.placement.node;
+        if node.driver().cipher().is_some() || source.node.driver().cipher().is_some() {
+            return Ok(false);
+        }
+        // Reading tells what is missing.
+        if self.encoded || source.there()? < len {
+            return Ok(true);
+        }
+        let (there, here, to) = (source.node.child(from)?, node.child(to)?, forth(to, self.done as u64));
+        let moved = offload(&*there.storage, from.at.get(), &*here.storage, to.at.get(), len, how)
+            .at(|| here.doing(Operation::Write, self.placement.start(), to.at))?;
+        self.done += length(moved.unwrap_or(0))?;
+        Ok(moved.is_some())
+    }
+
     fn bytes<'b>(&self, plain: &'b [u8], encoded: &'b [u8]) -> &'b [u8] {
         bytes_of(plain, encoded, self.encoded, self.from, self.len)
     }
@@ -504,40 +527,41 @@ impl WriteRun<'_> {
     }
 
     /// Whether that step's bytes follow, in the file and in the buffer.
-    fn reaches(&self, step: &Step<'_>, place: HostPlace) -> bool {
+    fn reaches(&self, step: &Step<'_>, place: HostPlace, from: usize) -> bool {
         self.encoded == step.encoded
             && std::ptr::eq(self.node, step.placement.node)
             && self.place.file == place.file
             && self.place.at.checked_add(self.len as u64) == Some(place.at)
-            && self.from + self.len == step.from
+            && self.from + self.len == from
     }
 }
 
 /// Writes all steps; what is adjacent in the file and in the buffer goes out in one write.
 pub fn write_steps(steps: &[Step<'_>], plain: &[u8], encoded: &[u8], scratch: &mut Scratch) -> Result<()> {
     let mut run: Option<WriteRun<'_>> = None;
-    for step in steps {
+    for step in steps.iter().filter(|step| step.done < step.len) {
         let place = match (&step.placement.placed.action, step.encoded) {
             // Encoded bytes are whole units.
             (Action::Write { place, .. }, true) => Some(*place),
             _ => step.placement.spot(),
         };
         let Some(place) = place else {
-            // It shares a new unit with what lies beside it.
+            // It shares a new unit with what lies beside it: nothing of it is done.
             if let Some(run) = run.take() {
                 run.write(plain, encoded, scratch)?;
             }
             step.placement.write(step.bytes(plain, encoded), scratch)?;
             continue;
         };
+        let (place, from, len) = (forth(place, step.done as u64), step.from + step.done, step.len - step.done);
         if let Some(run) = &mut run
-            && run.reaches(step, place)
+            && run.reaches(step, place, from)
         {
-            run.len += step.len;
+            run.len += len;
             continue;
         }
-        let (node, guest) = (step.placement.node, step.placement.start());
-        let next = WriteRun { node, place, guest, from: step.from, len: step.len, encoded: step.encoded };
+        let (node, guest) = (step.placement.node, step.placement.start() + step.done as u64);
+        let next = WriteRun { node, place, guest, from, len, encoded: step.encoded };
         if let Some(run) = run.replace(next) {
             run.write(plain, encoded, scratch)?;
         }

@@ -16,6 +16,7 @@ pub struct StagedTarget {
     staging: Staging,
     node: Arc<Node>,
     name: String,
+    shares: bool,
 }
 
 impl StagedTarget {
@@ -29,7 +30,10 @@ impl StagedTarget {
         let mode = cache.unwrap_or(CacheMode::Unsafe);
         let staging = Staging::new(mode, durability(cache));
         let node = create::create_open(new, &staging, opener, mode, doing)?;
-        Ok(Self { staging, node, name: new.name.to_string_lossy().into_owned() })
+        // Space that was asked for is its own.
+        let own = new.options.text("preallocation").is_some_and(|mode| matches!(mode, "falloc" | "full"));
+        let shares = !own && !new.options.switch("nocow");
+        Ok(Self { staging, node, name: new.name.to_string_lossy().into_owned(), shares })
     }
 
     /// The image.
@@ -45,12 +49,12 @@ impl StagedTarget {
         let holes_are_zeros = self.staging.is_blank() && self.node.driver().cipher().is_none();
         let blank = holes_are_zeros || stores_nothing(self.node.driver())?;
         let reads_zero = self.node.backing().is_none() && blank;
-        Ok(TargetFacts { unnamed, reads_zero, blank })
+        Ok(TargetFacts { unnamed, reads_zero, blank, shares: self.shares && unnamed })
     }
 
     /// Gives it its name, if all has gone well.
     pub fn finish(self, done: Result<()>) -> Result<()> {
-        let Self { staging, node, name } = self;
+        let Self { staging, node, name, .. } = self;
         done.map_err(|error| no_room_for_both(error, &staging))?;
         drop(node);
         staging.commit().with_context(|| format!("Could not create '{name}'"))

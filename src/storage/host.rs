@@ -34,6 +34,18 @@ struct FsXattr {
 
 const _: () = assert!(size_of::<FsXattr>() == 28);
 
+/// `FICLONERANGE`'s structure, `linux/fs.h`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct CloneRange {
+    source: i64,
+    source_at: u64,
+    len: u64,
+    target_at: u64,
+}
+
+const _: () = assert!(size_of::<CloneRange>() == 32);
+
 const XFLAG_EXTSIZE: u32 = 0x0800;
 const NOCOW: c_int = 0x0080_0000;
 
@@ -52,6 +64,7 @@ mod requests {
     ioctl_read_bad!(fs_get_xattr, request_code_read!(b'X', 31, size_of::<FsXattr>()), FsXattr);
     ioctl_write_ptr_bad!(fs_set_xattr, request_code_write!(b'X', 32, size_of::<FsXattr>()), FsXattr);
     ioctl_read_bad!(fs_get_flags, request_code_read!(b'f', 1, size_of::<c_long>()), c_int);
+    ioctl_write_ptr_bad!(clone_range, request_code_write!(0x94, 13, size_of::<CloneRange>()), CloneRange);
     ioctl_write_ptr_bad!(fs_set_flags, request_code_write!(b'f', 2, size_of::<c_long>()), c_int);
 }
 
@@ -92,6 +105,15 @@ pub fn discard_device(file: &File, at: u64, len: u64) -> Result<()> {
 pub fn zero_device(file: &File, at: u64, len: u64) -> Result<()> {
     // SAFETY: the descriptor is open, and BLKZEROOUT reads two 64-bit numbers from where the array lies.
     unsafe { blk_zero_out(file.as_raw_fd(), &[at, len]) }?;
+    Ok(())
+}
+
+/// Has a file share bytes of another one: both keep them, on the disk they are there once. All numbers are multiples of
+/// the file system's block.
+pub fn share_range(source: &File, source_at: u64, len: u64, target: &File, target_at: u64) -> Result<()> {
+    let range = CloneRange { source: source.as_raw_fd().into(), source_at, len, target_at };
+    // SAFETY: both descriptors are open, and FICLONERANGE reads one such structure from where it lies.
+    unsafe { clone_range(target.as_raw_fd(), &range) }?;
     Ok(())
 }
 

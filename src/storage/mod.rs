@@ -25,6 +25,7 @@ pub mod room;
 pub mod sparse;
 pub mod staging;
 pub mod temporary;
+pub mod view;
 pub mod writeback;
 
 use std::fmt;

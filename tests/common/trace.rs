@@ -23,8 +23,40 @@ pub enum Ended {
 
 /// Runs vimg and kills it when it enters or leaves a system call for the `n`th time.
 pub fn killed_at(folder: &Path, args: &[&str], n: usize) -> Ended {
+    let mut killed = false;
+    let (code, calls) = traced(folder, args, |calls, pid| {
+        killed = calls == n;
+        if killed {
+            kill(pid, Signal::SIGKILL).expect("kill");
+        }
+        !killed
+    });
+    assert!(killed || code == Some(0), "{args:?}: {code:?}");
+    if killed { Ended::Killed } else { Ended::Done(calls) }
+}
+
+/// Runs vimg and does something else when it enters or leaves a system call for the `n`th time. Gives its exit code
+/// and what it said, or nothing if it made fewer calls.
+pub fn disturbed_at(folder: &Path, args: &[&str], n: usize, disturb: impl FnOnce()) -> Option<(i32, String)> {
+    let mut disturb = Some(disturb);
+    let (code, _) = traced(folder, args, |calls, _| {
+        if calls == n
+            && let Some(disturb) = disturb.take()
+        {
+            disturb();
+        }
+        true
+    });
+    let said = std::fs::read_to_string(folder.join("../stderr")).expect("what it said");
+    disturb.is_none().then(|| (code.expect("nobody kills it"), said))
+}
+
+/// Runs vimg in that folder, with its standard error in the file `stderr` of the folder above, and calls `at_call` with
+/// the number of its system calls so far at each of them until that gives false: it has killed it. Gives its exit
+/// code, if it ended so, and the number of its calls.
+fn traced(folder: &Path, args: &[&str], mut at_call: impl FnMut(usize, Pid) -> bool) -> (Option<i32>, usize) {
     let program = vimg_path();
-    let line = ["-c", "kill -STOP $$; exec \"$@\"", "sh", program.to_str().expect("a path")];
+    let line = ["-c", "kill -STOP $$; exec \"$@\" 2>../stderr", "sh", program.to_str().expect("a path")];
     #[allow(clippy::zombie_processes, reason = "tracing waits for it by its number")]
     let child = plain("sh", &[&line, args].concat()).dir(folder).spawn();
     let pid = Pid::from_raw(i32::try_from(child.id()).expect("a process number"));
@@ -48,20 +80,16 @@ pub fn killed_at(folder: &Path, args: &[&str], n: usize) -> Ended {
             }
             WaitStatus::PtraceSyscall(_) => {
                 calls = calls.map(|calls| calls + 1);
-                if calls == Some(n) {
-                    kill(pid, Signal::SIGKILL).expect("kill");
+                if calls.is_some_and(|calls| !at_call(calls, pid)) {
                     while !matches!(next(), WaitStatus::Signaled(who, ..) | WaitStatus::Exited(who, _) if who == pid) {}
-                    return Ended::Killed;
+                    return (None, calls.unwrap_or_default());
                 }
                 go_on(None);
             }
-            WaitStatus::Exited(_, code) if who == pid => {
-                assert_eq!(code, 0, "{args:?}");
-                return Ended::Done(calls.unwrap_or_default());
-            }
+            WaitStatus::Exited(_, code) if who == pid => return (Some(code), calls.unwrap_or_default()),
             WaitStatus::Signaled(_, signal, _) if who == pid => panic!("{args:?} was ended by {signal}"),
             WaitStatus::Exited(..) | WaitStatus::Signaled(..) => {}
-            WaitStatus::Stopped(_, Signal::SIGCHLD) => go_on(Some(Signal::SIGCHLD)),
+            WaitStatus::Stopped(_, signal @ (Signal::SIGCHLD | Signal::SIGBUS)) => go_on(Some(signal)),
             _ => go_on(None),
         }
     }

@@ -213,21 +213,26 @@ fn reads_and_writes_of_any_place_and_length_go_through_a_cipher() {
     assert!(all == disk);
 }
 
+fn step(node: &Node, at: u64, len: u64) -> Step<'_> {
+    Step {
+        placement: node.place(GuestOffset(at), len, Store::Data).unwrap(),
+        from: usize::try_from(at).unwrap(),
+        len: usize::try_from(len).unwrap(),
+        encoded: false,
+        done: 0,
+    }
+}
+
 #[test]
 fn a_write_of_adjacent_steps_goes_through_a_cipher() {
     let table = vec![Entry::Plain(CLUSTER), Entry::Plain(2 * CLUSTER)];
     let (node, _) = Toy::node(table, vec![0; 3 * CLUSTER as usize], true);
     let disk = pattern(2 * CLUSTER);
-    let step = |at: u64, len: u64| Step {
-        placement: node.place(GuestOffset(at), len, Store::Data).unwrap(),
-        from: usize::try_from(at).unwrap(),
-        len: usize::try_from(len).unwrap(),
-        encoded: false,
-    };
     // Whole clusters, which are one write; then parts of sectors, which are not.
     let scratch = &mut Scratch::default();
     for cut in [CLUSTER, CLUSTER + 100] {
-        let steps = [step(0, CLUSTER), step(CLUSTER, cut - CLUSTER + 1), step(cut + 1, 2 * CLUSTER - cut - 1)];
+        let steps = [(0, CLUSTER), (CLUSTER, cut - CLUSTER + 1), (cut + 1, 2 * CLUSTER - cut - 1)];
+        let steps = steps.map(|(at, len)| step(&node, at, len));
         write_steps(&steps, &disk, &[], scratch).unwrap();
         let mut read = vec![0; disk.len()];
         node.read(GuestOffset(0), &mut read, scratch).unwrap();
@@ -251,9 +256,10 @@ fn with_a_cipher_the_host_neither_zeroes_nor_copies() {
     assert_eq!(after[..2 * CLUSTER as usize], before[..2 * CLUSTER as usize]);
     let (plain, _) = Toy::node(vec![Entry::Plain(0)], vec![3; CLUSTER as usize], false);
     let source = plain.map(GuestOffset(0), CLUSTER, 1).unwrap();
-    assert!(!node.place(GuestOffset(0), CLUSTER, Store::Data).unwrap().copy_from(&source).unwrap());
+    let step = |target| step(target, 0, CLUSTER);
+    assert!(!step(&node).offload(&source, CLUSTER, Offload::ShareOrCopy).unwrap());
     let source = node.map(GuestOffset(0), CLUSTER, 1).unwrap();
-    assert!(!plain.place(GuestOffset(0), CLUSTER, Store::Data).unwrap().copy_from(&source).unwrap());
+    assert!(!step(&plain).offload(&source, CLUSTER, Offload::ShareOrCopy).unwrap());
 }
 
 #[test]

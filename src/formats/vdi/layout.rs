@@ -85,6 +85,9 @@ const _: () = {
     assert!(MAX_BLOCKS as u64 * BLOCK_SIZE as u64 == MAX_SIZE);
 };
 
+/// What the data of a new image starts at: the blocks of most file systems, so that files can share it on the disk.
+const DATA_ALIGNMENT: u32 = 4096;
+
 const VERSION_1_1: u32 = 0x0001_0001;
 /// Image type: blocks are added as they are written.
 pub const DYNAMIC: u32 = 1;
@@ -107,7 +110,7 @@ impl VdiHeader {
         raw.header_size = 0x180.into();
         raw.kind = if fixed { STATIC } else { DYNAMIC }.into();
         raw.map_offset = MAP_OFFSET.into();
-        raw.data_offset = (MAP_OFFSET + (blocks * 4).next_multiple_of(512)).into();
+        raw.data_offset = (MAP_OFFSET + blocks * 4).next_multiple_of(DATA_ALIGNMENT).into();
         raw.sector_size = 512.into();
         raw.disk_size = size.into();
         raw.block_size = BLOCK_SIZE.into();
@@ -254,6 +257,6 @@ mod tests {
         let header = VdiHeader::new(5 << 20, true, 5, [1; 16], [2; 16]);
         let read = VdiHeader::parse(*header.bytes()).unwrap();
         assert_eq!((read.size(), read.kind(), read.blocks(), read.allocated()), (5 << 20, STATIC, 5, 5));
-        assert_eq!((read.map_offset(), read.data_offset()), (0x200, 0x400));
+        assert_eq!((read.map_offset(), read.data_offset()), (0x200, 0x1000));
     }
 }

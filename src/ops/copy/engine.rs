@@ -10,6 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+
+use super::plain::Plain;
 use super::plan::{Chunk, CopyPlan, PlanShape, Zeros};
 use super::source::{self, Content, Joined, Segment};
 use super::target::{self, Piece, PieceKind};
@@ -18,27 +21,7 @@ use super::{CopyOptions, Observer, TargetFacts};
 use crate::block::error::Operation;
 use crate::block::io::{Scratch, Step, write_steps};
 use crate::block::{Compress, Encoded, Error, ErrorKind, GuestOffset, Node, Result, Store};
-
-/// What buffers are aligned to: the page, which is also what `O_DIRECT` wants.
-const PAGE: usize = 4096;
-
-/// A buffer that starts at a page and is used again and again.
-#[derive(Debug, Default)]
-struct Buffer {
-    bytes: Vec<u8>,
-    skip: usize,
-}
-
-impl Buffer {
-    fn get(&mut self, len: usize) -> &mut [u8] {
-        if self.bytes.len() < len + self.skip {
-            self.bytes = Vec::new();
-            self.bytes = vec![0; len + PAGE];
-            self.skip = self.bytes.as_ptr().align_offset(PAGE).min(PAGE);
-        }
-        &mut self.bytes[self.skip..self.skip + len]
-    }
-}
+use crate::storage::offload::Offload;
 
 /// Whose turn it is to place.
 #[derive(Debug, Default)]
@@ -96,9 +79,14 @@ pub struct Engine<'a> {
     source: &'a Joined,
     /// Counted when it is first asked for: the bytes that are stored.
     total: OnceLock<u64>,
-    offload: AtomicBool,
+    /// What the host may do in place of reading and writing, and that it turned out that it cannot.
+    offload: Option<Offload>,
+    cannot_offload: AtomicBool,
+    shape: PlanShape,
     unit: u64,
     granule: u64,
+    /// Whether pieces that share a unit of a file that others can see are finished one by one.
+    one_by_one: bool,
     zeros: Zeros,
     sparse: SparsePolicy,
     /// Whether data that is all zeros is made zeros, and then whether its space may be given back: where no zeros are
@@ -111,7 +99,9 @@ pub struct Engine<'a> {
 #[derive(Default)]
 struct Worker<'a> {
     chunk: Chunk<'a>,
-    plain: Buffer,
+    plain: Plain,
+    /// The chunk has not been read, and need not be if the host does all of it.
+    unread: bool,
     encoded: Vec<u8>,
     unit: Vec<u8>,
     units: Vec<Unit>,
@@ -160,12 +150,20 @@ impl<'a> Engine<'a> {
             (_, false) => Zeros::Make,
         };
         let rate = options.rate.map(|bytes_per_second| Rate { bytes_per_second, free: Mutex::new(Instant::now()) });
+        let shape = PlanShape { unit, zeros };
+        let granule = match zeros {
+            // A compressed unit is written as a whole.
+            _ if compress.is_some() => unit,
+            Zeros::Skip => writing.granule().max(1),
+            _ => writing.fill_unit().max(1),
+        };
+        let one_by_one = !facts.unnamed && granule < unit && granule > 1;
         Ok(Self {
             target,
             options,
             facts,
             observer,
-            plan: Mutex::new(CopyPlan::new(source, PlanShape { unit, zeros }, options.salvage.then_some(observer))),
+            plan: Mutex::new(CopyPlan::new(source, shape, options.salvage.then_some(observer))),
             turn: Turn::default(),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -173,14 +171,17 @@ impl<'a> Engine<'a> {
             done: AtomicU64::new(0),
             source,
             total: OnceLock::new(),
-            offload: AtomicBool::new(options.offload && unit == 1),
-            unit,
-            granule: match zeros {
-                // A compressed unit is written as a whole.
-                _ if compress.is_some() => unit,
-                Zeros::Skip => writing.granule().max(1),
-                _ => writing.fill_unit().max(1),
+            offload: match (options.offload, facts.shares) {
+                _ if compress.is_some() || one_by_one => None,
+                (true, _) => Some(Offload::ShareOrCopy),
+                (false, true) => Some(Offload::Share),
+                (false, false) => None,
             },
+            cannot_offload: AtomicBool::new(false),
+            shape,
+            unit,
+            granule,
+            one_by_one,
             zeros,
             sparse: SparsePolicy::new(least),
             detect: target.manner().detect_zeroes.filter(|_| least == 0 && compress.is_none()),
@@ -190,6 +191,7 @@ impl<'a> Engine<'a> {
 
     /// Does all of it, by this thread and as many others as can be had, `threads` in all at most.
     pub fn run(&self, threads: usize) -> Result<()> {
+        let lengths = self.source.lengths()?;
         std::thread::scope(|scope| {
             for _ in 1..threads {
                 if std::thread::Builder::new().spawn_scoped(scope, || self.work()).is_err() {
@@ -198,9 +200,14 @@ impl<'a> Engine<'a> {
             }
             self.work();
         });
-        match lock(&self.failure).take() {
-            Some((_, error)) => Err(error),
-            None => {
+        let uncut = lengths.check();
+        match (lock(&self.failure).take(), uncut) {
+            (_, Err(error)) if !self.options.salvage => Err(error),
+            (Some((_, error)), _) => Err(error),
+            (None, uncut) => {
+                if let Err(error) = uncut {
+                    self.observer.warn(&error.message());
+                }
                 if self.observer.wants_progress() {
                     let total = self.total();
                     self.observer.progress(total, total);
@@ -262,52 +269,70 @@ impl<'a> Engine<'a> {
             return self.in_turn(chunk.number, || self.make_zero(at, len));
         }
         self.count(chunk);
-        if self.offload.load(Ordering::Relaxed) && self.copy_offloaded(chunk)? {
-            return Ok(());
-        }
         let short = |n: u64| usize::try_from(n).map_err(|_| Error::invalid("a chunk is too long"));
         let len = short(chunk.len)?;
         let padded = match self.compress {
             Some(_) => short(chunk.len.next_multiple_of(self.unit))?,
             None => len,
         };
-        let whole = worker.plain.get(padded);
-        whole[len..].fill(0);
-        if padded > len && !self.facts.unnamed {
-            // An image that is there and is longer keeps what lies behind the sources.
-            self.target.read(GuestOffset(chunk.at + chunk.len), &mut whole[len..], &mut worker.scratch)?;
+        worker.unread = self.offload() == Some(Offload::ShareOrCopy) && chunk.is_plain();
+        if worker.unread {
+            worker.plain.room(0);
+            worker.pieces.clear();
+            worker.pieces.push(Piece { at: chunk.at, len: chunk.len, kind: PieceKind::Data });
+            return self.store(worker, len);
         }
-        for segment in &chunk.segments {
-            let from = short(segment.at - chunk.at)?;
-            let buf = &mut whole[from..from + short(segment.len)?];
-            self.read(segment, buf, &mut worker.scratch)?;
+        if self.compress.is_some() || self.one_by_one || !worker.plain.see(chunk, self.shape.longest())? {
+            self.fill(worker, len, padded)?;
         }
-        target::decide(chunk, &whole[..len], self.sparse, self.zeros, &mut worker.pieces);
-        if self.granule > 1 {
-            target::coarsen(chunk.at, chunk.len, self.granule, &mut worker.flags, &mut worker.pieces);
-            target::fill_kept(chunk, self.target, &worker.pieces, &mut whole[..len], &mut worker.scratch)?;
+        self.decide(worker, len)?;
+        if !worker.plain.is_whole() {
+            self.fill(worker, len, padded)?;
+            self.decide(worker, len)?;
         }
-        if let Some(onto) = self.source.new_backing() {
-            onto.keep_same(
-                chunk.at,
-                self.granule,
-                &whole[..len],
-                &mut worker.pieces,
-                &mut worker.unit,
-                &mut worker.scratch,
-            )?;
-        }
-        if self.detect.is_some() {
-            target::detect_zeros(chunk.at, &whole[..len], &mut worker.pieces);
-        }
-        if self.zeros == Zeros::Skip {
-            worker.pieces.retain(|piece| piece.kind == PieceKind::Data);
-        }
-        worker.pieces.retain(|piece| piece.kind != PieceKind::Keep);
         if self.compress.is_some() {
             self.encode(worker, padded)?;
         }
         self.store(worker, len)
+    }
+
+    /// Reads the chunk.
+    fn fill(&self, worker: &mut Worker<'a>, len: usize, padded: usize) -> Result<()> {
+        let Worker { chunk, plain, scratch, .. } = worker;
+        let whole = plain.room(padded);
+        whole[len..].fill(0);
+        if padded > len && !self.facts.unnamed {
+            // An image that is there and is longer keeps what lies behind the sources.
+            self.target.read(GuestOffset(chunk.at + chunk.len), &mut whole[len..], scratch)?;
+        }
+        for segment in &chunk.segments {
+            let from = short_len(segment.at - chunk.at);
+            self.read(segment, &mut whole[from..from + short_len(segment.len)], scratch)?;
+        }
+        Ok(())
+    }
+
+    /// Decides what is done with each part of the chunk.
+    fn decide(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
+        let Worker { chunk, plain, scratch, pieces, flags, unit, .. } = worker;
+        target::decide(chunk, plain.bytes(len), self.sparse, self.zeros, pieces);
+        if self.granule > 1 {
+            target::coarsen(chunk.at, chunk.len, self.granule, flags, pieces);
+            if !plain.is_seen() {
+                target::fill_kept(chunk, self.target, pieces, plain.room(len), scratch)?;
+            }
+        }
+        if let Some(onto) = self.source.new_backing() {
+            onto.keep_same(chunk.at, self.granule, plain.bytes(len), pieces, unit, scratch)?;
+        }
+        if self.detect.is_some() {
+            target::detect_zeros(chunk.at, plain.bytes(len), pieces);
+        }
+        if self.zeros == Zeros::Skip {
+            pieces.retain(|piece| piece.kind == PieceKind::Data);
+        }
+        pieces.retain(|piece| piece.kind != PieceKind::Keep);
+        Ok(())
     }
 
     fn count(&self, chunk: &Chunk<'_>) {
@@ -358,7 +383,7 @@ impl<'a> Engine<'a> {
         let Worker { chunk, plain, encoded, unit, units, pieces, .. } = worker;
         encoded.clear();
         units.clear();
-        let whole = plain.get(padded);
+        let whole = plain.bytes(padded);
         let size = usize::try_from(self.unit).map_err(|_| Error::invalid("a unit is too long"))?;
         let end = chunk.at + chunk.len;
         for piece in pieces.iter().filter(|piece| piece.kind == PieceKind::Data) {
@@ -392,16 +417,14 @@ impl<'a> Engine<'a> {
     /// Places, writes and publishes what a chunk has come to.
     fn store(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
         let Worker { chunk, plain, encoded, units, scratch, pieces, steps, .. } = worker;
-        let plain = &*plain.get(len);
+        let plain = plain.bytes(len);
         let early = self.facts.unnamed;
-        // Pieces that share a unit of a file that others can see are finished one by one.
-        let one_by_one = !early && self.granule < self.unit && self.granule > 1;
         let deferred_zeros = !self.ordered();
         self.in_turn(chunk.number, || {
             for piece in pieces.iter() {
                 let from = short_len(piece.at - chunk.at);
                 match piece.kind {
-                    PieceKind::Data if one_by_one => {
+                    PieceKind::Data if self.one_by_one => {
                         target::place(self.target, piece, from, false, steps)?;
                         write_steps(steps, plain, encoded, scratch)?;
                         steps.drain(..).try_for_each(|step| step.placement.publish())?;
@@ -418,7 +441,7 @@ impl<'a> Engine<'a> {
                     if early {
                         placement.publish_early()?;
                     }
-                    let step = Step { placement, from: unit.from, len: unit.bytes, encoded: true };
+                    let step = Step { placement, from: unit.from, len: unit.bytes, encoded: true, done: 0 };
                     steps.push(step);
                 } else {
                     let piece = Piece { at: unit.at, len: unit.len, kind: PieceKind::Data };
@@ -432,13 +455,61 @@ impl<'a> Engine<'a> {
         if let Some(rate) = &self.rate {
             rate.wait(steps.iter().map(|step| step.len as u64).sum(), &self.stop);
         }
-        write_steps(steps, plain, encoded, scratch)?;
+        self.write(worker, len)?;
+        let Worker { chunk, pieces, steps, .. } = worker;
         if deferred_zeros {
             for piece in pieces.iter().filter(|piece| piece.kind == PieceKind::Zero) {
                 self.make_zero(piece.at, piece.len)?;
             }
         }
         steps.drain(..).try_for_each(|step| step.placement.publish()).map_err(|error| self.wrote(error, chunk.at))
+    }
+
+    /// What the host may do in place of writing, as long as it can.
+    fn offload(&self) -> Option<Offload> {
+        self.offload.filter(|_| !self.cannot_offload.load(Ordering::Relaxed))
+    }
+
+    /// Has the host do what it can of what has been placed.
+    fn share(&self, worker: &mut Worker<'a>) -> Result<()> {
+        let Some(how) = self.offload() else { return Ok(()) };
+        let Worker { chunk, steps, .. } = worker;
+        for step in steps.iter_mut() {
+            while step.done < step.len {
+                let at = chunk.at + (step.from + step.done) as u64;
+                let next = chunk.segments.partition_point(|segment| segment.end() <= at);
+                let Some(segment) = chunk.segments.get(next) else { break };
+                let Content::Stored(mapping) = &segment.content else { break };
+                let len = (segment.end() - at).min((step.len - step.done) as u64);
+                let before = step.done;
+                if !step.offload(&mapping.after(at - segment.at), len, how)? {
+                    self.cannot_offload.store(true, Ordering::Relaxed);
+                    return Ok(());
+                }
+                if ((step.done - before) as u64) < len {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what has been placed.
+    fn write(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
+        self.share(worker).map_err(|error| self.wrote(error, worker.chunk.at))?;
+        if worker.unread && worker.steps.iter().any(|step| step.done < step.len) {
+            self.fill(worker, len, len)?;
+        }
+        let Worker { plain, encoded, scratch, steps, .. } = worker;
+        let written = write_steps(steps, plain.bytes(len), encoded, scratch);
+        let unseen = |error: &Error| error.storage().and_then(|host| host.errno()) == Some(Errno::EFAULT);
+        if !plain.is_seen() || !written.as_ref().is_err_and(unseen) {
+            return written;
+        }
+        // It is gone, or cannot be read: which of them reading will tell.
+        self.fill(worker, len, len)?;
+        let Worker { plain, encoded, scratch, steps, .. } = worker;
+        write_steps(steps, plain.bytes(len), encoded, scratch)
     }
 
     /// Which file, and where: unless that is said already.
@@ -477,29 +548,6 @@ impl<'a> Engine<'a> {
         drop(next);
         self.turn.changed.notify_all();
         result
-    }
-
-    /// Lets the host copy; false if it cannot, and then never asks again.
-    fn copy_offloaded(&self, chunk: &Chunk<'_>) -> Result<bool> {
-        for segment in &chunk.segments {
-            let Content::Stored(mapping) = &segment.content else { return Ok(false) };
-            let mut done = 0;
-            while done < segment.len {
-                let at = segment.at + done;
-                let placement = self.target.place(GuestOffset(at), segment.len - done, Store::Data)?;
-                let len = placement.len() as u64;
-                if let Some(rate) = &self.rate {
-                    rate.wait(len, &self.stop);
-                }
-                if !placement.copy_from(&mapping.after(done))? {
-                    self.offload.store(false, Ordering::Relaxed);
-                    return Ok(false);
-                }
-                placement.publish()?;
-                done += len;
-            }
-        }
-        Ok(true)
     }
 }
 

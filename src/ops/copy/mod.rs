@@ -6,6 +6,7 @@
 
 pub mod engine;
 pub mod onto;
+mod plain;
 pub mod plan;
 pub mod source;
 pub mod target;
@@ -63,6 +64,8 @@ pub struct TargetFacts {
     pub reads_zero: bool,
     /// Its own layer stores nothing but zeros.
     pub blank: bool,
+    /// It may share data on the disk with the sources, where the file system can.
+    pub shares: bool,
 }
 
 /// Receives progress and warnings. Called from all threads.

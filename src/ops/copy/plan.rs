@@ -63,6 +63,17 @@ pub struct Chunk<'a> {
     pub segments: Vec<Segment<'a>>,
 }
 
+impl Chunk<'_> {
+    /// Whether all of it is stored as it is.
+    pub fn is_plain(&self) -> bool {
+        let plain = |segment: &Segment<'_>| match &segment.content {
+            Content::Stored(mapping) => matches!(mapping.kind, ExtentKind::Data(_)),
+            Content::Zero | Content::Keep => false,
+        };
+        self.segments.iter().all(plain)
+    }
+}
+
 /// The walk.
 pub struct CopyPlan<'a> {
     source: &'a Joined,

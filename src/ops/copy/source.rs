@@ -1,6 +1,7 @@
 //! Where guest data comes from: one image, or several joined.
 //!
-//! Invariants: offsets are the target's; holes are found by asking the maps, never by reading.
+//! Invariants: offsets are the target's; holes are found by asking the maps, never by reading; a file that gets shorter
+//! while it is read is an error, not zeros.
 
 use std::sync::Arc;
 
@@ -8,7 +9,8 @@ use super::onto::Onto;
 use super::zero::SECTOR;
 use crate::block::error::Operation;
 use crate::block::io::Scratch;
-use crate::block::{ExtentKind, GuestOffset, Mapping, Node, Result};
+use crate::block::{Child, Error, ErrorKind, ExtentKind, GuestOffset, Mapping, Node, Result};
+use crate::storage::FileKind;
 
 /// What a run of the target is to hold.
 #[derive(Debug, Clone, Copy)]
@@ -128,6 +130,16 @@ impl Joined {
         self.parts.iter().map(|part| &*part.node)
     }
 
+    /// How long the files are that the sources lie in.
+    pub fn lengths(&self) -> Result<FileLengths<'_>> {
+        let below = |node| std::iter::successors(Some(node), |node: &&Node| node.backing().map(|below| &**below));
+        // Those of a layer that is written to are that writer's to change.
+        let layers = self.nodes().flat_map(below).filter(|node| node.driver().writing().is_none());
+        let regular = |file: &&Child| file.storage.host().is_some_and(|host| host.kind() == FileKind::Regular);
+        let files = layers.flat_map(|node| node.driver().files()).filter(regular);
+        files.map(|file| Ok((file, file.len()?))).collect::<Result<_>>().map(FileLengths)
+    }
+
     /// The length of all together.
     pub fn total(&self) -> u64 {
         self.len
@@ -186,6 +198,25 @@ impl Joined {
             at = segment.end();
         }
         sum
+    }
+}
+
+/// How long files were before they were read: what is gone from one since reads as zeros that were never stored.
+pub struct FileLengths<'a>(Vec<(&'a Child, u64)>);
+
+impl FileLengths<'_> {
+    /// An error for the first file that has been cut short since.
+    pub fn check(&self) -> Result<()> {
+        for (file, before) in &self.0 {
+            let now = file.len()?;
+            if now < *before {
+                let name = &file.name;
+                let text =
+                    format!("{name}: the file was cut short at offset {now} while it was read; it had {before} bytes");
+                return Err(Error::new(ErrorKind::Truncated, text));
+            }
+        }
+        Ok(())
     }
 }
 

@@ -154,7 +154,7 @@ pub fn place<'a>(target: &'a Node, piece: &Piece, from: usize, early: bool, step
         let len = placement.len();
         let from = from + usize::try_from(done).unwrap_or(usize::MAX);
         done += len as u64;
-        steps.push(Step { placement, from, len, encoded: false });
+        steps.push(Step { placement, from, len, encoded: false, done: 0 });
     }
     Ok(())
 }
