@@ -1,6 +1,7 @@
-//! Times vimg and qemu-img, and if wanted an older vimg, in turn on the same work, with a warm cache, and prints ratios.
+//! Times vimg and qemu-img, and if wanted an older vimg, in turn on the same work, with a warm cache unless a job says
+//! else, and prints ratios, and what cannot be gone below.
 //!
-//! `cargo bench --bench against [-- FILTER]`. The disk is a real one: an ext4 file system of this machine's own
+//! `cargo bench --bench against [-- WORD]` runs the jobs whose names have that word. The disk is a real one: an ext4 file system of this machine's own
 //! `/usr/bin` and `/usr/share` in a sparse 8 GiB raw file, made once in the scratch folder.
 //!
 //! | variable | meaning | default |
@@ -20,9 +21,22 @@
 //! * Reading compressed images: a third to a half of the processor time is the kernel's, as above; the rest is the decoder
 //!   (libdeflate or zstd). Seen as user against system time, not profiled.
 //!
-//! Ratio = the other's time / vimg's time: above 1 vimg is faster. Of times there are the ratio of the medians and that of
-//! the best runs, which the machine's other work disturbs the least. Seconds and CPU are medians, memory is the largest.
+//! Ratio = the other's time / vimg's time: above 1 vimg is faster. There are the ratio of the medians and that of the best
+//! runs: what else the machine does, and pages that a virtual machine has given back to its host, only ever add time, to
+//! either program. The floor of a plain job is its bytes copied in memory, that of a compressed one the codec alone, both
+//! on all cores. Memory is the largest, with pages of files that are mapped.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "against/ciphers.rs"]
+mod ciphers;
+#[path = "against/cost.rs"]
+mod cost;
+#[path = "against/floor.rs"]
+mod floor;
+#[path = "against/report.rs"]
+mod report;
+#[path = "against/scene.rs"]
+mod scene;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -33,13 +47,18 @@ use vimg::crypto::{CipherAlgorithm, CipherMode, CipherSpec, IvGenerator, SectorC
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::time::{ClockId, clock_gettime};
+use std::process::Command;
+
+use cost::{Runs, cost_of, measure};
+use scene::{FileSystem, shell};
 
 /// One piece of work. `{disk}` is the real disk; other words are files in the scratch folder.
 struct Job {
     name: &'static str,
     /// Made once before, by qemu-img, if it is not there: the file and the arguments.
     needs: &'static [(&'static str, &'static str)],
-    /// What is timed. Words that start with `+` are qemu-img's alone.
+    /// What is timed. Words that start with `+` are qemu-img's alone; those that start with `@` say how it is run: `@cold`,
+    /// with what is read out of the page cache; `@many`, 200 times in a row; `@xfs` and `@btrfs`, on such a file system.
     run: &'static str,
 }
 
@@ -63,21 +82,15 @@ const EMPTY: (&str, &str) = ("empty.qcow2", "create -q -f qcow2 empty.qcow2 8G")
 const FULL: (&str, &str) = ("full.qcow2", "create -q -f qcow2 -o preallocation=metadata full.qcow2 1T");
 const HUGE: (&str, &str) = ("huge.qcow2", "create -q -f qcow2 huge.qcow2 16T");
 
+const STANDING_RAW: (&str, &str) = ("standing.raw", "convert -f raw -O raw {disk} standing.raw");
+const STANDING_QCOW2: (&str, &str) = ("standing.qcow2", "convert -f raw -O qcow2 {disk} standing.qcow2");
+const MIB: (&str, &str) = ("mib.raw", "dd -f raw -O raw bs=1M skip=64 count=1 if={disk} of=mib.raw");
+
 /// Makes a chain of 30 overlays, each with a few clusters, over an image in which every other cluster is data.
 const CHAIN: &str = "qemu-img create -q -f qcow2 layer0 8G; \
     { for k in $(seq 0 4000); do echo write $((k * 131072)) 64k; done; } | qemu-io layer0 >/dev/null; \
     for n in $(seq 1 30); do qemu-img create -q -f qcow2 -b layer$((n - 1)) -F qcow2 layer$n; \
     { for k in $(seq 0 20); do echo write $(((n * 37 + k * 211) % 8000 * 65536)) 64k; done; } | qemu-io layer$n >/dev/null; done";
-
-/// Makes an overlay over a copy of the disk, with an eighth of its size in pieces of 256 KiB, and another copy, in which
-/// 64 KiB of each 16 MiB differ.
-const OVERLAY: &str = "size=$(qemu-img info -f qcow2 --output=json disk.qcow2 | sed -n 's/^    \"virtual-size\": \\([0-9]*\\).*/\\1/p'); \
-    [ -e made.qcow2 ] || { qemu-img create -q -f qcow2 -u -b lower.qcow2 -F qcow2 made.qcow2 $size; \
-    { for k in $(seq 0 $((size / 2097152 - 1))); do echo write -P 7 $((k * 2097152)) 256k; done; } \
-    | qemu-io --image-opts driver=qcow2,backing=,file.filename=made.qcow2 >/dev/null; \
-    cp disk.qcow2 other.qcow2; { for k in $(seq 0 $((size / 16777216 - 1))); do echo write -P 8 $((k * 16777216 + 1048576)) 64k; done; } \
-    | qemu-io -f qcow2 other.qcow2 >/dev/null; }; \
-    cp --reflink=auto disk.qcow2 lower.qcow2; cp --reflink=auto made.qcow2 top.qcow2; sync lower.qcow2 top.qcow2";
 
 const JOBS: &[Job] = &[
     Job { name: "raw→raw", needs: &[], run: "convert -f raw -O raw {disk} out" },
@@ -160,106 +173,52 @@ const JOBS: &[Job] = &[
     Job { name: "compare raw, vmdk stream", needs: &[STREAM], run: "compare -f raw -F vmdk {disk} s.vmdk" },
     Job { name: "map of 30 overlays", needs: &[], run: "map --output=json layer30" },
     Job { name: "resize 8G to 16T", needs: &[], run: "resize -f qcow2 grow.qcow2 16T" },
+    Job { name: "cold raw→qcow2", needs: &[], run: "@cold convert -f raw -O qcow2 {disk} out" },
+    Job { name: "cold qcow2→raw", needs: &[QCOW2], run: "@cold convert -f qcow2 -O raw disk.qcow2 out" },
+    Job { name: "uncached raw→raw", needs: &[], run: "convert -T none -t none -f raw -O raw {disk} out" },
+    Job {
+        name: "uncached qcow2→qcow2",
+        needs: &[QCOW2],
+        run: "convert -T none -t none -f qcow2 -O qcow2 disk.qcow2 out",
+    },
+    Job {
+        name: "onto a raw that stands",
+        needs: &[STANDING_RAW],
+        run: "convert -n +-t +writeback -f raw -O raw {disk} standing.raw",
+    },
+    Job {
+        name: "onto a qcow2 that stands",
+        needs: &[STANDING_QCOW2],
+        run: "convert -n +-t +writeback -f raw -O qcow2 {disk} standing.qcow2",
+    },
+    Job { name: "200 of 1M raw→qcow2", needs: &[MIB], run: "@many convert -f raw -O qcow2 mib.raw out" },
+    Job { name: "XFS raw→raw", needs: &[], run: "@xfs convert -f raw -O raw {disk} out" },
+    Job { name: "XFS raw→qcow2", needs: &[], run: "@xfs convert -f raw -O qcow2 {disk} out" },
+    Job { name: "XFS qcow2→raw", needs: &[QCOW2], run: "@xfs convert -f qcow2 -O raw disk.qcow2 out" },
+    Job { name: "XFS raw→vdi", needs: &[], run: "@xfs convert -f raw -O vdi {disk} out" },
+    Job { name: "XFS raw→qcow2 -C", needs: &[], run: "@xfs convert -C -f raw -O qcow2 {disk} out" },
+    Job { name: "Btrfs raw→raw", needs: &[], run: "@btrfs convert -f raw -O raw {disk} out" },
+    Job { name: "Btrfs raw→qcow2", needs: &[], run: "@btrfs convert -f raw -O qcow2 {disk} out" },
+    Job { name: "Btrfs qcow2→raw", needs: &[QCOW2], run: "@btrfs convert -f qcow2 -O raw disk.qcow2 out" },
 ];
 
-/// What one run took.
-#[derive(Clone, Copy)]
-struct Cost {
-    seconds: f64,
-    cpu: f64,
-    peak_kib: i64,
-}
+/// Other programs that do the same as a job: its name, the program, and how it is run, if it is there.
+const PEERS: &[(&str, &str, &str)] = &[
+    ("raw→raw", "cp", "cp --sparse=always --reflink=never {disk} out"),
+    ("raw→raw", "nbdcopy", "nbdcopy {disk} out"),
+    ("qcow2→raw", "nbdcopy", "nbdcopy -- [ qemu-nbd -r -f qcow2 disk.qcow2 ] out"),
+    ("XFS raw→raw", "cp", "cp {disk} out"),
+    ("Btrfs raw→raw", "cp", "cp {disk} out"),
+];
 
-/// Run as `against --cost PROGRAM ARGS...`: does that work and prints what it cost. A process of its own, because
-/// the kernel tells peak memory only of all children together.
-fn cost_of(command: &[String]) -> ! {
-    let start = Instant::now();
-    let status = Command::new(&command[0]).args(&command[1..]).stdout(Stdio::null()).status();
-    let seconds = start.elapsed().as_secs_f64();
-    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).expect("getrusage");
-    let time = |t: nix::sys::time::TimeVal| t.tv_sec() as f64 + t.tv_usec() as f64 / 1e6;
-    println!("{seconds} {} {}", time(usage.user_time()) + time(usage.system_time()), usage.max_rss());
-    std::process::exit(status.ok().and_then(|s| s.code()).unwrap_or(101));
-}
-
-fn measure(program: &Path, args: &[String], dir: &Path) -> Result<Cost, String> {
-    let out = Command::new(std::env::current_exe().expect("myself"))
-        .arg("--cost")
-        .arg(program)
-        .args(args)
-        .current_dir(dir)
-        .output()
-        .expect("run myself");
-    if !out.status.success() {
-        return Err(String::from_utf8_lossy(&out.stderr).trim().to_owned());
-    }
-    let text = String::from_utf8_lossy(&out.stdout).into_owned();
-    let mut words = text.split_whitespace();
-    let mut next = || words.next().and_then(|w| w.parse::<f64>().ok()).expect("three numbers");
-    Ok(Cost { seconds: next(), cpu: next(), peak_kib: next() as i64 })
-}
-
-/// A program that is measured.
+/// A program that is measured at a job.
 struct Contender {
     name: &'static str,
-    path: PathBuf,
-}
-
-/// What all runs of one job by one program took.
-#[derive(Default)]
-struct Runs {
-    costs: Vec<Cost>,
-    /// Bytes that the file `out` takes on the host.
-    size: u64,
-}
-
-impl Runs {
-    fn sorted(&self, what: fn(&Cost) -> f64) -> Vec<f64> {
-        let mut values: Vec<f64> = self.costs.iter().map(what).collect();
-        values.sort_by(f64::total_cmp);
-        values
-    }
-
-    fn median(&self, what: fn(&Cost) -> f64) -> f64 {
-        self.sorted(what)[self.costs.len() / 2]
-    }
-
-    fn best(&self, what: fn(&Cost) -> f64) -> f64 {
-        self.sorted(what)[0]
-    }
-
-    fn peak_mib(&self) -> f64 {
-        self.costs.iter().map(|cost| cost.peak_kib).max().unwrap_or(0) as f64 / 1024.0
-    }
-}
-
-fn shell(dir: &Path, line: &str) {
-    let status = Command::new("sh").arg("-c").arg(line).current_dir(dir).env("PATH", search_path()).status();
-    assert!(status.is_ok_and(|s| s.success()), "failed: {line} (apt-get install e2fsprogs qemu-utils)");
-}
-
-fn search_path() -> String {
-    format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
+    command: Vec<String>,
 }
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
-}
-
-fn real_disk(dir: &Path, gib: u64) -> PathBuf {
-    let disk = dir.join(format!("disk-{gib}.raw"));
-    if !disk.exists() {
-        println!("making a {gib} GiB disk of /usr/bin and /usr/share ...");
-        let name = disk.display();
-        shell(
-            dir,
-            &format!(
-                "rm -rf tree && mkdir tree && cp -a /usr/bin /usr/share tree/ && \
-                 mke2fs -q -t ext4 -E root_owner=0:0 -d tree '{name}.new' {gib}G && rm -rf tree && mv '{name}.new' '{name}'"
-            ),
-        );
-    }
-    disk
 }
 
 fn main() {
@@ -271,27 +230,36 @@ fn main() {
     let base =
         std::env::var_os("VIMG_BENCH_DIR").map_or_else(|| std::env::temp_dir().join("vimg-bench"), PathBuf::from);
     std::fs::create_dir_all(&base).expect("scratch folder");
-    let disk = real_disk(&base, number("VIMG_BENCH_GIB", 8));
-    let rounds = number("VIMG_BENCH_ROUNDS", 5);
-    let mut contenders = vec![
-        Contender { name: "vimg", path: PathBuf::from(env!("CARGO_BIN_EXE_vimg")) },
-        Contender { name: "qemu", path: PathBuf::from("qemu-img") },
-    ];
+    let disk = scene::real_disk(&base, number("VIMG_BENCH_GIB", 8));
+    let rounds = number("VIMG_BENCH_ROUNDS", 5).max(1);
+    let mut programs = vec![("vimg", PathBuf::from(env!("CARGO_BIN_EXE_vimg"))), ("qemu", PathBuf::from("qemu-img"))];
     if let Some(path) = std::env::var_os("VIMG_BASE") {
-        let path = std::fs::canonicalize(path).expect("VIMG_BASE is a program");
-        contenders.push(Contender { name: "base", path });
+        programs.push(("base", std::fs::canonicalize(path).expect("VIMG_BASE is a program")));
     }
-    println!("ratio = the other's time / vimg's: above 1.00 vimg is faster; {rounds} rounds, in turn, warm cache");
-    println!("{}", head(&contenders));
+    let mut floors = floor::Floors::new(&disk);
+    println!("ratio = the other's time / vimg's: above 1.00 vimg is faster; {rounds} rounds, in turn");
+    println!("{}", report::head(&programs.iter().map(|(name, _)| *name).collect::<Vec<_>>()));
+    let mut system: Option<(&str, FileSystem)> = None;
     for job in JOBS.iter().filter(|job| job.name.contains(&filter)) {
-        match run_job(job, &base, &disk, rounds, &contenders) {
-            Ok(runs) => println!("{}", row(job, &runs)),
+        let scene = match ["xfs", "btrfs"].into_iter().find(|kind| job.run.starts_with(&format!("@{kind} "))) {
+            None => Ok((base.clone(), disk.clone())),
+            Some(kind) => {
+                if system.as_ref().is_none_or(|(other, _)| *other != kind) {
+                    system = None;
+                    system = FileSystem::new(&base, kind, &disk).ok().map(|made| (kind, made));
+                }
+                let made = system.as_ref().map(|(_, made)| (made.dir.clone(), made.disk.clone()));
+                made.ok_or_else(|| format!("no {kind} can be mounted here"))
+            }
+        };
+        match scene.and_then(|(dir, disk)| run_job(job, &dir, &disk, rounds, &programs)) {
+            Ok(runs) => println!("{}", report::row(job.name, &runs, programs.len(), floors.of(job.name))),
             Err(why) => println!("{:<24} not measured: {}", job.name, why.lines().next().unwrap_or_default()),
         }
     }
     let _ = std::fs::remove_file(base.join("out"));
     if "ciphers".contains(&filter) {
-        ciphers();
+        ciphers::ciphers();
     }
 }
 
@@ -338,11 +306,38 @@ fn words(line: &str, disk: &Path, theirs: bool) -> Vec<String> {
         Some(word) => theirs.then(|| word.to_owned()),
         None => Some(word.replace("{disk}", &disk.display().to_string())),
     };
-    line.split(' ').filter_map(word).collect()
+    line.split(' ').filter(|word| !word.starts_with('@')).filter_map(word).collect()
+}
+
+/// Whoever does that job, and how.
+fn contenders(job: &Job, disk: &Path, programs: &[(&'static str, PathBuf)]) -> Vec<Contender> {
+    let ours = programs.iter().map(|(name, path)| {
+        let program = path.display().to_string();
+        let command = std::iter::once(program).chain(words(job.run, disk, *name == "qemu"));
+        Contender { name, command: command.collect() }
+    });
+    let there = |program: &str| {
+        let folders = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&folders).any(|folder| folder.join(program).exists())
+    };
+    let peers = PEERS.iter().filter(|(name, program, _)| *name == job.name && there(program));
+    let peers = peers.map(|(_, program, line)| Contender { name: program, command: words(line, disk, false) });
+    let mut all: Vec<Contender> = ours.chain(peers).collect();
+    if job.run.starts_with("@many ") {
+        let many = ["sh", "-c", "for i in $(seq 200); do \"$@\" || exit 1; done", "sh"].map(str::to_owned);
+        all.iter_mut().for_each(|contender| contender.command.splice(0..0, many.clone()).for_each(drop));
+    }
+    all
 }
 
 /// Runs a job by each contender, in turn; one [`Runs`] each.
-fn run_job(job: &Job, dir: &Path, disk: &Path, rounds: u64, contenders: &[Contender]) -> Result<Vec<Runs>, String> {
+fn run_job(
+    job: &Job,
+    dir: &Path,
+    disk: &Path,
+    rounds: u64,
+    programs: &[(&'static str, PathBuf)],
+) -> Result<Vec<Runs>, String> {
     for (file, make) in job.needs {
         if !dir.join(file).exists() {
             let status = Command::new("qemu-img").args(words(make, disk, true)).current_dir(dir).status();
@@ -352,28 +347,18 @@ fn run_job(job: &Job, dir: &Path, disk: &Path, rounds: u64, contenders: &[Conten
     if job.run.contains("layer30") && !dir.join("layer30").exists() {
         shell(dir, CHAIN);
     }
-    let mut all: Vec<Runs> = contenders.iter().map(|_| Runs::default()).collect();
+    let contenders = contenders(job, disk, programs);
+    let runs = |contender: &Contender| Runs { name: contender.name, costs: Vec::new(), size: 0 };
+    let mut all: Vec<Runs> = contenders.iter().map(runs).collect();
     // One run of each to warm up, then in turn.
     for round in 0..=rounds {
         for (contender, runs) in contenders.iter().zip(&mut all) {
-            let _ = std::fs::remove_file(dir.join("out"));
-            if job.run.contains("grow.qcow2") {
-                shell(dir, "rm -f grow.qcow2; qemu-img create -q -f qcow2 grow.qcow2 8G");
+            scene::set(dir, job.run);
+            if job.run.starts_with("@cold ") {
+                scene::chill(dir, disk);
+                job.needs.iter().for_each(|(file, _)| scene::chill(dir, Path::new(file)));
             }
-            if job.run.contains("new.qcow2") {
-                shell(dir, "qemu-img create -q -f qcow2 new.qcow2 64M");
-            }
-            if job.run.contains("keep.qcow2") {
-                shell(
-                    dir,
-                    "cp --reflink=auto disk.qcow2 keep.qcow2; qemu-img snapshot -c old keep.qcow2; sync keep.qcow2",
-                );
-            }
-            if job.run.contains("top.qcow2") {
-                shell(dir, OVERLAY);
-            }
-            let args = words(job.run, disk, contender.name == "qemu");
-            let cost = measure(&contender.path, &args, dir)?;
+            let cost = measure(&contender.command, dir)?;
             if round > 0 {
                 runs.costs.push(cost);
             }
@@ -381,46 +366,4 @@ fn run_job(job: &Job, dir: &Path, disk: &Path, rounds: u64, contenders: &[Conten
         }
     }
     Ok(all)
-}
-
-/// The head of the table: see [`row`].
-fn head(contenders: &[Contender]) -> String {
-    let mut line = format!("{:<24}", "job");
-    for contender in &contenders[1..] {
-        line.push_str(&format!("{:>8} {:>7}", format!("vs {}", contender.name), "best"));
-    }
-    for contender in contenders {
-        line.push_str(&format!(" {:>9}", format!("{} s", contender.name)));
-    }
-    line.push_str(&format!(" {:>7}", "cpu"));
-    for contender in contenders {
-        line.push_str(&format!(" {:>9}", format!("{} MiB", contender.name)));
-    }
-    for contender in contenders {
-        line.push_str(&format!(" {:>10}", format!("{} out", contender.name)));
-    }
-    line
-}
-
-/// For each other program the ratio of the medians and of the best runs; then for each program seconds; the ratio of
-/// qemu-img's processor time; memory; and the size of the result.
-fn row(job: &Job, all: &[Runs]) -> String {
-    let mut line = format!("{:<24}", job.name);
-    let (ours, others) = (&all[0], &all[1..]);
-    for theirs in others {
-        let ratio = theirs.median(|c| c.seconds) / ours.median(|c| c.seconds);
-        let best = theirs.best(|c| c.seconds) / ours.best(|c| c.seconds);
-        line.push_str(&format!("{ratio:>8.2} {best:>7.2}"));
-    }
-    for runs in all {
-        line.push_str(&format!(" {:>9.4}", runs.median(|c| c.seconds)));
-    }
-    line.push_str(&format!(" {:>7.2}", all[1].median(|c| c.cpu) / ours.median(|c| c.cpu)));
-    for runs in all {
-        line.push_str(&format!(" {:>9.1}", runs.peak_mib()));
-    }
-    for runs in all {
-        line.push_str(&format!(" {:>10}", format!("{:.1}M", runs.size as f64 / 1048576.0)));
-    }
-    line
 }

@@ -25,8 +25,8 @@ impl FileSystem {
         let at = scratch.file(kind);
         fs::create_dir(&at).expect("a folder");
         let line = format!(
-            "truncate -s 600M {kind}.fs && PATH=$PATH:/sbin:/usr/sbin mkfs.{kind} -q {kind}.fs && \
-             mount -o loop {kind}.fs {kind} && findmnt -no SOURCE {kind}"
+            "truncate -s 600M {kind}.fs && PATH=$PATH:/sbin:/usr/sbin mkfs.{kind} -q {kind}.fs >/dev/null && \
+             mount -o loop {kind}.fs {kind} && findmnt -no SOURCE -M $PWD/{kind}"
         );
         let device = scratch.sh(&line).stdout;
         let device = device.trim().trim_start_matches("/dev/");
@@ -139,7 +139,8 @@ fn what_is_shared_needs_no_room_and_may_be_killed() {
     assert!(killed > 5, "{killed} killed");
     // A copy does not fit, and leaves nothing.
     fs::remove_file(on.at.join("new")).unwrap_or_default();
-    let full = ["convert", "-f", "raw", "-O", "qcow2", "-o", "preallocation=full", "disk.raw", "new"];
+    let full =
+        ["convert", "--no-space-check", "-f", "raw", "-O", "qcow2", "-o", "preallocation=full", "disk.raw", "new"];
     let out = vimg(&full).dir(&on.at).fails(1);
     assert!(out.stderr.contains("No space left on device") && !on.at.join("new").exists(), "{out:?}");
 }

@@ -130,14 +130,23 @@ impl Joined {
         self.parts.iter().map(|part| &*part.node)
     }
 
-    /// How long the files are that the sources lie in.
+    /// How long the files are that the sources lie in, or were when those were opened.
     pub fn lengths(&self) -> Result<FileLengths<'_>> {
         let below = |node| std::iter::successors(Some(node), |node: &&Node| node.backing().map(|below| &**below));
+        let mut lengths = Vec::new();
         // Those of a layer that is written to are that writer's to change.
-        let layers = self.nodes().flat_map(below).filter(|node| node.driver().writing().is_none());
-        let regular = |file: &&Child| file.storage.host().is_some_and(|host| host.kind() == FileKind::Regular);
-        let files = layers.flat_map(|node| node.driver().files()).filter(regular);
-        files.map(|file| Ok((file, file.len()?))).collect::<Result<_>>().map(FileLengths)
+        for node in self.nodes().flat_map(below).filter(|node| node.driver().writing().is_none()) {
+            // Where the disk ends with its file, it has the length that the file had.
+            let disk = if node.driver().short_unit().is_none() { node.virtual_size() } else { 0 };
+            let mut least = disk.saturating_sub(SECTOR - 1);
+            for file in node.driver().files() {
+                if file.storage.host().is_some_and(|host| host.kind() == FileKind::Regular) {
+                    lengths.push((file, file.len()?.max(least)));
+                }
+                least = 0;
+            }
+        }
+        Ok(FileLengths(lengths))
     }
 
     /// The length of all together.
@@ -211,8 +220,7 @@ impl FileLengths<'_> {
             let now = file.len()?;
             if now < *before {
                 let name = &file.name;
-                let text =
-                    format!("{name}: the file was cut short at offset {now} while it was read; it had {before} bytes");
+                let text = format!("{name}: the file was cut short at offset {now} while it was read");
                 return Err(Error::new(ErrorKind::Truncated, text));
             }
         }
