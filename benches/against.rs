@@ -245,7 +245,7 @@ fn main() {
             None => Ok((base.clone(), disk.clone())),
             Some(kind) => {
                 if system.as_ref().is_none_or(|(other, _)| *other != kind) {
-                    system = None;
+                    drop(system.take());
                     system = FileSystem::new(&base, kind, &disk).ok().map(|made| (kind, made));
                 }
                 let made = system.as_ref().map(|(_, made)| (made.dir.clone(), made.disk.clone()));

@@ -10,10 +10,15 @@ impl Measure for Vdi {
     fn measure(&self, request: &MeasureRequest<'_>) -> Result<Measured> {
         let (size, blocks) = new_blocks(request.size)?;
         let fixed = request.options.switch("static");
-        let start = u64::from(VdiHeader::new(size, fixed, blocks, [0; 16], [0; 16]).data_offset());
+        let header = VdiHeader::new(size, fixed, blocks, [0; 16], [0; 16]);
+        let start = u64::from(header.data_offset());
         let block = u64::from(BLOCK_SIZE);
         let fully_allocated = start + u64::from(blocks) * block;
-        let required = if fixed { fully_allocated } else { start + (request.stored)(block)? * block };
+        let required = match if fixed { blocks.into() } else { (request.stored)(block)? } {
+            // The map ends before the place for data does.
+            0 => u64::from(header.map_offset()) + (u64::from(blocks) * 4).next_multiple_of(512),
+            stored => start + stored * block,
+        };
         Ok(Measured { required, fully_allocated, bitmaps: None })
     }
 }
