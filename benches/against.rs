@@ -62,6 +62,7 @@ const VMDK: (&str, &str) = ("disk.vmdk", "convert -f raw -O vmdk {disk} disk.vmd
 const STREAM: (&str, &str) = ("s.vmdk", "convert -f raw -O vmdk -o subformat=streamOptimized {disk} s.vmdk");
 const VDI: (&str, &str) = ("disk.vdi", "convert -f raw -O vdi {disk} disk.vdi");
 const VPC: (&str, &str) = ("disk.vpc", "convert -f raw -O vpc {disk} disk.vpc");
+const VHDX: (&str, &str) = ("disk.vhdx", "convert -f raw -O vhdx {disk} disk.vhdx");
 const QCOW: (&str, &str) = ("disk.qcow", "convert -f raw -O qcow {disk} disk.qcow");
 const QED: (&str, &str) = ("disk.qed", "convert -f raw -O qed {disk} disk.qed");
 const PARALLELS: (&str, &str) = ("disk.hdd", "convert -f raw -O parallels {disk} disk.hdd");
@@ -110,6 +111,9 @@ const JOBS: &[Job] = &[
     Job { name: "vdi→raw", needs: &[VDI], run: "convert -f vdi -O raw disk.vdi out" },
     Job { name: "raw→vpc", needs: &[], run: "convert -f raw -O vpc {disk} out" },
     Job { name: "vpc→raw", needs: &[VPC], run: "convert -f vpc -O raw disk.vpc out" },
+    Job { name: "raw→vhdx", needs: &[], run: "convert -f raw -O vhdx {disk} out" },
+    Job { name: "vhdx→raw", needs: &[VHDX], run: "convert -f vhdx -O raw disk.vhdx out" },
+    Job { name: "create vhdx fixed 1T", needs: &[], run: "create -f vhdx -o subformat=fixed out 1T" },
     Job { name: "raw→qcow", needs: &[], run: "convert -f raw -O qcow {disk} out" },
     Job { name: "raw→qed", needs: &[], run: "convert -f raw -O qed {disk} out" },
     Job { name: "qed→raw", needs: &[QED], run: "convert -f qed -O raw disk.qed out" },

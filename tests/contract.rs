@@ -89,7 +89,8 @@ impl Case {
 
     /// On top of a raw file that is a little shorter than the overlay.
     fn overlay(format: &'static dyn Format, options: &str, seed: u64) -> Option<Self> {
-        if !format.layered() || format.name() == "vmdk" {
+        let has_backing = format.creating().is_some_and(|create| create.has_backing());
+        if !has_backing || format.name() == "vmdk" {
             // vmdk takes vmdk alone as its backing file: tested with its own format.
             return None;
         }

@@ -214,6 +214,8 @@ const OTHERS: &[(&str, &str)] = &[
     ("luks", "iter-time=0"),
     ("parallels", ""),
     ("parallels", "cluster_size=4096"),
+    ("vhdx", "block_size=1048576"),
+    ("vhdx", "block_size=1048576,subformat=fixed"),
 ];
 
 /// Those that grow, but do not shrink.

@@ -45,6 +45,8 @@ const T: u64 = 1 << 10;
 const QCOW: &[Reader] = &[SevenZip("qcow"), Mount("qcowmount")];
 const VMDK: &[Reader] = &[SevenZip("vmdk"), Mount("vmdkmount")];
 const VHD: &[Reader] = &[SevenZip("vhd"), Mount("vhdimount")];
+/// 7-Zip opens whole mebibytes alone.
+const VHDX: &[Reader] = &[Mount("vhdimount")];
 
 const PLAIN: Kind = Kind {
     format: "raw",
@@ -98,6 +100,8 @@ pub const KINDS: &[Kind] = &[
     vpc("subformat=fixed", true),
     vpc("subformat=dynamic,force_size=on", false),
     vpc("subformat=fixed,force_size=on", false),
+    Kind { format: "vhdx", same_bytes: false, quick: false, ..qcow2("", VHDX) },
+    Kind { format: "vhdx", same_bytes: false, quick: false, ..qcow2("subformat=fixed", VHDX) },
 ];
 
 /// Who converts.

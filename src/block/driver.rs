@@ -62,7 +62,7 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
 
     /// What a layer on top remembers, to find out whether this one has changed since; `None` where the format has
     /// no such thing.
-    fn content_id(&self) -> Option<u32> {
+    fn content_id(&self) -> Option<u128> {
         None
     }
 

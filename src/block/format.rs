@@ -20,6 +20,12 @@ pub trait Related {
         name.to_string_lossy().into_owned()
     }
 
+    /// The name of a file beside the image that ends so and starts as `is` says, of which it sees the first 512 bytes.
+    fn sibling(&self, end: &str, is: &dyn Fn(&[u8]) -> bool) -> Option<OsString> {
+        let _ = (end, is);
+        None
+    }
+
     /// Something that the user should know, though the image can be opened.
     fn notice(&self, notice: Notice) {
         let _ = notice;

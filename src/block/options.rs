@@ -47,12 +47,14 @@ pub struct OptionSpec {
     pub default: Option<&'static str>,
     /// Not one of the reference's: help shows it under our own name alone.
     pub own: bool,
+    /// It says how data is encoded, and the image does not keep it.
+    pub encoding: bool,
 }
 
 impl OptionSpec {
     /// An option without a shown default.
     pub const fn new(name: &'static str, kind: OptionKind, help: &'static str) -> Self {
-        Self { name, kind, help, default: None, own: false }
+        Self { name, kind, help, default: None, own: false, encoding: false }
     }
 
     /// The same with a default.
@@ -64,6 +66,12 @@ impl OptionSpec {
     /// The same as an option that the reference does not have.
     pub const fn own(mut self) -> Self {
         self.own = true;
+        self
+    }
+
+    /// The same as one of those that says how data is encoded.
+    pub const fn encoding(mut self) -> Self {
+        (self.own, self.encoding) = (true, true);
         self
     }
 }
@@ -162,9 +170,9 @@ impl CreateOptions {
         self.specs.iter().filter_map(|spec| Some((spec.name, shown(spec)?))).collect()
     }
 
-    /// The first option given that the reference does not have. All of them say how to encode.
-    pub fn given_own(&self) -> Option<&'static str> {
-        self.specs.iter().find(|spec| spec.own && self.given(spec.name).is_some()).map(|spec| spec.name)
+    /// The first option given that says how to encode; the reference has none of them.
+    pub fn given_encoding(&self) -> Option<&'static str> {
+        self.specs.iter().find(|spec| spec.encoding && self.given(spec.name).is_some()).map(|spec| spec.name)
     }
 
     /// The text given, or the default.

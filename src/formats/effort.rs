@@ -8,7 +8,7 @@ pub const LEVEL: OptionSpec = OptionSpec::new(
     OptionKind::Number,
     "Compression level of convert: from 1 (fastest) to 9, 12 or 22 (smallest), as the method has them",
 )
-.own();
+.encoding();
 
 /// How far back deflate refers.
 pub const WINDOW: OptionSpec = OptionSpec::new(
@@ -16,7 +16,7 @@ pub const WINDOW: OptionSpec = OptionSpec::new(
     OptionKind::Text,
     "Window of zlib compression, 4k (default, for every reader) or 32k (smaller and faster)",
 )
-.own();
+.encoding();
 
 /// The level that was given, if it is one of 1 to `most`.
 pub fn level(options: &CreateOptions, most: u8) -> Result<Option<u8>> {
@@ -40,7 +40,7 @@ pub fn wide(options: &CreateOptions) -> Result<bool> {
 
 /// The refusal of options that would have no effect.
 pub fn refuse(options: &CreateOptions, why: &str) -> Result<()> {
-    match options.given_own() {
+    match options.given_encoding() {
         Some(name) => Err(Error::invalid(format!("'{name}' has no effect {why}"))),
         None => Ok(()),
     }

@@ -116,7 +116,7 @@ fn choice<T>(
 }
 
 /// A UUID as a header has it.
-fn uuid_text(uuid: [u8; 16]) -> String {
+pub fn uuid_text(uuid: [u8; 16]) -> String {
     let mut text = String::new();
     for (n, byte) in uuid.iter().enumerate() {
         if [4, 6, 8, 10].contains(&n) {

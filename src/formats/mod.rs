@@ -22,8 +22,10 @@ mod sector_cipher;
 pub mod simg;
 mod table;
 pub mod vdi;
+pub mod vhdx;
 pub mod vmdk;
 pub mod vpc;
+mod windows_path;
 
 use crate::block::Format;
 
@@ -36,6 +38,7 @@ pub const FORMATS: &[&dyn Format] = &[
     &vmdk::Vmdk,
     &vdi::Vdi,
     &vpc::Vpc,
+    &vhdx::Vhdx,
     &luks::Luks,
     &dmg::Dmg,
     &simg::Simg,

@@ -91,7 +91,7 @@ impl Wanted<'_> {
     /// Checks what can be checked before anything is made. The size comes from the backing file if need be.
     pub fn decide(mut self, opener: &Opener<'_>) -> Result<NewImage> {
         let format = self.target.format.name();
-        if let Some(own) = self.options.given_own() {
+        if let Some(own) = self.options.given_encoding() {
             return Err(Error::invalid(format!("'{own}' is for convert: an image without data does not keep it")));
         }
         if let Some(size) = self.size {

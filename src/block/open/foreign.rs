@@ -9,9 +9,8 @@ struct Foreign {
     marks: &'static [(usize, &'static [u8])],
 }
 
-/// Each from its published header: VHDX (MS-VHDX 2.2.1), Bochs, cloop.
+/// Each from its published header: Bochs, cloop.
 const FOREIGN: &[Foreign] = &[
-    Foreign { name: "vhdx", marks: &[(0, b"vhdxfile")] },
     Foreign { name: "bochs", marks: &[(0, b"Bochs Virtual HD Image"), (32, b"Redolog")] },
     Foreign { name: "cloop", marks: &[(0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop")] },
 ];

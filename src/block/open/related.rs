@@ -67,6 +67,17 @@ impl Beside<'_> {
     }
 }
 
+/// The most files of a folder that are looked at.
+const MOST_SIBLINGS: usize = 10_000;
+
+/// The first bytes of a file, which is neither locked nor kept open.
+fn head_of(path: &Path) -> std::io::Result<Vec<u8>> {
+    use std::io::Read;
+    let mut head = Vec::new();
+    std::fs::File::open(path)?.take(512).read_to_end(&mut head)?;
+    Ok(head)
+}
+
 fn same_file(a: &Path, b: &Path) -> bool {
     let of = |path: &Path| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
     of(a).is_some_and(|file| of(b) == Some(file))
@@ -123,6 +134,22 @@ impl Related for Beside<'_> {
     fn shown(&self, name: &OsStr) -> String {
         let path = name::find_literally_beside(self.image, name);
         path.as_deref().unwrap_or(name).to_string_lossy().into_owned()
+    }
+
+    fn sibling(&self, end: &str, is: &dyn Fn(&[u8]) -> bool) -> Option<OsString> {
+        let image = Path::new(self.image?);
+        let folder = image.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let entries = std::fs::read_dir(folder).ok()?.take(MOST_SIBLINGS).flatten();
+        let ends = |name: &OsString| name.as_encoded_bytes().to_ascii_lowercase().ends_with(end.as_bytes());
+        let mut names: Vec<OsString> = entries.map(|entry| entry.file_name()).filter(ends).collect();
+        names.sort_unstable();
+        let shown = image.to_string_lossy();
+        names.into_iter().find(|name| {
+            let path = folder.join(name);
+            let allowed = self.opener.may_open_file(&shown, &name.to_string_lossy(), Some(path.as_os_str())).is_ok();
+            let regular = || std::fs::metadata(&path).is_ok_and(|file| file.is_file());
+            allowed && regular() && !same_file(&path, image) && head_of(&path).is_ok_and(|head| is(&head))
+        })
     }
 
     fn notice(&self, notice: Notice) {

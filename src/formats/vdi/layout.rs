@@ -93,6 +93,8 @@ const VERSION_1_1: u32 = 0x0001_0001;
 pub const DYNAMIC: u32 = 1;
 /// Image type: all blocks are there.
 pub const STATIC: u32 = 2;
+/// Image type: what was never written is the parent's.
+pub const DIFFERENCING: u32 = 4;
 
 /// The header sector.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -154,19 +156,20 @@ impl VdiHeader {
         if size > room {
             return refuse(format!("disk size {size}, image bitmap has room for {room}"));
         }
-        if fields.link != [0; 16] {
+        let differencing = header.kind() == DIFFERENCING;
+        if fields.link != [0; 16] && !differencing {
             return refuse("non-NULL link UUID".to_owned());
         }
-        if fields.parent != [0; 16] {
+        if fields.parent != [0; 16] && !differencing {
             return refuse("non-NULL parent UUID".to_owned());
         }
         if header.blocks() > MAX_BLOCKS {
             return refuse(format!("too many blocks {}, max is {MAX_BLOCKS}", header.blocks()));
         }
-        // A hole of such an image means "ask the parent", which is not known.
+        // A hole of such an image means "ask the parent", which has to be known.
         match header.kind() {
             3 => return refuse("undo image".to_owned()),
-            4 => return refuse("differencing image".to_owned()),
+            DIFFERENCING if header.link().is_none() => return refuse("differencing image".to_owned()),
             _ => {}
         }
         if fields.extra.get() != 0 {
@@ -193,6 +196,16 @@ impl VdiHeader {
     /// The image type.
     pub fn kind(&self) -> u32 {
         self.raw.kind.get()
+    }
+
+    /// The image's UUID, as the number that its text spells.
+    pub fn image(&self) -> u128 {
+        number_of(self.raw.image)
+    }
+
+    /// That of the parent of a differencing image.
+    pub fn link(&self) -> Option<u128> {
+        (self.raw.link != [0; 16]).then(|| number_of(self.raw.link))
     }
 
     /// Bytes of a block.
@@ -239,6 +252,14 @@ impl VdiHeader {
     pub fn set_allocated(&mut self, value: u32) {
         self.raw.allocated = value.into();
     }
+}
+
+/// A UUID's number. Its first three fields are stored little-endian.
+fn number_of(mut uuid: [u8; 16]) -> u128 {
+    uuid[..4].reverse();
+    uuid[4..6].reverse();
+    uuid[6..8].reverse();
+    u128::from_be_bytes(uuid)
 }
 
 /// The error for a virtual size past what the map can hold.

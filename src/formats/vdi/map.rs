@@ -21,6 +21,8 @@ pub struct VdiState {
     map: TableCache,
     /// Whether the file was found to have all of the map.
     map_is_there: bool,
+    /// What was never written is a parent's, and no zeros.
+    layered: bool,
     space: Option<VdiSpace>,
 }
 
@@ -111,7 +113,8 @@ impl Tables for VdiState {
 impl VdiState {
     /// Nothing read yet.
     pub fn new(header: VdiHeader, file: &str) -> Self {
-        Self { header, map: TableCache::new(CACHE, file, "block map"), map_is_there: false, space: None }
+        let layered = header.link().is_some();
+        Self { header, map: TableCache::new(CACHE, file, "block map"), map_is_there: false, layered, space: None }
     }
 
     fn block(&self) -> u64 {
@@ -163,7 +166,7 @@ impl VdiState {
                 if count == 0 {
                     first = entry;
                 } else if first >= DISCARDED {
-                    if entry < DISCARDED {
+                    if entry < DISCARDED || (self.layered && entry != first) {
                         return Ok((first, count));
                     }
                 } else if entry >= DISCARDED || u64::from(entry) != u64::from(first) + count {
@@ -247,7 +250,7 @@ impl VdiState {
         }
     }
 
-    /// Makes a guest block lie in that block of the file.
+    /// Makes a guest block lie in that block of the file, or read as zeros ([`DISCARDED`]).
     pub fn set(&mut self, storage: &dyn Storage, block: u64, index: u64) -> Result<()> {
         let entry = u32::try_from(index).map_err(|_| Error::corrupt("block index too large"))?;
         let at = self.entry_at(block);

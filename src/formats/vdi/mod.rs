@@ -1,4 +1,4 @@
-//! vdi: VirtualBox's disk image, dynamic and static.
+//! vdi: VirtualBox's disk image, dynamic, static and differencing.
 //!
 //! Invariants: no two map entries name the same block; the header's counter of blocks is above every index in
 //! use, because QEMU and VirtualBox take it for the index of the next new block. Hence the order on disk: data,
@@ -13,18 +13,21 @@ mod create;
 mod layout;
 mod map;
 mod measure;
+mod parent;
 mod resize;
 
 use std::ops::Deref;
 
-use self::layout::{DISCARDED, HEADER_BYTES, STATIC, VdiHeader};
+use self::layout::{DISCARDED, HEADER_BYTES, STATIC, UNALLOCATED, VdiHeader};
 use self::map::VdiState;
+use self::parent::VdiParent;
+use crate::block::driver::ZeroedRoom;
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::io::punch;
 use crate::block::{
-    Action, BlockDriver, Check, Child, Create, Extent, ExtentKind, Format, GuestOffset, HostPlace, OpenRequest, Placed,
-    Resize, Result, Store, StoredWord, Ticket, Write,
+    Action, BackingRef, BlockDriver, Check, Child, Create, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace,
+    OpenRequest, Placed, Resize, Result, Store, StoredWord, Ticket, Write,
 };
 use crate::formats::one_file::{OneFile, Tables};
 
@@ -46,7 +49,7 @@ impl Format for Vdi {
     }
 
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
-        let OpenRequest { file, purpose, .. } = request;
+        let OpenRequest { file, purpose, related, .. } = request;
         let write = purpose.writes();
         let mut head = [0; HEADER_BYTES];
         file.storage.read_at(0, &mut head).context("Could not read the VDI header")?;
@@ -55,12 +58,18 @@ impl Format for Vdi {
         Ok(Box::new(VdiDriver {
             block: u64::from(header.block_size()),
             fixed: header.kind() == STATIC,
+            image_id: header.image(),
+            parent: header.link().map(|id| VdiParent::find(id, related)),
             image: OneFile::new(file, header.size().next_multiple_of(512), state, write),
         }))
     }
 
     fn creating(&self) -> Option<&dyn Create> {
         Some(self)
+    }
+
+    fn layered(&self) -> bool {
+        true
     }
 }
 
@@ -70,6 +79,9 @@ struct VdiDriver {
     /// Bytes of a block.
     block: u64,
     fixed: bool,
+    /// Its UUID.
+    image_id: u128,
+    parent: Option<VdiParent>,
 }
 
 impl VdiDriver {
@@ -106,7 +118,9 @@ impl BlockDriver for VdiDriver {
         };
         let len = max.min((run * self.block).saturating_sub(within));
         if entry >= DISCARDED {
-            return Ok(Extent { start: at, len, kind: ExtentKind::Zero(None) });
+            let below = entry == UNALLOCATED && self.parent.is_some();
+            let kind = if below { ExtentKind::Unallocated(None) } else { ExtentKind::Zero(None) };
+            return Ok(Extent { start: at, len, kind });
         }
         let host = host.saturating_add(within);
         let place = HostPlace::main(host);
@@ -125,6 +139,29 @@ impl BlockDriver for VdiDriver {
         &self.files
     }
 
+    fn backing(&self) -> Option<&BackingRef> {
+        self.parent.as_ref().map(|parent| &parent.backing)
+    }
+
+    fn content_id(&self) -> Option<u128> {
+        Some(self.image_id)
+    }
+
+    fn accept_backing(&self, below: &dyn BlockDriver) -> Result<()> {
+        let Some(parent) = &self.parent else {
+            return Err(Error::unsupported("The image is no differencing image, and has no parent"));
+        };
+        match below.content_id().filter(|_| below.format() == Vdi.name()) {
+            Some(id) if id == parent.id => Ok(()),
+            Some(id) => Err(Error::corrupt(format!(
+                "The parent is not the one that this image was made on: its UUID is {}, not {}",
+                parent::text_of(id),
+                parent::text_of(parent.id)
+            ))),
+            None => Err(Error::corrupt("The parent is not a vdi image")),
+        }
+    }
+
     fn info(&self) -> Result<ImageInfo> {
         Ok(ImageInfo::plain(Some(self.block)))
     }
@@ -138,7 +175,8 @@ impl BlockDriver for VdiDriver {
     }
 
     fn resizing(&self) -> Option<&dyn Resize> {
-        Some(self)
+        // VirtualBox has no differencing image of another size than its parent's.
+        self.parent.is_none().then_some(self)
     }
 
     fn checking(&self) -> Option<&dyn Check> {
@@ -152,8 +190,8 @@ impl Write for VdiDriver {
     }
 
     fn fill_unit(&self) -> u64 {
-        // A block that is new at the end of the file reads as zeros around what is written.
-        512
+        // A block that is new at the end of the file reads as zeros around what is written, or as the parent.
+        if self.parent.is_some() { self.block } else { 512 }
     }
 
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
@@ -168,11 +206,19 @@ impl Write for VdiDriver {
             let place = HostPlace::main(state.host(entry).saturating_add(within));
             return Placed::over(at, covered(run), store, place);
         }
-        if zero {
+        let below = entry == UNALLOCATED && self.parent.is_some();
+        if zero && !below {
             return Ok(Placed::known(at, covered(run), store, Action::Nothing));
         }
+        let whole = len.min(run.saturating_mul(self.block).saturating_sub(within));
+        let end = at.get().saturating_add(whole);
+        let count = if end >= self.virtual_size() { self.blocks(end) } else { end / self.block }.saturating_sub(block);
+        if zero && within == 0 && count > 0 {
+            let ticket = Ticket::Zeros { unit: block, count, room: ZeroedRoom::GiveUp };
+            return Ok(Placed { start: at, len: covered(count), store, action: Action::Nothing, ticket });
+        }
         let (first, count, fresh) = state.take(self.storage(), run.min(RUN))?;
-        let len = covered(count);
+        let (len, fresh) = (covered(count), fresh && !below);
         let place = HostPlace::main(state.host(first).saturating_add(within));
         // Past the end of the file all is zero as it is.
         let (before, after) = if fresh { (0, 0) } else { (within, count * self.block - within - len) };
@@ -181,10 +227,20 @@ impl Write for VdiDriver {
     }
 
     fn publish(&self, placed: &Placed) -> Result<()> {
-        let Ticket::New { unit: block, count, entry: first } = placed.ticket else { return Ok(()) };
         let mut state = self.state();
-        for n in 0..count {
-            state.set(self.storage(), block + n, first + n)?;
+        match placed.ticket {
+            Ticket::New { unit: block, count, entry: first } => {
+                for n in 0..count {
+                    state.set(self.storage(), block + n, first + n)?;
+                }
+            }
+            Ticket::Zeros { unit: block, count, .. } => {
+                state.space(self.storage())?;
+                for n in 0..count {
+                    state.set(self.storage(), block + n, DISCARDED.into())?;
+                }
+            }
+            _ => return Ok(()),
         }
         if state.is_full() { state.write_tables(self.storage()) } else { Ok(()) }
     }

@@ -42,7 +42,7 @@ impl BackingChange for VmdkDriver {
 }
 
 fn parent_cid(below: Option<&dyn BlockDriver>) -> Result<u32> {
-    let cid = below.and_then(BlockDriver::content_id);
+    let cid = below.and_then(BlockDriver::content_id).and_then(|id| u32::try_from(id).ok());
     cid.ok_or_else(|| Error::invalid("backing_file must be a vmdk image that can be opened"))
 }
 

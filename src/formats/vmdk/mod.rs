@@ -232,13 +232,13 @@ impl BlockDriver for VmdkDriver {
         self.backing.as_ref()
     }
 
-    fn content_id(&self) -> Option<u32> {
-        Some(self.renewed.lock().unwrap_or_else(|e| e.into_inner()).unwrap_or(self.descriptor.cid))
+    fn content_id(&self) -> Option<u128> {
+        Some(self.renewed.lock().unwrap_or_else(|e| e.into_inner()).unwrap_or(self.descriptor.cid).into())
     }
 
     fn accept_backing(&self, below: &dyn BlockDriver) -> Result<()> {
         match below.content_id() {
-            Some(cid) if cid == self.descriptor.parent_cid => Ok(()),
+            Some(cid) if cid == u128::from(self.descriptor.parent_cid) => Ok(()),
             Some(cid) => Err(Error::corrupt(format!(
                 "The parent has changed since this image was made: its CID is {cid:x}, not {:x}",
                 self.descriptor.parent_cid

@@ -141,8 +141,7 @@ impl Dynamic {
         tally: &mut Tally<'_>,
     ) -> Result<()> {
         let storage = self.storage();
-        let (table, stride) = (state.header.table(), state.stride());
-        let metadata = [0..FOOTER, state.header_range(), table..state.table_end()];
+        let (metadata, stride) = (state.metadata(), state.stride());
         let mut runs = Runs::default();
         metadata.iter().for_each(|range| runs.add(range.start, range.end.saturating_sub(range.start)));
         if runs.disjoint().is_none() {

@@ -1,39 +1,51 @@
-//! The dynamic kind: blocks are added as they are written.
+//! The dynamic kind, and the differencing one: blocks are added as they are written.
 
 use std::ops::Deref;
 
 use super::Vpc;
 use super::layout::{DynamicHeader, Footer, SECTOR};
+use super::parent::VpcParent;
 use super::table::VpcState;
 use crate::block::info::ImageInfo;
 use crate::block::io::punch;
 use crate::block::{
-    Action, BlockDriver, Check, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed, Purpose,
-    Resize, Result, Store, Ticket, Write,
+    Action, BackingRef, BlockDriver, Check, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed,
+    Purpose, Resize, Result, Store, Ticket, Write,
 };
 use crate::formats::one_file::{OneFile, Tables};
 
 /// The largest block that is written: one has to fit in memory.
 const MAX_WRITTEN_BLOCK: u64 = 64 << 20;
 
-/// A dynamic disk.
+/// A dynamic or differencing disk.
 #[derive(Debug)]
 pub struct Dynamic {
     image: OneFile<VpcState>,
     block: u64,
     bitmap: u64,
+    uuid: u128,
+    parent: Option<VpcParent>,
 }
 
 impl Dynamic {
     /// Checks the table and opens.
-    pub fn open(file: Child, footer: Footer, header: DynamicHeader, size: u64, purpose: Purpose) -> Result<Self> {
+    pub fn open(
+        file: Child,
+        footer: Footer,
+        header: DynamicHeader,
+        parent: Option<VpcParent>,
+        size: u64,
+        purpose: Purpose,
+    ) -> Result<Self> {
         let write = purpose.writes();
-        let state = VpcState::open(&file, footer, header, size, purpose)?;
+        let locators = parent.as_ref().map_or_else(Vec::new, |parent| parent.locators.clone());
+        let uuid = footer.uuid();
+        let state = VpcState::open(&file, footer, header, locators, size, purpose)?;
         let (block, bitmap) = (state.block(), state.bitmap());
         if write && block > MAX_WRITTEN_BLOCK {
             return Err(Error::unsupported(format!("blocks of {block} bytes cannot be written")));
         }
-        Ok(Self { image: OneFile::new(file, size, state, write), block, bitmap })
+        Ok(Self { image: OneFile::new(file, size, state, write), block, bitmap, uuid, parent })
     }
 }
 
@@ -61,17 +73,44 @@ impl BlockDriver for Dynamic {
         let (place, run) = state.run(self.storage(), block, within.saturating_add(max).div_ceil(self.block))?;
         let Some(place) = place else {
             let len = max.min((run * self.block).saturating_sub(within));
-            return Ok(Extent { start: at, len, kind: ExtentKind::Zero(None) });
+            let kind = if self.parent.is_some() { ExtentKind::Unallocated(None) } else { ExtentKind::Zero(None) };
+            return Ok(Extent { start: at, len, kind });
         };
         let (written, sectors) = state.sectors(self.storage(), block, place, within / SECTOR)?;
         let len = max.min((sectors * SECTOR).saturating_sub(within % SECTOR));
         let host = HostPlace::main(place.saturating_add(self.bitmap + within));
-        let kind = if written { ExtentKind::Data(host) } else { ExtentKind::Zero(Some(host)) };
+        let kind = match written {
+            true => ExtentKind::Data(host),
+            false if self.parent.is_some() => ExtentKind::Unallocated(Some(host)),
+            false => ExtentKind::Zero(Some(host)),
+        };
         Ok(Extent { start: at, len, kind })
     }
 
     fn files(&self) -> &[Child] {
         &self.files
+    }
+
+    fn backing(&self) -> Option<&BackingRef> {
+        self.parent.as_ref().map(|parent| &parent.backing)
+    }
+
+    fn content_id(&self) -> Option<u128> {
+        Some(self.uuid)
+    }
+
+    fn accept_backing(&self, below: &dyn BlockDriver) -> Result<()> {
+        let Some(parent) = &self.parent else {
+            return Err(Error::unsupported("The image is no differencing disk, and has no parent"));
+        };
+        match below.content_id().filter(|_| below.format() == Vpc.name()) {
+            Some(id) if id == parent.uuid => Ok(()),
+            Some(id) => Err(Error::corrupt(format!(
+                "The parent is not the one that this image was made on: its UUID is {id:032x}, not {:032x}",
+                parent.uuid
+            ))),
+            None => Err(Error::corrupt("The parent is not a vpc image")),
+        }
     }
 
     fn info(&self) -> Result<ImageInfo> {
@@ -87,7 +126,8 @@ impl BlockDriver for Dynamic {
     }
 
     fn resizing(&self) -> Option<&dyn Resize> {
-        Some(self)
+        // The locators would be in the way of a longer table.
+        self.parent.is_none().then_some(self)
     }
 
     fn checking(&self) -> Option<&dyn Check> {
@@ -112,7 +152,7 @@ impl Write for Dynamic {
         let (place, run) = state.run(self.storage(), block, within.saturating_add(len).div_ceil(self.block))?;
         let done = |len, action, ticket| Ok(Placed { start: at, len, store, action, ticket });
         let Some(old) = place else {
-            if zero {
+            if zero && self.parent.is_none() {
                 let len = len.min((run * self.block).saturating_sub(within));
                 return done(len, Action::Nothing, Ticket::Nothing);
             }
@@ -120,7 +160,8 @@ impl Write for Dynamic {
             let (new, fresh) = state.take(self.storage())?;
             let place = HostPlace::main(new + self.bitmap + within);
             // Past the end of the file all is zero as it is.
-            let (before, after) = if fresh { (0, 0) } else { (within, self.block - within - len) };
+            let whole = fresh && self.parent.is_none();
+            let (before, after) = if whole { (0, 0) } else { (within, self.block - within - len) };
             return done(
                 len,
                 Action::Write { place, before, after },
@@ -131,8 +172,9 @@ impl Write for Dynamic {
         let len = len.min(self.block - within);
         let place = HostPlace::main(old + self.bitmap + within);
         if zero {
-            // Sectors that are not marked as written read as zeros already.
-            return done(len, Action::Zero { place }, Ticket::Nothing);
+            // Sectors that are not marked as written read as zeros already, unless a parent shows there.
+            let mark = Ticket::Marks { unit: block, entry: old };
+            return done(len, Action::Zero { place }, if self.parent.is_some() { mark } else { Ticket::Nothing });
         }
         let (written, sectors) = state.sectors(self.storage(), block, old, within / SECTOR)?;
         if written && sectors * SECTOR >= within % SECTOR + len {

@@ -58,6 +58,10 @@ impl BlockDriver for Fixed {
         self.size.load(Ordering::Relaxed)
     }
 
+    fn content_id(&self) -> Option<u128> {
+        Some(self.footer().uuid())
+    }
+
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let max = max.min(self.virtual_size().saturating_sub(at.get()));
         let there = self.there(at.get(), max);

@@ -71,6 +71,19 @@ struct FooterFields {
     reserved: [u8; 411],
 }
 
+/// "Parent Locator".
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct LocatorFields {
+    code: [u8; 4],
+    /// Sectors kept for it.
+    space: U32,
+    /// Bytes of it.
+    length: U32,
+    reserved: U32,
+    offset: U64,
+}
+
 /// "Dynamic Disk Header Format".
 #[derive(Debug, Clone, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -87,8 +100,9 @@ struct DynamicFields {
     parent_uuid: [u8; 16],
     parent_timestamp: U32,
     reserved: U32,
-    parent_name: [u8; 512],
-    parent_locators: [[u8; 24]; 8],
+    /// UTF-16.
+    parent_name: [U16; 256],
+    parent_locators: [LocatorFields; 8],
     rest: [u8; 256],
 }
 
@@ -162,6 +176,11 @@ impl Footer {
         self.raw.data_offset.get()
     }
 
+    /// The UUID.
+    pub fn uuid(&self) -> u128 {
+        u128::from_be_bytes(self.raw.uuid)
+    }
+
     /// The disk type.
     pub fn kind(&self) -> u32 {
         self.raw.kind.get()
@@ -222,6 +241,19 @@ impl Footer {
     }
 }
 
+/// Where a text lies that tells where the parent is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Locator {
+    /// What kind of text.
+    pub code: [u8; 4],
+    /// Sectors kept for it.
+    pub space: u32,
+    /// Bytes of it.
+    pub length: u32,
+    /// Where it is.
+    pub offset: u64,
+}
+
 /// The header of a dynamic disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DynamicHeader {
@@ -272,6 +304,27 @@ impl DynamicHeader {
     pub fn set_entries(&mut self, entries: u32) {
         self.raw.entries = entries.into();
         self.raw.checksum = checksum(self.raw.as_bytes(), self.raw.checksum).into();
+    }
+
+    /// The UUID of a differencing disk's parent.
+    pub fn parent_uuid(&self) -> u128 {
+        u128::from_be_bytes(self.raw.parent_uuid)
+    }
+
+    /// The parent's name, if it is text.
+    pub fn parent_name(&self) -> Option<String> {
+        let units = self.raw.parent_name.iter().map(|unit| unit.get()).take_while(|unit| *unit != 0);
+        String::from_utf16(&units.collect::<Vec<_>>()).ok()
+    }
+
+    /// Where the parent is told.
+    pub fn locators(&self) -> [Locator; 8] {
+        self.raw.parent_locators.map(|raw| Locator {
+            code: raw.code,
+            space: raw.space.get(),
+            length: raw.length.get(),
+            offset: raw.offset.get(),
+        })
     }
 
     /// Bytes of a block, its bitmap apart.

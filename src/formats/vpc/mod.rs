@@ -1,7 +1,7 @@
-//! vpc: Microsoft's virtual hard disk (VHD), dynamic and fixed.
+//! vpc: Microsoft's virtual hard disk (VHD), dynamic, fixed and differencing.
 //!
-//! Invariants: a bit of a block's bitmap that is not set means that the sector reads as zeros, whatever stands
-//! there; a sector's bit is set only after its data is written. The table names a block only after its bitmap
+//! Invariants: a bit of a block's bitmap that is not set means that the sector reads as zeros (as the parent, in a
+//! differencing disk), whatever stands there; a sector's bit is set only after its data is written. The table names a block only after its bitmap
 //! and a footer behind it are written. The footer's copy at the start of a dynamic disk is always whole, so a
 //! stop while blocks are added over the last footer loses nothing.
 //!
@@ -14,6 +14,7 @@ mod fixed;
 mod geometry;
 mod layout;
 mod measure;
+mod parent;
 mod resize;
 mod table;
 
@@ -23,6 +24,7 @@ use self::geometry::SizeRule;
 use self::layout::{
     DIFFERENCING, DynamicHeader, FIXED, FOOTER_BYTES, Footer, HEADER_BYTES, MAX_OFFSET, MAX_SIZE, SECTOR,
 };
+use self::parent::VpcParent;
 use crate::block::error::Context;
 use crate::block::{BlockDriver, Create, Error, Format, OpenRequest, OptionTree, Result, Trailer};
 use crate::storage::Storage;
@@ -64,9 +66,6 @@ impl Format for Vpc {
         if !footer.is_sound() {
             return Err(Error::corrupt("Incorrect header checksum"));
         }
-        if footer.kind() == DIFFERENCING {
-            return Err(Error::unsupported("differencing VHD images are not supported"));
-        }
         let rule = rule.unwrap_or_else(|| SizeRule::of(footer.creator()));
         let size = footer.size(rule);
         if size > MAX_SIZE {
@@ -78,11 +77,17 @@ impl Format for Vpc {
             return if end < SECTOR && size > 0 { Err(fixed.too_short()) } else { Ok(Box::new(fixed)) };
         }
         let header = read_header(storage, &footer)?;
-        Ok(Box::new(dynamic::Dynamic::open(file, footer, header, size, purpose)?))
+        let differencing = footer.kind() == DIFFERENCING;
+        let parent = differencing.then(|| VpcParent::read(storage, &header)).transpose()?;
+        Ok(Box::new(dynamic::Dynamic::open(file, footer, header, parent, size, purpose)?))
     }
 
     fn creating(&self) -> Option<&dyn Create> {
         Some(self)
+    }
+
+    fn layered(&self) -> bool {
+        true
     }
 }
 

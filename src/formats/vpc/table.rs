@@ -35,6 +35,8 @@ pub struct VpcState {
     footer_moved: bool,
     /// Whether the table was found fit to be written to.
     prepared: bool,
+    /// Other parts of the file that are in use: where the parent is told.
+    locators: Vec<Range<u64>>,
 }
 
 impl Tables for VpcState {
@@ -66,7 +68,14 @@ impl Tables for VpcState {
 impl VpcState {
     /// Checks header and table of an image of that virtual size; where it is opened to be checked, blocks past the end
     /// of the file are for that to find.
-    pub fn open(file: &Child, footer: Footer, header: DynamicHeader, size: u64, purpose: Purpose) -> Result<Self> {
+    pub fn open(
+        file: &Child,
+        footer: Footer,
+        header: DynamicHeader,
+        locators: Vec<Range<u64>>,
+        size: u64,
+        purpose: Purpose,
+    ) -> Result<Self> {
         let (storage, file) = (&*file.storage, &file.name);
         let length = storage.len().context("Could not get the size of the file")?;
         let block = header.block_size();
@@ -102,6 +111,7 @@ impl VpcState {
             fresh,
             footer_moved: false,
             prepared: false,
+            locators,
         };
         let (stride, mut last) = (state.stride(), end);
         state.each(storage, |_, at| last = last.max(at + stride))?;
@@ -109,7 +119,9 @@ impl VpcState {
         if state.free > length && !purpose.checks() {
             return Err(Error::corrupt(truncated));
         }
-        state.free = state.free.max(state.header_range().end.next_multiple_of(SECTOR));
+        let others = state.locators.iter().map(|range| range.end).chain([state.header_range().end]);
+        let end = others.max().unwrap_or(0).checked_next_multiple_of(SECTOR);
+        state.free = state.free.max(end.unwrap_or(u64::MAX));
         Ok(state)
     }
 
@@ -132,6 +144,12 @@ impl VpcState {
     pub fn header_range(&self) -> Range<u64> {
         let at = self.footer.data_offset();
         at..at.saturating_add(self.header.bytes().len() as u64)
+    }
+
+    /// What of the file is neither a block nor the last footer.
+    pub fn metadata(&self) -> Vec<Range<u64>> {
+        let tables = [0..FOOTER_BYTES as u64, self.header_range(), self.header.table()..self.table_end()];
+        tables.into_iter().chain(self.locators.iter().cloned()).collect()
     }
 
     /// Where the sectors of the table end.
@@ -289,9 +307,8 @@ impl VpcState {
         if !self.header.table().is_multiple_of(SECTOR) {
             return Err(Error::unsupported("the block allocation table does not start at a sector"));
         }
-        let table = self.header.table();
         let mut runs = Runs::default();
-        for range in [0..FOOTER_BYTES as u64, self.header_range(), table..self.table_end()] {
+        for range in self.metadata() {
             runs.add(range.start, range.end.saturating_sub(range.start));
         }
         let Some(fixed) = runs.disjoint() else {
