@@ -101,7 +101,9 @@ pub const KINDS: &[Kind] = &[
     vpc("subformat=dynamic,force_size=on", false),
     vpc("subformat=fixed,force_size=on", false),
     Kind { format: "vhdx", same_bytes: false, quick: false, ..qcow2("", VHDX) },
-    Kind { format: "vhdx", same_bytes: false, quick: false, ..qcow2("subformat=fixed", VHDX) },
+    // libvhdi counts past the sector bitmaps' entries in dynamic ones alone: of a fixed one, qemu-img's too, it reads the
+    // first 4 GiB.
+    Kind { format: "vhdx", same_bytes: false, quick: false, ..qcow2("subformat=fixed", &[]) },
 ];
 
 /// Who converts.
