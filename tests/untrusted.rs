@@ -110,7 +110,7 @@ fn what_the_user_names_is_opened() {
     allowed(&scratch, &["convert", "--untrusted", "-O", "vmdk", "-o", "subformat=twoGbMaxExtentFlat", "base", "o"]);
     allowed(&scratch, &["create", "--untrusted", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "o"]);
     fs::copy(scratch.file("top"), scratch.file("there")).unwrap();
-    refused(&scratch, &["convert", "--untrusted", "-n", "-O", "qcow2", "flat-flat.vmdk", "there"], "base");
+    refused(&scratch, &["convert", "--untrusted", "-n", "-O", "qcow2", "-f", "raw", "flat-flat.vmdk", "there"], "base");
     allowed(&scratch, &["convert", "--untrusted", "-n", "-B", "base", "-O", "qcow2", "top", "there"]);
     let tree =
         r#"json:{"driver":"qcow2","file":{"filename":"top"},"backing":{"driver":"qcow2","file":{"filename":"base"}}}"#;

@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use nix::fcntl::copy_file_range;
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 
 use super::{FileKind, HostFile, Result, Storage, host};
 
@@ -48,6 +49,13 @@ pub fn offload(
 }
 
 /// Shares the whole blocks at the start of a range; none where source and target lie differently in theirs.
+/// Whether files of that file's file system can share bytes: so do XFS and Btrfs. What is made there has its data where
+/// that is possible.
+pub fn can_share(file: &HostFile) -> bool {
+    let kind = fstatfs(file.file()).map(|facts| facts.filesystem_type());
+    kind.is_ok_and(|kind| kind == XFS_SUPER_MAGIC || kind == BTRFS_SUPER_MAGIC)
+}
+
 fn share(source: &HostFile, from_at: u64, target: &HostFile, to_at: u64, len: u64) -> Result<Option<u64>> {
     if source.kind() != FileKind::Regular || target.kind() != FileKind::Regular {
         return Ok(None);

@@ -61,24 +61,3 @@ pub fn assert_same_bytes(a: &Path, b: &Path) {
         panic!("{} and {} differ at byte {at} ({at:#x})", a.display(), b.display());
     }
 }
-
-/// Moves the data of a vdi that qemu-img has made to where vimg has it: from the next sector to the next block of a file
-/// system.
-pub fn align_vdi(path: &Path) {
-    const FIELD: u64 = 0x158;
-    let file = OpenOptions::new().read(true).write(true).open(path).expect("open");
-    let mut field = [0; 4];
-    file.read_exact_at(&mut field, FIELD).expect("a header");
-    let old = u32::from_le_bytes(field);
-    let new = old.next_multiple_of(4096);
-    file.write_all_at(&new.to_le_bytes(), FIELD).expect("write");
-    let (len, shift) = (file.metadata().expect("a length").len(), u64::from(new - old));
-    let Some(stored) = len.checked_sub(old.into()).filter(|stored| *stored > 0) else { return };
-    file.set_len(len + shift).expect("a length");
-    // A larger one holds nothing.
-    if stored < 1 << 28 {
-        let mut data = vec![0; usize::try_from(stored + shift).expect("a length")];
-        file.read_exact_at(&mut data[usize::try_from(shift).expect("a length")..], old.into()).expect("read");
-        file.write_all_at(&data, old.into()).expect("write");
-    }
-}

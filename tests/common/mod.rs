@@ -12,7 +12,7 @@ pub mod trace;
 
 use std::path::{Path, PathBuf};
 
-pub use files::{align_vdi, assert_same_bytes, first_difference, pattern, write_pattern};
+pub use files::{assert_same_bytes, first_difference, pattern, write_pattern};
 pub use run::{Output, Run, judge, plain, qemu_io, sh, vimg};
 
 /// The program under test. `VIMG` names another one, to try the tests themselves.

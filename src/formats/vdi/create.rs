@@ -1,10 +1,11 @@
 //! New VDI images.
 
 use super::Vdi;
-use super::layout::{BLOCK_SIZE, MAP_OFFSET, MAX_SIZE, UNALLOCATED, VdiHeader, too_large};
+use super::layout::{BLOCK_SIZE, MAP_OFFSET, MAX_SIZE, SECTOR_START, SHARED_START, UNALLOCATED, VdiHeader, too_large};
 use crate::block::error::Context;
 use crate::block::measure::Measure;
 use crate::block::{Create, CreateRequest, OptionKind, OptionSpec, Result};
+use crate::storage::offload::can_share;
 use crate::storage::{Preallocation, Zeroing};
 
 const OPTIONS: &[OptionSpec] = &[
@@ -33,8 +34,9 @@ impl Create for Vdi {
         let fixed = request.options.switch("static");
         let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
         let (image, snapshot) = (request.ids.uuid("image"), request.ids.uuid("snapshot"));
-        let header = VdiHeader::new(size, fixed, blocks, image, snapshot);
         let file = request.files.main()?;
+        let start = if file.host().is_some_and(can_share) { SHARED_START } else { SECTOR_START };
+        let header = VdiHeader::new(size, fixed, blocks, start, image, snapshot);
         file.write_at(0, header.bytes()).context("Could not write the VDI header")?;
         write_map(&*file, blocks, fixed)?;
         if fixed {

@@ -85,8 +85,10 @@ const _: () = {
     assert!(MAX_BLOCKS as u64 * BLOCK_SIZE as u64 == MAX_SIZE);
 };
 
-/// What the data of a new image starts at: the blocks of most file systems, so that files can share it on the disk.
-const DATA_ALIGNMENT: u32 = 4096;
+/// What the data of a new image starts at a multiple of: the sector.
+pub const SECTOR_START: u32 = 512;
+/// The same where files can share bytes on the disk: in blocks of the file system.
+pub const SHARED_START: u32 = 4096;
 
 const VERSION_1_1: u32 = 0x0001_0001;
 /// Image type: blocks are added as they are written.
@@ -103,8 +105,8 @@ pub struct VdiHeader {
 }
 
 impl VdiHeader {
-    /// That of a new image, whose block size is 1 MiB.
-    pub fn new(size: u64, fixed: bool, blocks: u32, image: [u8; 16], snapshot: [u8; 16]) -> Self {
+    /// That of a new image, whose block size is 1 MiB, and whose data starts at a multiple of `start`.
+    pub fn new(size: u64, fixed: bool, blocks: u32, start: u32, image: [u8; 16], snapshot: [u8; 16]) -> Self {
         let mut raw = Sector::new_zeroed();
         raw.text[..TEXT.len()].copy_from_slice(TEXT);
         raw.signature = SIGNATURE.into();
@@ -112,7 +114,7 @@ impl VdiHeader {
         raw.header_size = 0x180.into();
         raw.kind = if fixed { STATIC } else { DYNAMIC }.into();
         raw.map_offset = MAP_OFFSET.into();
-        raw.data_offset = (MAP_OFFSET + blocks * 4).next_multiple_of(DATA_ALIGNMENT).into();
+        raw.data_offset = (MAP_OFFSET + blocks * 4).next_multiple_of(start).into();
         raw.sector_size = 512.into();
         raw.disk_size = size.into();
         raw.block_size = BLOCK_SIZE.into();
@@ -275,7 +277,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let header = VdiHeader::new(5 << 20, true, 5, [1; 16], [2; 16]);
+        let header = VdiHeader::new(5 << 20, true, 5, SHARED_START, [1; 16], [2; 16]);
         let read = VdiHeader::parse(*header.bytes()).unwrap();
         assert_eq!((read.size(), read.kind(), read.blocks(), read.allocated()), (5 << 20, STATIC, 5, 5));
         assert_eq!((read.map_offset(), read.data_offset()), (0x200, 0x1000));

@@ -2,7 +2,7 @@
 
 use super::Vdi;
 use super::create::new_blocks;
-use super::layout::{BLOCK_SIZE, VdiHeader};
+use super::layout::{BLOCK_SIZE, SECTOR_START, VdiHeader};
 use crate::block::Result;
 use crate::block::measure::{Measure, MeasureRequest, Measured};
 
@@ -10,7 +10,8 @@ impl Measure for Vdi {
     fn measure(&self, request: &MeasureRequest<'_>) -> Result<Measured> {
         let (size, blocks) = new_blocks(request.size)?;
         let fixed = request.options.switch("static");
-        let header = VdiHeader::new(size, fixed, blocks, [0; 16], [0; 16]);
+        // On XFS and Btrfs it starts a few sectors later, behind a hole.
+        let header = VdiHeader::new(size, fixed, blocks, SECTOR_START, [0; 16], [0; 16]);
         let start = u64::from(header.data_offset());
         let block = u64::from(BLOCK_SIZE);
         let fully_allocated = start + u64::from(blocks) * block;
