@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use vimg::block::io::Scratch as Buffers;
-use vimg::block::{Effort, GuestOffset, ImageRef, NO_SECRETS, Node, OpenHow, Opener, Policy, Purpose, Store};
+use vimg::block::{
+    Effort, ErrorKind, GuestOffset, ImageRef, NO_SECRETS, Node, OpenHow, Opener, Policy, Purpose, Store,
+};
 use vimg::drivers::DRIVERS;
 use vimg::storage::Preallocation;
 
@@ -14,7 +16,14 @@ use crate::qcow2_create::create;
 fn open(path: &Path) -> std::sync::Arc<Node> {
     let opener = Opener::new(DRIVERS, Policy::Follow, &NO_SECRETS);
     let how = OpenHow { format: Some("qcow2".to_owned()), purpose: Purpose::Write, ..OpenHow::default() };
-    opener.open(&ImageRef::name(path.as_os_str()), &how).unwrap()
+    // A program that another test is just starting has, until it is loaded, what was open here and was closed since.
+    for _ in 0..600 {
+        match opener.open(&ImageRef::name(path.as_os_str()), &how) {
+            Err(error) if error.kind == ErrorKind::Locked => std::thread::sleep(std::time::Duration::from_millis(100)),
+            opened => return opened.unwrap(),
+        }
+    }
+    panic!("{} stays locked", path.display());
 }
 
 /// Changes an image and the model alike.
