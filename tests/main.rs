@@ -19,6 +19,7 @@ mod fault;
 mod fixtures;
 mod formats;
 mod guard;
+mod hints;
 mod hostile;
 mod killed;
 mod kinds;

@@ -6,9 +6,10 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use super::filter::{Filter, Wrapped};
-use super::name;
+use super::nearest::nearest;
 use super::protocol::{Protocol, Spelt};
 use super::{Error, Format, OptionTree, Result};
+use super::{format, name};
 
 /// Every driver there is.
 #[derive(Debug)]
@@ -64,6 +65,20 @@ impl Drivers {
         self.filters.iter().copied().find(|filter| filter.name() == name)
     }
 
+    /// The driver that was probably meant by a name that is none.
+    pub fn meant(&self, name: &str) -> Option<&'static str> {
+        format::meant(self.formats, name).or_else(|| nearest(name, self.names()))
+    }
+
+    /// The format that files of that name usually have, by what follows the last dot.
+    pub fn usual(&self, name: &OsStr) -> Option<&'static dyn Format> {
+        let extension = Path::new(name).extension()?.to_str()?.to_lowercase();
+        let known = |format: &&'static dyn Format| {
+            format.name() == extension || format.also_called().contains(&extension.as_str())
+        };
+        self.formats.iter().copied().find(known)
+    }
+
     /// Every name, sorted.
     pub fn names(&self) -> Vec<&'static str> {
         let formats = self.formats.iter().map(|format| format.name());
@@ -90,7 +105,11 @@ impl Drivers {
         if let Some(filter) = self.filter(&prefix) {
             return Ok(Named::Filter(filter, filter.spelt(rest)?));
         }
-        let protocol = self.protocol(&prefix).ok_or_else(|| Error::invalid(format!("Unknown protocol '{prefix}'")))?;
+        let protocol = self.protocol(&prefix).ok_or_else(|| {
+            let plain = plain_path(name);
+            let error = Error::invalid(format!("Unknown protocol '{prefix}'"));
+            error.advise(format!("a file of that name is written '{}'", plain.display()))
+        })?;
         Ok(Named::Protocol(protocol, self.spelt(protocol, name)?))
     }
 

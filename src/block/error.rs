@@ -35,6 +35,8 @@ pub enum ErrorKind {
     Forbidden,
     /// The user has ended it.
     Cancelled,
+    /// It is not what was expected.
+    Mismatch,
 }
 
 /// What was being done with the bytes of a disk.
@@ -96,6 +98,19 @@ impl Place {
     }
 }
 
+/// What an error says beside its message.
+#[derive(Debug)]
+enum Beside {
+    /// A line to show before the message, as it is.
+    Note(String),
+    /// A line to show after it.
+    Hint(String),
+    /// What the user can do about it: what the reference does not say.
+    Advice(String),
+    /// The file, by the name that it is shown by.
+    File(String),
+}
+
 /// See the module.
 #[derive(Debug, thiserror::Error)]
 #[error("{context}")]
@@ -104,10 +119,8 @@ pub struct Error {
     pub kind: ErrorKind,
     /// What was being done to which file, or what is wrong with it.
     pub context: String,
-    /// Lines to show before the message, as they are.
-    pub notes: Vec<String>,
-    /// Lines to show after the message.
-    pub hints: Vec<String>,
+    /// What there is to say beside the message.
+    beside: Vec<Beside>,
     /// The cause.
     #[source]
     pub source: Option<Box<dyn StdError + Send + Sync>>,
@@ -120,15 +133,7 @@ pub struct Error {
 impl Error {
     /// An error with no further cause.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self {
-            kind,
-            context: context.into(),
-            notes: Vec::new(),
-            hints: Vec::new(),
-            source: None,
-            host: None,
-            place: None,
-        }
+        Self { kind, context: context.into(), beside: Vec::new(), source: None, host: None, place: None }
     }
 
     /// The image's own bytes are wrong.
@@ -156,13 +161,25 @@ impl Error {
 
     /// Adds a line to be shown before the message.
     pub fn note(mut self, line: impl Into<String>) -> Self {
-        self.notes.push(line.into());
+        self.beside.push(Beside::Note(line.into()));
         self
     }
 
     /// Adds a line to be shown after the message.
     pub fn hint(mut self, line: impl Into<String>) -> Self {
-        self.hints.push(line.into());
+        self.beside.push(Beside::Hint(line.into()));
+        self
+    }
+
+    /// Adds what the user can do about it, as a clause.
+    pub fn advise(mut self, line: impl Into<String>) -> Self {
+        self.beside.push(Beside::Advice(line.into()));
+        self
+    }
+
+    /// Says which file it is about.
+    pub fn about(mut self, file: impl Into<String>) -> Self {
+        self.beside.push(Beside::File(file.into()));
         self
     }
 
@@ -171,8 +188,7 @@ impl Error {
         Self {
             kind: self.kind,
             context: context.into(),
-            notes: Vec::new(),
-            hints: Vec::new(),
+            beside: Vec::new(),
             source: Some(Box::new(self)),
             host: None,
             place: None,
@@ -227,22 +243,31 @@ impl Error {
 
     /// The notes of the whole chain, innermost first.
     pub fn all_notes(&self) -> Vec<String> {
-        let mut notes = match self.inner() {
-            Some(inner) => inner.all_notes(),
-            None => Vec::new(),
-        };
-        notes.extend(self.notes.iter().cloned());
-        notes
+        self.all(|beside| if let Beside::Note(line) = beside { Some(line) } else { None })
     }
 
     /// The hints of the whole chain, innermost first.
     pub fn all_hints(&self) -> Vec<String> {
-        let mut hints = match self.inner() {
-            Some(inner) => inner.all_hints(),
-            None => Vec::new(),
-        };
-        hints.extend(self.hints.iter().cloned());
-        hints
+        self.all(|beside| if let Beside::Hint(line) = beside { Some(line) } else { None })
+    }
+
+    /// The advice of the whole chain, innermost first.
+    pub fn all_advice(&self) -> Vec<String> {
+        self.all(|beside| if let Beside::Advice(line) = beside { Some(line) } else { None })
+    }
+
+    /// The file that it is about, as far as that is known, as it is shown.
+    pub fn file(&self) -> Option<String> {
+        let file = |beside: &Beside| if let Beside::File(name) = beside { Some(name.clone()) } else { None };
+        let named = || self.beside.iter().find_map(file);
+        let deeper = || self.inner().and_then(Self::file);
+        self.place().map(|place| place.file.clone()).or_else(deeper).or_else(named)
+    }
+
+    fn all(&self, wanted: fn(&Beside) -> Option<&String>) -> Vec<String> {
+        let mut lines = self.inner().map(|inner| inner.all(wanted)).unwrap_or_default();
+        lines.extend(self.beside.iter().filter_map(wanted).cloned());
+        lines
     }
 
     /// The storage error at the bottom, if that is what it was.
@@ -304,18 +329,18 @@ impl From<storage::Error> for Error {
     fn from(error: storage::Error) -> Self {
         let (kind, hints) = kind_of(&error);
         let context = error.to_string();
-        Self { kind, context, notes: Vec::new(), hints, source: None, host: Some(Box::new(error)), place: None }
+        Self { kind, context, beside: hints, source: None, host: Some(Box::new(error)), place: None }
     }
 }
 
 fn from_storage(error: storage::Error, context: String) -> Error {
     let (kind, hints) = kind_of(&error);
-    Error { kind, context, notes: Vec::new(), hints, source: Some(Box::new(error)), host: None, place: None }
+    Error { kind, context, beside: hints, source: Some(Box::new(error)), host: None, place: None }
 }
 
-fn kind_of(error: &storage::Error) -> (ErrorKind, Vec<String>) {
+fn kind_of(error: &storage::Error) -> (ErrorKind, Vec<Beside>) {
     if let Some(inner) = inner_image(error) {
-        return (inner.kind, inner.all_hints());
+        return (inner.kind, inner.all_hints().into_iter().map(Beside::Hint).collect());
     }
     let kind = match error {
         storage::Error::Locked { .. } | storage::Error::LockByte(_) => ErrorKind::Locked,
@@ -326,7 +351,9 @@ fn kind_of(error: &storage::Error) -> (ErrorKind, Vec<String>) {
         },
     };
     let hints = match error {
-        storage::Error::Locked { name, .. } => vec![format!("Is another process using the image [{name}]?")],
+        storage::Error::Locked { name, .. } => {
+            vec![Beside::Hint(format!("Is another process using the image [{name}]?"))]
+        }
         _ => Vec::new(),
     };
     (kind, hints)

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::measure::Measure;
+use super::nearest::nearest;
 use super::notice::Notice;
 use super::options::{CreateOptions, OptionSpec};
 use super::{BlockDriver, Child, Effort, Error, OptionTree, Purpose, Result, Secrets};
@@ -165,6 +166,11 @@ pub trait Format: Sync + fmt::Debug {
     /// Its name on the command line.
     fn name(&self) -> &'static str;
 
+    /// Other names that people have for it, in small letters; the usual ends of its files' names among them.
+    fn also_called(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// How sure we are, from the first 512 bytes and the file's name, that it is this format: 0 to 100. Raw says 1, one
     /// whose magic number is there says 100.
     fn probe(&self, head: &[u8], name: &str) -> u32;
@@ -209,9 +215,17 @@ pub trait Format: Sync + fmt::Debug {
 
 /// The format with that name.
 pub fn find(formats: &[&'static dyn Format], name: &str) -> Result<&'static dyn Format> {
-    formats
-        .iter()
-        .copied()
-        .find(|format| format.name() == name)
-        .ok_or_else(|| Error::invalid(format!("Unknown file format '{name}'")))
+    formats.iter().copied().find(|format| format.name() == name).ok_or_else(|| {
+        let error = Error::invalid(format!("Unknown file format '{name}'"));
+        match meant(formats, name) {
+            Some(meant) => error.advise(format!("did you mean '{meant}'?")),
+            None => error,
+        }
+    })
+}
+
+/// The format that was probably meant by a name that is none.
+pub fn meant(formats: &[&'static dyn Format], word: &str) -> Option<&'static str> {
+    let called = formats.iter().find(|format| format.also_called().contains(&word.to_lowercase().as_str()));
+    called.map(|format| format.name()).or_else(|| nearest(word, formats.iter().map(|format| format.name())))
 }

@@ -26,6 +26,7 @@ mod last_unit;
 pub mod layering;
 pub mod measure;
 pub mod name;
+pub mod nearest;
 pub mod node;
 pub mod notice;
 pub mod number;

@@ -5,6 +5,7 @@
 
 use std::ffi::{OsStr, OsString};
 
+use super::nearest::nearest;
 use super::{Error, Result};
 
 /// What an option's value looks like.
@@ -129,6 +130,15 @@ impl CreateOptions {
         self.specs.iter().find(|spec| spec.name == name)
     }
 
+    /// What is wrong with a name that is no option's.
+    pub fn unknown(&self, name: &str) -> Error {
+        let error = Error::invalid(format!("Invalid parameter '{name}'"));
+        match nearest(name, self.specs.iter().map(|spec| spec.name)) {
+            Some(meant) => error.advise(format!("did you mean '{meant}'?")),
+            None => error.advise("'-o help' lists the options of the format"),
+        }
+    }
+
     /// Gives an option its value; a later one replaces an earlier one.
     pub fn set(&mut self, name: &str, value: OptionValue) -> Result<()> {
         self.put(name, value, None)
@@ -140,7 +150,7 @@ impl CreateOptions {
     }
 
     fn put(&mut self, name: &str, value: OptionValue, typed: Option<String>) -> Result<()> {
-        let name = self.spec(name).ok_or_else(|| Error::invalid(format!("Invalid parameter '{name}'")))?.name;
+        let name = self.spec(name).ok_or_else(|| self.unknown(name))?.name;
         let given = Given { name, value, typed };
         match self.given.iter_mut().find(|given| given.name == name) {
             Some(slot) => *slot = given,

@@ -200,6 +200,9 @@ impl Subcommand for ConvertArgs {
         program.notices(&opener);
         let new = if self.no_create { None } else { Some(self.new_image(&opener, name, &create_options)?) };
         let conversion = request.decide(sources, new)?;
+        if self.target_format.is_none() && !self.no_create {
+            program.warn_of_raw(name, "-O");
+        }
         let cache = self.target_cache.as_deref().map(cache::target).transpose()?;
         if let Some(new) = conversion.new.as_ref().filter(|_| !self.no_space_check)
             && let Some(lack) = room::lacking(&conversion, new, opener.drivers())

@@ -15,8 +15,8 @@ pub struct CreateArgs {
     #[command(flatten)]
     common: Common,
     /// format of the new image, raw if not given
-    #[arg(short, long, value_name = "FMT", default_value = "raw")]
-    format: String,
+    #[arg(short, long, value_name = "FMT")]
+    format: Option<String>,
     /// backing file: what the new image does not hold itself is read from it
     #[arg(short, long, value_name = "BACKING_FILENAME")]
     backing: Option<OsString>,
@@ -50,11 +50,11 @@ impl Subcommand for CreateArgs {
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };
         let opener = program.opener(&secrets);
+        let format = self.format.as_deref().unwrap_or("raw");
         let given = options::joined(&self.options).unwrap_or_default();
         if given.help {
-            let target = Target::find(opener.drivers(), &self.format, self.name.as_deref())?;
-            let format = self.name.is_none().then_some(self.format.as_str());
-            options::help(program, target.options().specs(), format);
+            let target = Target::find(opener.drivers(), format, self.name.as_deref())?;
+            options::help(program, target.options().specs(), self.name.is_none().then_some(format));
             return Ok(Exit::Success);
         }
         let name = self.name.ok_or_else(|| Complaint::usage("Expecting image file name"))?;
@@ -64,7 +64,7 @@ impl Subcommand for CreateArgs {
         }
         let shown = name.to_string_lossy().into_owned();
         let new = || -> anyhow::Result<NewImage> {
-            let target = Target::find(opener.drivers(), &self.format, Some(&name))?;
+            let target = Target::find(opener.drivers(), format, Some(&name))?;
             let mut options = target.options();
             options::apply(&given, &mut options)?;
             let wanted = Wanted {
@@ -80,6 +80,9 @@ impl Subcommand for CreateArgs {
         }();
         program.notices(&opener);
         let new = new.with_context(|| shown.clone())?;
+        if self.format.is_none() {
+            program.warn_of_raw(&new.name, "-f");
+        }
         if !self.common.quiet {
             program.println(&formatting(&new));
             program.flush();

@@ -10,6 +10,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use clap::{Arg, Command};
 
 use super::help;
+use crate::block::nearest::nearest;
 
 /// How words are taken.
 #[derive(Debug, Clone, Copy)]
@@ -29,6 +30,8 @@ pub struct Words {
     pub operands: Vec<OsString>,
     /// What is wrong with the first bad option; nothing after it was looked at.
     pub error: Option<String>,
+    /// The option that was probably meant.
+    pub meant: Option<String>,
 }
 
 impl Words {
@@ -65,6 +68,7 @@ pub fn canonical(command: &Command, argv: &[OsString], style: Style) -> Words {
             Ok(()) => {}
             Err(Some(error)) => {
                 words.error = Some(error);
+                words.meant = meant(command, bytes);
                 break;
             }
             Err(None) => {
@@ -80,6 +84,13 @@ pub fn canonical(command: &Command, argv: &[OsString], style: Style) -> Words {
 }
 
 type Rest<'a> = std::slice::Iter<'a, OsString>;
+
+/// The option that was probably meant by a word that is none.
+fn meant(command: &Command, word: &[u8]) -> Option<String> {
+    let name = word.strip_prefix(b"--")?.split(|byte| *byte == b'=').next()?;
+    let known = long_names(command).map(|(known, _)| known).filter(|known| known.as_bytes() != name);
+    nearest(&String::from_utf8_lossy(name), known).map(|meant| format!("--{meant}"))
+}
 
 /// Every long name with its option, in the order of declaration.
 fn long_names(command: &Command) -> impl Iterator<Item = (&str, &Arg)> {

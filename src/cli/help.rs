@@ -118,7 +118,7 @@ pub fn print_subcommand(program: &Program, row: &Row, command: &Command) -> anyh
 
 /// One paragraph an option: its names on a line, what it does below.
 fn print_options(program: &Program, command: &Command) {
-    let shown = |arg: &&Arg| !arg.is_hide_set() && (program.name() == "vimg" || !is_own(arg));
+    let shown = |arg: &&Arg| !arg.is_hide_set() && (program.is_vimg() || !is_own(arg));
     let mut args: Vec<&Arg> = command.get_arguments().filter(shown).collect();
     args.sort_by_key(|arg| arg.is_positional());
     for arg in args {

@@ -4,10 +4,10 @@ use std::ffi::OsString;
 
 use serde_json::Value;
 
-use super::exit::Exit;
+use super::exit::{self, Exit};
 use super::output::OutputForm;
 use super::source::ImageArgs;
-use super::{Complaint, Program, Subcommand, cache, human, json, object};
+use super::{Complaint, Program, Subcommand, cache, human, json, object, report};
 use crate::block::OpenHow;
 use crate::ops::info::{self, Info};
 use crate::storage::CacheMode;
@@ -51,28 +51,62 @@ impl Subcommand for InfoArgs {
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
-        let [name] = &self.operands[..] else {
+        if self.operands.is_empty() || (self.operands.len() > 1 && !program.is_vimg()) {
             return Err(Complaint::usage("Expecting one image file name").into());
-        };
+        }
         let source =
             ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
         source.check()?;
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::target)?;
-        let (image, how) = source.image(program, name)?;
-        let opener = program.opener(&secrets);
-        let infos = info::chain(&opener, &image, &OpenHow { cache, ..how }, self.backing_chain);
-        program.notices(&opener);
-        let infos = infos?;
-        match (self.output == Some(OutputForm::Json), self.backing_chain) {
-            (true, true) => program.println(&json::pretty(&infos.iter().map(info::to_json).collect())),
-            (true, false) => infos.iter().for_each(|info| program.println(&json::pretty(&info::to_json(info)))),
-            (false, _) => {
-                let shown: Vec<String> = infos.iter().map(|info| text(info, 0, "/")).collect();
-                program.print(&shown.join("\n"));
+        let look = |name: &OsString| -> anyhow::Result<Vec<Info>> {
+            let (image, how) = source.image(program, name)?;
+            let opener = program.opener(&secrets);
+            let infos = info::chain(&opener, &image, &OpenHow { cache, ..how }, self.backing_chain);
+            program.notices(&opener);
+            Ok(infos?)
+        };
+        if let [name] = &self.operands[..] {
+            let infos = look(name)?;
+            match self.output {
+                Some(OutputForm::Json) => program.println(&json::pretty(&self.tree(&infos))),
+                _ => program.print(&texts(&infos)),
+            }
+            return Ok(Exit::Success);
+        }
+        // Of several, those that cannot be shown do not keep the others from being.
+        let (mut shown, mut exit) = (Vec::new(), Exit::Success);
+        for name in &self.operands {
+            match look(name) {
+                Ok(infos) => shown.push(infos),
+                Err(error) => {
+                    report::error(program, &error);
+                    exit = exit::of(&error);
+                }
             }
         }
-        Ok(Exit::Success)
+        match self.output {
+            Some(OutputForm::Json) => {
+                program.println(&json::pretty(&shown.iter().map(|infos| self.tree(infos)).collect()));
+            }
+            _ => program.print(&shown.iter().map(|infos| texts(infos)).collect::<Vec<_>>().join("\n")),
+        }
+        Ok(exit)
     }
+}
+
+impl InfoArgs {
+    /// What JSON shows of one image: all layers, or the only one that was looked at.
+    fn tree(&self, infos: &[Info]) -> Value {
+        match infos {
+            [info] if !self.backing_chain => info::to_json(info),
+            _ => infos.iter().map(info::to_json).collect(),
+        }
+    }
+}
+
+/// A paragraph for each layer.
+fn texts(infos: &[Info]) -> String {
+    infos.iter().map(|info| text(info, 0, "/")).collect::<Vec<_>>().join("\n")
 }
 
 /// A node and what it is made of.

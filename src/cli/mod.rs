@@ -48,6 +48,8 @@ use getopt::{Style, Words};
 pub use program::Program;
 pub use report::Complaint;
 
+use crate::block::nearest::nearest;
+
 /// One subcommand: its options are the struct that implements this.
 pub trait Subcommand: clap::Args {
     /// What it is called.
@@ -144,8 +146,11 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
     let mut operands = words.operands.into_iter();
     let name = operands.next().ok_or_else(|| Complaint::usage("Not enough arguments"))?;
     let name = name.to_string_lossy();
-    let Some(row) = SUBCOMMANDS.iter().find(|row| row.name == name) else {
-        return Err(Complaint::usage(format!("Command not found: {name}")).into());
+    let Some(row) = find(&name) else {
+        if name == "help" && program.is_vimg() {
+            return help_on(program, operands.next());
+        }
+        return Err(not_found(&name).into());
     };
     program.enter(row.name);
     // Where operands may be signed, options may follow them in any case.
@@ -163,6 +168,27 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
             Ok(Exit::Success)
         }
     }
+}
+
+fn find(name: &str) -> Option<&'static Row> {
+    SUBCOMMANDS.iter().find(|row| row.name == name)
+}
+
+fn not_found(name: &str) -> Complaint {
+    let meant = nearest(name, SUBCOMMANDS.iter().map(|row| row.name).chain(["help"]));
+    Complaint::Usage(format!("Command not found: {name}"), meant.map(str::to_owned))
+}
+
+/// `help`, `help COMMAND`.
+fn help_on(program: &Program, name: Option<OsString>) -> anyhow::Result<Exit> {
+    match name.map(|name| name.to_string_lossy().into_owned()) {
+        None => help::print_program(program)?,
+        Some(name) => {
+            let row = find(&name).ok_or_else(|| not_found(&name))?;
+            help::print_subcommand(program, row, &(row.command)())?;
+        }
+    }
+    Ok(Exit::Success)
 }
 
 /// Takes what is said of images that are not trusted.
@@ -185,7 +211,7 @@ fn parse(command: Command, words: &getopt::Words) -> anyhow::Result<Option<ArgMa
             let complaint = error.source().and_then(|source| source.downcast_ref::<Complaint>());
             Err(complaint.cloned().unwrap_or_else(|| Complaint::usage(error.to_string())).into())
         }
-        (_, Some(text)) => Err(Complaint::Getopt(text.clone()).into()),
+        (_, Some(text)) => Err(Complaint::Getopt(text.clone(), words.meant.clone()).into()),
         (Ok(matches), None) => Ok(Some(matches)),
         (Err(error), None) => Err(Complaint::usage(error.to_string().trim_end()).into()),
     }

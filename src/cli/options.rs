@@ -8,7 +8,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use super::{Complaint, Program};
 use crate::block::keys::{self, Dialect, Item};
-use crate::block::{self, CreateOptions, Error, OptionKind, OptionSpec, OptionValue, number};
+use crate::block::{self, CreateOptions, OptionKind, OptionSpec, OptionValue, number};
 
 /// Reads a word of the command line that is a list.
 pub fn lists() -> impl TypedValueParser<Value = OsString> {
@@ -67,8 +67,7 @@ pub fn joined(lists: &[OsString]) -> Option<Pairs> {
 pub fn apply(given: &Pairs, options: &mut CreateOptions) -> block::Result<()> {
     for (key, value) in &given.pairs {
         let text = &*value.to_string_lossy();
-        let unknown = || Error::invalid(format!("Invalid parameter '{key}'"));
-        let value = match options.spec(key).ok_or_else(unknown)?.kind {
+        let value = match options.spec(key).ok_or_else(|| options.unknown(key))?.kind {
             OptionKind::Text => OptionValue::Text(text.to_owned()),
             OptionKind::Name => OptionValue::Name(value.clone()),
             OptionKind::Size => OptionValue::Size(number::key_size(key, text)?),
@@ -96,7 +95,7 @@ pub fn help(program: &Program, specs: &[OptionSpec], format: Option<&str>) {
 
 /// A line for each option.
 pub fn print_specs(program: &Program, specs: &[OptionSpec]) {
-    let mut specs: Vec<&OptionSpec> = specs.iter().filter(|spec| !spec.own || program.name() == "vimg").collect();
+    let mut specs: Vec<&OptionSpec> = specs.iter().filter(|spec| !spec.own || program.is_vimg()).collect();
     specs.sort_by_key(|spec| spec.name);
     for spec in specs {
         let name = format!("  {}={}", spec.name, spec.kind.shown());

@@ -61,6 +61,11 @@ impl Program {
         &self.name
     }
 
+    /// Whether it was started by its own name: by another one (`qemu-img`) it says what the reference says, and no more.
+    pub fn is_vimg(&self) -> bool {
+        self.name == "vimg"
+    }
+
     /// What was typed to come here: the name as typed, and the subcommand.
     pub fn invocation(&self) -> String {
         match self.subcommand {
@@ -134,6 +139,17 @@ impl Program {
     /// `PROG: warning: text` on standard error.
     pub fn warn(&self, text: &str) {
         self.error(&format!("warning: {text}"));
+    }
+
+    /// Warns of a new image that is raw because nothing else was asked for, and has the name of another format's.
+    pub fn warn_of_raw(&self, name: &OsStr, option: &str) {
+        if let Some(usual) = DRIVERS.usual(name).filter(|usual| self.is_vimg() && usual.name() != "raw") {
+            let format = usual.name();
+            let name = name.display();
+            self.warn(&format!(
+                "'{name}' will be raw: {option} {format} makes it {format}, {option} raw ends this warning"
+            ));
+        }
     }
 
     /// A way to write that is deprecated, and the line that says what to write instead.

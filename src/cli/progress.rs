@@ -3,6 +3,7 @@
 //! SIGUSR1 is blocked in every thread, and waited for in one of its own where it means anything: no handler runs.
 
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -11,6 +12,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::{SigSet, Signal};
 
 use super::program::stderr_line;
+use crate::storage::host;
 
 /// How far apart reports are, where nothing else is said, in percent.
 const STEP: f64 = 1.0;
@@ -22,6 +24,32 @@ enum ProgressForm {
     Plain,
     /// A bar on standard error.
     Bar(ProgressBar),
+}
+
+/// Whether standard error is a terminal on which a line can be drawn again.
+fn can_redraw() -> bool {
+    io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+/// What the bar shows while work goes on, and when all is done: what fits in the terminal's width.
+fn bar_templates() -> (&'static str, &'static str) {
+    let columns = host::columns(io::stderr().as_fd()).unwrap_or(80);
+    match columns {
+        76.. => (
+            "{wide_bar} {percent:>3}%  {binary_bytes:>10} of {binary_total_bytes}  {binary_bytes_per_sec}  {eta} left",
+            "{wide_bar} {percent:>3}%  {binary_bytes:>10} of {binary_total_bytes}  in {elapsed}",
+        ),
+        44.. => (
+            "{wide_bar} {percent:>3}%  of {binary_total_bytes}  {eta} left",
+            "{wide_bar} {percent:>3}%  of {binary_total_bytes}  in {elapsed}",
+        ),
+        24.. => ("{wide_bar} {percent:>3}%  {eta} left", "{wide_bar} {percent:>3}%  in {elapsed}"),
+        _ => ("{percent:>3}%", "{percent:>3}%"),
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 /// See the module. Ends its line when dropped.
@@ -57,12 +85,9 @@ impl Progress {
                 });
             }
             ProgressForm::Silent(asked)
-        } else if io::stdout().is_terminal() && io::stderr().is_terminal() {
-            let style = "{bar:40} {percent:>3}%  {decimal_bytes:>9} of {decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left";
+        } else if io::stdout().is_terminal() && can_redraw() {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-            ProgressForm::Bar(
-                bar.with_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar())),
-            )
+            ProgressForm::Bar(bar.with_style(style(bar_templates().0)))
         } else {
             ProgressForm::Plain
         };
@@ -122,7 +147,12 @@ impl Drop for Progress {
             ProgressForm::Plain => {
                 let _ = writeln!(io::stdout());
             }
-            ProgressForm::Bar(bar) => bar.abandon(),
+            ProgressForm::Bar(bar) => {
+                if bar.length().is_some_and(|total| bar.position() >= total) {
+                    bar.set_style(style(bar_templates().1));
+                }
+                bar.abandon();
+            }
             ProgressForm::Silent(_) => {}
         }
     }

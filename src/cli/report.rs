@@ -3,15 +3,16 @@
 use std::fmt;
 
 use super::Program;
-use crate::block;
+use crate::storage::holder::Holder;
+use crate::{block, storage};
 
 /// An error that is the command line's own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Complaint {
-    /// In the words of `getopt_long`, with its prefix; then where help is.
-    Getopt(String),
-    /// Wrong use; then where help is.
-    Usage(String),
+    /// In the words of `getopt_long`, with its prefix; then where help is. Perhaps what was meant.
+    Getopt(String, Option<String>),
+    /// Wrong use; then where help is. Perhaps what was meant.
+    Usage(String, Option<String>),
     /// A bad value: its text, and lines that follow it.
     Value(String, &'static [&'static str]),
     /// A bad key in the description of a snapshot.
@@ -28,7 +29,7 @@ pub enum Complaint {
 impl Complaint {
     /// Wrong use.
     pub fn usage(text: impl Into<String>) -> Self {
-        Self::Usage(text.into())
+        Self::Usage(text.into(), None)
     }
 
     /// A bad value, or a bad combination of them.
@@ -40,7 +41,7 @@ impl Complaint {
 impl fmt::Display for Complaint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Getopt(text) | Self::Usage(text) | Self::Value(text, _) => f.write_str(text),
+            Self::Getopt(text, _) | Self::Usage(text, _) | Self::Value(text, _) => f.write_str(text),
             Self::Snapshot { text, .. } => write!(f, "Failed in parsing snapshot param '{text}'"),
         }
     }
@@ -55,12 +56,12 @@ pub fn error(program: &Program, error: &anyhow::Error) {
     if let Some(error) = ours {
         error.all_notes().iter().for_each(|note| program.line(note));
     }
-    match error.chain().find_map(|cause| cause.downcast_ref::<Complaint>()) {
-        Some(Complaint::Getopt(_)) => {
+    match complaint(error) {
+        Some(Complaint::Getopt(..)) => {
             program.line(&format!("{}: {text}", program.invocation()));
             program.line(&try_help(program));
         }
-        Some(Complaint::Usage(_)) => {
+        Some(Complaint::Usage(..)) => {
             program.error(&text);
             program.line(&try_help(program));
         }
@@ -78,6 +79,40 @@ pub fn error(program: &Program, error: &anyhow::Error) {
     if let Some(error) = ours {
         error.all_hints().iter().for_each(|hint| program.line(hint));
     }
+    if program.is_vimg() {
+        advice(error).iter().for_each(|line| program.line(&format!("hint: {line}")));
+    }
+}
+
+/// What the user can do about it: what the reference does not say.
+fn advice(error: &anyhow::Error) -> Vec<String> {
+    let mut advice = Vec::new();
+    if let Some(Complaint::Getopt(_, Some(meant)) | Complaint::Usage(_, Some(meant))) = complaint(error) {
+        advice.push(format!("did you mean '{meant}'?"));
+    }
+    if let Some(error) = error.chain().find_map(|cause| cause.downcast_ref::<block::Error>()) {
+        advice.extend(error.all_advice());
+        if let Some(storage::Error::Locked { lock: Some(lock), .. }) = error.storage() {
+            let who = |holder: &Holder| match holder.pid == std::process::id() {
+                true => "this command itself, which names it twice".to_owned(),
+                false => format!("'{}', process {}", holder.name, holder.pid),
+            };
+            let mut holders = lock.holders();
+            // We hold some ourselves where we have the image open for something else.
+            if holders.iter().any(|holder| holder.pid != std::process::id()) {
+                holders.retain(|holder| holder.pid != std::process::id());
+            }
+            let holders: Vec<String> = holders.iter().map(who).collect();
+            if !holders.is_empty() {
+                advice.push(format!("it is held by {}", holders.join("; ")));
+            }
+        }
+    }
+    advice
+}
+
+fn complaint(error: &anyhow::Error) -> Option<&Complaint> {
+    error.chain().find_map(|cause| cause.downcast_ref::<Complaint>())
 }
 
 fn try_help(program: &Program) -> String {

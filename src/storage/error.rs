@@ -24,6 +24,8 @@ pub enum Error {
         shared: bool,
         /// The file, for the hint that another process may be using it.
         name: String,
+        /// Where the lock is that is in the way.
+        lock: Option<super::holder::LockPlace>,
     },
     /// A lock byte itself could not be locked: somebody locks in another way.
     #[error("Failed to lock byte {0}")]

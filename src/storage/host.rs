@@ -6,7 +6,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
@@ -61,11 +61,20 @@ mod requests {
     ioctl_read_bad!(blk_get_size64, request_code_read!(0x12, 114, size_of::<usize>()), u64);
     ioctl_write_ptr_bad!(blk_discard, request_code_none!(0x12, 119), [u64; 2]);
     ioctl_write_ptr_bad!(blk_zero_out, request_code_none!(0x12, 127), [u64; 2]);
+    ioctl_read_bad!(terminal_size, libc::TIOCGWINSZ, libc::winsize);
     ioctl_read_bad!(fs_get_xattr, request_code_read!(b'X', 31, size_of::<FsXattr>()), FsXattr);
     ioctl_write_ptr_bad!(fs_set_xattr, request_code_write!(b'X', 32, size_of::<FsXattr>()), FsXattr);
     ioctl_read_bad!(fs_get_flags, request_code_read!(b'f', 1, size_of::<c_long>()), c_int);
     ioctl_write_ptr_bad!(clone_range, request_code_write!(0x94, 13, size_of::<CloneRange>()), CloneRange);
     ioctl_write_ptr_bad!(fs_set_flags, request_code_write!(b'f', 2, size_of::<c_long>()), c_int);
+}
+
+/// How many columns a terminal has, where it says so.
+pub fn columns(terminal: BorrowedFd<'_>) -> Option<usize> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the descriptor is open, and TIOCGWINSZ writes a `winsize` to where `size` lies.
+    unsafe { terminal_size(terminal.as_raw_fd(), &mut size) }.ok()?;
+    Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
 }
 
 /// The size of a block device, in bytes.

@@ -16,6 +16,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
+use super::holder::LockPlace;
 use super::{Error, Result};
 
 /// Sets of permissions, one bit each.
@@ -134,7 +135,8 @@ fn test(fd: BorrowedFd<'_>, access: Access, name: &str) -> Result<()> {
         // Where testing is not possible nobody can be in the way.
         if fcntl(fd, FcntlArg::F_OFD_GETLK(&mut probe)).is_ok() && i32::from(probe.l_type) != libc::F_UNLCK {
             let permission = NAMES.get(n as usize).copied().unwrap_or_default();
-            return Err(Error::Locked { permission, shared, name: name.to_owned() });
+            let lock = LockPlace::of(fd, base + n);
+            return Err(Error::Locked { permission, shared, name: name.to_owned(), lock });
         }
     }
     Ok(())
@@ -152,7 +154,8 @@ const CLAIMS: i64 = 1 << 61;
 /// the other's lock, and neither would go on.
 pub fn claim(folder: &File, name: &OsStr, shown: &str) -> Result<()> {
     if is_claimed(folder, name) {
-        return Err(Error::Locked { permission: "write", shared: false, name: shown.to_owned() });
+        let lock = LockPlace::of(folder.as_fd(), claim_byte(name));
+        return Err(Error::Locked { permission: "write", shared: false, name: shown.to_owned(), lock });
     }
     take_claim(folder, name);
     Ok(())

@@ -13,6 +13,7 @@ pub mod event;
 pub mod fault;
 pub mod file;
 mod file_io;
+pub mod holder;
 pub mod host;
 pub mod keyring;
 mod kind;

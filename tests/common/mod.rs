@@ -13,7 +13,7 @@ pub mod trace;
 use std::path::{Path, PathBuf};
 
 pub use files::{assert_same_bytes, first_difference, pattern, write_pattern};
-pub use run::{Output, Run, judge, plain, qemu_io, sh, vimg};
+pub use run::{Output, Run, judge, own, plain, qemu_io, sh, vimg};
 
 /// The program under test. `VIMG` names another one, to try the tests themselves.
 pub fn vimg_path() -> PathBuf {

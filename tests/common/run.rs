@@ -192,6 +192,13 @@ pub fn vimg(args: &[impl AsRef<OsStr>]) -> Run {
     run
 }
 
+/// The program under test, started by its own name.
+pub fn own(args: &[impl AsRef<OsStr>]) -> Run {
+    let mut run = Run::new(vimg_path(), args);
+    run.command.arg0("vimg");
+    run
+}
+
 /// The program under test with no more private memory (heap and stacks) than `bytes`: an allocation beyond that
 /// fails, which ends it.
 pub fn vimg_within_memory(bytes: u64, args: &[impl AsRef<OsStr>]) -> Run {
@@ -275,6 +282,11 @@ impl Holder {
             seen.push(byte[0]);
         }
         Self { child }
+    }
+
+    /// Its number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 }
 

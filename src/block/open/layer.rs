@@ -143,7 +143,13 @@ impl Opener<'_> {
                 return self.filtered(filter, ask, how, trail)?.into_layer(how, trail);
             }
             Some((_, Some(Driver::Format(format)))) => Some(format),
-            Some((name, None)) => return Err(Error::invalid(format!("Unknown driver '{name}'"))),
+            Some((name, None)) => {
+                let error = Error::invalid(format!("Unknown driver '{name}'"));
+                return Err(match self.drivers.meant(name) {
+                    Some(meant) => error.advise(format!("did you mean '{meant}'?")),
+                    None => error,
+                });
+            }
             None => None,
         };
         let (settings, claims) = settings.take(&mut options);

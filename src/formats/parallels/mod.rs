@@ -41,6 +41,10 @@ impl Format for Parallels {
         "parallels"
     }
 
+    fn also_called(&self) -> &'static [&'static str] {
+        &["hdd", "hds"]
+    }
+
     fn probe(&self, head: &[u8], _name: &str) -> u32 {
         if is_parallels(head) { 100 } else { 0 }
     }

@@ -91,6 +91,10 @@ impl Format for Qcow2 {
         "qcow2"
     }
 
+    fn also_called(&self) -> &'static [&'static str] {
+        &["qcow3", "qc2"]
+    }
+
     fn probe(&self, head: &[u8], _name: &str) -> u32 {
         let magic = layout::word32(head, 0) == Some(layout::MAGIC);
         let version = layout::word32(head, 4).unwrap_or(0);

@@ -32,6 +32,10 @@ impl Format for Raw {
         "raw"
     }
 
+    fn also_called(&self) -> &'static [&'static str] {
+        &["img", "iso", "bin", "dd"]
+    }
+
     fn probe(&self, _head: &[u8], _name: &str) -> u32 {
         1
     }

@@ -45,6 +45,10 @@ impl Format for Vhdx {
         "vhdx"
     }
 
+    fn also_called(&self) -> &'static [&'static str] {
+        &["avhdx"]
+    }
+
     fn probe(&self, head: &[u8], _name: &str) -> u32 {
         if head.starts_with(SIGNATURE) { 100 } else { 0 }
     }

@@ -38,6 +38,10 @@ impl Format for Vpc {
         "vpc"
     }
 
+    fn also_called(&self) -> &'static [&'static str] {
+        &["vhd", "avhd"]
+    }
+
     fn probe(&self, head: &[u8], _name: &str) -> u32 {
         if head.starts_with(b"conectix") { 100 } else { 0 }
     }
