@@ -21,6 +21,7 @@ use super::direct::Direct;
 use super::kind::FileKind;
 use super::lock::{self, Access};
 use super::pieces::Pieces;
+use super::reserve::Reserve;
 use super::writeback::{Track, Writeback};
 use super::{CacheMode, Error, Identity, Result, host};
 
@@ -61,6 +62,7 @@ pub struct HostFile {
     locks: Mutex<Access>,
     pub(super) growth: RwLock<()>,
     pub(super) pieces: Pieces,
+    pub(super) reserve: Option<Reserve>,
     pub(super) track: Option<Track>,
     pub(super) keep_space: bool,
 }
@@ -110,6 +112,7 @@ impl HostFile {
             locks: Mutex::default(),
             growth: RwLock::default(),
             pieces: Pieces::default(),
+            reserve: None,
             track: None,
             keep_space: false,
         })
@@ -120,6 +123,7 @@ impl HostFile {
     pub(super) fn track_writes(&mut self, writeback: &Writeback, early: bool) {
         if self.kind == FileKind::Regular && !self.cache.direct() && !self.cache.write_through() {
             self.track = Some(writeback.track(self.file.clone(), early));
+            self.reserve = Some(Reserve::of(&self.file));
         }
     }
 

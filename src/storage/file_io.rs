@@ -53,6 +53,9 @@ impl Storage for HostFile {
         match &self.direct {
             Some(direct) => direct.write_at(&self.file, at, buf),
             None => {
+                if let Some(reserve) = &self.reserve {
+                    reserve.before_write(&self.file, at, buf.len());
+                }
                 self.pieces.write_all_at(&self.file, at, buf)?;
                 if let Some(track) = &self.track {
                     track.wrote(at, buf.len());

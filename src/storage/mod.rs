@@ -22,6 +22,7 @@ pub mod memory;
 pub mod offload;
 pub mod pieces;
 pub mod pipe;
+pub mod reserve;
 pub mod room;
 pub mod sparse;
 pub mod staging;
