@@ -62,7 +62,7 @@ pub struct HostFile {
     locks: Mutex<Access>,
     pub(super) growth: RwLock<()>,
     pub(super) pieces: Pieces,
-    pub(super) reserve: Option<Reserve>,
+    pub(super) reserve: Option<Box<Reserve>>,
     pub(super) track: Option<Track>,
     pub(super) keep_space: bool,
 }
@@ -123,7 +123,7 @@ impl HostFile {
     pub(super) fn track_writes(&mut self, writeback: &Writeback, early: bool) {
         if self.kind == FileKind::Regular && !self.cache.direct() && !self.cache.write_through() {
             self.track = Some(writeback.track(self.file.clone(), early));
-            self.reserve = Some(Reserve::of(&self.file));
+            self.reserve = Some(Box::new(Reserve::of(&self.file)));
         }
     }
 
