@@ -21,6 +21,7 @@ mod formats;
 mod guard;
 mod hints;
 mod hostile;
+mod http;
 mod killed;
 mod kinds;
 mod layering;

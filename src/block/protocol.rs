@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::options::{CreateOptions, OptionSpec};
-use super::{OptionTree, Result};
+use super::{OptionTree, Result, Secrets};
 use crate::storage::staging::Staging;
 use crate::storage::{CacheMode, Storage};
 
@@ -43,6 +43,10 @@ pub struct FileRequest<'a> {
     pub native_aio: bool,
     /// Whether the space of what is made zeros, or is discarded, is kept.
     pub keep_space: bool,
+    /// The secrets that options may name.
+    pub secrets: &'a Secrets,
+    /// What answers may not be followed elsewhere (`--untrusted`).
+    pub untrusted: bool,
 }
 
 /// What a protocol has opened.

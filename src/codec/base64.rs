@@ -1,4 +1,4 @@
-//! Base64 (RFC 4648, section 4), as secrets are given in it: in groups of four letters, between which there may be
+//! Base64 (RFC 4648, section 4). Secrets are given in it: in groups of four letters, between which there may be
 //! line ends. A last group that is not complete holds nothing.
 
 /// The bytes; nothing where there is anything that is no letter of it.
@@ -20,6 +20,20 @@ pub fn decode(text: &[u8]) -> Option<Vec<u8>> {
         }
     }
     Some(out)
+}
+
+/// The letters.
+pub fn encode(bytes: &[u8]) -> String {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for group in bytes.chunks(3) {
+        let bits = group.iter().chain(&[0, 0]).take(3).fold(0u32, |bits, byte| bits << 8 | u32::from(*byte));
+        for n in 0..4 {
+            let letter = LETTERS[(bits >> (18 - 6 * n) & 63) as usize];
+            out.push(if n > group.len() { '=' } else { char::from(letter) });
+        }
+    }
+    out
 }
 
 fn value(letter: u8) -> Option<u32> {
@@ -53,6 +67,10 @@ mod tests {
         ] {
             assert_eq!(decode(text.as_bytes()).as_deref(), Some(plain.as_bytes()), "{text}");
         }
+        for (text, plain) in [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9v", "foo"), ("Zm9vYmE=", "fooba")] {
+            assert_eq!(encode(plain.as_bytes()), text);
+        }
+        assert_eq!(encode(&[0xfb, 0xff, 0xbf]), "+/+/");
         assert_eq!(decode(b"+/+/"), Some(vec![0xfb, 0xff, 0xbf]));
         assert_eq!(decode(b"Zm9v!"), None);
     }

@@ -107,7 +107,7 @@ pub fn open_host(
     wanted: &str,
     is_wanted: impl Fn(FileKind) -> bool,
 ) -> Result<OpenedFile> {
-    let FileRequest { path, options, write, cache, native_aio, keep_space } = request;
+    let FileRequest { path, options, write, cache, native_aio, keep_space, .. } = request;
     let path = path.unwrap_or_default();
     let locking = take_locking(cache.direct(), native_aio, options)?;
     let wrong = || Error::invalid(format!("'{driver}' driver requires '{}' to be {wanted}", path.to_string_lossy()));

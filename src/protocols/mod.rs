@@ -3,7 +3,9 @@
 
 mod file;
 mod host_device;
+mod http;
 mod null;
+mod ranged;
 
 use crate::block::protocol::Protocol;
 
@@ -11,6 +13,8 @@ use crate::block::protocol::Protocol;
 pub const PROTOCOLS: &[&dyn Protocol] = &[
     &host_device::DEVICE, //
     &host_device::CDROM,
+    &http::HTTP,
+    &http::HTTPS,
     &null::CO,
     &null::AIO,
     &file::File,

@@ -9,6 +9,7 @@ pub mod inside;
 pub mod journal;
 pub mod run;
 pub mod trace;
+pub mod web;
 
 use std::path::{Path, PathBuf};
 

@@ -9,7 +9,7 @@ use super::held::Key;
 use super::opened::{MadeFiles, Opened};
 use super::related::{Beside, DATA_FILE};
 use super::settings::{Names, Settings};
-use super::{OpenHow, Opener, Trail};
+use super::{OpenHow, Opener, Policy, Trail};
 use crate::block::bare::Bare;
 use crate::block::keys::take_text;
 use crate::block::name::{self, first_key, take_below};
@@ -411,6 +411,8 @@ impl Opener<'_> {
             cache: settings.cache(),
             native_aio: settings.native_aio,
             keep_space: settings.manner().keep_space,
+            secrets: self.secrets,
+            untrusted: self.policy != Policy::Follow,
         })?;
         if let Some(key) = first_key(&options) {
             let name = protocol.name();

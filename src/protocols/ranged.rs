@@ -1,0 +1,289 @@
+//! Bytes that a server gives range by range, as a storage that is only read: what protocols of the net have in common.
+//!
+//! Small reads (of tables, of compressed units) go through a cache of blocks ([`blocks`]), so that they do not cost a
+//! round trip each; a block that follows the one before is fetched together with those behind it. Large reads fetch
+//! what they are for and not a byte more, but for what the cache has; several are under way at once, one a thread.
+//!
+//! Invariants: every fetch lies in the file; two threads never fetch the same block at the same time.
+
+mod blocks;
+
+use std::fmt;
+
+use nix::errno::Errno;
+
+use self::blocks::{Blocks, Claim};
+use crate::storage::{Event, Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
+
+/// Gives ranges of a file. It tries again by itself where that may help.
+pub trait Fetch: Send + Sync + fmt::Debug {
+    /// Fills `buf` with the bytes from `at` on, all of which the file has.
+    fn fetch(&self, at: u64, buf: &mut [u8]) -> Result<()>;
+}
+
+/// The least and the most bytes that are kept as one block.
+const BLOCK: std::ops::RangeInclusive<u64> = 4096..=4 << 20;
+
+/// What is kept, in bytes.
+const KEPT: usize = 16 << 20;
+
+/// The most blocks that are fetched together, unless more are asked for.
+const MOST_AHEAD: usize = 8;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Ranged<F> {
+    source: F,
+    len: u64,
+    block: usize,
+    blocks: Blocks,
+    parallel: u32,
+}
+
+impl<F: Fetch> Ranged<F> {
+    /// A file of `len` bytes, which is fetched `ahead` bytes at a time where less is asked for, by that many requests
+    /// at once.
+    pub fn new(source: F, len: u64, ahead: u64, parallel: u32) -> Self {
+        let block = block_size(ahead);
+        Self { source, len, block, blocks: Blocks::new((KEPT / block).max(8)), parallel }
+    }
+
+    /// Keeps what is known already of the file's start.
+    pub fn with_start(self, bytes: &[u8]) -> Self {
+        let whole = bytes.chunks(self.block);
+        for (number, bytes) in (0..).zip(whole) {
+            if bytes.len() == self.len_of(number) {
+                self.blocks.put(number, bytes.into(), 1);
+            }
+        }
+        self
+    }
+
+    fn start_of(&self, block: u64) -> u64 {
+        block.saturating_mul(self.block as u64)
+    }
+
+    /// How long a block is: the last one ends with the file.
+    fn len_of(&self, block: u64) -> usize {
+        let left = self.len.saturating_sub(self.start_of(block));
+        usize::try_from(left).map_or(self.block, |left| left.min(self.block))
+    }
+
+    /// The start of `buf` from `at` on: how much of it was filled.
+    fn read_some(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        let block = at / self.block as u64;
+        let skip = short(at - self.start_of(block));
+        if buf.len() >= self.block && self.blocks.is_absent(block) {
+            // Up to the first block that is there already.
+            let mut len = self.len_of(block).saturating_sub(skip).min(buf.len());
+            let mut next = block + 1;
+            while len < buf.len() && self.blocks.is_absent(next) {
+                len = (len + self.len_of(next)).min(buf.len());
+                next += 1;
+            }
+            self.source.fetch(at, &mut buf[..len])?;
+            return Ok(len);
+        }
+        let bytes = match self.blocks.claim(block) {
+            Claim::There(bytes) => bytes,
+            Claim::Ours { run } => self.load(block, run, (skip + buf.len()).div_ceil(self.block))?,
+        };
+        let part = bytes.get(skip..).unwrap_or_default();
+        let len = part.len().min(buf.len());
+        buf[..len].copy_from_slice(&part[..len]);
+        Ok(len)
+    }
+
+    /// Fetches a block that was claimed, and with it those behind it that are wanted or will be: twice as many as the
+    /// last time, where reads go on and on.
+    fn load(&self, block: u64, run: u32, wanted: usize) -> Result<std::sync::Arc<[u8]>> {
+        let ahead = if run > 0 { usize::try_from(run).unwrap_or(MOST_AHEAD).saturating_mul(2) } else { 1 };
+        let last = self.len.div_ceil(self.block as u64);
+        let most = wanted.max(ahead.min(MOST_AHEAD));
+        let claimed = self.blocks.claim_behind(block, last.min(block.saturating_add(most as u64)));
+        let count = short(claimed.end() - block);
+        let len = (block..claimed.end()).map(|number| self.len_of(number)).sum();
+        let mut bytes = vec![0; len];
+        self.source.fetch(self.start_of(block), &mut bytes)?;
+        let run = u32::try_from(count).unwrap_or(u32::MAX);
+        claimed.fill(bytes.chunks(self.block).map(Into::into), run);
+        bytes.truncate(self.block);
+        Ok(bytes.into())
+    }
+}
+
+/// What `readahead` comes to.
+pub fn block_size(ahead: u64) -> usize {
+    short(ahead.clamp(*BLOCK.start(), *BLOCK.end()))
+}
+
+fn short(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+impl<F: Fetch> Storage for Ranged<F> {
+    fn len(&self) -> Result<u64> {
+        Ok(self.len)
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let there = short(self.len.saturating_sub(at)).min(buf.len());
+        let (mut buf, past) = buf.split_at_mut(there);
+        past.fill(0);
+        let mut at = at;
+        while !buf.is_empty() {
+            let done = self.read_some(at, buf)?;
+            if done == 0 {
+                return Err(Errno::EIO.into());
+            }
+            at += done as u64;
+            buf = &mut buf[done..];
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, _at: u64, _buf: &[u8]) -> Result<()> {
+        Err(Errno::EROFS.into())
+    }
+
+    fn extent(&self, at: u64, max: u64) -> Result<HostExtent> {
+        Ok(match self.len.checked_sub(at) {
+            None | Some(0) => HostExtent::hole(max),
+            Some(left) => HostExtent::data(max.min(left)),
+        })
+    }
+
+    fn zero(&self, _at: u64, _len: u64, _how: Zeroing) -> Result<()> {
+        Err(Errno::EROFS.into())
+    }
+
+    fn discard(&self, _at: u64, _len: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn set_len(&self, _len: u64, _fill: Preallocation) -> Result<()> {
+        Err(Errno::EROFS.into())
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn allocated(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    fn facts(&self) -> Facts {
+        Facts { fixed_len: true, new_reads_zero: false, parallel: Some(self.parallel), ..Facts::PLAIN }
+    }
+
+    fn host(&self) -> Option<&HostFile> {
+        None
+    }
+
+    fn announce(&self, _event: Event) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// A file whose bytes tell where they are, and what was asked of it.
+    #[derive(Debug, Default)]
+    struct Told {
+        asked: Mutex<Vec<(u64, usize)>>,
+        fails: std::sync::atomic::AtomicBool,
+    }
+
+    fn byte(at: u64) -> u8 {
+        (at / 7 % 251) as u8
+    }
+
+    impl Fetch for &Told {
+        fn fetch(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+            self.asked.lock().unwrap_or_else(|e| e.into_inner()).push((at, buf.len()));
+            if self.fails.swap(false, std::sync::atomic::Ordering::Relaxed) {
+                return Err(Errno::ECONNRESET.into());
+            }
+            (at..).zip(buf).for_each(|(at, out)| *out = byte(at));
+            Ok(())
+        }
+    }
+
+    fn read<F: Fetch>(file: &Ranged<F>, at: u64, len: usize) -> Result<()> {
+        let mut buf = vec![0xee; len];
+        file.read_at(at, &mut buf)?;
+        let end = file.len;
+        assert!((at..).zip(buf).all(|(at, seen)| seen == if at < end { byte(at) } else { 0 }), "{at} {len}");
+        Ok(())
+    }
+
+    fn asked(told: &Told) -> Vec<(u64, usize)> {
+        std::mem::take(&mut told.asked.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+
+    const K64: u64 = 65536;
+
+    #[test]
+    fn small_reads_share_blocks_and_large_ones_fetch_what_they_are_for() {
+        let told = Told::default();
+        let file = Ranged::new(&told, 100 * K64 + 100, K64, 4);
+        read(&file, 10, 100).unwrap();
+        read(&file, 60_000, 5536).unwrap();
+        assert_eq!(asked(&told), [(0, 65536)]);
+        // What is there is not fetched again; the rest exactly.
+        read(&file, 1000, 200_000).unwrap();
+        assert_eq!(asked(&told), [(K64, 201_000 - 65536)]);
+        // Large reads keep nothing, and stop at what is kept.
+        read(&file, 5 * K64 + 9, 10).unwrap();
+        read(&file, 3 * K64 + 1, 4 * 65536).unwrap();
+        assert_eq!(asked(&told), [(5 * K64, 65536), (3 * K64 + 1, 2 * 65536 - 1), (6 * K64, 65537)]);
+        // The end of the file.
+        read(&file, 100 * K64 + 50, 100).unwrap();
+        read(&file, 100 * K64 + 100, 100).unwrap();
+        assert_eq!(asked(&told), [(100 * K64, 100)]);
+    }
+
+    #[test]
+    fn small_reads_that_go_on_are_fetched_ahead() {
+        let told = Told::default();
+        let file = Ranged::new(&told, 40 * K64, K64, 4);
+        for at in (0..30 * K64).step_by(16384) {
+            read(&file, at, 16384).unwrap();
+        }
+        let lens: Vec<_> = asked(&told).into_iter().map(|(_, len)| len / 65536).collect();
+        assert_eq!(lens, [1, 2, 4, 8, 8, 8]);
+        // One read over several blocks is one request.
+        let told = Told::default();
+        let file = Ranged::new(&told, 40 * K64, K64, 4);
+        read(&file, K64 / 2, 65536).unwrap();
+        assert_eq!(asked(&told), [(K64 / 2, 65536)]);
+        read(&file, K64 / 2, 65535).unwrap();
+        assert_eq!(asked(&told), [(0, 2 * 65536)]);
+    }
+
+    #[test]
+    fn what_failed_can_be_tried_again() {
+        let told = Told::default();
+        let file = Ranged::new(&told, 40 * K64, K64, 4);
+        told.fails.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(read(&file, 0, 10).is_err());
+        read(&file, 0, 10).unwrap();
+        assert_eq!(asked(&told).len(), 2);
+    }
+
+    #[test]
+    fn threads_wait_for_a_block_that_is_on_its_way() {
+        let told = Told::default();
+        let file = Ranged::new(&told, 8 * K64, K64, 4).with_start(&(0..K64).map(byte).collect::<Vec<_>>());
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| (0..8 * K64).step_by(4096).for_each(|at| read(&file, at, 4096).unwrap()));
+            }
+        });
+        let bytes: usize = asked(&told).iter().map(|(_, len)| len).sum();
+        assert_eq!(bytes, 7 * 65536, "each block once, and none that is known");
+    }
+}
