@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{OnceLock, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -114,10 +114,15 @@ impl Run {
         if let (Some(bytes), Some(mut pipe)) = (self.input.clone(), child.stdin.take()) {
             thread::spawn(move || pipe.write_all(&bytes));
         }
-        let stdout = gather(child.stdout.take());
-        let stderr = gather(child.stderr.take());
+        let (closed, closings) = mpsc::channel();
+        let stdout = gather(child.stdout.take(), closed.clone());
+        let stderr = gather(child.stderr.take(), closed);
         let end = Instant::now() + WATCHDOG;
-        let mut pause = Duration::from_micros(300);
+        // Both pipes are closed when it has ended, or is about to: nothing is asked again and again until then.
+        for _ in 0..2 {
+            let _ = closings.recv_timeout(end.saturating_duration_since(Instant::now()));
+        }
+        let mut pause = Duration::from_micros(50);
         let mut timed_out = false;
         let status = loop {
             if let Some(status) = child.try_wait().expect("wait") {
@@ -162,12 +167,13 @@ impl Run {
     }
 }
 
-fn gather(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {
+fn gather(pipe: Option<impl Read + Send + 'static>, closed: mpsc::Sender<()>) -> thread::JoinHandle<Vec<u8>> {
     thread::spawn(move || {
         let mut bytes = Vec::new();
         if let Some(mut pipe) = pipe {
             let _ = pipe.read_to_end(&mut bytes);
         }
+        let _ = closed.send(());
         bytes
     })
 }
@@ -223,15 +229,39 @@ pub fn qemu_io(format: &str, image: &str, commands: &[&str]) -> Run {
     plain("qemu-io", &args)
 }
 
-/// A shell line, with the judge's programs.
+/// A shell line, with the judge's programs. In `$LUKS` are images that the judge takes seconds of computing to make.
 pub fn sh(line: &str) -> Run {
     need("qemu-img");
-    Run::new("sh", &["-c", line]).path(tool_path(None))
+    let run = Run::new("sh", &["-c", line]).path(tool_path(None));
+    if line.contains("$LUKS") { run.env("LUKS", encrypted()) } else { run }
 }
 
 /// A shell line in which `qemu-img` is that program.
 pub fn sh_with(links: &Path, line: &str) -> Run {
     Run::new("sh", &["-c", line]).path(tool_path(Some(links)))
+}
+
+/// A folder with empty disks of 1 MiB encrypted by LUKS, made once by the judge: `luks` and `qcow2`. The passphrase
+/// is `abc`. Whatever `iter-time` says, `qemu-img` computes for two seconds to find out how fast it is.
+fn encrypted() -> &'static Path {
+    static IMAGES: OnceLock<PathBuf> = OnceLock::new();
+    IMAGES.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("luks");
+        std::fs::create_dir_all(&folder).expect("a folder for the images");
+        for (name, options) in [
+            ("luks", "key-secret=s,iter-time=10"),
+            ("qcow2", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"),
+        ] {
+            let (image, new) = (folder.join(name), folder.join(format!("{name}.{}", std::process::id())));
+            if !image.exists() {
+                let secret = ["create", "-q", "--object", "secret,id=s,data=abc", "-f", name, "-o", options];
+                judge(&secret.map(OsStr::new).into_iter().chain([new.as_os_str(), "1M".as_ref()]).collect::<Vec<_>>())
+                    .ok();
+                std::fs::rename(new, image).expect("the image gets its name");
+            }
+        }
+        folder
+    })
 }
 
 fn tool_path(first: Option<&Path>) -> OsString {
