@@ -20,7 +20,6 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use super::direct::Direct;
 use super::kind::FileKind;
 use super::lock::{self, Access};
-use super::pieces::Pieces;
 use super::reserve::Reserve;
 use super::writeback::{Track, Writeback};
 use super::{CacheMode, Error, Identity, Result, host};
@@ -61,7 +60,6 @@ pub struct HostFile {
     pub(super) direct: Option<Direct>,
     locks: Mutex<Access>,
     pub(super) growth: RwLock<()>,
-    pub(super) pieces: Pieces,
     pub(super) reserve: Option<Box<Reserve>>,
     pub(super) track: Option<Track>,
     pub(super) keep_space: bool,
@@ -111,7 +109,6 @@ impl HostFile {
             direct,
             locks: Mutex::default(),
             growth: RwLock::default(),
-            pieces: Pieces::default(),
             reserve: None,
             track: None,
             keep_space: false,

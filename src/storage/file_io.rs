@@ -11,7 +11,7 @@ use nix::unistd::{Whence, lseek};
 use super::direct::Direct;
 use super::file::HostFile;
 use super::kind::{FileKind, read_full};
-use super::{Event, Facts, HostExtent, Preallocation, Result, Storage, Zeroing, host, sparse};
+use super::{Event, Facts, HostExtent, Preallocation, Result, Storage, Zeroing, host, pieces, sparse};
 
 /// Requests in flight that suit what has a queue of its own: the device, or what is behind it, sorts them.
 const QUEUE: u32 = 8;
@@ -56,7 +56,7 @@ impl Storage for HostFile {
                 if let Some(reserve) = &self.reserve {
                     reserve.before_write(&self.file, at, buf.len());
                 }
-                self.pieces.write_all_at(&self.file, at, buf)?;
+                pieces::write_all_at(&self.file, at, buf)?;
                 if let Some(track) = &self.track {
                     track.wrote(at, buf.len());
                 }

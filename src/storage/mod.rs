@@ -20,6 +20,7 @@ mod kind;
 pub mod lock;
 pub mod memory;
 pub mod offload;
+pub mod pages;
 pub mod pieces;
 pub mod pipe;
 pub mod reserve;

@@ -29,8 +29,8 @@ const PAGE: usize = 4096;
 /// Where file and memory agree to this, the kernel can map the pages of a large folio by one entry.
 const HUGE: usize = 2 << 20;
 
-/// What is shorter is copied faster than it is mapped.
-const LEAST: usize = 64 << 10;
+/// What is shorter, in bytes, is copied faster than it is mapped.
+pub const LEAST: u64 = 64 << 10;
 
 /// As many windows can be there at once; who asks for more has to read.
 const WINDOWS: usize = 64;
@@ -176,14 +176,20 @@ impl Window {
         self.guard.faulted.store(false, Ordering::Relaxed);
     }
 
+    /// The same, and no page of a file stays mapped.
+    pub fn let_go(&mut self) {
+        self.clear();
+        self.renew(&(0..0));
+    }
+
     /// The next `len` bytes to be seen are those of `file` from `at` on. False where they have to be read: they are not
-    /// all in memory or in the file, the host does not show them, or they are too few to be worth it.
+    /// all in memory or in the file, or the host does not show them.
     pub fn add(&mut self, file: &dyn Storage, at: u64, len: usize) -> bool {
         let Some(host) = file.host().filter(|host| host.kind() == FileKind::Regular && file.facts().offload) else {
             return false;
         };
         let (Ok(offset), Some(end)) = (usize::try_from(at), at.checked_add(len as u64)) else { return false };
-        if len < LEAST || !file.len().is_ok_and(|there| there >= end) {
+        if !file.len().is_ok_and(|there| there >= end) {
             return false;
         }
         let cached = is_cached(host, at, len);
@@ -356,7 +362,6 @@ mod tests {
         let (file, bytes) = file(2 << 20);
         let mut window = Window::new(1 << 20).unwrap();
         window.clear();
-        assert!(!window.add(&file, 0, LEAST - 1), "too little");
         assert!(!window.add(&file, 0, 2 << 20), "too long");
         assert!(!window.add(&file, (2 << 20) - 65536, 65537), "past the end");
         assert!(!window.add(&Memory::new(bytes.clone()), 0, 1 << 20), "no file");

@@ -1,38 +1,22 @@
 //! The plain bytes of a worker's chunk: read into a buffer, or seen where they lie (see [`Window`]).
 //!
-//! Invariant: what is seen is never written to; whatever has to be changed is read.
+//! Invariants: what is seen is never written to; whatever has to be changed is read. A worker does not hold a large
+//! chunk twice.
 
 use crate::block::Result;
-use crate::storage::view::Window;
+use crate::storage::pages::Pages;
+use crate::storage::view::{LEAST, Window};
 
 use super::plan::Chunk;
 use super::source::Content;
 
-/// What buffers are aligned to: the page, which is also what `O_DIRECT` wants.
-const PAGE: usize = 4096;
-
-/// A buffer that starts at a page and is used again and again.
-#[derive(Debug, Default)]
-struct Buffer {
-    bytes: Vec<u8>,
-    skip: usize,
-}
-
-impl Buffer {
-    fn get(&mut self, len: usize) -> &mut [u8] {
-        if self.bytes.len() < len + self.skip {
-            self.bytes = Vec::new();
-            self.bytes = vec![0; len + PAGE];
-            self.skip = self.bytes.as_ptr().align_offset(PAGE).min(PAGE);
-        }
-        &mut self.bytes[self.skip..self.skip + len]
-    }
-}
+/// A buffer of more bytes is not kept for another time, as a mapping of the next chunk may take its place.
+const LARGE: usize = 8 << 20;
 
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Plain {
-    buffer: Buffer,
+    buffer: Pages,
     window: Option<Window>,
     /// It is the window that has the bytes.
     seen: bool,
@@ -40,25 +24,41 @@ pub struct Plain {
     blind: bool,
 }
 
+/// Whether mapping a chunk costs less than reading it: each of its parts is long enough. A large one would need as much
+/// new memory to be read, so there the parts are, in the mean.
+fn is_worth_it(chunk: &Chunk<'_>) -> bool {
+    let stored = chunk.segments.iter().filter(|segment| matches!(segment.content, Content::Stored(_)));
+    let lengths = stored.map(|segment| segment.len);
+    if chunk.len > LARGE as u64 {
+        let (bytes, parts) = lengths.fold((0, 0), |(bytes, parts), len| (bytes + len, parts + 1));
+        return bytes >= LEAST * parts;
+    }
+    lengths.min().is_none_or(|shortest| shortest >= LEAST)
+}
+
 impl Plain {
     /// Room to read `len` bytes into.
     pub fn room(&mut self, len: usize) -> &mut [u8] {
         self.seen = false;
-        self.buffer.get(len)
+        if let Some(window) = self.window.as_mut().filter(|_| len > LARGE) {
+            window.let_go();
+        }
+        self.buffer.room(len)
     }
 
     /// The chunk's bytes.
     pub fn bytes(&mut self, len: usize) -> &[u8] {
         match &self.window {
             Some(window) if self.seen => &window.bytes()[..len],
-            _ => self.buffer.get(len),
+            _ => self.buffer.room(len),
         }
     }
 
     /// Tries to see a chunk, of at most `longest` bytes, as it lies in its files. False where it has to be read.
     pub fn see(&mut self, chunk: &Chunk<'_>, longest: u64) -> Result<bool> {
         self.seen = false;
-        if self.blind || chunk.segments.iter().any(|segment| matches!(segment.content, Content::Keep)) {
+        let kept = chunk.segments.iter().any(|segment| matches!(segment.content, Content::Keep));
+        if self.blind || kept || !is_worth_it(chunk) {
             return Ok(false);
         }
         if self.window.is_none() {
@@ -67,6 +67,9 @@ impl Plain {
         }
         let Some(window) = &mut self.window else { return Ok(false) };
         window.clear();
+        if self.buffer.len() > LARGE {
+            self.buffer = Pages::default();
+        }
         for segment in &chunk.segments {
             let Ok(len) = usize::try_from(segment.len) else { return Ok(false) };
             let shown = match &segment.content {
