@@ -39,7 +39,7 @@ pub fn measure(command: &[String], dir: &Path) -> Result<Cost, String> {
     Ok(Cost { seconds: next(), cpu: next(), peak_kib: next() as i64 })
 }
 
-/// What all runs of one job by one program took.
+/// What all runs of one job by one program took: none for an older vimg that cannot do it.
 pub struct Runs {
     pub name: &'static str,
     pub costs: Vec<Cost>,
@@ -55,11 +55,11 @@ impl Runs {
     }
 
     pub fn median(&self, what: fn(&Cost) -> f64) -> f64 {
-        self.sorted(what)[self.costs.len() / 2]
+        self.sorted(what).get(self.costs.len() / 2).copied().unwrap_or(f64::NAN)
     }
 
     pub fn best(&self, what: fn(&Cost) -> f64) -> f64 {
-        self.sorted(what)[0]
+        self.sorted(what).first().copied().unwrap_or(f64::NAN)
     }
 
     pub fn peak_mib(&self) -> f64 {
