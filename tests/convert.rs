@@ -216,24 +216,6 @@ fn an_existing_target_is_written_to() {
     assert_eq!(fs::read(scratch.file("small")).unwrap(), [1; 512]);
 }
 
-/// Only an explicit `-f raw` takes the bytes of a format that vimg does not have.
-#[test]
-fn images_of_other_formats_are_not_copied_as_raw() {
-    let scratch = Scratch::new();
-    let format = "bochs";
-    let mut head = b"Bochs Virtual HD Image\0\0\0\0\0\0\0\0\0\0Redolog\0".to_vec();
-    head.resize(8 << 20, 0);
-    fs::write(scratch.file("a"), head).unwrap();
-    for args in [&["convert", "-O", "raw", "a", "b"][..], &["resize", "a", "16M"], &["info", "a"]] {
-        let out = vimg(args).dir(scratch.path()).fails(1);
-        assert!(out.stderr.contains(&format!("Image is in {format} format")), "{out:?}");
-    }
-    assert!(!scratch.file("b").exists(), "{format}");
-    scratch.vimg(&["convert", "-f", "raw", "-O", "raw", "a", "b"]);
-    assert_eq!(fs::read(scratch.file("a")).unwrap(), fs::read(scratch.file("b")).unwrap(), "{format}");
-    fs::remove_file(scratch.file("b")).unwrap();
-}
-
 /// The outer image's threads share units of the inner one.
 #[test]
 fn an_image_in_an_image_is_written_to_by_many_threads() {

@@ -108,7 +108,8 @@ const TELLING: &[u64] = &[
 fn mutations(bytes: &[u8], name: &str, count: usize) -> Vec<Mutation> {
     let mut all = Vec::new();
     // Every aligned field of the header, as 4 and as 8 bytes, with every telling value.
-    let little = !name.ends_with(".qcow2") && !name.ends_with(".qcow") && !name.ends_with(".vhd");
+    let big = [".qcow2", ".qcow", ".vhd", ".cloop"].iter().any(|end| name.ends_with(end));
+    let little = !big;
     for at in (0..bytes.len().min(512)).step_by(4) {
         for value in TELLING {
             all.push(Mutation::Set { at, width: 4, value: *value & 0xffff_ffff, little });

@@ -122,6 +122,11 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Whether its format has bitmaps, be they read here or not.
+    fn knows_bitmaps(&self) -> bool {
+        self.bitmaps().is_some()
+    }
+
     /// Why it cannot hold bitmaps, where other images of its format can.
     fn no_bitmaps(&self) -> Option<&'static str> {
         None

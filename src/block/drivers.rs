@@ -102,10 +102,11 @@ impl Drivers {
             return Ok(Named::Protocol(self.of_path(name)?, Spelt::path(name.to_owned())));
         };
         let prefix = prefix.to_string_lossy();
-        if let Some(filter) = self.filter(&prefix) {
+        if let Some(filter) = self.filter(&prefix).filter(|filter| filter.has_prefix()) {
             return Ok(Named::Filter(filter, filter.spelt(rest)?));
         }
-        let protocol = self.protocol(&prefix).ok_or_else(|| {
+        let protocol = self.protocols.iter().copied().find(|protocol| protocol.prefix() == prefix);
+        let protocol = protocol.ok_or_else(|| {
             let plain = plain_path(name);
             let error = Error::invalid(format!("Unknown protocol '{prefix}'"));
             error.advise(format!("a file of that name is written '{}'", plain.display()))
@@ -116,7 +117,7 @@ impl Drivers {
     /// What a name says to that protocol, of which it may start with the name.
     pub fn spelt(&self, protocol: &'static dyn Protocol, name: &OsStr) -> Result<Spelt> {
         match name::protocol(name) {
-            Some((prefix, rest)) if prefix == protocol.name() => protocol.spelt(rest),
+            Some((prefix, rest)) if prefix == protocol.prefix() => protocol.spelt(rest),
             _ => protocol.plain(name),
         }
     }
@@ -124,7 +125,7 @@ impl Drivers {
     /// What a name says to that filter: all of it is the name of what lies below, unless it starts with the filter's.
     pub fn wrapped(&self, filter: &'static dyn Filter, name: &OsStr) -> Result<Wrapped> {
         match name::protocol(name) {
-            Some((prefix, rest)) if prefix == filter.name() => filter.spelt(rest),
+            Some((prefix, rest)) if prefix == filter.name() && filter.has_prefix() => filter.spelt(rest),
             _ => Ok(Wrapped { below: name.to_owned(), options: OptionTree::new() }),
         }
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::{Child, OptionTree, Result};
+use super::{Child, Error, Node, OptionTree, Result, Secrets};
 use crate::storage::lock::Access;
 use crate::storage::{CacheMode, Storage};
 
@@ -30,6 +30,8 @@ pub struct Below {
     pub write: bool,
     /// What the page cache does.
     pub cache: CacheMode,
+    /// The image whose disk the bytes are, if they are one's, and whether its format stores compressed units.
+    pub image: Option<(Arc<Node>, bool)>,
 }
 
 /// A filter over what lies below it.
@@ -44,17 +46,34 @@ pub struct Filtered {
     pub access: Access,
 }
 
+/// What a filter is given to open something.
+pub struct FilterRequest<'a> {
+    /// Its options: it takes out those it knows; what is left is refused.
+    pub options: &'a mut OptionTree,
+    /// Opens what lies below. Called once.
+    pub below: &'a mut dyn FnMut() -> Result<Below>,
+    /// The objects that options name.
+    pub objects: &'a Secrets,
+}
+
 /// What is known of a filter: one static each.
 pub trait Filter: Sync + fmt::Debug {
-    /// Its name among the drivers, and what names of it start with.
+    /// Its name among the drivers.
     fn name(&self) -> &'static str;
 
     /// The name of its one child, as in `image.filename`: `image` or `file`.
     fn role(&self) -> &'static str;
 
-    /// What `NAME:rest` says; `rest` is all that stands behind the first colon.
-    fn spelt(&self, rest: &OsStr) -> Result<Wrapped>;
+    /// Whether names may start with its name.
+    fn has_prefix(&self) -> bool {
+        false
+    }
 
-    /// Puts it over what `below` opens, when it is called. Takes the options that it knows; what is left is refused.
-    fn open(&self, options: &mut OptionTree, below: &mut dyn FnMut() -> Result<Below>) -> Result<Filtered>;
+    /// What `NAME:rest` says; `rest` is all that stands behind the first colon.
+    fn spelt(&self, _rest: &OsStr) -> Result<Wrapped> {
+        Err(Error::invalid(format!("Unknown protocol '{}'", self.name())))
+    }
+
+    /// Puts it over what [`FilterRequest::below`] opens.
+    fn open(&self, request: FilterRequest<'_>) -> Result<Filtered>;
 }

@@ -182,6 +182,11 @@ pub trait Format: Sync + fmt::Debug {
         false
     }
 
+    /// Whether its images can be opened to be written to at all.
+    fn writable(&self) -> bool {
+        true
+    }
+
     /// Options that change what the guest sees: where they are given, a plain name does not name the image.
     fn strong_options(&self) -> &'static [&'static str] {
         &[]

@@ -36,6 +36,7 @@ pub mod protocol;
 pub mod purpose;
 mod sealed;
 pub mod secrets;
+pub mod throttle;
 
 pub use check::{Check, CheckReport, Findings, Fix};
 pub use cursor::MapCursor;

@@ -66,14 +66,19 @@ pub struct OpenedFile {
 
 /// What is known of a protocol: one static each.
 pub trait Protocol: Sync + fmt::Debug {
-    /// Its name among the drivers, and what names of it start with.
+    /// Its name among the drivers.
     fn name(&self) -> &'static str;
+
+    /// What names of it start with, before a colon.
+    fn prefix(&self) -> &'static str {
+        self.name()
+    }
 
     /// Whether it is the protocol for what lies under a plain path. The first of the table that says so is taken;
     /// `false` for one that only a prefix names.
     fn takes(&self, path: &Path) -> bool;
 
-    /// What `NAME:rest` says; `rest` is all that stands behind the first colon.
+    /// What `PREFIX:rest` says; `rest` is all that stands behind the first colon.
     fn spelt(&self, rest: &OsStr) -> Result<Spelt>;
 
     /// What a name says that does not start with the protocol's, given to it by `-f` or `driver`.

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use zeroize::Zeroizing;
 
+use super::throttle::{Limits, ThrottleGroup};
 use super::{Error, Purpose, Result};
 
 /// For images that need none.
@@ -75,6 +76,7 @@ pub trait AskPassphrase: Send + Sync + fmt::Debug {
 #[derive(Debug, Clone)]
 enum SecretObject {
     Secret(SecretBytes),
+    Throttle(Arc<ThrottleGroup>),
     Other,
 }
 
@@ -116,11 +118,24 @@ impl Secrets {
         self.objects.insert(id.to_owned(), SecretObject::Other);
     }
 
+    /// Adds a throttle group.
+    pub fn add_throttle_group(&mut self, id: &str, limits: Limits) {
+        self.objects.insert(id.to_owned(), SecretObject::Throttle(Arc::new(ThrottleGroup::new(limits))));
+    }
+
+    /// The throttle group with that id.
+    pub fn throttle_group(&self, id: &str) -> Option<&Arc<ThrottleGroup>> {
+        match self.objects.get(id) {
+            Some(SecretObject::Throttle(group)) => Some(group),
+            _ => None,
+        }
+    }
+
     /// What that secret holds.
     pub fn bytes(&self, id: &str) -> Result<&SecretBytes> {
         match self.objects.get(id) {
             Some(SecretObject::Secret(bytes)) => Ok(bytes),
-            Some(SecretObject::Other) => Err(Error::invalid(format!("Object with id '{id}' is not a secret"))),
+            Some(_) => Err(Error::invalid(format!("Object with id '{id}' is not a secret"))),
             None => Err(Error::invalid(format!("No secret with id '{id}'"))),
         }
     }

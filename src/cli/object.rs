@@ -10,9 +10,10 @@ mod types;
 
 use self::credentials::{check_certificates, check_helper, check_shared_keys, read};
 use self::members::{Members, PropertyValue, does_not_accept, json, list};
-use self::properties::{check_properties, check_together, last_of};
+use self::properties::{check_properties, check_together, last_of, throttle_limits};
 use self::types::{ELSEWHERE, ObjectType, PropertyKind, Standing, TYPES};
 use super::{Complaint, Program};
+use crate::block::throttle::Limits;
 use crate::block::{SecretBytes, Secrets};
 use crate::codec::base64;
 use crate::storage::error::strerror;
@@ -27,6 +28,8 @@ pub enum Object {
     Help(Option<&'static str>),
     /// A secret.
     Secret(Secret),
+    /// A throttle group.
+    Throttle(String, Limits),
     /// Anything else: nothing here asks for it.
     Other {
         /// Its name.
@@ -88,6 +91,7 @@ pub fn parse(text: &str) -> Result<Object, Complaint> {
     check_together(&given, row)?;
     match row.name {
         "secret" | "secret_keyring" => return Ok(Object::Secret(secret(id, &given)?)),
+        "throttle-group" => return Ok(Object::Throttle(id, throttle_limits(&given)?)),
         "tls-creds-psk" => check_shared_keys(&given)?,
         "tls-creds-x509" => return Ok(Object::Other { id, needs: check_certificates(&given)? }),
         "pr-manager-helper" => check_helper(&given)?,
@@ -139,7 +143,7 @@ pub fn define(program: &Program, objects: &[Object]) -> anyhow::Result<Option<Se
                 help(program, *kind);
                 return Ok(None);
             }
-            Object::Secret(Secret { id, .. }) | Object::Other { id, .. } => id,
+            Object::Secret(Secret { id, .. }) | Object::Throttle(id, _) | Object::Other { id, .. } => id,
         };
         if secrets.has(id) {
             let text = format!("attempt to add duplicate property '{id}' to object (type 'container')");
@@ -155,6 +159,7 @@ pub fn define(program: &Program, objects: &[Object]) -> anyhow::Result<Option<Se
                 secrets.add(id, data);
             }
             Object::Help(_) => {}
+            Object::Throttle(_, limits) => secrets.add_throttle_group(id, *limits),
             Object::Other { needs, .. } => {
                 needs.as_ref().map_or(Ok(()), |secret| secrets.bytes(secret).map(drop))?;
                 secrets.add_other(id);

@@ -4,7 +4,10 @@
 //! and `open`, and `BlockDriver`'s `format`, `virtual_size`, `extent`, `files` and `info`; all the rest has defaults, which
 //! say that it cannot be done. The smallest one is [`raw`].
 
+pub mod bochs;
 mod claims;
+pub mod cloop;
+pub mod cow;
 pub mod dmg;
 mod effort;
 mod encryption;
@@ -42,5 +45,8 @@ pub const FORMATS: &[&dyn Format] = &[
     &luks::Luks,
     &dmg::Dmg,
     &simg::Simg,
+    &bochs::Bochs,
+    &cloop::Cloop,
+    &cow::Cow,
     &raw::Raw,
 ];

@@ -83,6 +83,27 @@ impl TableCache {
         Ok(())
     }
 
+    /// Whether the bit `first` of the bitmap at `at` is set (bit 0 is the lowest of the first byte), and how many from it
+    /// on, `most` at most, are like it.
+    pub fn bit_run(&mut self, storage: &dyn Storage, at: u64, first: u64, most: u64) -> Result<(bool, u64)> {
+        let end = first.saturating_add(most);
+        let (mut found, mut bit) = (None, first);
+        while bit < end {
+            let max = usize::try_from(end.div_ceil(8) - bit / 8).unwrap_or(PAGE);
+            for byte in self.slice(storage, at.saturating_add(bit / 8), max)? {
+                let set = *found.get_or_insert(byte >> (bit % 8) & 1 == 1);
+                let like = if set { *byte } else { !*byte };
+                // Those below `bit` do not count.
+                let run = u64::from((like | !(0xff << (bit % 8))).trailing_ones()) - bit % 8;
+                bit += run;
+                if bit >= end || bit % 8 != 0 || run == 0 {
+                    return Ok((set, bit.min(end) - first));
+                }
+            }
+        }
+        Ok((found.unwrap_or(false), end - first))
+    }
+
     /// Changes bytes; the file learns of it at [`TableCache::write_out`].
     pub fn write(&mut self, storage: &dyn Storage, at: u64, bytes: &[u8]) -> Result<()> {
         let mut done = 0;
@@ -266,5 +287,29 @@ mod tests {
         let mut word = [0; 8];
         cache.read(&file, 0, &mut word).unwrap();
         assert_eq!(word, [1; 8]);
+    }
+
+    #[test]
+    fn runs_of_bits_are_found_across_bytes_and_pages() {
+        let mut bytes = vec![0xff; 3 * PAGE];
+        bytes[1] = 0b0000_1100;
+        bytes[2 * PAGE] = 0b1011_1111;
+        let file = Memory::new(bytes);
+        let mut cache = TableCache::new(1 << 16, "a", "the table");
+        let bits = (8 * PAGE) as u64;
+        for (first, most, expected) in [
+            (0, 100, (true, 8)),
+            (3, 100, (true, 5)),
+            (3, 4, (true, 4)),
+            (8, 100, (false, 2)),
+            (10, 1, (true, 1)),
+            (11, 100, (true, 1)),
+            (12, 100, (false, 4)),
+            (16, u64::MAX, (true, 2 * bits + 6 - 16)),
+            (2 * bits + 6, 100, (false, 1)),
+            (2 * bits + 7, 20, (true, 20)),
+        ] {
+            assert_eq!(cache.bit_run(&file, 0, first, most).unwrap(), expected, "{first} {most}");
+        }
     }
 }

@@ -130,9 +130,11 @@ pub fn entry_of<'a>(mapping: &Mapping<'a>) -> Result<MapEntry<'a>> {
         let below = entry_of(&inner.map(GuestOffset(place.at.get()), left, usize::MAX)?)?;
         return Ok(MapEntry { start, depth, ..below });
     }
+    let child = |place: HostPlace| node.driver().files().get(place.file);
     // Encrypted bytes are not what the guest reads.
     let place = place.filter(|_| node.driver().cipher().is_none());
-    let file = place.and_then(|place| node.driver().files().get(place.file)).map(|file| file.name.as_str());
+    let place = place.filter(|place| child(*place).is_none_or(|child| child.storage.facts().addressed));
+    let file = place.and_then(child).map(|file| file.name.as_str());
     Ok(MapEntry { start, len, depth, present, zero, data, compressed, offset: place.map(|place| place.at.get()), file })
 }
 

@@ -22,7 +22,8 @@ impl MeasuredTarget<'_> {
 
     /// For what an image holds, through its whole chain.
     pub fn of_image(&self, source: &Node) -> Result<Measured> {
-        let bitmaps = source.driver().bitmaps().map(|bitmaps| bitmaps.list());
+        let listed = || source.driver().bitmaps().map_or_else(Vec::new, |bitmaps| bitmaps.list());
+        let bitmaps = source.driver().knows_bitmaps().then(listed);
         let size = source.virtual_size();
         // What of it lies above the new image's backing file is not looked for.
         let backed = self.options.name("backing_file").is_some();

@@ -6,6 +6,7 @@ mod host_device;
 mod http;
 mod null;
 mod ranged;
+mod vvfat;
 
 use crate::block::protocol::Protocol;
 
@@ -17,5 +18,6 @@ pub const PROTOCOLS: &[&dyn Protocol] = &[
     &http::HTTPS,
     &null::CO,
     &null::AIO,
+    &vvfat::Vvfat,
     &file::File,
 ];

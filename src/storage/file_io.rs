@@ -124,6 +124,7 @@ impl Storage for HostFile {
             parallel: (self.direct.is_some() || !regular).then_some(QUEUE),
             identity: Some(self.identity),
             offload: self.direct.is_none(),
+            addressed: true,
         }
     }
 

@@ -149,6 +149,8 @@ pub struct Facts {
     /// The kernel may copy from and to [`Storage::host`]: the same bytes are there, at the same offsets, and nothing
     /// needs to see them pass.
     pub offload: bool,
+    /// Its offsets mean something to who has no more than its name. False for bytes that are put together here.
+    pub addressed: bool,
 }
 
 impl Facts {
@@ -161,6 +163,7 @@ impl Facts {
         parallel: None,
         identity: None,
         offload: false,
+        addressed: true,
     };
 }
 

@@ -150,7 +150,7 @@ fn deviations_are_as_the_readme_says() {
 /// A case that passes has to be moved, so that it cannot fail again unseen.
 #[test]
 fn what_is_to_do_is_not_done_yet() {
-    run_each("todo", include_str!("todo.case"), 1, check_undone);
+    run_each("todo", include_str!("todo.case"), 0, check_undone);
 }
 
 fn run_all(table: &str, text: &str, floor: usize) {

@@ -100,6 +100,9 @@ pub fn need(program: &str) {
         "qcowinfo" | "qcowmount" => "libqcow-utils",
         "mkfs.xfs" | "xfs_io" => "xfsprogs",
         "mkfs.btrfs" => "btrfs-progs",
+        "uml_moo" | "uml_mkcow" => "uml-utilities",
+        "mdir" | "mcopy" => "mtools",
+        "fsck.fat" => "dosfstools",
         other => other,
     };
     let path = std::env::var_os("PATH").unwrap_or_default();

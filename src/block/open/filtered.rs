@@ -13,7 +13,7 @@ use super::opened::Opened;
 use super::settings::Settings;
 use super::{OpenHow, Opener, Trail};
 use crate::block::bare::Bare;
-use crate::block::filter::{Below, Filter};
+use crate::block::filter::{Below, Filter, FilterRequest};
 use crate::block::keys::as_text;
 use crate::block::name::{self, first_key, take_below};
 use crate::block::node::Origin;
@@ -80,7 +80,7 @@ impl Opener<'_> {
         claims.settle(&mut trail.names)?;
         let mut opened: Option<(Opened, Arc<Node>)> = None;
         trail.depth += 1;
-        let done = filter.open(&mut options, &mut || {
+        let mut open_below = || {
             if let Some(reference) = &reference {
                 return Err(no_such_node(reference, below.is_empty() && path.is_none()));
             }
@@ -99,14 +99,24 @@ impl Opener<'_> {
             };
             let path = node.origin().path.clone();
             let child = file.child.clone();
+            let compresses = |image: &Arc<Node>| {
+                let format = self.drivers.format(image.driver().format());
+                format.and_then(|format| format.creating()).is_some_and(|create| create.compresses())
+            };
+            let image = file.inner.clone().map(|image| (image.clone(), compresses(&image)));
             opened = Some((file, node));
-            Ok(Below { child, path, write: settings.purpose.writes(), cache: settings.cache() })
-        });
+            Ok(Below { child, path, write: settings.purpose.writes(), cache: settings.cache(), image })
+        };
+        let request = FilterRequest { options: &mut options, below: &mut open_below, objects: self.secrets };
+        let done = filter.open(request);
         trail.depth -= 1;
         let done = done?;
         if let Some(key) = first_key(&options) {
             let name = filter.name();
-            return Err(Error::invalid(format!("Block protocol '{name}' doesn't support the option '{key}'")));
+            return Err(Error::invalid(match filter.has_prefix() {
+                true => format!("Block protocol '{name}' doesn't support the option '{key}'"),
+                false => format!("Block format '{name}' does not support the option '{key}'"),
+            }));
         }
         settings.may_write()?;
         let (file, node) = opened.ok_or_else(|| Error::invalid("a filter over nothing"))?;

@@ -226,6 +226,9 @@ impl Opener<'_> {
         if let Some(reference) = take_text(&mut options, DATA_FILE) {
             return Err(no_such_node(&reference, true));
         }
+        if settings.purpose.writes() && !format.writable() {
+            return Err(Error::invalid("Image is read-only"));
+        }
         let request = OpenRequest {
             file: child,
             side_files,

@@ -8,7 +8,6 @@
 
 mod chain;
 mod filtered;
-mod foreign;
 mod held;
 mod layer;
 mod nested;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::{Opener, foreign, no_disk};
+use super::{Opener, no_disk};
 use crate::block::error::Context;
 use crate::block::{self, Child, Format, Notice, TRAILER_BYTES, Trailer};
 use crate::storage::{Event, Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
@@ -37,11 +37,6 @@ impl Opener<'_> {
         let mut end = vec![0; usize::try_from(len.min(TRAILER_BYTES)).unwrap_or(HEAD)];
         let start = len.saturating_sub(TRAILER_BYTES);
         storage.read_at(start, &mut end).context("Could not read image for determining its format")?;
-        if let Some(other) = foreign::of(&head) {
-            return Err(block::Error::unsupported(format!(
-                "Image is in {other} format, which is not supported (the format raw takes its bytes as they are)"
-            )));
-        }
         let there = usize::try_from(len).unwrap_or(HEAD).min(HEAD);
         if let Some(found) = no_disk::of(head.get(..there).unwrap_or_default(), name) {
             return Err(block::Error::unsupported(found.text()));
@@ -107,7 +102,7 @@ impl Storage for ProbedRaw {
                 *old = *new;
             }
             let known = |format: &&dyn Format| format.probe(&head, &self.name) > 1;
-            if self.formats.iter().any(known) || foreign::of(&head).is_some() {
+            if self.formats.iter().any(known) {
                 return Err(Errno::EPERM.into());
             }
         }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::members::{Members, PropertyValue, unexpected, wrong_type};
 use super::types::{MATCHES, ObjectType, POLICIES, Property, PropertyKind, throttle_fault};
+use crate::block::throttle::Limits;
 use crate::cli::Complaint;
 
 /// The last of the values that each property was given.
@@ -115,6 +116,33 @@ fn check_rules(name: &str, inner: &BTreeMap<&str, &PropertyValue>) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// The limits that a throttle group's properties say, which have been found to go together.
+pub(super) fn throttle_limits(given: &Members) -> Result<Limits, Complaint> {
+    let mut limits = Limits::default();
+    for (key, value) in &last_of(given) {
+        let Some(name) = key.strip_prefix("x-").or_else(|| key.strip_prefix("limits.")) else { continue };
+        let value = u64::try_from(value.integer(key)?).unwrap_or(0);
+        let (unit, rest) = name.split_once('-').unwrap_or((name, ""));
+        let rates = if unit == "bps" { &mut limits.bytes } else { &mut limits.requests };
+        let (way, part) = rest.split_once('-').unwrap_or((rest, ""));
+        let rate = match way {
+            "total" => &mut rates.total,
+            "read" => &mut rates.read,
+            "write" => &mut rates.write,
+            _ => {
+                limits.request_bytes = value;
+                continue;
+            }
+        };
+        match part {
+            "" => rate.average = value,
+            "max" => rate.burst = value,
+            _ => rate.length = value,
+        }
+    }
+    Ok(limits)
 }
 
 /// What properties must be together, or cannot be.

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Map, Value};
 
-use crate::block::filter::{Below, Filter, Filtered, Wrapped};
+use crate::block::filter::{Below, Filter, FilterRequest, Filtered, Wrapped};
 use crate::block::keys::{as_text, take_size, take_text};
 use crate::block::name::{first_key, take_below};
 use crate::block::{Error, OptionTree, Result};
@@ -35,6 +35,10 @@ impl Filter for Blkdebug {
         "image"
     }
 
+    fn has_prefix(&self) -> bool {
+        true
+    }
+
     /// `blkdebug:CONFIG:IMAGE`; CONFIG may be empty.
     fn spelt(&self, rest: &OsStr) -> Result<Wrapped> {
         let bytes = rest.as_bytes();
@@ -48,7 +52,8 @@ impl Filter for Blkdebug {
         Ok(Wrapped { below: OsStr::from_bytes(image.get(1..).unwrap_or_default()).to_owned(), options })
     }
 
-    fn open(&self, options: &mut OptionTree, below: &mut dyn FnMut() -> Result<Below>) -> Result<Filtered> {
+    fn open(&self, request: FilterRequest<'_>) -> Result<Filtered> {
+        let FilterRequest { options, below, .. } = request;
         let mut strong: Map<String, Value> = options.clone();
         let sizes = Sizes::take(options)?;
         let config = take_text(options, "config");
@@ -62,7 +67,7 @@ impl Filter for Blkdebug {
         let mut rules = Rules::new(rules)?;
         let access = Access { uses: take_access("take", options)?, refuses: take_access("unshare", options)? };
         strong.retain(|key, _| !key.starts_with("take-child-perms.") && !key.starts_with("unshare-child-perms."));
-        let Below { child, path, write, cache } = below()?;
+        let Below { child, path, write, cache, .. } = below()?;
         if !write && access.uses & (lock::WRITE | lock::WRITE_UNCHANGED) != 0 {
             return Err(Error::invalid("Block node is read-only"));
         }

@@ -48,6 +48,10 @@ impl Format for Dmg {
         end.bytes.ends_with(ENCRYPTED_END) || find_trailer(end.bytes, end.len).is_some()
     }
 
+    fn writable(&self) -> bool {
+        false
+    }
+
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
         let file = request.file;
         let koly = trailer(&*file.storage)?;

@@ -119,6 +119,10 @@ impl BlockDriver for ParallelsDriver {
         &self.files
     }
 
+    fn knows_bitmaps(&self) -> bool {
+        true
+    }
+
     fn info(&self) -> Result<ImageInfo> {
         Ok(ImageInfo { dirty: None, ..ImageInfo::plain(None) })
     }

@@ -37,6 +37,10 @@ impl Format for Simg {
         if head.starts_with(&MAGIC) { 100 } else { 0 }
     }
 
+    fn writable(&self) -> bool {
+        false
+    }
+
     fn open(&self, request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
         let file = request.file;
         let mut head = [0; HEADER_BYTES];
