@@ -9,6 +9,7 @@
 //! | `VIMG_BENCH_DIR` | where the disk and the outputs lie | the temporary folder |
 //! | `VIMG_BENCH_GIB` | the disk's size | 8 |
 //! | `VIMG_BENCH_ROUNDS` | how often each job is run by each program | 5 |
+//! | `QEMU_MODULE_DIR` | where qemu-img's `block-curl.so` is, for the jobs over http | qemu-img's own |
 //! | `VIMG_BASE` | another vimg that is measured too, say that of the commit before | none |
 //!
 //! Where the time goes (`perf record`, two cores, 0.9 GiB of data):
@@ -31,6 +32,8 @@
 mod ciphers;
 #[path = "against/cost.rs"]
 mod cost;
+#[path = "against/far.rs"]
+mod far;
 #[path = "against/floor.rs"]
 mod floor;
 #[path = "against/report.rs"]
@@ -45,7 +48,7 @@ use std::process::Command;
 use cost::{Runs, cost_of, measure};
 use scene::{FileSystem, shell};
 
-/// One piece of work. `{disk}` is the real disk; other words are files in the scratch folder.
+/// One piece of work. `{disk}` is the real disk, `{far}` a server of HTTP with the scratch folder's files; other words are files in the scratch folder.
 struct Job {
     name: &'static str,
     /// Made once before, by qemu-img, if it is not there: the file and the arguments.
@@ -91,6 +94,8 @@ const JOBS: &[Job] = &[
     Job { name: "raw→qcow2", needs: &[], run: "convert -f raw -O qcow2 {disk} out" },
     Job { name: "qcow2→raw", needs: &[QCOW2], run: "convert -f qcow2 -O raw disk.qcow2 out" },
     Job { name: "qcow2→qcow2", needs: &[QCOW2], run: "convert -f qcow2 -O qcow2 disk.qcow2 out" },
+    Job { name: "http qcow2→raw", needs: &[QCOW2], run: "convert -f qcow2 -O raw {far}/disk.qcow2 out" },
+    Job { name: "http qcow2 zlib→raw", needs: &[ZLIB], run: "convert -f qcow2 -O raw {far}/zlib.qcow2 out" },
     Job { name: "raw→qcow2 -c zlib", needs: &[], run: "convert -f raw -O qcow2 -c {disk} out" },
     Job { name: "zlib, qemu-img -W -m 16", needs: &[], run: "convert -f raw -O qcow2 -c +-W +-m +16 {disk} out" },
     Job { name: "zlib, clusters of 2M", needs: &[], run: "convert -f raw -O qcow2 -c -o cluster_size=2M {disk} out" },
@@ -264,6 +269,9 @@ fn main() {
 fn words(line: &str, disk: &Path, theirs: bool) -> Vec<String> {
     let word = |word: &str| match word.strip_prefix('+') {
         Some(word) => theirs.then(|| word.to_owned()),
+        None if word.starts_with("{far}") => {
+            Some(word.replace("{far}", &far::url(disk.parent().expect("the scratch folder"))))
+        }
         None => Some(word.replace("{disk}", &disk.display().to_string())),
     };
     line.split(' ').filter(|word| !word.starts_with('@')).filter_map(word).collect()
@@ -308,7 +316,7 @@ fn run_job(
         shell(dir, CHAIN);
     }
     let contenders = contenders(job, disk, programs);
-    let runs = |contender: &Contender| Runs { name: contender.name, costs: Vec::new(), size: 0 };
+    let runs = |contender: &Contender| Runs { name: contender.name, costs: Vec::new(), size: 0, fetched: 0 };
     let mut all: Vec<Runs> = contenders.iter().map(runs).collect();
     let mut unable = vec![false; all.len()];
     // One run of each to warm up, then in turn.
@@ -329,6 +337,7 @@ fn run_job(
                 }
                 other => other?,
             };
+            runs.fetched = far::take_sent();
             if round > 0 {
                 runs.costs.push(cost);
             }

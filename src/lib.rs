@@ -9,7 +9,7 @@
 //! ops       what is done: check, compare, convert, create, dd, info, map, measure, resize, snapshot; no printing, no exit
 //! drivers   the table of drivers
 //! formats   raw, qcow2, vmdk, ...: each knows its own on-disk layout and nothing of the others
-//! protocols file, host_device, null-co, ...: names to bytes
+//! protocols file, host_device, null-co, http, ...: names to bytes
 //! filters   blkdebug: between a format and its file, or over an image
 //! block     one vocabulary for every image: BlockDriver, Format, Protocol, Filter, Extent, Node, Opener, options, error
 //! codec     deflate, zstd: bytes in, bytes out; no files

@@ -388,7 +388,11 @@ fn tls_is_verified_unless_told_otherwise() {
          -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE 2>/dev/null");
     let file = pattern(3, 1 << 20);
     fs::write(scratch.file("disk"), &file).unwrap();
-    let web = Web::of(file);
+    let served = file.clone();
+    let web = Web::new(move |request| match request.path.as_str() {
+        "/down" => Reply::elsewhere("http://localhost/disk"),
+        _ => Reply::part(&served, request),
+    });
     let script = "import socket, ssl, sys, threading\n\
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\ncontext.load_cert_chain('cert', 'key')\n\
         def copy(a, b):\n  try:\n    while d := a.recv(65536): b.sendall(d)\n  except OSError: pass\n  \
@@ -413,9 +417,12 @@ fn tls_is_verified_unless_told_otherwise() {
     let unverified = run(&scratch, &["convert", "--image-opts", "-O", "raw", &tree, "out"]);
     let verified = vimg(&["compare", "-f", "raw", "-F", "raw", &url, "out"]).dir(scratch.path());
     let verified = verified.env("SSL_CERT_FILE", scratch.file("cert")).run();
+    let down = format!("driver=https,url=https://localhost:{}/down,sslverify=off", port.trim());
+    let down = run(&scratch, &["info", "--image-opts", &down]);
     server.kill().unwrap();
     server.wait().unwrap();
     assert!(refused.code == Some(1) && refused.stderr.contains("certificate"), "{refused:?}");
+    assert!(down.stderr.ends_with("the file is at 'http://localhost/disk', without TLS\n"), "{down:?}");
     assert_eq!(unverified.code, Some(0), "{unverified:?}");
     assert_same_bytes(&scratch.file("disk"), &scratch.file("out"));
     assert_eq!(verified.stdout, "Images are identical.\n", "{verified:?}");
@@ -442,4 +449,41 @@ fn of_a_sparse_image_little_more_than_its_data_is_fetched() {
     scratch.assert_same_content("qcow2", "a", "qcow2", "d");
     let len = fs::metadata(scratch.file("c")).unwrap().len();
     assert!(web.sent() <= len && web.requests().len() as u64 <= len.div_ceil(256 << 10) + 1, "{len} {}", web.sent());
+}
+
+/// The signature itself is compared with the reference's own example, beside the code.
+#[test]
+fn objects_of_a_store_are_read_with_signed_requests() {
+    let scratch = Scratch::new();
+    let file = pattern(9, 3 << 20);
+    fs::write(scratch.file("disk"), &file).unwrap();
+    let web = Web::new(move |request| match request.path.as_str() {
+        "/bucket/a%20b/disk.raw" => tagged(&file, request),
+        _ => Reply::empty(404),
+    });
+    let convert = || {
+        let args = ["convert", "-f", "raw", "-O", "raw", "s3://bucket/a b/disk.raw", "out"];
+        vimg(&args).dir(scratch.path()).env("HOME", scratch.path()).env("AWS_ENDPOINT_URL", web.url(""))
+    };
+    convert().ok();
+    assert_same_bytes(&scratch.file("disk"), &scratch.file("out"));
+    assert!(web.requests().iter().all(|request| request.header("Authorization").is_none()));
+    let before = web.requests().len();
+    let keys = convert().env("AWS_ACCESS_KEY_ID", "ID").env("AWS_SECRET_ACCESS_KEY", "not to be seen");
+    keys.env("AWS_SESSION_TOKEN", "token").env("AWS_REGION", "eu-west-1").ok();
+    for request in &web.requests()[before..] {
+        let shown = request.header("Authorization").unwrap();
+        assert!(
+            shown.starts_with("AWS4-HMAC-SHA256 Credential=ID/2") && shown.contains("/eu-west-1/s3/aws4_request,"),
+            "{shown}"
+        );
+        assert_eq!(request.header("X-Amz-Security-Token"), Some("token"));
+        assert!(!format!("{request:?}").contains("not to be seen"));
+    }
+    let out = vimg(&["info", "s3://bucket"]).fails(1);
+    assert!(out.stderr.contains("names no object: s3://BUCKET/KEY does"), "{out:?}");
+    let out = convert().env("AWS_ACCESS_KEY_ID", "ID").fails(1);
+    assert!(out.stderr.contains("AWS_SECRET_ACCESS_KEY is not"), "{out:?}");
+    let out = vimg(&["create", "-f", "raw", "s3://bucket/new", "1M"]).fails(1);
+    assert_eq!(out.stderr, "qemu-img: s3://bucket/new: Protocol driver 's3' does not support image creation\n");
 }

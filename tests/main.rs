@@ -19,6 +19,7 @@ mod encryption;
 mod fault;
 mod fixtures;
 mod formats;
+mod ftp;
 mod guard;
 mod hints;
 mod hostile;

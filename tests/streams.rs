@@ -92,3 +92,41 @@ fn standard_output_that_cannot_be_written_is_a_failure() {
         dir.assert_same_content("raw", "disk.raw", "qcow2", "out");
     }
 }
+
+#[test]
+fn convert_writes_to_pipes() {
+    let dir = Scratch::new();
+    dir.sh("qemu-img create -q -f qcow2 a.qcow2 40M");
+    dir.qemu_io("qcow2", "a.qcow2", &["write -P 7 1M 9M", "write -P 8 30M 100k"]);
+    let run = |line: &str| sh_with(links(), line).dir(dir.path()).run();
+    let piped = |arguments: &str| {
+        run(&format!("{{ qemu-img convert {arguments} /dev/stdout; echo $? >code; }} | cat >out; exit $(cat code)"))
+    };
+    let out = piped("-m 16 -O raw a.qcow2");
+    assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""));
+    dir.assert_same_content("qcow2", "a.qcow2", "raw", "out");
+    dir.sh("test $(stat -c %s out) = 41943040");
+    // What has another order is the file that it would be.
+    for (format, options) in [("qcow2", "-c"), ("vmdk", "-o subformat=streamOptimized"), ("vdi", "")] {
+        let out = piped(&format!("-O {format} {options} a.qcow2"));
+        assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""), "{format}");
+        dir.assert_same_content("qcow2", "a.qcow2", format, "out");
+    }
+    for (arguments, text) in [
+        ("-O vmdk -o subformat=monolithicFlat a.qcow2", "the image would have several files"),
+        ("-O raw -o preallocation=full a.qcow2", "the options of a new raw file mean nothing to it"),
+        ("-p -O raw a.qcow2", "is where -p prints to"),
+    ] {
+        let out = piped(arguments);
+        assert!(out.code == Some(1) && out.stderr.contains(text), "{arguments}: {out:?}");
+    }
+    // Nobody waits for what will not come: the source is cut off, or the reader has gone.
+    dir.sh("truncate -s 5M a.qcow2");
+    let cut = piped("-m 16 -O raw a.qcow2");
+    assert!(cut.code == Some(1) && cut.stderr.contains("truncated"), "{cut:?}");
+    dir.sh("truncate -s 40M b");
+    let gone = run(
+        "{ qemu-img convert -m 16 -f raw -O raw b /dev/stdout; echo $? >code; } | head -c 1000 >out; exit $(cat code)",
+    );
+    assert!(gone.code == Some(1) && gone.stderr.contains("Broken pipe"), "{gone:?}");
+}

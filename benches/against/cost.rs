@@ -45,6 +45,8 @@ pub struct Runs {
     pub costs: Vec<Cost>,
     /// Bytes that the file `out` takes on the host.
     pub size: u64,
+    /// Bytes that came over the net.
+    pub fetched: u64,
 }
 
 impl Runs {

@@ -50,6 +50,10 @@ pub fn row(job: &str, all: &[Runs], contenders: usize, floor: Option<f64>) -> St
     for runs in programs {
         line.push_str(&format!(" {:>10}", format!("{:.1}M", runs.size as f64 / 1048576.0)));
     }
+    if ours.fetched > 0 {
+        let fetched = programs.iter().map(|runs| format!("{} {:.1}M", runs.name, runs.fetched as f64 / 1048576.0));
+        line.push_str(&format!("\n  fetched: {}", fetched.collect::<Vec<_>>().join(", ")));
+    }
     for peer in &all[contenders..] {
         let (median, best) = ratios(peer);
         let (seconds, cpu) = (peer.median(|c| c.seconds), peer.best(|c| c.cpu));

@@ -1,7 +1,8 @@
 //! `convert`: copies images, joined, to a new or an existing one, in any format.
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::console::ConsoleObserver;
@@ -12,12 +13,12 @@ use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, help, human, object, options, size};
 use crate::block::driver::SnapshotKey;
 use crate::block::keys::parse_list;
-use crate::block::{Effort, ImageRef, Node, OpenHow, Opener, name};
+use crate::block::{Effort, Error, ImageRef, Node, OpenHow, Opener, name};
 use crate::ops::convert::room::{self, LackOfRoom};
 use crate::ops::convert::{ConvertRequest, Job};
 use crate::ops::copy::{CopyOptions, MOST_THREADS};
 use crate::ops::create::{NewImage, Target};
-use crate::storage::CacheMode;
+use crate::storage::{CacheMode, pipe};
 
 /// The options.
 #[derive(Debug, clap::Args)]
@@ -194,6 +195,10 @@ impl Subcommand for ConvertArgs {
         let Some((name, sources)) = self.operands.split_last().filter(|(_, sources)| !sources.is_empty()) else {
             return Err(Complaint::value("Must specify image file name").into());
         };
+        let to_pipe = !self.no_create && pipe::is_pipe(Path::new(name));
+        if to_pipe {
+            self.check_pipe(name)?;
+        }
         let source_cache = self.source_cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
         let progress = Progress::start(self.progress && !self.quiet);
         let sources = request.at_snapshot(self.sources(program, &opener, sources, source_cache)?)?;
@@ -216,6 +221,7 @@ impl Subcommand for ConvertArgs {
         };
         let job = Job { conversion: &conversion, cache, observer: &observer };
         let done = match &conversion.new {
+            Some(new) if to_pipe => job.to_pipe(new, pipe::open_sink(Path::new(name)).map_err(Error::from)?, &opener),
             Some(new) => job.to_new(new, &opener),
             None => {
                 let (image, how) = self.existing_image(program, name)?;
@@ -232,6 +238,22 @@ impl Subcommand for ConvertArgs {
 }
 
 impl ConvertArgs {
+    /// Refuses what makes no sense with a pipe as the target.
+    fn check_pipe(&self, name: &OsStr) -> Result<(), Complaint> {
+        let shown = name.to_string_lossy();
+        let given = !self.target_format_options.is_empty();
+        let same = |path: &str| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+        match () {
+            () if self.target_format() == "raw" && given => {
+                Err(Complaint::value(format!("'{shown}' is a pipe: the options of a new raw file mean nothing to it")))
+            }
+            () if self.progress && !self.quiet && same("/dev/stdout") == same(&shown) => {
+                Err(Complaint::value(format!("'{shown}' is where -p prints to")))
+            }
+            () => Ok(()),
+        }
+    }
+
     fn target_format(&self) -> &str {
         self.target_format.as_deref().unwrap_or("raw")
     }

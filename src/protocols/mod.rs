@@ -2,10 +2,14 @@
 //! host, its `Storage` (as in `null`); its `mod` line; and one line of [`PROTOCOLS`].
 
 mod file;
+mod ftp;
 mod host_device;
 mod http;
 mod null;
 mod ranged;
+mod s3;
+mod tftp;
+mod url;
 mod vvfat;
 
 use crate::block::protocol::Protocol;
@@ -16,6 +20,10 @@ pub const PROTOCOLS: &[&dyn Protocol] = &[
     &host_device::CDROM,
     &http::HTTP,
     &http::HTTPS,
+    &ftp::FTP,
+    &ftp::FTPS,
+    &tftp::TFTP,
+    &s3::S3,
     &null::CO,
     &null::AIO,
     &vvfat::Vvfat,

@@ -21,6 +21,12 @@ pub trait Fetch: Send + Sync + fmt::Debug {
     fn fetch(&self, at: u64, buf: &mut [u8]) -> Result<()>;
 }
 
+impl Fetch for Box<dyn Fetch> {
+    fn fetch(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        (**self).fetch(at, buf)
+    }
+}
+
 /// The least and the most bytes that are kept as one block.
 const BLOCK: std::ops::RangeInclusive<u64> = 4096..=4 << 20;
 

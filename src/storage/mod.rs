@@ -15,6 +15,7 @@ pub mod file;
 mod file_io;
 pub mod holder;
 pub mod host;
+pub mod in_order;
 pub mod keyring;
 mod kind;
 pub mod lock;

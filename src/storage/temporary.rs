@@ -11,9 +11,10 @@
 //! [`staging`](super::staging) has a process of its own for them, which no signal to this one stops.
 
 use std::ffi::CString;
-use std::fs::{self};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Once;
@@ -72,6 +73,22 @@ impl TemporaryName {
             slot.store(ptr::null_mut(), Ordering::SeqCst);
         }
     }
+}
+
+/// A file of nobody else, empty, in the host's folder for large temporary files: what has come to be in it goes with the
+/// name.
+pub fn large_file() -> io::Result<TemporaryName> {
+    // Not in the folder for small files, which may be memory.
+    let folder = std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty()).map_or("/var/tmp".into(), PathBuf::from);
+    let make = |path: &Path| OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map(drop);
+    TemporaryName::beside(&folder.join("pipe"), make).map(|((), name)| name)
+}
+
+/// A file that nobody can find, in the host's folder for such: it goes with its handle.
+pub fn unnamed_file() -> io::Result<File> {
+    let make = |path: &Path| OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+    // The name goes at once.
+    TemporaryName::beside(&std::env::temp_dir().join("vimg"), make).map(|(file, _)| file)
 }
 
 impl Drop for TemporaryName {

@@ -5,9 +5,11 @@
 #![allow(dead_code, unused_imports)]
 
 pub mod files;
+pub mod ftp;
 pub mod inside;
 pub mod journal;
 pub mod run;
+pub mod tftp;
 pub mod trace;
 pub mod web;
 

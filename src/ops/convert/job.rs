@@ -2,14 +2,19 @@
 //!
 //! Invariant: nothing is changed before everything that can be refused has been refused.
 
+use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::{Conversion, bitmaps};
-use crate::block::{Error, ImageRef, Node, OpenHow, Opener, Purpose, Result};
-use crate::ops::copy::{self, Above, Joined, Observer, TargetFacts};
+use crate::block::error::Context;
+use crate::block::{Error, ErrorKind, ImageRef, MadeFiles, Node, OpenHow, Opener, OptionTree, Purpose, Result};
+use crate::ops::copy::{self, Above, CopyOptions, Joined, Observer, TargetFacts};
 use crate::ops::create::NewImage;
 use crate::ops::staged::StagedTarget;
-use crate::storage::{CacheMode, Identity};
+use crate::storage::in_order::InOrder;
+use crate::storage::temporary::large_file;
+use crate::storage::{self, CacheMode, Identity};
 
 fn identity(node: &Node) -> Option<Identity> {
     node.driver().files().first().and_then(|child| child.storage.facts().identity)
@@ -38,6 +43,38 @@ fn above(sources: &[Arc<Node>], target: &Node, blank: bool) -> Option<Above> {
     Some(Above { layers, backing_len: backing.virtual_size(), blank_past: blank })
 }
 
+/// Sees to it that nobody waits at a sink for one who has failed.
+struct Ending<'a> {
+    observer: &'a dyn Observer,
+    sink: &'a InOrder<File>,
+}
+
+impl Observer for Ending<'_> {
+    fn wants_progress(&self) -> bool {
+        self.observer.wants_progress()
+    }
+
+    fn progress(&self, done: u64, total: u64) {
+        self.observer.progress(done, total);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.observer.is_cancelled()
+    }
+
+    fn failed(&self) {
+        self.sink.give_up();
+    }
+
+    fn note(&self, line: &str) {
+        self.observer.note(line);
+    }
+
+    fn warn(&self, text: &str) {
+        self.observer.warn(text);
+    }
+}
+
 /// Opens the target, and converts.
 pub struct Job<'a> {
     /// What was decided.
@@ -54,6 +91,49 @@ impl Job<'_> {
         let target = StagedTarget::make(new, self.cache, opener, NewImage::converting)?;
         let done = target.facts().and_then(|facts| self.run(target.node(), facts));
         target.finish(done)
+    }
+
+    /// To a pipe, from front to back: a raw disk at once, what has another order by way of a temporary file.
+    pub fn to_pipe(&self, new: &NewImage, pipe: File, opener: &Opener<'_>) -> Result<()> {
+        let shown = new.name.to_string_lossy();
+        if new.format.name() == "raw" {
+            return self.raw_to_pipe(new, pipe, opener);
+        }
+        let name = large_file().map_err(storage::Error::from);
+        let name = name.with_context(|| format!("Could not keep what goes to '{shown}' in a temporary file"))?;
+        let path = name.path().unwrap_or(Path::new(""));
+        let (format, options) = (new.format, new.options.clone());
+        let kept = NewImage { name: path.into(), format, size: new.size, options };
+        let target = StagedTarget::make(&kept, self.cache, opener, NewImage::converting)?;
+        let done = match target.node().driver().files().len() {
+            1 => target.facts().and_then(|facts| self.run(target.node(), facts)),
+            _ => Err(Error::unsupported(format!("'{shown}' is a pipe, and the image would have several files"))),
+        };
+        target.finish(done)?;
+        let mut pipe = pipe;
+        let sent = File::open(path).and_then(|mut file| std::io::copy(&mut file, &mut pipe));
+        sent.map(drop).map_err(storage::Error::from).with_context(|| format!("{shown}: error while writing"))
+    }
+
+    fn raw_to_pipe(&self, new: &NewImage, pipe: File, opener: &Opener<'_>) -> Result<()> {
+        let sink = Arc::new(InOrder::new(pipe, new.size));
+        let (path, options) = (new.name.clone(), OptionTree::new());
+        let made = MadeFiles { main: sink.clone(), protocol: "file", path, beside: Vec::new(), options };
+        let how = OpenHow {
+            format: Some(new.format.name().to_owned()),
+            purpose: Purpose::Write,
+            cache: CacheMode::Unsafe,
+            ..OpenHow::default()
+        };
+        let target = opener.open_made(&new.name, made, &how)?;
+        let ending = Ending { observer: self.observer, sink: &sink };
+        // Zeros are bytes like others.
+        let options = CopyOptions { sparse: 0, ..self.conversion.copy.clone() };
+        copy::copy(&Joined::new(&self.conversion.sources, None), &target, &options, TargetFacts::default(), &ending)?;
+        match sink.is_complete() {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::Io, format!("{}: not all of it was written", new.name.display()))),
+        }
     }
 
     /// To an image that is there.

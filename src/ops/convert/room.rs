@@ -91,8 +91,17 @@ fn may_share(source: &Node, shared_on: Option<u64>) -> bool {
     })
 }
 
+/// Whether it is, in part, no file of this host: blocks from all over it would cost more than they tell.
+fn is_far(source: &Node) -> bool {
+    let mut layers = std::iter::successors(Some(source), |node| node.backing().map(|below| &**below));
+    layers.any(|node| node.driver().files().iter().any(|file| file.storage.facts().identity.is_none()))
+}
+
 /// How many bytes the target takes at least, if that is more than `enough`.
 fn at_least(sources: &[Arc<Node>], enough: u64) -> Option<u64> {
+    if sources.iter().any(|source| is_far(source)) {
+        return None;
+    }
     let mut runs: Vec<(&Node, u64, u64)> = Vec::new();
     let mut stored = 0u64;
     for node in sources {

@@ -253,6 +253,7 @@ impl<'a> Engine<'a> {
         }
         drop(failure);
         self.stop.store(true, Ordering::Relaxed);
+        self.observer.failed();
         let _turn = lock(&self.turn.next);
         self.turn.changed.notify_all();
     }

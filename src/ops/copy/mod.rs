@@ -85,6 +85,9 @@ pub trait Observer: Sync {
         false
     }
 
+    /// A thread has failed: the others are going to end.
+    fn failed(&self) {}
+
     /// A line to be shown as it is.
     fn note(&self, line: &str) {
         let _ = line;

@@ -5,10 +5,8 @@
 //! Invariant: what was copied before a failure is not taken for all of it: a file that is not complete does not appear,
 //! and the reader of a pipe can only be told by the exit code.
 
-use std::fs::OpenOptions;
 use std::io::{Read, Take, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::{Blocks, DiskPart};
 use crate::block::error::Context;
@@ -17,7 +15,7 @@ use crate::block::{Error, GuestOffset, Node, Result};
 use crate::ops::copy::zero::is_zero;
 use crate::ops::staged::StagedTarget;
 use crate::storage::file::FileHow;
-use crate::storage::temporary::TemporaryName;
+use crate::storage::temporary::{TemporaryName, large_file};
 use crate::storage::{self, HostFile, Preallocation, Storage};
 
 /// Bytes that are moved at once.
@@ -86,17 +84,10 @@ impl<R: Read> PipedBlocks<R> {
 
     /// Copies them to a temporary file, in which zeros are holes.
     pub fn to_temporary(self) -> Result<TemporaryName> {
-        // Not in the folder for small files, which may be memory.
-        let folder = std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty()).map_or("/var/tmp".into(), PathBuf::from);
-        let doing = || format!("Could not keep what the pipe gives in '{}'", folder.display());
-        let make = |path: &Path| {
-            // Of no use to others.
-            let mut how = OpenOptions::new();
-            how.write(true).create_new(true).mode(0o600).open(path).map(|_| path.to_owned())
-        };
-        let made = TemporaryName::beside(&folder.join("pipe"), make).map_err(storage::Error::from);
-        let (path, name) = made.with_context(doing)?;
-        let file = HostFile::open(&path, &FileHow { write: true, ..FileHow::default() }).with_context(doing)?;
+        let doing = || "Could not keep what the pipe gives in a temporary file".to_owned();
+        let name = large_file().map_err(storage::Error::from).with_context(doing)?;
+        let path = name.path().unwrap_or(Path::new(""));
+        let file = HostFile::open(path, &FileHow { write: true, ..FileHow::default() }).with_context(doing)?;
         let len = self.pieces(|at, piece| match is_zero(piece) {
             true => Ok(()),
             false => file.write_at(at, piece).with_context(doing),

@@ -5,6 +5,7 @@
 use std::io::Read;
 use std::sync::OnceLock;
 
+use chrono::Utc;
 use ureq::http::header::{
     ACCEPT_RANGES, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, COOKIE, ETAG, LAST_MODIFIED,
     LOCATION, RANGE, RETRY_AFTER,
@@ -14,10 +15,11 @@ use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use ureq::{Agent, BodyReader};
 use zeroize::Zeroizing;
 
-use super::address::Address;
 use super::proxy::proxy_for;
-use super::{Login, Wishes};
 use crate::codec::base64;
+use crate::protocols::s3::Signer;
+use crate::protocols::url::address::Address;
+use crate::protocols::url::{Login, Wishes};
 use crate::storage::error::strerror;
 
 /// The most connections that are kept.
@@ -27,6 +29,7 @@ const IDLE: usize = 16;
 #[derive(Debug)]
 pub struct Client {
     wishes: Wishes,
+    signer: Option<Signer>,
     /// Redirects may not lead elsewhere.
     pub untrusted: bool,
     /// Without TLS, and with it: made when they are needed first.
@@ -52,14 +55,15 @@ pub struct NoAnswer {
 
 impl Client {
     /// With these wishes.
-    pub fn new(wishes: Wishes, untrusted: bool) -> Self {
-        Self { wishes, untrusted, agents: Default::default() }
+    pub fn new(wishes: Wishes, signer: Option<Signer>, untrusted: bool) -> Self {
+        Self { wishes, signer, untrusted, agents: Default::default() }
     }
 
     /// Asks for a range of a file: bytes `from` to `to`, the last of them included. A name, a password and cookies are
     /// given where `origin`, which the user has named, is.
     pub fn get(&self, at: &Address, origin: &Address, from: u64, to: u64) -> Result<Answer, NoAnswer> {
-        let mut request = self.agent(at)?.get(at.uri.clone()).header(RANGE, format!("bytes={from}-{to}"));
+        let range = format!("bytes={from}-{to}");
+        let mut request = self.agent(at)?.get(at.uri.clone()).header(RANGE, &range);
         let ours = at.has_origin_of(origin);
         let login = at.login.as_ref().or(self.wishes.login.as_ref().or(origin.login.as_ref()).filter(|_| ours));
         if let Some(login) = login {
@@ -67,6 +71,11 @@ impl Client {
         }
         if let Some(cookie) = self.wishes.cookie.as_ref().filter(|_| ours) {
             request = request.header(COOKIE, secret_header(cookie.get())?);
+        }
+        if let Some(signer) = self.signer.as_ref().filter(|_| ours) {
+            for (name, value) in signer.headers(&at.uri, &range, Utc::now()) {
+                request = request.header(name, secret_header(value.as_bytes())?);
+            }
         }
         let (parts, body) = request.call().map_err(|error| no_answer(at, &error))?.into_parts();
         Ok(Answer { status: parts.status, headers: parts.headers, body: body.into_reader() })

@@ -3,27 +3,17 @@
 //! Invariants: every byte is of the version that was there when the file was opened, as far as the server tells
 //! versions apart; the number of requests for a range is bounded; what has come of a range is not asked for again.
 //!
-//! Lock order: `place` and `lost` are leaves, never held while a request is under way.
+//! Lock order: `place` is a leaf, never held while a request is under way.
 
-use std::fmt::Write as _;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use ureq::http::StatusCode;
 
-use super::address::Address;
 use super::client::{Answer, Client, NoAnswer};
 use crate::protocols::ranged::Fetch;
+use crate::protocols::url::address::Address;
+use crate::protocols::url::again::{self, Persistence, Trouble, TroubleKind};
 use crate::storage::{Error, Result};
-
-/// How often a range is asked for that does not come.
-const TRIES: u32 = 6;
-
-/// How long is waited before the second try; before each further one twice as long.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-
-/// The longest pause that a server can ask for.
-const LONGEST_PAUSE: u64 = 30;
 
 /// How many redirects lead to a file at most.
 const MOST_REDIRECTS: usize = 10;
@@ -38,47 +28,13 @@ pub struct HttpFile {
     place: Mutex<Address>,
     len: u64,
     version: Option<String>,
-    /// Why nothing is asked for any more.
-    lost: Mutex<Option<String>>,
-}
-
-/// Why a range has not come, or not all of it.
-#[derive(Debug)]
-struct Trouble {
-    text: String,
-    kind: TroubleKind,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum TroubleKind {
-    /// It may go better the next time, after so many seconds if that is said.
-    Passing(Option<u64>),
-    /// The place that redirects led to is no longer there.
-    Moved,
-    /// Not that range, and no other one.
-    Lasting,
-}
-
-impl Trouble {
-    fn lasting(text: impl Into<String>) -> Self {
-        Self { text: text.into(), kind: TroubleKind::Lasting }
-    }
-
-    fn passing(text: impl Into<String>) -> Self {
-        Self { text: text.into(), kind: TroubleKind::Passing(None) }
-    }
+    persistence: Persistence,
 }
 
 impl From<NoAnswer> for Trouble {
     fn from(no: NoAnswer) -> Self {
         let kind = if no.passing { TroubleKind::Passing(None) } else { TroubleKind::Lasting };
         Self { text: no.text, kind }
-    }
-}
-
-impl From<Trouble> for Error {
-    fn from(trouble: Trouble) -> Self {
-        Error::Other(trouble.text)
     }
 }
 
@@ -91,18 +47,9 @@ impl HttpFile {
     pub fn open(client: Client, url: &str, start: usize) -> Result<(Self, Vec<u8>)> {
         let origin = Address::parse(url).ok_or_else(|| Error::Other(format!("'{url}' is no URL")))?;
         let last = (start as u64).saturating_sub(1);
-        let mut tries = 0;
-        loop {
-            match Self::ask_first(&client, &origin, last) {
-                Ok((place, len, version, bytes)) => {
-                    let (place, lost) = (Mutex::new(place), Mutex::default());
-                    return Ok((Self { client, origin, place, len, version, lost }, bytes));
-                }
-                Err(Trouble { kind: TroubleKind::Passing(after), .. }) if tries + 1 < TRIES / 2 => pause(tries, after),
-                Err(trouble) => return Err(trouble.into()),
-            }
-            tries += 1;
-        }
+        let (place, len, version, bytes) = again::open(|| Self::ask_first(&client, &origin, last))?;
+        let persistence = Persistence::default();
+        Ok((Self { client, origin, place: Mutex::new(place), len, version, persistence }, bytes))
     }
 
     /// How long it is.
@@ -148,6 +95,11 @@ impl HttpFile {
             Ok(answer) => answer,
             Err(trouble) => return (0, Err(trouble)),
         };
+        if is_gone(answer.status) && place.uri != self.origin.uri {
+            // Where redirects led is no longer there: perhaps they lead elsewhere now.
+            *lock(&self.place) = self.origin.clone();
+            return (0, Err(Trouble::passing(unwelcome(answer.status, &answer).text)));
+        }
         if let Err(trouble) = self.judge(&answer) {
             return (0, Err(trouble));
         }
@@ -182,48 +134,8 @@ impl HttpFile {
 
 impl Fetch for HttpFile {
     fn fetch(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        let (mut done, mut tries) = (0, 0);
-        while done < buf.len() {
-            if let Some(text) = &*lock(&self.lost) {
-                return Err(Error::Other(text.clone()));
-            }
-            let (came, result) = self.ask(at + done as u64, &mut buf[done..]);
-            done += came;
-            let Err(mut trouble) = result else { continue };
-            // A server that gives a little each time is asked on, but not for ever.
-            tries = if came >= 65536 { 0 } else { tries + 1 };
-            let again = match trouble.kind {
-                TroubleKind::Moved => {
-                    *lock(&self.place) = self.origin.clone();
-                    true
-                }
-                TroubleKind::Passing(_) => true,
-                TroubleKind::Lasting => false,
-            };
-            if again && tries < TRIES {
-                pause(tries.saturating_sub(1), trouble.after());
-                continue;
-            }
-            let _ = write!(trouble.text, " (at byte {} of the file)", at + done as u64);
-            *lock(&self.lost) = Some(trouble.text.clone());
-            return Err(trouble.into());
-        }
-        Ok(())
+        self.persistence.fetch(at, buf, |at, buf| self.ask(at, buf))
     }
-}
-
-impl Trouble {
-    fn after(&self) -> Option<u64> {
-        match self.kind {
-            TroubleKind::Passing(after) => after,
-            _ => None,
-        }
-    }
-}
-
-fn pause(tries: u32, after: Option<u64>) {
-    let own = FIRST_PAUSE.saturating_mul(2u32.saturating_pow(tries));
-    std::thread::sleep(after.map_or(own, |seconds| Duration::from_secs(seconds.min(LONGEST_PAUSE))));
 }
 
 /// Asks for a range at `place`, and where it is said to be then, until there is an answer that says nothing of the
@@ -239,11 +151,6 @@ fn follow(
     for _ in 0..=MOST_REDIRECTS {
         let answer = client.get(&place, origin, from, to)?;
         if !matches!(answer.status.as_u16(), 301 | 302 | 303 | 307 | 308) {
-            let gone = !place.has_origin_of(origin) || place.uri != origin.uri;
-            if gone && matches!(answer.status.as_u16(), 401 | 403 | 404 | 410) {
-                let kind = TroubleKind::Moved;
-                return Err(Trouble { kind, ..unwelcome(answer.status, &answer) });
-            }
             return Ok((place, answer));
         }
         let location = answer
@@ -291,6 +198,11 @@ fn no_ranges(answer: &Answer) -> Trouble {
         false => "Server does not support 'range' (byte ranges).",
     };
     Trouble::lasting(text)
+}
+
+/// It is not there, or not for us.
+fn is_gone(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 401 | 403 | 404 | 410)
 }
 
 /// An answer that is none.

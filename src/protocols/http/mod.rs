@@ -1,180 +1,34 @@
 //! `http` and `https` (RFC 9110, RFC 9112): files of servers that give ranges of them, read and never written.
 //!
-//! `address` is what a URL says, `client` sends one request, `proxy` decides what it goes through, `file` keeps to one
-//! version of the file, follows redirects and tries again. What is kept of it is [`ranged`](super::ranged)'s.
+//! `client` sends one request, `proxy` decides what it goes through, `file` keeps to one version of the file, follows
+//! redirects and tries again.
 
-mod address;
 mod client;
 mod file;
 mod proxy;
 
-use std::ffi::{OsStr, OsString};
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
-
-use serde_json::Map;
-
 use self::client::Client;
 use self::file::HttpFile;
-use super::ranged::{Ranged, block_size};
-use crate::block::keys::{take_number, take_size, take_switch, take_text};
-use crate::block::protocol::{CreateFile, FileRequest, OpenedFile, Protocol, Spelt};
-use crate::block::{Error, OptionTree, Result, SecretBytes, Secrets};
-
-/// The protocol, under one of its names.
-#[derive(Debug)]
-pub struct Http {
-    name: &'static str,
-}
+use super::s3::Signer;
+use super::url::{ByUrl, Remote, Wanted, Wishes};
+use crate::storage::Result;
 
 /// Without encryption.
-pub const HTTP: Http = Http { name: "http" };
+pub const HTTP: ByUrl = ByUrl { name: "http", open };
 /// Over TLS.
-pub const HTTPS: Http = Http { name: "https" };
-
-/// Bytes that are fetched where less is asked for, if nothing else is said.
-const READ_AHEAD: u64 = 256 << 10;
-
-/// Seconds to wait, if nothing else is said, and the most that can be.
-const TIMEOUT: u64 = 5;
-const LONGEST_TIMEOUT: u64 = 10_000;
+pub const HTTPS: ByUrl = ByUrl { name: "https", open };
 
 /// Requests under way at once.
 const PARALLEL: u32 = 16;
 
-/// Options without which it would not be the same file.
-const STRONG: [&str; 8] = [
-    "url",
-    "sslverify",
-    "cookie",
-    "cookie-secret",
-    "username",
-    "password-secret",
-    "proxy-username",
-    "proxy-password-secret",
-];
-
-impl Protocol for Http {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn takes(&self, _path: &Path) -> bool {
-        false
-    }
-
-    fn spelt(&self, rest: &OsStr) -> Result<Spelt> {
-        let mut name = OsString::from(self.name);
-        name.push(":");
-        name.push(rest);
-        self.plain(&name)
-    }
-
-    fn plain(&self, name: &OsStr) -> Result<Spelt> {
-        let url = name.to_str().ok_or_else(|| self.cannot_handle(&name.to_string_lossy()))?;
-        self.check(url)?;
-        Ok(Spelt { path: None, options: OptionTree::from_iter([("url".to_owned(), url.into())]) })
-    }
-
-    fn take_name(&self, path: Option<OsString>, _options: &mut OptionTree) -> Result<Option<OsString>> {
-        Ok(path)
-    }
-
-    fn open(&self, request: FileRequest<'_>) -> Result<OpenedFile> {
-        let FileRequest { options, write, secrets, untrusted, .. } = request;
-        if write {
-            return Err(Error::unsupported("curl driver does not support writes"));
-        }
-        let strong = STRONG.into_iter().filter_map(|key| Some((key.to_owned(), options.get(key)?.clone())));
-        let strong = Map::from_iter(strong);
-        let wishes = Wishes::take(options, secrets)?;
-        let url =
-            take_text(options, "url").ok_or_else(|| Error::invalid("curl block driver requires an 'url' option"))?;
-        self.check(&url)?;
-        let refuse = |error: crate::storage::Error| Error::from(error).context("CURL: Error opening file");
-        let ahead = wishes.read_ahead;
-        let client = Client::new(wishes, untrusted);
-        let (file, start) = HttpFile::open(client, &url, block_size(ahead)).map_err(refuse)?;
-        let len = file.len();
-        let storage = Arc::new(Ranged::new(file, len, ahead, PARALLEL).with_start(&start));
-        let path = (strong.len() == 1).then(|| url.into());
-        Ok(OpenedFile { storage, path, based: true, strong, locking: false })
-    }
-
-    fn creating(&self, _path: &Path) -> Option<&'static dyn CreateFile> {
-        None
-    }
+fn open(wanted: &Wanted<'_>, wishes: Wishes) -> Result<Remote> {
+    open_signed(wanted, wishes, None)
 }
 
-impl Http {
-    /// Refuses what is no URL of this protocol.
-    fn check(&self, url: &str) -> Result<()> {
-        let rest = url.strip_prefix(self.name).and_then(|rest| rest.strip_prefix("://"));
-        rest.map(drop).ok_or_else(|| self.cannot_handle(url))
-    }
-
-    fn cannot_handle(&self, url: &str) -> Error {
-        let name = self.name;
-        Error::invalid(format!("{name} curl driver cannot handle the URL '{url}' (does not start with '{name}://')"))
-    }
-}
-
-/// A name and a password.
-#[derive(Debug, Clone, Default)]
-struct Login {
-    name: String,
-    password: SecretBytes,
-}
-
-/// What options say of how a file is fetched.
-#[derive(Debug)]
-struct Wishes {
-    read_ahead: u64,
-    /// How long nothing may come; `None` for ever.
-    timeout: Option<Duration>,
-    verify: bool,
-    cookie: Option<SecretBytes>,
-    login: Option<Login>,
-    proxy_login: Option<Login>,
-}
-
-impl Wishes {
-    fn take(options: &mut OptionTree, secrets: &Secrets) -> Result<Self> {
-        let read_ahead = take_size(options, "readahead")?.unwrap_or(READ_AHEAD);
-        if !read_ahead.is_multiple_of(512) {
-            return Err(Error::invalid(format!("HTTP_READAHEAD_SIZE {read_ahead} is not a multiple of 512")));
-        }
-        let timeout = take_number(options, "timeout")?.unwrap_or(TIMEOUT);
-        if timeout > LONGEST_TIMEOUT {
-            return Err(Error::invalid("timeout parameter is too large or negative"));
-        }
-        let verify = take_switch(options, "sslverify")?.unwrap_or(true);
-        let cookie = take_text(options, "cookie").map(|text| text.into_bytes().into());
-        let cookie = match (cookie, take_text(options, "cookie-secret")) {
-            (Some(_), Some(_)) => {
-                return Err(Error::invalid("curl driver cannot handle both cookie and cookie secret"));
-            }
-            (None, Some(id)) => Some(secrets.passphrase(&id)?.as_bytes().to_vec().into()),
-            (cookie, None) => cookie,
-        };
-        Ok(Self {
-            read_ahead,
-            timeout: (timeout > 0).then(|| Duration::from_secs(timeout)),
-            verify,
-            cookie,
-            login: take_login(options, secrets, "username", "password-secret")?,
-            proxy_login: take_login(options, secrets, "proxy-username", "proxy-password-secret")?,
-        })
-    }
-}
-
-/// A password without a name is no login.
-fn take_login(options: &mut OptionTree, secrets: &Secrets, name: &str, password: &str) -> Result<Option<Login>> {
-    let name = take_text(options, name);
-    let password = match take_text(options, password) {
-        Some(id) => secrets.passphrase(&id)?.as_bytes().to_vec().into(),
-        None => SecretBytes::default(),
-    };
-    Ok(name.map(|name| Login { name, password }))
+/// Opens a file of a server that wants requests signed.
+pub fn open_signed(wanted: &Wanted<'_>, wishes: Wishes, signer: Option<Signer>) -> Result<Remote> {
+    let client = Client::new(wishes, signer, wanted.untrusted);
+    let (file, start) = HttpFile::open(client, wanted.url, wanted.start)?;
+    let len = file.len();
+    Ok(Remote { file: Box::new(file), len, start, parallel: PARALLEL })
 }

@@ -2,8 +2,8 @@
 
 use ureq::Proxy;
 
-use super::Login;
-use super::address::Address;
+use crate::protocols::url::Login;
+use crate::protocols::url::address::Address;
 
 /// The proxy for that address, if there is to be one. An error says what is wrong with it.
 pub fn proxy_for(

@@ -14,7 +14,7 @@ pub struct Address {
 }
 
 impl Address {
-    /// What a URL says; nothing if it is none, or one of another protocol.
+    /// What a URL says; nothing if it is none.
     pub fn parse(url: &str) -> Option<Self> {
         let url = url.split_once('#').map_or(url, |(before, _)| before);
         let (scheme, rest) = url.split_once("://")?;
@@ -25,9 +25,7 @@ impl Address {
         };
         let slash = if path.starts_with('/') { "" } else { "/" };
         let uri: Uri = format!("{scheme}://{host}{slash}{path}").parse().ok()?;
-        if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none_or(str::is_empty) {
-            return None;
-        }
+        uri.host().filter(|host| !host.is_empty())?;
         let login = user.map(|user| {
             let (name, password) = user.split_once(':').unwrap_or((user, ""));
             let name = String::from_utf8_lossy(&decoded(name)).into_owned();
@@ -36,8 +34,13 @@ impl Address {
         Some(Self { uri, login })
     }
 
-    /// What a reference means that stands in an answer from here (RFC 3986, section 5.2).
+    /// What a reference means that stands in an answer of HTTP from here (RFC 3986, section 5.2); nothing if it leads
+    /// out of HTTP.
     pub fn join(&self, reference: &str) -> Option<Self> {
+        self.resolve(reference).filter(|to| matches!(to.uri.scheme_str(), Some("http" | "https")))
+    }
+
+    fn resolve(&self, reference: &str) -> Option<Self> {
         let scheme = self.uri.scheme_str()?;
         let authority = self.uri.authority()?;
         let path = self.uri.path();
@@ -69,7 +72,7 @@ impl Address {
 
     /// Whether it is over TLS.
     pub fn is_secure(&self) -> bool {
-        self.uri.scheme_str() == Some("https")
+        matches!(self.uri.scheme_str(), Some("https" | "ftps"))
     }
 
     /// The host, as names of hosts are compared.
@@ -77,9 +80,22 @@ impl Address {
         self.uri.host().unwrap_or_default().to_ascii_lowercase()
     }
 
+    /// The path without its first slash and without percent-encoding, as names of files are in FTP and TFTP; nothing
+    /// where it would end a line there.
+    pub fn file(&self) -> Option<Vec<u8>> {
+        let path = decoded(self.uri.path().strip_prefix('/').unwrap_or_default());
+        (!path.iter().any(|byte| matches!(byte, b'\r' | b'\n' | 0))).then_some(path)
+    }
+
     /// The port, given or not.
     pub fn port(&self) -> u16 {
-        self.uri.port_u16().unwrap_or(if self.is_secure() { 443 } else { 80 })
+        self.uri.port_u16().unwrap_or(match self.uri.scheme_str() {
+            Some("https") => 443,
+            Some("ftp") => 21,
+            Some("ftps") => 990,
+            Some("tftp") => 69,
+            _ => 80,
+        })
     }
 }
 
@@ -137,7 +153,7 @@ mod tests {
         assert_eq!(uri("http://a/b?c=d#e").as_deref(), Some("http://a/b?c=d"));
         assert_eq!(uri("http://a?c").as_deref(), Some("http://a/?c"));
         assert_eq!(uri("https://u@a:8").as_deref(), Some("https://a:8/"));
-        for bad in ["ftp://a/b", "http://", "http:///a", "http://a b/", "a", "http://[::1/a"] {
+        for bad in ["http://", "http:///a", "http://a b/", "a", "http://[::1/a"] {
             assert_eq!(uri(bad), None, "{bad}");
         }
         let login = Address::parse("http://u%40h:p%3a%zz@a/").and_then(|address| address.login);
