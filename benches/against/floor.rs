@@ -118,7 +118,7 @@ impl Floors {
                             match floor {
                                 _ if encoded.is_empty() => out[..unit.len()].copy_from_slice(unit),
                                 Floor::Inflate(how) => {
-                                    deflate::decode(how.wrap, encoded, &mut out[..unit.len()]).expect("decode")
+                                    deflate::decode(how.stream.wrap(), encoded, &mut out[..unit.len()]).expect("decode")
                                 }
                                 _ => zstd::decode(encoded, &mut out[..unit.len()]).expect("decode"),
                             }

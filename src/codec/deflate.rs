@@ -1,14 +1,16 @@
 //! deflate (RFC 1951), bare or in a zlib wrapper (RFC 1950).
 //!
-//! Two libraries, each for what it is best at. libdeflate decodes half as fast again as zlib-rs, and encodes the full
-//! window faster and smaller; it knows neither another window nor a stream that does not end. zlib-rs encodes with
-//! the window of 4 KiB that strict readers of qcow2 set up, and decodes what libdeflate refuses.
+//! Two libraries, each for what it is best at, and an encoder of our own. libdeflate decodes half as fast again as
+//! zlib-rs, and encodes the full window faster and smaller; it knows neither another window nor a stream that does not
+//! end. zlib-rs decodes what libdeflate refuses. Our own encodes with the window of 4 KiB that strict readers of qcow2
+//! set up.
 
 use std::cell::RefCell;
 
-use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
+use flate2::{Decompress, FlushDecompress, Status};
 use libdeflater::{CompressionLvl, Compressor, DecompressionError, Decompressor};
 
+use super::narrow;
 use super::{Error, Result};
 
 /// What stands around the deflate stream.
@@ -20,21 +22,31 @@ pub enum Wrap {
     Zlib,
 }
 
-/// How far back references go.
+/// A stream as it is encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DeflateWindow {
-    /// 4 KiB. Levels 1 to [`DeflateWindow::levels`].
+pub enum Stream {
+    /// Bare; references go back 4 KiB.
     Narrow,
-    /// 32 KiB, all that deflate can.
+    /// Bare; they go back 32 KiB, all that deflate can.
     Full,
+    /// The same in a zlib wrapper.
+    Zlib,
 }
 
-impl DeflateWindow {
+impl Stream {
     /// The highest level that it has.
     pub fn levels(self) -> u8 {
         match self {
-            Self::Narrow => 9,
-            Self::Full => 12,
+            Self::Narrow => narrow::LEVELS,
+            Self::Full | Self::Zlib => 12,
+        }
+    }
+
+    /// What stands around it.
+    pub fn wrap(self) -> Wrap {
+        match self {
+            Self::Narrow | Self::Full => Wrap::Raw,
+            Self::Zlib => Wrap::Zlib,
         }
     }
 }
@@ -42,40 +54,34 @@ impl DeflateWindow {
 /// How to encode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct How {
-    /// What stands around the stream.
-    pub wrap: Wrap,
-    /// How far back references go.
-    pub window: DeflateWindow,
+    /// What comes out.
+    pub stream: Stream,
     /// From 1 on: higher is smaller and slower.
     pub level: u8,
 }
 
 impl How {
-    /// qcow and qcow2: bare, and for strict readers. 2 to 4 % larger than stock zlib's level 6 and 2.7 times as fast;
-    /// level 3, 3.4 times as fast, is up to 5 % larger.
-    pub const QCOW: How = How { wrap: Wrap::Raw, window: DeflateWindow::Narrow, level: 6 };
+    /// qcow and qcow2, for strict readers. Not larger than stock zlib's level 6.
+    pub const QCOW: How = How { stream: Stream::Narrow, level: 6 };
     /// qcow2 for all others: smaller than [`How::QCOW`] and faster.
-    pub const QCOW_FULL: How = How { wrap: Wrap::Raw, window: DeflateWindow::Full, level: 3 };
+    pub const QCOW_FULL: How = How { stream: Stream::Full, level: 3 };
     /// vmdk. The lowest level that is not larger than stock zlib's level 6.
-    pub const VMDK: How = How { wrap: Wrap::Zlib, window: DeflateWindow::Full, level: 5 };
+    pub const VMDK: How = How { stream: Stream::Zlib, level: 5 };
 }
 
 /// An encoder that was used last, by how it encodes.
 enum Encoder {
-    Narrow(Compress),
+    Narrow(Box<narrow::Encoder>),
     Full(Compressor),
 }
 
 impl Encoder {
     fn new(how: How) -> Result<Self> {
-        let level = how.level.clamp(1, how.window.levels());
-        Ok(match how.window {
-            DeflateWindow::Narrow => {
-                let zlib = how.wrap == Wrap::Zlib;
-                Self::Narrow(Compress::new_with_window_bits(Compression::new(level.into()), zlib, 12))
-            }
-            DeflateWindow::Full => {
-                Self::Full(Compressor::new(CompressionLvl::new(level.into()).map_err(|_| Error::Encoder)?))
+        Ok(match how.stream {
+            Stream::Narrow => Self::Narrow(Box::new(narrow::Encoder::new())),
+            Stream::Full | Stream::Zlib => {
+                let level = CompressionLvl::new(how.level.clamp(1, how.stream.levels()).into());
+                Self::Full(Compressor::new(level.map_err(|_| Error::Encoder)?))
             }
         })
     }
@@ -94,10 +100,10 @@ pub fn encode(how: How, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> Result
             _ => kept.insert((how, Encoder::new(how)?)),
         };
         let len = match encoder {
-            Encoder::Narrow(encoder) => narrow(encoder, plain, out, limit)?,
+            Encoder::Narrow(encoder) => return Ok(encoder.encode(how.level, plain, out, limit)),
             Encoder::Full(encoder) => {
                 out.resize(limit, 0);
-                match how.wrap {
+                match how.stream.wrap() {
                     Wrap::Raw => encoder.deflate_compress(plain, out),
                     Wrap::Zlib => encoder.zlib_compress(plain, out),
                 }
@@ -108,28 +114,6 @@ pub fn encode(how: How, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> Result
         out.truncate(len.unwrap_or(0));
         Ok(len.is_some_and(|len| len <= limit))
     })
-}
-
-/// The length, or `None` where the room is too small.
-fn narrow(encoder: &mut Compress, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> Result<Option<usize>> {
-    encoder.reset();
-    // Room for the whole stream whatever it comes to: an encoder that was left half way does not always come
-    // out of its reset whole, and panics later.
-    out.resize(limit.max(plain.len()).saturating_add(plain.len() / 8 + 128), 0);
-    loop {
-        let (read, wrote) = (position(encoder.total_in()), position(encoder.total_out()));
-        let (input, room) = (plain.get(read..).unwrap_or(&[]), out.get_mut(wrote..).unwrap_or(&mut []));
-        if room.is_empty() {
-            return Ok(None);
-        }
-        let status = encoder.compress(input, room, FlushCompress::Finish).map_err(|_| Error::Encoder)?;
-        let stuck = position(encoder.total_in()) == read && position(encoder.total_out()) == wrote;
-        match status {
-            Status::StreamEnd => return Ok(Some(position(encoder.total_out()))),
-            _ if stuck => return Err(Error::Encoder),
-            _ => {}
-        }
-    }
 }
 
 /// Decodes until `out` is full. What follows in `encoded` (padding, the next unit) is not looked at.
@@ -170,14 +154,13 @@ mod tests {
         (0..65536u32).flat_map(|n| (n.wrapping_mul(2_654_435_761) >> 28).to_le_bytes()).take(65536).collect()
     }
 
-    const HOWS: [How; 7] = [
+    const HOWS: [How; 6] = [
         How::QCOW,
         How::QCOW_FULL,
         How::VMDK,
         How { level: 1, ..How::QCOW },
         How { level: 9, ..How::QCOW },
         How { level: 12, ..How::QCOW_FULL },
-        How { window: DeflateWindow::Narrow, ..How::VMDK },
     ];
 
     #[test]
@@ -190,7 +173,7 @@ mod tests {
                     let mut padded = encoded.clone();
                     padded.resize(encoded.len() + 700, garbage);
                     let mut back = vec![1; plain.len()];
-                    decode(how.wrap, &padded, &mut back).unwrap();
+                    decode(how.stream.wrap(), &padded, &mut back).unwrap();
                     assert!(back == plain, "{how:?}");
                 }
             }
@@ -220,7 +203,7 @@ mod tests {
         let plain: Vec<u8> = noise.iter().copied().cycle().take(65536).collect();
         for how in HOWS {
             let smaller = encode(how, &plain, &mut Vec::new(), plain.len() / 2).unwrap();
-            assert_eq!(smaller, how.window == DeflateWindow::Full, "{how:?}");
+            assert_eq!(smaller, how.stream != Stream::Narrow, "{how:?}");
         }
     }
 
@@ -245,13 +228,13 @@ mod tests {
             let mut encoded = Vec::new();
             assert!(encode(how, &plain, &mut encoded, plain.len()).unwrap());
             let mut out = vec![0; 100];
-            decode(how.wrap, &encoded, &mut out).unwrap();
+            decode(how.stream.wrap(), &encoded, &mut out).unwrap();
             assert_eq!(out, plain[..100], "{how:?}");
         }
         // Without a last block.
-        let mut encoder = Compress::new(Compression::new(6), false);
+        let mut encoder = flate2::Compress::new(flate2::Compression::new(6), false);
         let mut encoded = vec![0; 70_000];
-        encoder.compress(&plain, &mut encoded, FlushCompress::Sync).unwrap();
+        encoder.compress(&plain, &mut encoded, flate2::FlushCompress::Sync).unwrap();
         encoded.truncate(position(encoder.total_out()));
         let mut out = vec![0; plain.len()];
         decode(Wrap::Raw, &encoded, &mut out).unwrap();

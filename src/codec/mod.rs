@@ -8,6 +8,7 @@ pub mod base64;
 pub mod bzip2;
 pub mod deflate;
 pub mod lzfse;
+mod narrow;
 pub mod sample;
 pub mod xz;
 pub mod zstd;

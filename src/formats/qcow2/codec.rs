@@ -4,7 +4,7 @@
 //! with any.
 
 use crate::block::{Compress, CompressedUnit, CreateOptions, Effort, Encoded, Error, GuestOffset, Result};
-use crate::codec::deflate::{self, DeflateWindow, How};
+use crate::codec::deflate::{self, How, Stream};
 use crate::codec::{sample, zstd};
 
 use super::Qcow2Driver;
@@ -23,8 +23,8 @@ pub fn effort(options: &CreateOptions, compress: bool) -> Result<Effort> {
     let wide = effort::wide(options)?;
     let levels = match (zstd, wide) {
         (true, _) => zstd::LEVELS,
-        (_, true) => DeflateWindow::Full.levels(),
-        (_, false) => DeflateWindow::Narrow.levels(),
+        (_, true) => Stream::Full.levels(),
+        (_, false) => Stream::Narrow.levels(),
     };
     Ok(Effort { level: effort::level(options, levels)?, wide })
 }

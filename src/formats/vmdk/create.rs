@@ -304,7 +304,7 @@ impl Create for Vmdk {
         if options.text("subformat") != Some("streamOptimized") {
             effort::refuse(options, "unless the subformat is streamOptimized")?;
         }
-        Ok(Effort { level: effort::level(options, deflate::DeflateWindow::Full.levels())?, wide: true })
+        Ok(Effort { level: effort::level(options, deflate::Stream::Zlib.levels())?, wide: true })
     }
 
     fn measuring(&self) -> Option<&dyn Measure> {
