@@ -8,12 +8,12 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use super::plain::Plain;
 use super::plan::{Chunk, CopyPlan, PlanShape, Zeros};
+use super::rate::Rate;
 use super::source::{self, Content, Joined, Segment};
 use super::target::{self, Piece, PieceKind};
 use super::zero::{self, SECTOR, SparsePolicy};
@@ -32,36 +32,6 @@ struct Turn {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// At most this many bytes a second.
-#[derive(Debug)]
-struct Rate {
-    bytes_per_second: u64,
-    free: Mutex<Instant>,
-}
-
-impl Rate {
-    /// When `bytes` more may go: now, or when what went before has had its time.
-    fn due(&self, bytes: u64, now: Instant) -> Instant {
-        let cost = Duration::from_secs_f64(bytes as f64 / self.bytes_per_second.max(1) as f64);
-        let mut free = lock(&self.free);
-        let at = (*free).max(now);
-        *free = at.checked_add(cost).unwrap_or(at);
-        at
-    }
-
-    /// Waits until `bytes` more may go; gives up when `stop` is set.
-    fn wait(&self, bytes: u64, stop: &AtomicBool) {
-        let at = self.due(bytes, Instant::now());
-        while !stop.load(Ordering::Relaxed) {
-            let left = at.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            std::thread::sleep(left.min(Duration::from_millis(100)));
-        }
-    }
 }
 
 /// One copy, as all workers see it.
@@ -149,7 +119,7 @@ impl<'a> Engine<'a> {
             (_, true) => Zeros::Skip,
             (_, false) => Zeros::Make,
         };
-        let rate = options.rate.map(|bytes_per_second| Rate { bytes_per_second, free: Mutex::new(Instant::now()) });
+        let rate = options.rate.map(Rate::new);
         let shape = PlanShape { unit, zeros };
         let granule = match zeros {
             // A compressed unit is written as a whole.
@@ -554,20 +524,4 @@ impl<'a> Engine<'a> {
 
 fn short_len(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_rate_lets_bytes_go_when_those_before_have_had_their_time() {
-        let start = Instant::now();
-        let rate = Rate { bytes_per_second: 1 << 20, free: Mutex::new(start) };
-        let after = |millis| start + Duration::from_millis(millis);
-        // At once, after what went before, and at once again when nothing has gone for a while.
-        for (now, bytes, due) in [(0, 1 << 20, 0), (0, 1 << 19, 1000), (700, 1, 1500), (5000, 1 << 20, 5000)] {
-            assert_eq!(rate.due(bytes, after(now)), after(due));
-        }
-    }
 }

@@ -8,6 +8,7 @@ pub mod engine;
 pub mod onto;
 mod plain;
 pub mod plan;
+mod rate;
 pub mod source;
 pub mod target;
 pub mod zero;
