@@ -262,9 +262,9 @@ fn each_reads_what_the_other_encrypts() {
         judge(&[&["check", "-q"], &SECRET[..], &["--image-opts", &format!("{KEYED}ours")]].concat())
             .dir(scratch.path())
             .ok();
-        // The judge takes seconds to make a header, however short it is to last: it makes one of each cipher, and fills
-        // what vimg has made of the other kinds.
-        if more.is_empty() || more.contains("cipher-alg") {
+        // The judge takes seconds to make a header, however short it is to last: it makes two, and fills what vimg has
+        // made of the other kinds.
+        if more.is_empty() || more.contains("essiv") {
             encrypt(&scratch, theirs, more, "theirs");
         } else {
             let size = fs::metadata(scratch.file("disk")).unwrap().len().to_string();
@@ -300,14 +300,13 @@ fn new_luks_images_are_laid_out_as_the_references() {
     let scratch = Scratch::new();
     for (more, size) in [
         ("", "1T"),
-        (",cluster_size=512,refcount_bits=64", "3M"),
+        (",cluster_size=512,refcount_bits=64,encrypt.ivgen-alg=plain,encrypt.ivgen-hash-alg=sha1", "3M"),
         (",cluster_size=2M", "1T"),
         (",cluster_size=4k,preallocation=metadata", "8M"),
         (",cluster_size=4k,preallocation=falloc", "8M"),
         (",compat=0.10,encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc", "1M"),
         (",extended_l2=on,preallocation=metadata", "3M"),
         (",data_file=data", "1M"),
-        (",encrypt.ivgen-alg=plain,encrypt.ivgen-hash-alg=sha1", "1M"),
     ] {
         let options = luks(more);
         for (by, name) in [(ours as fn(&[&str]) -> Run, "ours"), (theirs, "theirs")] {
