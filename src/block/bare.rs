@@ -46,7 +46,9 @@ impl BlockDriver for Bare {
     }
 
     fn info(&self) -> Result<ImageInfo> {
-        Ok(ImageInfo::plain(None))
+        let [file] = &self.files;
+        // What is put together from several places has no mark of its own.
+        Ok(if file.storage.facts().addressed { ImageInfo::plain(None) } else { ImageInfo::default() })
     }
 
     fn flush(&self) -> Result<()> {

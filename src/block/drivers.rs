@@ -5,7 +5,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
-use super::filter::{Filter, Wrapped};
+use super::filter::{Filter, Lower, Wrapped};
 use super::nearest::nearest;
 use super::protocol::{Protocol, Spelt};
 use super::{Error, Format, OptionTree, Result};
@@ -130,7 +130,20 @@ impl Drivers {
     pub fn wrapped(&self, filter: &'static dyn Filter, name: &OsStr) -> Result<Wrapped> {
         match name::protocol(name) {
             Some((prefix, rest)) if prefix == filter.name() && filter.has_prefix() => filter.spelt(rest),
-            _ => Ok(Wrapped { below: name.to_owned(), options: OptionTree::new() }),
+            _ => {
+                // A name is that of an image, if there is one below.
+                let by_kind = |wanted: bool| {
+                    let mut all = filter.children().iter();
+                    all.find_map(|child| match child {
+                        Lower::Image(role) if wanted => Some(*role),
+                        Lower::Bytes(role) if !wanted => Some(*role),
+                        _ => None,
+                    })
+                };
+                let role = by_kind(true).or_else(|| by_kind(false));
+                let below = role.map(|role| (role, name.to_owned())).into_iter().collect();
+                Ok(Wrapped { below, options: OptionTree::new() })
+            }
         }
     }
 }

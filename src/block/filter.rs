@@ -14,8 +14,8 @@ use crate::storage::{CacheMode, Storage};
 /// What a name says to a filter.
 #[derive(Debug, Clone)]
 pub struct Wrapped {
-    /// The name of what lies below.
-    pub below: OsString,
+    /// The names of what lies below, and what each is to the filter.
+    pub below: Vec<(&'static str, OsString)>,
     /// Options that stand in the name.
     pub options: OptionTree,
 }
@@ -50,10 +50,23 @@ pub struct Filtered {
 pub struct FilterRequest<'a> {
     /// Its options: it takes out those it knows; what is left is refused.
     pub options: &'a mut OptionTree,
-    /// Opens what lies below. Called once.
-    pub below: &'a mut dyn FnMut() -> Result<Below>,
+    /// Opens one of those that lie below, by what it is to the filter. Called once for each.
+    pub below: &'a mut dyn FnMut(&str) -> Result<Below>,
+    /// Those that were given of a list: `children.0`, `children.1`.
+    pub listed: Vec<String>,
     /// The objects that options name.
     pub objects: &'a Secrets,
+}
+
+/// What lies below a filter, by its name in options: `image` in `image.filename`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lower {
+    /// Bytes: without a driver those of a file.
+    Bytes(&'static str),
+    /// An image: a name alone is enough to find its format out.
+    Image(&'static str),
+    /// Any number of images, counted from 0: `children` in `children.0.filename`.
+    Images(&'static str),
 }
 
 /// What is known of a filter: one static each.
@@ -61,8 +74,8 @@ pub trait Filter: Sync + fmt::Debug {
     /// Its name among the drivers.
     fn name(&self) -> &'static str;
 
-    /// The name of its one child, as in `image.filename`: `image` or `file`.
-    fn role(&self) -> &'static str;
+    /// What lies below, and its name in options: the first is the one whose place `map` shows.
+    fn children(&self) -> &'static [Lower];
 
     /// Whether names may start with its name.
     fn has_prefix(&self) -> bool {

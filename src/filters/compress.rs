@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde_json::Map;
 
-use crate::block::filter::{Below, Filter, FilterRequest, Filtered};
+use crate::block::filter::{Below, Filter, FilterRequest, Filtered, Lower};
 use crate::block::io::Scratch;
 use crate::block::{self, Effort, Encoded, Error, GuestOffset, Node, Store};
 use crate::storage::lock::Access;
@@ -22,12 +22,12 @@ impl Filter for Compress {
         "compress"
     }
 
-    fn role(&self) -> &'static str {
-        "file"
+    fn children(&self) -> &'static [Lower] {
+        &[Lower::Bytes("file")]
     }
 
     fn open(&self, request: FilterRequest<'_>) -> block::Result<Filtered> {
-        let Below { child, image, write, .. } = (request.below)()?;
+        let Below { child, image, write, .. } = (request.below)("file")?;
         let driver = child.driver;
         let cannot = || Error::unsupported(format!("Compression is not supported for underlying format: {driver}"));
         let (image, _) = image.filter(|(_, compresses)| *compresses).ok_or_else(cannot)?;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde_json::Map;
 
-use crate::block::filter::{Below, Filter, FilterRequest, Filtered};
+use crate::block::filter::{Below, Filter, FilterRequest, Filtered, Lower};
 use crate::block::io::Scratch;
 use crate::block::keys::take_text;
 use crate::block::{self, Error, GuestOffset, Node};
@@ -23,14 +23,14 @@ impl Filter for CopyOnRead {
         "copy-on-read"
     }
 
-    fn role(&self) -> &'static str {
-        "file"
+    fn children(&self) -> &'static [Lower] {
+        &[Lower::Bytes("file")]
     }
 
     fn open(&self, request: FilterRequest<'_>) -> block::Result<Filtered> {
         let FilterRequest { options, below, .. } = request;
         let bottom = take_text(options, "bottom");
-        let Below { child, image, write, .. } = below()?;
+        let Below { child, image, write, .. } = below("file")?;
         if !write {
             return Err(Error::invalid("Block node is read-only"));
         }

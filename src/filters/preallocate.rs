@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use serde_json::Map;
 
 use crate::block::error::Context;
-use crate::block::filter::{Below, Filter, FilterRequest, Filtered};
+use crate::block::filter::{Below, Filter, FilterRequest, Filtered, Lower};
 use crate::block::keys::take_size;
 use crate::block::{Error, Result};
 use crate::storage::lock::Access;
@@ -27,8 +27,8 @@ impl Filter for Preallocate {
         "preallocate"
     }
 
-    fn role(&self) -> &'static str {
-        "file"
+    fn children(&self) -> &'static [Lower] {
+        &[Lower::Bytes("file")]
     }
 
     fn open(&self, request: FilterRequest<'_>) -> Result<Filtered> {
@@ -38,7 +38,7 @@ impl Filter for Preallocate {
         if align % 512 != 0 {
             return Err(Error::invalid("prealloc-align parameter of preallocate filter is not aligned to 512"));
         }
-        let Below { child, write, .. } = below()?;
+        let Below { child, write, .. } = below("file")?;
         let len = child.storage.len().with_context(|| format!("Could not get size of '{}'", child.name))?;
         let fixed = child.storage.facts().fixed_len;
         let ends = Ends { data: len, reserved: if write && !fixed { Some(len) } else { None } };

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::block::filter::{Below, Filter, FilterRequest, Filtered};
+use crate::block::filter::{Below, Filter, FilterRequest, Filtered, Lower};
 use crate::block::keys::take_text;
 use crate::block::throttle::{ThrottleGroup, Way};
 use crate::block::{Error, Result};
@@ -23,14 +23,14 @@ impl Filter for Throttle {
         "throttle"
     }
 
-    fn role(&self) -> &'static str {
-        "file"
+    fn children(&self) -> &'static [Lower] {
+        &[Lower::Bytes("file")]
     }
 
     fn open(&self, request: FilterRequest<'_>) -> Result<Filtered> {
-        let FilterRequest { options, below, objects } = request;
+        let FilterRequest { options, below, objects, .. } = request;
         let unknown = |name: &str| Error::invalid(format!("Throttle group '{name}' does not exist"));
-        let Below { child, .. } = below()?;
+        let Below { child, .. } = below("file")?;
         let name = take_text(options, GROUP).ok_or_else(|| Error::invalid("Please specify a throttle group"))?;
         let group = objects.throttle_group(&name).ok_or_else(|| unknown(&name))?.clone();
         let strong = Map::from_iter([(GROUP.to_owned(), Value::from(name))]);

@@ -80,6 +80,12 @@ pub fn of(node: &Node) -> Result<Info> {
         file.filename = node.name().to_owned();
         return Ok(file);
     }
+    // A filter's other children: its bytes are one file.
+    for (role, node) in &node.origin().inner {
+        if !children.iter().any(|(known, _)| known == role) {
+            children.push((role.clone(), of(node)?));
+        }
+    }
     if let Some(below) = node.backing() {
         children.push(("backing".to_owned(), of(below)?));
     }

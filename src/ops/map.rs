@@ -121,7 +121,10 @@ pub fn entry_of<'a>(mapping: &Mapping<'a>) -> Result<MapEntry<'a>> {
         ExtentKind::Zero(place) => (place, [true, true, word == StoredWord::Both, false]),
         ExtentKind::Unallocated(place) => (place, [false, true, false, false]),
     };
+    let child = |place: HostPlace| node.driver().files().get(place.file);
+    let addressed = |place: HostPlace| child(place).is_none_or(|child| child.storage.facts().addressed);
     if let (StoredWord::File, Some(place)) = (word, place)
+        && addressed(place)
         && let Some(inner) = inner_image(node, place)
         && place.at.get() < inner.virtual_size()
     {
@@ -130,10 +133,9 @@ pub fn entry_of<'a>(mapping: &Mapping<'a>) -> Result<MapEntry<'a>> {
         let below = entry_of(&inner.map(GuestOffset(place.at.get()), left, usize::MAX)?)?;
         return Ok(MapEntry { start, depth, ..below });
     }
-    let child = |place: HostPlace| node.driver().files().get(place.file);
     // Encrypted bytes are not what the guest reads.
     let place = place.filter(|_| node.driver().cipher().is_none());
-    let place = place.filter(|place| child(*place).is_none_or(|child| child.storage.facts().addressed));
+    let place = place.filter(|place| addressed(*place));
     let file = place.and_then(child).map(|file| file.name.as_str());
     Ok(MapEntry { start, len, depth, present, zero, data, compressed, offset: place.map(|place| place.at.get()), file })
 }

@@ -2,6 +2,7 @@
 //!
 //! Invariant: filters over filters are capped, like images in images.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::sync::Arc;
 
@@ -13,11 +14,11 @@ use super::opened::Opened;
 use super::settings::Settings;
 use super::{OpenHow, Opener, Trail};
 use crate::block::bare::Bare;
-use crate::block::filter::{Below, Filter, FilterRequest};
+use crate::block::filter::{Below, Filter, FilterRequest, Lower};
 use crate::block::keys::as_text;
 use crate::block::name::{self, first_key, take_below};
 use crate::block::node::Origin;
-use crate::block::{Child, Error, Layer, Node, Result};
+use crate::block::{Child, Error, Layer, Node, OptionTree, Result};
 use crate::storage::Storage;
 use crate::storage::lock::Access;
 
@@ -69,30 +70,61 @@ impl Opener<'_> {
             return Err(Error::invalid("Images are nested too deeply"));
         }
         let (settings, claims) = settings.take(&mut options);
-        let mut path = path;
-        if let Some(name) = path.take() {
+        let mut names = Vec::new();
+        if let Some(name) = path {
             let wrapped = self.drivers.wrapped(filter, &name)?;
             add(&mut options, wrapped.options);
-            path = Some(wrapped.below);
+            names = wrapped.below;
         }
-        let mut below = take_below(&mut options, filter.role());
-        let reference = options.shift_remove(filter.role()).as_ref().and_then(as_text);
+        let mut wanted = Vec::new();
+        let mut listed = Vec::new();
+        for child in filter.children() {
+            match child {
+                Lower::Bytes(role) | Lower::Image(role) => {
+                    let image = matches!(child, Lower::Image(_));
+                    let below = take_below(&mut options, role);
+                    let reference = options.shift_remove(*role).as_ref().and_then(as_text);
+                    let path = names.iter().position(|(named, _)| named == role).map(|at| names.swap_remove(at).1);
+                    wanted.push(Wanted { role: (*role).to_owned(), image, path, below, reference });
+                }
+                Lower::Images(list) => {
+                    let all = take_list(&mut options, list)?;
+                    listed.extend(all.iter().map(|wanted| wanted.role.clone()));
+                    wanted.extend(all);
+                }
+            }
+        }
         claims.settle(&mut trail.names)?;
-        let mut opened: Option<(Opened, Arc<Node>)> = None;
+        let alone = filter.children().len() == 1 && listed.is_empty();
+        let mut opened: Vec<(Opened, Arc<Node>)> = Vec::new();
         trail.depth += 1;
-        let mut open_below = || {
+        let mut open_below = |role: &str| {
+            let missing = || Error::invalid(format!("A block device must be specified for \"{role}\""));
+            let at = wanted.iter().position(|wanted| wanted.role == role).ok_or_else(missing)?;
+            let Wanted { image, mut path, mut below, reference, .. } = wanted.swap_remove(at);
             if let Some(reference) = &reference {
                 return Err(no_such_node(reference, below.is_empty() && path.is_none()));
             }
             if below.is_empty() && path.is_none() {
-                return Err(Error::invalid(format!("A block device must be specified for \"{}\"", filter.role())));
+                return Err(missing());
             }
-            let mut named: Option<OsString> = path.take();
-            if let Some(text) = named.as_deref().and_then(name::json_text) {
+            if let Some(text) = path.as_deref().and_then(name::json_text) {
                 add(&mut below, name::parse_json(&text)?);
-                named = None;
+                path = None;
             }
-            let file = self.bytes_of(filter.role(), named, std::mem::take(&mut below), &settings, how, trail)?;
+            let file = match (image, below.contains_key("driver"), &path) {
+                (true, false, None) => return Err(Error::invalid("Must specify either driver or file")),
+                (true, false, Some(_)) => {
+                    let ask = Ask { path, options: below, settings, made: None };
+                    self.nested(role, ask, how, trail)?
+                }
+                _ => self.bytes_of(role, path, below, &settings, how, trail)?,
+            };
+            if !alone && file.locking {
+                let wanted = settings.access();
+                let wanted = if how.exclusive { wanted } else { wanted.of_raw() };
+                trail.lock(&*file.child.storage, wanted)?;
+            }
             let node = match &file.inner {
                 Some(node) => node.clone(),
                 None => Arc::new(bare_node(&file, &settings)?),
@@ -104,10 +136,10 @@ impl Opener<'_> {
                 format.and_then(|format| format.creating()).is_some_and(|create| create.compresses())
             };
             let image = file.inner.clone().map(|image| (image.clone(), compresses(&image)));
-            opened = Some((file, node));
+            opened.push((file, node));
             Ok(Below { child, path, write: settings.purpose.writes(), cache: settings.cache(), image })
         };
-        let request = FilterRequest { options: &mut options, below: &mut open_below, objects: self.secrets };
+        let request = FilterRequest { options: &mut options, below: &mut open_below, listed, objects: self.secrets };
         let done = filter.open(request);
         trail.depth -= 1;
         let done = done?;
@@ -119,17 +151,59 @@ impl Opener<'_> {
             }));
         }
         settings.may_write()?;
-        let (file, node) = opened.ok_or_else(|| Error::invalid("a filter over nothing"))?;
         let mut tree = Map::from_iter([("driver".to_owned(), Value::from(filter.name()))]);
         tree.extend(done.strong);
-        tree.insert(filter.role().to_owned(), Value::Object(file.tree));
-        let below = Child { role: filter.role().to_owned(), storage: done.storage.clone(), ..file.child };
+        for child in filter.children() {
+            let of = |wanted: &str| opened.iter().find(|(file, _)| file.child.role == wanted);
+            match child {
+                Lower::Bytes(role) | Lower::Image(role) => {
+                    let value = of(role).map_or(Value::Null, |(file, _)| Value::Object(file.tree.clone()));
+                    tree.insert((*role).to_owned(), value);
+                }
+                Lower::Images(list) => {
+                    let all = opened.iter().map(|(file, _)| Value::Object(file.tree.clone())).collect();
+                    tree.insert((*list).to_owned(), Value::Array(all));
+                }
+            }
+        }
+        let inner = opened.iter().map(|(file, node)| (file.child.role.clone(), node.clone())).collect();
+        let file = opened.into_iter().next().ok_or_else(|| Error::invalid("a filter over nothing"))?.0;
+        let below = Child { storage: done.storage.clone(), ..file.child };
         let driver = Bare::open(filter.name(), below, settings.purpose.writes())?;
-        let inner = vec![(filter.role().to_owned(), node)];
         let origin = Origin { path: done.path, base: file.base, tree, protocol: false, inner };
         let access = done.access.and(file.access);
-        Ok(Over { driver, origin, storage: done.storage, settings, locking: file.locking, access })
+        let locking = alone && file.locking;
+        Ok(Over { driver, origin, storage: done.storage, settings, locking, access })
     }
+}
+
+/// What is said of one that lies below.
+struct Wanted {
+    role: String,
+    /// An image, whose format must be said or found out.
+    image: bool,
+    path: Option<OsString>,
+    below: OptionTree,
+    reference: Option<String>,
+}
+
+/// What is said of those of a list, which are counted from 0 on.
+fn take_list(options: &mut OptionTree, list: &str) -> Result<Vec<Wanted>> {
+    let wrong = || Error::invalid(format!("Option {list} is not a valid array"));
+    let mut all = take_below(options, list);
+    let index = |key: &String| key.split('.').next().and_then(|index| index.parse::<usize>().ok());
+    let indexes: Option<BTreeSet<usize>> = all.keys().map(index).collect();
+    let indexes = indexes.ok_or_else(wrong)?;
+    if indexes.iter().copied().ne(0..indexes.len()) {
+        return Err(wrong());
+    }
+    let take = |index: usize| {
+        let key = index.to_string();
+        let below = take_below(&mut all, &key);
+        let reference = all.shift_remove(&key).as_ref().and_then(as_text);
+        Wanted { role: format!("{list}.{index}"), image: true, path: None, below, reference }
+    };
+    Ok(indexes.into_iter().map(take).collect())
 }
 
 /// A file that a filter is before, as a node: to be shown.

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Map, Value};
 
-use crate::block::filter::{Below, Filter, FilterRequest, Filtered, Wrapped};
+use crate::block::filter::{Below, Filter, FilterRequest, Filtered, Lower, Wrapped};
 use crate::block::keys::{as_text, take_size, take_text};
 use crate::block::name::{first_key, take_below};
 use crate::block::{Error, OptionTree, Result};
@@ -31,8 +31,8 @@ impl Filter for Blkdebug {
         "blkdebug"
     }
 
-    fn role(&self) -> &'static str {
-        "image"
+    fn children(&self) -> &'static [Lower] {
+        &[Lower::Bytes("image")]
     }
 
     fn has_prefix(&self) -> bool {
@@ -49,7 +49,8 @@ impl Filter for Blkdebug {
         if !config.is_empty() {
             options.insert("config".to_owned(), String::from_utf8_lossy(config).into());
         }
-        Ok(Wrapped { below: OsStr::from_bytes(image.get(1..).unwrap_or_default()).to_owned(), options })
+        let image = OsStr::from_bytes(image.get(1..).unwrap_or_default()).to_owned();
+        Ok(Wrapped { below: vec![("image", image)], options })
     }
 
     fn open(&self, request: FilterRequest<'_>) -> Result<Filtered> {
@@ -67,7 +68,7 @@ impl Filter for Blkdebug {
         let mut rules = Rules::new(rules)?;
         let access = Access { uses: take_access("take", options)?, refuses: take_access("unshare", options)? };
         strong.retain(|key, _| !key.starts_with("take-child-perms.") && !key.starts_with("unshare-child-perms."));
-        let Below { child, path, write, cache, .. } = below()?;
+        let Below { child, path, write, cache, .. } = below("image")?;
         if !write && access.uses & (lock::WRITE | lock::WRITE_UNCHANGED) != 0 {
             return Err(Error::invalid("Block node is read-only"));
         }
