@@ -151,3 +151,59 @@ fn progress_suits_the_terminal() {
         assert!(narrow.trim_end().chars().count() <= usize::from(columns), "{narrow:?}");
     }
 }
+
+/// Packages get completions and manual pages from the tables that the program itself goes by.
+#[test]
+fn completions_and_pages_are_made() {
+    let scratch = Scratch::new();
+    own(&["generate", "out"]).dir(scratch.path()).ok();
+    let complete = |words: &[&str]| {
+        let last = words.last().unwrap();
+        let before = words[words.len() - 2];
+        let line = format!(
+            "source out/completions/vimg; COMP_WORDS=({}); COMP_CWORD={}; _vimg vimg '{last}' '{before}'; echo \"${{COMPREPLY[*]}}\"",
+            words.iter().map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" "),
+            words.len() - 1,
+        );
+        let out = plain("bash", &["-c", &line]).dir(scratch.path()).ok().stdout;
+        out.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(complete(&["vimg", "convert", "-O", "q"]), ["qcow", "qcow2", "qed"]);
+    assert_eq!(complete(&["vimg", "comp"]), ["compare"]);
+    assert_eq!(complete(&["vimg", "create", "-o", "cluster_"]), ["cluster_size"]);
+    assert!(complete(&["vimg", "convert", "--ver"]).contains(&"--verify".to_owned()));
+    for file in ["_vimg", "vimg.fish"] {
+        assert!(fs::read_to_string(scratch.file("out/completions").join(file)).unwrap().contains("checksum"), "{file}");
+    }
+    let page = |name: &str| fs::read_to_string(scratch.file("out/man").join(name)).unwrap();
+    let convert = page("vimg-convert.1");
+    assert!(convert.contains(".TH") && convert.contains("vimg convert \\-p"), "{convert}");
+    assert_eq!(fs::read_dir(scratch.file("out/man")).unwrap().count(), 17);
+    assert!(!page("vimg.1").contains("generate"));
+    // It is a tool of packagers: help does not list it, and qemu-img has none.
+    assert!(!own(&["--help"]).ok().stdout.contains("generate"));
+    assert!(vimg(&["generate", "out"]).dir(scratch.path()).fails(1).stderr.contains("Command not found"));
+}
+
+#[test]
+fn help_is_short_or_long() {
+    let (short, long) = (own(&["convert", "-h"]).ok().stdout, own(&["convert", "--help"]).ok().stdout);
+    assert!(short.lines().count() < long.lines().count() && !short.contains("Example:"), "{short}");
+    assert!(long.contains("\nExample:\n  vimg convert "), "{long}");
+    for text in [&short, &long] {
+        for group in ["Operands", "Image", "Target", "How it is done", "What is shown", "Images that are not trusted"] {
+            assert!(text.contains(&format!("\n{group}:\n")), "{group}: {text}");
+        }
+        for option in ["-O, --target-format FMT", "--verify", "--untrusted", "-p, --progress"] {
+            assert!(text.contains(&format!("\n  {option}")), "{option}: {text}");
+        }
+    }
+    assert!(short.lines().all(|line| line.chars().count() <= 100), "{short}");
+    // Called qemu-img it is the one that it was.
+    let theirs = vimg(&["convert", "-h"]).ok().stdout;
+    assert!(
+        theirs.contains("\nArguments:\n") && !theirs.contains("--verify") && !theirs.contains("Example"),
+        "{theirs}"
+    );
+    assert_eq!(theirs, vimg(&["convert", "--help"]).ok().stdout);
+}

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use crate::common::{Output, Scratch, judge, vimg, vimg_path};
+use crate::common::{Output, Scratch, judge, own, plain, vimg, vimg_path};
 
 /// Images that name another file, and that file's name.
 fn images(scratch: &Scratch) -> Vec<(&'static str, &'static str)> {
@@ -190,4 +190,156 @@ fn the_help_shows_it_under_its_own_name_alone() {
         assert_eq!(out.stdout.contains("--untrusted") && out.stdout.contains("--allow"), shown, "{out:?}");
         assert!(shown || !out.stdout.contains("allow"), "{out:?}");
     }
+}
+
+/// Images in the folder `in` that name other files, each with a file that it names: none of them is named by a test.
+fn hostile(scratch: &Scratch) -> Vec<(&'static str, &'static str)> {
+    fs::create_dir(scratch.file("in")).unwrap();
+    fs::create_dir(scratch.file("out")).unwrap();
+    fs::write(scratch.file("secret"), vec![7; 1 << 20]).unwrap();
+    symlink("../secret", scratch.file("in/link")).unwrap();
+    let absolute = scratch.file("secret");
+    let absolute = absolute.to_str().unwrap();
+    scratch.sh(&format!(
+        "cd in && qemu-img create -q -f qcow2 -b ../secret -F raw relative && \
+         qemu-img create -q -f qcow2 -b {absolute} -F raw absolute && \
+         qemu-img create -q -f qcow2 -b link -F raw linked && \
+         qemu-img create -q -f qcow2 -u -b 'json:{{\"driver\":\"raw\",\"file\":{{\"driver\":\"file\",\"filename\":\"secret\"}}}}' -F raw tree 1M && \
+         qemu-img create -q -f qcow2 -u -b file:secret -F raw prefixed 1M && \
+         qemu-img create -q -f qcow2 -u -b blkdebug::{absolute} -F raw filtered 1M && \
+         qemu-img create -q -f qcow -b ../secret -F raw old && \
+         qemu-img create -q -f qed -b ../secret -F raw qed && \
+         qemu-img create -q -f vmdk base.vmdk 1M && qemu-img create -q -f vmdk -b base.vmdk -F vmdk child.vmdk && \
+         qemu-img create -q -f vmdk -o subformat=monolithicFlat flat.vmdk 1M && \
+         qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse split.vmdk 1M && \
+         cd .. && qemu-img create -q -f qcow2 -o data_file=in/data outside.qcow2 1M && mv outside.qcow2 in/outside"
+    ));
+    vec![
+        ("relative", "secret"),
+        ("absolute", "secret"),
+        ("linked", "secret"),
+        ("tree", "secret"),
+        ("prefixed", "secret"),
+        ("filtered", "secret"),
+        ("old", "secret"),
+        ("qed", "secret"),
+        ("child.vmdk", "base.vmdk"),
+        ("flat.vmdk", "flat-flat.vmdk"),
+        ("split.vmdk", "split-s001.vmdk"),
+        ("outside", "data"),
+    ]
+}
+
+/// Runs it under strace: what it said, and the names that it opened.
+fn opened(scratch: &Scratch, args: &[&str], bypass: bool) -> (Output, Vec<String>) {
+    let program = vimg_path();
+    let strace = ["-f", "-qq", "-e", "trace=open,openat,openat2,creat", "-o", "log", program.to_str().unwrap()];
+    let run = plain("strace", &[&strace[..], args].concat()).dir(scratch.path());
+    let out = if bypass { run.env("VIMG_TEST_NO_POLICY", "1") } else { run }.run();
+    let log = fs::read_to_string(scratch.file("log")).unwrap();
+    let good = log.lines().filter(|line| !line.contains(" = -1 ") && !line.contains("O_PATH"));
+    let names = good.filter_map(|line| Some(line.split('"').nth(1)?.to_owned()));
+    // The program's own: libraries, what the system is like.
+    let system = ["/etc/", "/lib", "/usr/", "/proc/", "/sys/", "/dev/", "/work/", "/opt/", "/root/"];
+    (out, names.filter(|name| !system.iter().any(|folder| name.starts_with(folder))).collect())
+}
+
+#[test]
+fn what_hostile_images_name_is_opened_by_nobody() {
+    let scratch = Scratch::new();
+    for (image, named) in hostile(&scratch) {
+        let path = format!("in/{image}");
+        // They are images that would be followed.
+        assert!(
+            ["tree", "prefixed"].contains(&image)
+                || run(&scratch, &["convert", "-O", "raw", &path, "out/o"]).code == Some(0)
+        );
+        let _ = fs::remove_file(scratch.file("out/o"));
+        for bypass in [false, true] {
+            let (out, names) = opened(&scratch, &["--untrusted", "info", "--output=json", &path], bypass);
+            assert!(names.iter().all(|name| *name == path), "{image}: {names:?}");
+            // With the policy gone, what makes up the image itself cannot be opened.
+            let whole = !bypass || ["flat.vmdk", "split.vmdk"].iter().all(|other| *other != image);
+            assert_eq!(out.code, Some(if whole { 0 } else { 1 }), "{image}: {out:?}");
+            if !bypass {
+                let info: serde_json::Value = serde_json::from_str(&out.stdout).unwrap();
+                let references = info["external-references"].as_array().unwrap();
+                assert!(
+                    references.iter().any(|of| of["filename"].as_str().unwrap().contains(named) || image == "linked"),
+                    "{info}"
+                );
+            }
+            let args = ["--untrusted", "convert", "-O", "raw", &path, "out/o"];
+            let (out, names) = opened(&scratch, &args, bypass);
+            assert_eq!(out.code, Some(1), "{image}: {out:?}");
+            let good = |name: &String| *name == path || ["out", ".", "in"].contains(&name.as_str());
+            assert!(names.iter().all(good), "{image}, bypassed: {bypass}: {names:?}");
+            let words = if bypass { "Permission denied" } else { "an untrusted image may name none" };
+            assert!(out.stderr.contains(words) || ["tree", "prefixed"].contains(&image), "{image}: {out:?}");
+            assert!(!scratch.file("out/o").exists());
+        }
+    }
+}
+
+/// What the command line names can be used with the kernel in the way of all else.
+#[test]
+fn confined_commands_work() {
+    let scratch = folder();
+    fs::write(scratch.file("pw"), "secret").unwrap();
+    fs::create_dir(scratch.file("sub")).unwrap();
+    symlink("sub/real", scratch.file("link")).unwrap();
+    for line in [
+        "convert -O qcow2 base sub/o",
+        "convert -O qcow2 base sub/o",
+        "convert -O raw base link",
+        "convert -O vmdk -o subformat=twoGbMaxExtentSparse base sub/split.vmdk",
+        "convert -O qcow2 -o data_file=sub/dd base sub/outside",
+        "convert -O luks --passphrase-file pw --target-passphrase-file pw -o iter-time=10 base sub/l",
+        "checksum --passphrase-file pw sub/l",
+        "create -q -f qcow2 -b ../base -F qcow2 sub/top",
+        "convert -n -O qcow2 base sub/o",
+        "resize -q sub/o 3M",
+        "snapshot -c one sub/o",
+        "snapshot -l sub/o",
+        "check -q sub/o",
+        "check -q --repair-to sub/mended -r all sub/o",
+        "commit -q --allow base sub/top",
+        "rebase --allow base -b '' sub/top",
+        "amend -o lazy_refcounts=on sub/o",
+        "bitmap --add sub/o b",
+        "compare base base",
+        "dd if=base of=sub/d bs=1M count=1",
+        "map --output=json sub/o",
+        "measure -O qcow2 sub/o",
+        "info --image-opts driver=qcow2,file.filename=sub/o",
+        "bench -c 5 sub/o",
+    ] {
+        let args: Vec<&str> =
+            ["--untrusted"].into_iter().chain(line.split(' ').map(|word| word.trim_matches('\''))).collect();
+        let out = own(&args).dir(scratch.path()).run();
+        assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""), "{line}: {out:?}");
+    }
+    assert!(scratch.file("sub/real").exists() && scratch.file("link").is_symlink());
+}
+
+#[test]
+fn sizes_are_limited() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 a 1G && qemu-img create -q -f qcow2 -b a -F qcow2 top 1M");
+    let fails = |args: &[&str], words: &str| {
+        let out = run(&scratch, args);
+        assert_eq!(out.code, Some(1), "{out:?}");
+        assert!(out.stderr.contains(words) && !scratch.file("o").exists(), "{out:?}");
+    };
+    fails(
+        &["convert", "--max-size", "512M", "-O", "qcow2", "a", "o"],
+        "the disk of 'a' has 1073741824 bytes, and may have",
+    );
+    fails(&["--max-size", "512M", "convert", "-O", "qcow2", "top", "o"], "the disk of 'a' has");
+    allowed(&scratch, &["convert", "--max-size", "1G", "-O", "qcow2", "a", "o"]);
+    // Who looks sees how large it is.
+    allowed(&scratch, &["info", "--untrusted", "--max-size", "512M", "a"]);
+    fails(&["convert", "--max-output", "512M", "-O", "raw", "a", "o"], "File too large");
+    allowed(&scratch, &["convert", "--max-output", "512M", "-O", "qcow2", "a", "o"]);
+    fails(&["convert", "--max-size", "x", "a", "o"], "Invalid largest disk specified");
 }

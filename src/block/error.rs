@@ -39,6 +39,25 @@ pub enum ErrorKind {
     Mismatch,
 }
 
+impl ErrorKind {
+    /// Its name, for programs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Io => "io",
+            Self::NotFound => "not-found",
+            Self::Locked => "locked",
+            Self::Corrupt => "corrupt",
+            Self::Truncated => "truncated",
+            Self::Unsupported => "unsupported",
+            Self::Invalid => "invalid",
+            Self::TooLarge => "too-large",
+            Self::Forbidden => "forbidden",
+            Self::Cancelled => "cancelled",
+            Self::Mismatch => "mismatch",
+        }
+    }
+}
+
 /// What was being done with the bytes of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {

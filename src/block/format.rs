@@ -66,6 +66,8 @@ pub struct OpenRequest<'a> {
 pub trait Ids: fmt::Debug + Sync {
     /// Seconds since the epoch.
     fn seconds(&self) -> u64;
+    /// Whether they are the same at every run: then all else has to be, too.
+    fn are_fixed(&self) -> bool;
     /// A version 4 UUID. `purpose` tells several of one image apart.
     fn uuid(&self, purpose: &str) -> [u8; 16];
     /// 32 random bits. `purpose` tells several of one image apart.
@@ -135,6 +137,12 @@ pub trait Create: Sync {
     /// Whether it takes `preallocation` for itself, which else is the protocol's to judge.
     fn preallocates(&self) -> bool {
         self.options().iter().any(|option| option.name == "preallocation")
+    }
+
+    /// Whether an image with these options has no room for the disk that could be reserved, though its file could be.
+    fn grows(&self, options: &CreateOptions) -> bool {
+        let _ = options;
+        false
     }
 
     /// Whether an image with these options has a disk, whose size has to be known.

@@ -32,6 +32,8 @@ pub struct ImageInfo {
     pub dirty: Option<bool>,
     /// Internal snapshots.
     pub snapshots: Vec<SnapshotInfo>,
+    /// Other files that the image names, beside its backing file: which part each plays, and its name.
+    pub references: Vec<(&'static str, String)>,
     /// The format's own facts: the name of the kind, and its members (in any order: printing orders them).
     pub specific: Option<(&'static str, Map<String, Value>)>,
 }

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use super::common::Common;
 use super::exit::Exit;
 use super::options::Pairs;
-use super::progress::Progress;
+use super::progress::{Progress, ProgressArgs};
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, options};
 use crate::block::driver::AmendRequest;
@@ -18,9 +18,8 @@ use crate::storage::CacheMode;
 pub struct AmendArgs {
     #[command(flatten)]
     common: Common,
-    /// show progress
-    #[arg(short, long)]
-    progress: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
     /// format of the image, detected if not given
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
@@ -46,11 +45,12 @@ impl Subcommand for AmendArgs {
     const ABOUT: &'static str = "Update format-specific options of the image";
     const USAGE: &'static [&'static str] =
         &["[-f FMT | --image-opts] [-t CACHE] [--force] [-p] [-q]", "[--object OBJDEF] -o OPTIONS FILENAME"];
+    const EXAMPLE: &'static str = "vimg amend -o lazy_refcounts=on disk.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };
         let given = options::joined(&self.options).ok_or_else(|| Complaint::usage("Must specify options (-o)"))?;
-        let wanted = self.progress && !self.common.quiet;
+        let wanted = self.progress.ends_line(self.common.quiet);
         let mut progress = None;
         let done = self.amend(program, &secrets, &given, &mut progress);
         if wanted && progress.is_none() {
@@ -97,7 +97,7 @@ impl AmendArgs {
             true => error.hint("This option is only supported for image creation"),
             false => error,
         })?;
-        let shown = progress.insert(Progress::start(self.progress && !self.common.quiet));
+        let shown = progress.insert(self.progress.start(self.common.quiet, "amend")?);
         let report = |done: u64, total: u64| shown.report(done, total);
         let request = AmendRequest { options: &options, secrets, force: self.force, progress: &report };
         let done = amend::amend(&node, &request);

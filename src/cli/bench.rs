@@ -127,6 +127,7 @@ impl Subcommand for BenchArgs {
         "[-w [--pattern PATTERN] [--flush-interval INTERVAL [--no-drain]]]",
         "[-U] [--object OBJDEF] [-q] FILENAME",
     ];
+    const EXAMPLE: &'static str = "vimg bench -c 1000 -d 16 -s 64k disk.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let [name] = &self.operands[..] else {

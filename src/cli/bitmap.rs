@@ -97,6 +97,7 @@ impl Subcommand for BitmapArgs {
         "[-f FMT | --image-opts] [-b SRC_FILENAME [-F SRC_FMT]] [-g SIZE]",
         "[--object OBJDEF] FILENAME BITMAP",
     ];
+    const EXAMPLE: &'static str = "vimg bitmap --add disk.qcow2 since-monday";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };

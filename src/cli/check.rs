@@ -63,6 +63,7 @@ impl Subcommand for CheckArgs {
         "[-f FMT | --image-opts] [-T CACHE] [-r leaks|all] [-U] [-q]",
         "[--output human|json] [--object OBJDEF] FILENAME",
     ];
+    const EXAMPLE: &'static str = "vimg check -r all disk.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };

@@ -2,12 +2,15 @@
 
 use std::ffi::OsString;
 
+use serde_json::json;
+
 use super::common::Common;
 use super::console::ConsoleObserver;
 use super::convert::rate;
 use super::exit::Exit;
 use super::interrupt::Interrupt;
-use super::progress::Progress;
+use super::output::ResultArgs;
+use super::progress::ProgressArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache};
 use crate::block::{Error, Node, OpenHow, Purpose};
@@ -37,9 +40,10 @@ pub struct CommitArgs {
     /// write at most this many bytes a second
     #[arg(short = 'r', long, alias = "rate", value_name = "RATE", value_parser = rate)]
     rate_limit: Option<u64>,
-    /// show progress
-    #[arg(short, long)]
-    progress: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
+    #[command(flatten)]
+    result: ResultArgs,
     /// image whose data is committed
     #[arg(value_name = "FILENAME")]
     operands: Vec<OsString>,
@@ -50,6 +54,7 @@ impl Subcommand for CommitArgs {
     const ABOUT: &'static str = "Commit image to its backing file";
     const USAGE: &'static [&'static str] =
         &["[-f FMT | --image-opts] [-t CACHE] [-b BASE_IMG] [-d] [-r RATE]", "[--object OBJDEF] [-p] [-q] FILENAME"];
+    const EXAMPLE: &'static str = "vimg commit overlay.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };
@@ -59,7 +64,7 @@ impl Subcommand for CommitArgs {
         let source = ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
         source.check()?;
         let interrupt = Interrupt::catch();
-        let progress = Progress::start(self.progress && !self.common.quiet);
+        let progress = self.progress.start(self.common.quiet, "commit")?;
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::target)?;
         let (image, how) = source.image(program, name)?;
         let opener = program.opener(&secrets);
@@ -76,9 +81,12 @@ impl Subcommand for CommitArgs {
         program.notices(&opener);
         done?;
         drop(progress);
-        if !self.common.quiet {
+        if !self.common.quiet && !program.tells_results() {
             program.println("Image committed.");
         }
+        let below = std::iter::successors(Some(&*node), |node| node.backing().map(|below| &**below)).nth(plan.depth);
+        let base = below.map(|below| below.name().to_owned());
+        program.result(json!({"filename": node.name(), "base": base, "emptied": !plan.keep}));
         Ok(Exit::Success)
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::exit::Exit;
 use super::passphrase::PassphraseArgs;
-use super::progress::Progress;
+use super::progress::{Progress, ProgressArgs};
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, object, report};
 use crate::block::{Node, OpenHow, Opener};
@@ -35,9 +35,8 @@ pub struct CompareArgs {
     /// allow other writers: do not lock the images
     #[arg(short = 'U', long)]
     force_share: bool,
-    /// show progress
-    #[arg(short, long)]
-    progress: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
     /// print nothing but errors
     #[arg(short, long)]
     quiet: bool,
@@ -69,6 +68,7 @@ impl Subcommand for CompareArgs {
     const ABOUT: &'static str = "Check if two images have the same content";
     const USAGE: &'static [&'static str] =
         &["[[-f FMT] [-F FMT] | --image-opts] [-s] [-T CACHE] [-U]", "[--object OBJDEF] [-p] [-q] FILENAME1 FILENAME2"];
+    const EXAMPLE: &'static str = "vimg compare disk.raw disk.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let names = match &self.operands[..] {
@@ -94,7 +94,7 @@ impl CompareArgs {
         let opener = typed.fold(program.opener(&secrets), |opener, path| opener.allowing(&path));
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
         let [left, right] = names;
-        let progress = Progress::with_step(self.progress && !self.quiet, STEP);
+        let progress = self.progress.start_with_step(self.quiet, "compare", STEP)?;
         let left_node = self.open(program, &opener, left, &self.a_format, cache)?;
         let right_node = self.open(program, &opener, right, &self.b_format, cache)?;
         let options = CompareOptions { strict: self.strict, threads: None };

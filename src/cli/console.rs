@@ -24,6 +24,10 @@ impl Observer for ConsoleObserver<'_> {
         self.progress.report(done, total);
     }
 
+    fn phase(&self, name: &'static str) {
+        self.progress.phase(name);
+    }
+
     fn is_cancelled(&self) -> bool {
         self.interrupt.is_some_and(Interrupt::is_caught)
     }

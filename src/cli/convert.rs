@@ -5,17 +5,23 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde_json::{Value, json};
+
 use super::console::ConsoleObserver;
+use super::digest::DigestArgs;
 use super::exit::Exit;
+use super::ids::IdArgs;
+use super::output::ResultArgs;
 use super::passphrase::{PassphraseArgs, TargetPassphraseArgs};
-use super::progress::Progress;
+use super::progress::ProgressArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, help, human, object, options, size};
 use crate::block::driver::SnapshotKey;
 use crate::block::keys::parse_list;
 use crate::block::{Effort, Error, ImageRef, Node, OpenHow, Opener, name};
+use crate::crypto::Digest;
 use crate::ops::convert::room::{self, LackOfRoom};
-use crate::ops::convert::{ConvertRequest, Job};
+use crate::ops::convert::{Conversion, ConvertRequest, Job, Proof};
 use crate::ops::copy::{CopyOptions, MOST_THREADS};
 use crate::ops::create::{NewImage, Target};
 use crate::storage::{CacheMode, pipe};
@@ -92,15 +98,23 @@ pub struct ConvertArgs {
     /// skip persistent bitmaps that are inconsistent
     #[arg(long)]
     skip_broken_bitmaps: bool,
-    /// show progress
-    #[arg(short, long)]
-    progress: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
+    #[command(flatten)]
+    result: ResultArgs,
     /// print nothing but errors
     #[arg(short, long)]
     quiet: bool,
     /// write all the same where the file system plainly lacks the room
     #[arg(long, help_heading = help::OWN)]
     no_space_check: bool,
+    #[command(flatten)]
+    ids: IdArgs,
+    #[command(flatten)]
+    digest: DigestArgs,
+    /// read the target back, and compare it with what was copied
+    #[arg(long, help_heading = help::OWN)]
+    verify: bool,
     #[command(flatten)]
     passphrase: PassphraseArgs,
     #[command(flatten)]
@@ -179,14 +193,17 @@ impl Subcommand for ConvertArgs {
         "[-r RATE] [-m NUM] [-W] [-C] [--salvage] [--bitmaps [--skip-broken-bitmaps]]",
         "[--object OBJDEF] [-p] [-q] SRC_FILENAME [SRC_FILENAME2...] TGT_FILENAME",
     ];
+    const EXAMPLE: &'static str = "vimg convert -p -f raw -O qcow2 -c disk.raw disk.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
         let secrets = self.passphrase.and_target(&self.target_passphrase, secrets)?;
         let warnings = self.snapshot.iter().flat_map(|snapshot| &snapshot.warnings);
         warnings.for_each(|(warning, hint)| program.deprecated(warning, hint));
-        let request = self.request();
+        let mut request = self.request();
+        request.proof = Proof { digest: self.digest.kind()?, expected: self.digest.expected(), verify: self.verify };
         request.check()?;
+        self.ids.check(self.no_create, self.oob_writes)?;
         let opener = self.typed().iter().fold(program.opener(&secrets), |opener, path| opener.allowing(path));
         let create_options = options::joined(&self.target_format_options).unwrap_or_default();
         if create_options.help {
@@ -200,7 +217,7 @@ impl Subcommand for ConvertArgs {
             self.check_pipe(name)?;
         }
         let source_cache = self.source_cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
-        let progress = Progress::start(self.progress && !self.quiet);
+        let progress = self.progress.start(self.quiet, "convert")?;
         let sources = request.at_snapshot(self.sources(program, &opener, sources, source_cache)?)?;
         program.notices(&opener);
         let new = if self.no_create { None } else { Some(self.new_image(&opener, name, &create_options)?) };
@@ -229,10 +246,17 @@ impl Subcommand for ConvertArgs {
             }
         };
         program.notices(&opener);
-        done?;
+        let digest = done?;
         for name in &conversion.skipped_bitmaps {
             program.warn(&format!("Skipping inconsistent bitmap '{name}'"));
         }
+        // The line of progress ends before anything else is printed.
+        drop(progress);
+        let digest = digest.filter(|_| self.digest.kind().is_ok_and(|kind| kind.is_some()));
+        if let Some(digest) = digest.filter(|_| self.digest.is_shown() && !program.tells_results()) {
+            program.println(&digest.to_string());
+        }
+        program.result(self.result(&conversion, digest));
         Ok(Exit::Success)
     }
 }
@@ -247,11 +271,31 @@ impl ConvertArgs {
             () if self.target_format() == "raw" && given => {
                 Err(Complaint::value(format!("'{shown}' is a pipe: the options of a new raw file mean nothing to it")))
             }
-            () if self.progress && !self.quiet && same("/dev/stdout") == same(&shown) => {
+            () if self.verify => {
+                Err(Complaint::value(format!("'{shown}' is a pipe: it cannot be read back (--verify)")))
+            }
+            () if self.progress.ends_line(self.quiet) && same("/dev/stdout") == same(&shown) => {
                 Err(Complaint::value(format!("'{shown}' is where -p prints to")))
             }
             () => Ok(()),
         }
+    }
+
+    /// What was done, for programs.
+    fn result(&self, conversion: &Conversion, digest: Option<Digest>) -> Value {
+        let image = |node: &Arc<Node>| {
+            let (name, format) = (node.name(), node.driver().format());
+            json!({"filename": name, "format": format, "virtual-size": node.virtual_size()})
+        };
+        let mut members = json!({"sources": conversion.sources.iter().map(image).collect::<Vec<_>>()});
+        let target = self.operands.last().map(|name| name.to_string_lossy());
+        let format = if self.target_image_opts { self.target_format.as_deref() } else { Some(self.target_format()) };
+        members["target"] = json!({"filename": target, "format": format});
+        if let Some(digest) = digest {
+            members["digest"] = json!({"kind": digest.kind.name(), "hex": digest.hex()});
+        }
+        members["verified"] = self.verify.into();
+        members
     }
 
     fn target_format(&self) -> &str {
@@ -288,6 +332,7 @@ impl ConvertArgs {
             snapshot: self.snapshot.as_ref().map(|snapshot| snapshot.key.clone()),
             bitmaps: self.bitmaps,
             skip_broken_bitmaps: self.skip_broken_bitmaps,
+            proof: Proof::default(),
         }
     }
 
@@ -323,7 +368,7 @@ impl ConvertArgs {
         let target = Target::find(opener.drivers(), self.target_format(), Some(name))?;
         let mut options = target.options();
         options::apply(given, &mut options)?;
-        Ok(NewImage { name: name.to_owned(), format: target.format, size: 0, options })
+        Ok(NewImage { name: name.to_owned(), format: target.format, size: 0, options, ids: self.ids.choice() })
     }
 
     /// The image that is there (`-n`), and how it is opened.

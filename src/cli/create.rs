@@ -3,9 +3,12 @@
 use std::ffi::OsString;
 
 use anyhow::Context;
+use serde_json::{Map, Value, json};
 
 use super::common::Common;
 use super::exit::Exit;
+use super::ids::IdArgs;
+use super::output::ResultArgs;
 use super::{Complaint, Program, Subcommand, options, size};
 use crate::ops::create::{self, NewImage, Target, Wanted};
 
@@ -14,6 +17,10 @@ use crate::ops::create::{self, NewImage, Target, Wanted};
 pub struct CreateArgs {
     #[command(flatten)]
     common: Common,
+    #[command(flatten)]
+    ids: IdArgs,
+    #[command(flatten)]
+    result: ResultArgs,
     /// format of the new image, raw if not given
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
@@ -46,6 +53,7 @@ impl Subcommand for CreateArgs {
         "[-f FMT] [-o FMT_OPTS] [-b BACKING_FILENAME [-F BACKING_FMT]]",
         "[--object OBJDEF] [-u] [-q] FILENAME [SIZE[bkKMGTPE]]",
     ];
+    const EXAMPLE: &'static str = "vimg create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };
@@ -75,6 +83,7 @@ impl Subcommand for CreateArgs {
                 backing: self.backing,
                 backing_format: self.backing_format,
                 backing_unseen: self.backing_unsafe,
+                ids: self.ids.choice(),
             };
             Ok(wanted.decide(&opener)?)
         }();
@@ -83,12 +92,16 @@ impl Subcommand for CreateArgs {
         if self.format.is_none() {
             program.warn_of_raw(&new.name, "-f");
         }
-        if !self.common.quiet {
+        if !self.common.quiet && !program.tells_results() {
             program.println(&formatting(&new));
             program.flush();
         }
         let warnings = create::create(&new, &opener).with_context(|| shown)?;
         warnings.iter().for_each(|text| program.warn(text));
+        let options: Map<String, Value> =
+            new.options.shown().into_iter().map(|(key, value)| (key.to_owned(), value.into())).collect();
+        let (name, format) = (new.shown(), new.format.name());
+        program.result(json!({"filename": name, "format": format, "virtual-size": new.size, "options": options}));
         Ok(Exit::Success)
     }
 }

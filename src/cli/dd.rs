@@ -13,6 +13,7 @@ use crate::block::{Error, ImageRef, OpenHow, Opener, OptionValue};
 use crate::ops::create::{NewImage, Target};
 use crate::ops::dd::pipe::PipedBlocks;
 use crate::ops::dd::{self, Blocks};
+use crate::ops::ids::IdChoice;
 use crate::ops::staged::StagedTarget;
 use crate::storage::pipe;
 
@@ -84,6 +85,7 @@ impl Subcommand for DdArgs {
         "[-f FMT | --image-opts] [-O OUTPUT_FMT] [-U] [--object OBJDEF]",
         "[bs=BLOCK_SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT",
     ];
+    const EXAMPLE: &'static str = "vimg dd bs=1M skip=1 count=3 if=disk.raw of=part.raw";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
@@ -203,6 +205,6 @@ impl DdArgs {
         let target = Target::find(opener.drivers(), format, Some(name))?;
         let mut options = target.options();
         options.set("size", OptionValue::Size(size))?;
-        Ok(NewImage { name: name.to_owned(), format: target.format, size, options })
+        Ok(NewImage { name: name.to_owned(), format: target.format, size, options, ids: IdChoice::default() })
     }
 }

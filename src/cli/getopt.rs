@@ -19,6 +19,8 @@ pub struct Style {
     pub permute: bool,
     /// A word like `-1M` that follows an operand is an operand.
     pub signed_operands: bool,
+    /// Options that take no value with the reference may take one (`--progress=json`).
+    pub own: bool,
 }
 
 /// The command line, sorted.
@@ -58,7 +60,7 @@ pub fn canonical(command: &Command, argv: &[OsString], style: Style) -> Words {
                 break;
             }
             _ if signed => Err(None),
-            [b'-', b'-', name @ ..] => long(command, name, &mut rest, &mut words.options).map_err(Some),
+            [b'-', b'-', name @ ..] => long(command, name, style.own, &mut rest, &mut words.options).map_err(Some),
             [b'-', letters @ ..] if !letters.is_empty() => {
                 short(command, letters, &mut rest, &mut words.options).map_err(Some)
             }
@@ -100,7 +102,13 @@ fn long_names(command: &Command) -> impl Iterator<Item = (&str, &Arg)> {
     })
 }
 
-fn long(command: &Command, word: &[u8], rest: &mut Rest<'_>, options: &mut Vec<OsString>) -> Result<(), String> {
+fn long(
+    command: &Command,
+    word: &[u8],
+    own: bool,
+    rest: &mut Rest<'_>,
+    options: &mut Vec<OsString>,
+) -> Result<(), String> {
     let shown = String::from_utf8_lossy(word);
     let (name, value) = match word.iter().position(|b| *b == b'=') {
         Some(at) => (&word[..at], Some(OsStr::from_bytes(&word[at + 1..]))),
@@ -127,6 +135,7 @@ fn long(command: &Command, word: &[u8], rest: &mut Rest<'_>, options: &mut Vec<O
     };
     let takes_value = takes_value(arg);
     let value = match (takes_value, value) {
+        (false, Some(value)) if own && may_take_value(arg) => Some(value),
         (false, Some(_)) => return Err(format!("option '--{known}' doesn't allow an argument")),
         (false, None) => None,
         (true, Some(value)) => Some(value),
@@ -167,6 +176,10 @@ fn short(command: &Command, letters: &[u8], rest: &mut Rest<'_>, options: &mut V
 /// that counts.
 pub(super) fn takes_value(arg: &Arg) -> bool {
     arg.get_action().takes_values() && arg.get_num_args().is_none_or(|values| values.min_values() > 0)
+}
+
+fn may_take_value(arg: &Arg) -> bool {
+    arg.get_action().takes_values() && arg.get_num_args().is_none_or(|values| values.max_values() > 0)
 }
 
 /// The option as one word: `--long`, `--long=value`, or where it has no long name `-s`, `-s=value`.
@@ -210,7 +223,7 @@ mod tests {
 
     #[test]
     fn words_are_sorted_as_getopt_sorts_them() {
-        let style = Style { permute: true, signed_operands: false };
+        let style = Style { permute: true, signed_operands: false, own: false };
         let good = |line: &str, options: &str, operands: &str| {
             assert_eq!(sorted(line, style), (options.to_owned(), operands.to_owned(), None), "{line}");
         };
@@ -238,9 +251,9 @@ mod tests {
 
     #[test]
     fn styles() {
-        let posix = Style { permute: false, signed_operands: false };
+        let posix = Style { permute: false, signed_operands: false, own: false };
         assert_eq!(sorted("-q a -q", posix), ("--quiet".into(), "a -q".into(), None));
-        let signed = Style { permute: true, signed_operands: true };
+        let signed = Style { permute: true, signed_operands: true, own: false };
         assert_eq!(sorted("a -1M -q", signed), ("--quiet".into(), "a -1M".into(), None));
         assert_eq!(sorted("-1M a", signed).2.as_deref(), Some("invalid option -- '1'"));
     }

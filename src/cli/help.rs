@@ -2,7 +2,7 @@
 
 use clap::{Arg, ArgAction, Command};
 
-use super::{Program, Row, SUBCOMMANDS, getopt};
+use super::{Program, Row, getopt, rows, trust};
 use crate::drivers::DRIVERS;
 
 /// The version of the reference that vimg stands in for: shown by a link of another name, for programs that
@@ -24,23 +24,7 @@ pub fn command(name: &'static str) -> Command {
         .disable_help_flag(true)
         .disable_version_flag(true)
         .arg(Arg::new("help").short('h').long("help").action(ArgAction::Help).help("print this help and exit"))
-        .args(trust())
-}
-
-/// What images may make us open: before the subcommand, or behind it. Shown by the help of the program alone.
-fn trust() -> [Arg; 2] {
-    [
-        Arg::new("untrusted")
-            .long("untrusted")
-            .action(ArgAction::SetTrue)
-            .help("refuse images that name other files: backing files, data files, extents"),
-        Arg::new("allow")
-            .long("allow")
-            .value_name("DIR_OR_FILE")
-            .value_parser(clap::value_parser!(std::ffi::OsString))
-            .action(ArgAction::Append)
-            .help("with --untrusted: images may name that file, or files in that folder"),
-    ]
+        .args(trust::args())
 }
 
 /// A clap command of a subcommand.
@@ -50,11 +34,18 @@ pub fn subcommand(name: &'static str) -> Command {
 
 /// The same, with the options that the reference does not have hidden.
 fn without_own(command: Command) -> Command {
-    ["untrusted", "allow"].into_iter().fold(command, |command, id| command.mut_arg(id, |arg| arg.hide(true)))
+    let ids = trust::args().map(|arg| arg.get_id().clone());
+    ids.into_iter().fold(command, |command, id| command.mut_arg(id, |arg| arg.hide(true)))
+}
+
+/// What may stand before the subcommand, and all that follows.
+pub fn top_level() -> Command {
+    let rest = Arg::new("rest").value_parser(clap::value_parser!(std::ffi::OsString)).action(ArgAction::Append);
+    standard_options().arg(rest.num_args(0..).hide(true))
 }
 
 /// What may stand before the subcommand.
-pub fn top_level() -> Command {
+pub fn standard_options() -> Command {
     command("vimg").args([
         Arg::new("version").short('V').long("version").action(ArgAction::SetTrue).help("print the version and exit"),
         Arg::new("trace")
@@ -63,11 +54,6 @@ pub fn top_level() -> Command {
             .value_name("TRACE")
             .action(ArgAction::Append)
             .help("choose trace events: [[enable=]PATTERN][,events=FILE][,file=FILE]"),
-        Arg::new("rest")
-            .value_parser(clap::value_parser!(std::ffi::OsString))
-            .action(ArgAction::Append)
-            .num_args(0..)
-            .hide(true),
     ])
 }
 
@@ -96,7 +82,7 @@ pub fn print_program(program: &Program) -> anyhow::Result<()> {
     };
     print_options(program, &options);
     program.print(&format!("\nRecognized commands (see {name} COMMAND --help for the options of each):\n\n"));
-    for row in SUBCOMMANDS {
+    for row in rows(program).filter(|row| !row.about.is_empty()) {
         program.println(&format!("  {} - {}", row.name, row.about));
     }
     program.print("\nSupported image formats:\n\n");
@@ -104,16 +90,127 @@ pub fn print_program(program: &Program) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The help of one subcommand.
-pub fn print_subcommand(program: &Program, row: &Row, command: &Command) -> anyhow::Result<()> {
+/// The help of one subcommand: under our own name in groups, a line an option where it is short (`-h`), with an example
+/// where it is long; else as the reference has it.
+pub fn print_subcommand(program: &Program, row: &Row, command: &Command, long: bool) -> anyhow::Result<()> {
     program.print(&format!("{}.  Usage:\n\n", row.about));
     for (n, line) in row.usage.iter().enumerate() {
         let lead = if n == 0 { format!("  {} {} ", program.name(), row.name) } else { " ".repeat(8) };
         program.println(&format!("{lead}{line}"));
     }
-    program.print("\nArguments:\n");
-    print_options(program, command);
+    if !program.is_vimg() {
+        program.print("\nArguments:\n");
+        print_options(program, command);
+        return Ok(());
+    }
+    for (group, args) in grouped(command) {
+        program.print(&format!("\n{group}:\n"));
+        args.into_iter().for_each(|arg| print_option(program, arg, long));
+    }
+    if long {
+        program.print(&format!("\nExample:\n  {}\n", row.example));
+    } else {
+        program.print(&format!("\n'{} {} --help' tells more.\n", program.name(), row.name));
+    }
     Ok(())
+}
+
+/// The groups of options, in their order; what is in none of them is about how the work is done.
+const GROUPS: &[(&str, &[&str])] = &[
+    (
+        "Target",
+        &[
+            "target_format",
+            "target_format_options",
+            "target_image_opts",
+            "target_cache",
+            "backing",
+            "no_create",
+            "backing_format",
+            "target_is_zero",
+            "compress",
+            "target_passphrase_file",
+            "backing_unsafe",
+            "backing_cache",
+            "ids",
+            "reproducible",
+            "uuid",
+            "cid",
+            "repair_to",
+        ],
+    ),
+    ("What is shown", &["progress", "quiet", "output", "digest", "help"]),
+    ("Images that are not trusted", &["untrusted", "allow", "max-size", "max-output"]),
+    (
+        "Image",
+        &[
+            "format",
+            "image_opts",
+            "source_cache",
+            "cache",
+            "snapshot",
+            "force_share",
+            "object",
+            "passphrase_file",
+            "a_format",
+            "b_format",
+            "source_file",
+            "source_format",
+            "options",
+        ],
+    ),
+];
+
+const WORK: &str = "How it is done";
+
+/// Operands first, then the groups, each with what is in it; empty ones are left out.
+fn grouped(command: &Command) -> Vec<(&'static str, Vec<&Arg>)> {
+    let shown: Vec<&Arg> = command.get_arguments().filter(|arg| !arg.is_hide_set() || is_trust(arg)).collect();
+    let of = |arg: &Arg| match GROUPS.iter().find(|(_, ids)| ids.contains(&arg.get_id().as_str())) {
+        _ if arg.is_positional() => "Operands",
+        Some((group, _)) => *group,
+        None => WORK,
+    };
+    let order = ["Operands", "Image", "Target", WORK, "What is shown", "Images that are not trusted"];
+    let groups = order.map(|group| (group, shown.iter().copied().filter(|arg| of(arg) == group).collect::<Vec<_>>()));
+    groups.into_iter().filter(|(_, args)| !args.is_empty()).collect()
+}
+
+fn is_trust(arg: &Arg) -> bool {
+    trust::args().iter().any(|other| other.get_id() == arg.get_id())
+}
+
+/// How an option is written.
+fn spelt(arg: &Arg) -> String {
+    let value = arg.get_value_names().and_then(|names| names.first()).map(|name| name.as_str());
+    let mut names: Vec<String> = arg.get_short().map(|short| format!("-{short}")).into_iter().collect();
+    names.extend(arg.get_long().map(|long| format!("--{long}")));
+    let names = names.join(", ");
+    match (arg.is_positional(), getopt::takes_value(arg)) {
+        (true, _) => value.unwrap_or_default().to_owned(),
+        (false, true) => format!("{names} {}", value.unwrap_or("VALUE")),
+        (false, false) => names,
+    }
+}
+
+/// One option: on a line as far as it goes, or with all that there is to say below.
+fn print_option(program: &Program, arg: &Arg, long: bool) {
+    const COLUMN: usize = 38;
+    const WIDTH: usize = 100;
+    let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+    if long {
+        program.println(&format!("  {}", spelt(arg)));
+        return help.lines().for_each(|line| program.print(&wrapped(line, 6, 78)));
+    }
+    // What follows the first clause is for the long help.
+    let first = help.lines().next().unwrap_or_default();
+    let end = [": ", "; ", " ("].iter().filter_map(|mark| first.find(mark)).min().unwrap_or(first.len());
+    let brief = wrapped(&first[..end], COLUMN, WIDTH);
+    let spelt = format!("  {}", spelt(arg));
+    match spelt.chars().count() < COLUMN {
+        true => program.print(&format!("{spelt:COLUMN$}{}", brief.trim_start())),
+        false => program.print(&format!("{spelt}\n{brief}")),
+    }
 }
 
 /// One paragraph an option: its names on a line, what it does below.
@@ -122,15 +219,7 @@ fn print_options(program: &Program, command: &Command) {
     let mut args: Vec<&Arg> = command.get_arguments().filter(shown).collect();
     args.sort_by_key(|arg| arg.is_positional());
     for arg in args {
-        let value = arg.get_value_names().and_then(|names| names.first()).map(|name| name.as_str());
-        let mut names: Vec<String> = arg.get_short().map(|short| format!("-{short}")).into_iter().collect();
-        names.extend(arg.get_long().map(|long| format!("--{long}")));
-        let names = names.join(", ");
-        let line = match (arg.is_positional(), getopt::takes_value(arg)) {
-            (true, _) => value.unwrap_or_default().to_owned(),
-            (false, true) => format!("{names} {}", value.unwrap_or("VALUE")),
-            (false, false) => names,
-        };
+        let line = spelt(arg);
         program.println(&format!("  {line}"));
         let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
         help.lines().for_each(|line| program.print(&wrapped(line, 5, 75)));

@@ -48,6 +48,7 @@ impl Subcommand for InfoArgs {
         "[-f FMT | --image-opts] [--backing-chain] [-U] [-t CACHE]",
         "[--object OBJDEF] [--output human|json] FILENAME",
     ];
+    const EXAMPLE: &'static str = "vimg info --output=json --backing-chain overlay.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
@@ -68,8 +69,8 @@ impl Subcommand for InfoArgs {
         if let [name] = &self.operands[..] {
             let infos = look(name)?;
             match self.output {
-                Some(OutputForm::Json) => program.println(&json::pretty(&self.tree(&infos))),
-                _ => program.print(&texts(&infos)),
+                Some(OutputForm::Json) => program.println(&json::pretty(&self.tree(program, &infos))),
+                _ => program.print(&texts(program, &infos)),
             }
             return Ok(Exit::Success);
         }
@@ -86,27 +87,43 @@ impl Subcommand for InfoArgs {
         }
         match self.output {
             Some(OutputForm::Json) => {
-                program.println(&json::pretty(&shown.iter().map(|infos| self.tree(infos)).collect()));
+                program.println(&json::pretty(&shown.iter().map(|infos| self.tree(program, infos)).collect()));
             }
-            _ => program.print(&shown.iter().map(|infos| texts(infos)).collect::<Vec<_>>().join("\n")),
+            _ => program.print(&shown.iter().map(|infos| texts(program, infos)).collect::<Vec<_>>().join("\n")),
         }
         Ok(exit)
     }
 }
 
 impl InfoArgs {
-    /// What JSON shows of one image: all layers, or the only one that was looked at.
-    fn tree(&self, infos: &[Info]) -> Value {
+    /// What JSON shows of one image: all layers, or the only one that was looked at. Where it is not trusted, with the
+    /// files that it names.
+    fn tree(&self, program: &Program, infos: &[Info]) -> Value {
+        let one = |info: &Info| {
+            let mut tree = info::to_json(info);
+            if program.is_untrusting() {
+                tree["external-references"] = info::references_json(info);
+            }
+            tree
+        };
         match infos {
-            [info] if !self.backing_chain => info::to_json(info),
-            _ => infos.iter().map(info::to_json).collect(),
+            [info] if !self.backing_chain => one(info),
+            _ => infos.iter().map(one).collect(),
         }
     }
 }
 
-/// A paragraph for each layer.
-fn texts(infos: &[Info]) -> String {
-    infos.iter().map(|info| text(info, 0, "/")).collect::<Vec<_>>().join("\n")
+/// A paragraph for each layer, the same.
+fn texts(program: &Program, infos: &[Info]) -> String {
+    let one = |info: &Info| {
+        let mut shown = text(info, 0, "/");
+        if program.is_untrusting() && !info.references.is_empty() {
+            shown.push_str("External references:\n");
+            info.references.iter().for_each(|(kind, name)| shown.push_str(&format!("    {kind}: {name}\n")));
+        }
+        shown
+    };
+    infos.iter().map(one).collect::<Vec<_>>().join("\n")
 }
 
 /// A node and what it is made of.

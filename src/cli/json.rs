@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::output::JSON_VERSION;
 use crate::block::name::{in_order, quote};
 
 /// The value on lines of its own, without a newline at the end.
@@ -9,6 +10,17 @@ pub fn pretty(value: &Value) -> String {
     let mut out = String::new();
     write(value, 0, &mut out);
     out
+}
+
+/// The object of a result: the version of its form, the subcommand, and members, in that order.
+pub fn result(command: &str, members: Value) -> String {
+    let mut object = serde_json::Map::new();
+    object.insert("version".to_owned(), JSON_VERSION.into());
+    object.insert("command".to_owned(), command.into());
+    if let Value::Object(members) = members {
+        object.extend(members);
+    }
+    serde_json::to_string_pretty(&Value::Object(object)).unwrap_or_default()
 }
 
 fn write(value: &Value, level: usize, out: &mut String) {

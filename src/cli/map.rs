@@ -56,6 +56,7 @@ impl Subcommand for MapArgs {
         "[-f FMT | --image-opts] [--start-offset OFFSET] [--max-length LENGTH]",
         "[--output human|json] [-U] [--object OBJDEF] FILENAME",
     ];
+    const EXAMPLE: &'static str = "vimg map --output=json overlay.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };

@@ -64,6 +64,7 @@ impl Subcommand for MeasureArgs {
         "[-o TGT_FMT_OPTS] [--output human|json] [--object OBJDEF]",
         "(--size SIZE | FILENAME)",
     ];
+    const EXAMPLE: &'static str = "vimg measure -O vmdk -o subformat=streamOptimized disk.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };

@@ -8,6 +8,7 @@ pub mod bench;
 pub mod bitmap;
 pub mod cache;
 pub mod check;
+pub mod checksum;
 pub mod commit;
 mod common;
 pub mod compare;
@@ -15,10 +16,13 @@ mod console;
 pub mod convert;
 pub mod create;
 pub mod dd;
+mod digest;
 pub mod exit;
+mod generate;
 mod getopt;
 mod help;
 pub mod human;
+mod ids;
 pub mod info;
 mod interrupt;
 pub mod json;
@@ -37,6 +41,7 @@ pub mod size;
 pub mod snapshot;
 pub mod source;
 mod trace;
+mod trust;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -58,8 +63,12 @@ pub trait Subcommand: clap::Args {
     const ABOUT: &'static str;
     /// What may follow its name; one line of help each.
     const USAGE: &'static [&'static str];
+    /// A command line of it, for the help and the manual.
+    const EXAMPLE: &'static str;
     /// True if an operand may look like `-1M`.
     const SIGNED_OPERANDS: bool = false;
+    /// True if it is none of the reference's, and so none where we are called by another name.
+    const OWN: bool = false;
 
     /// Does it.
     fn run(self, program: &Program) -> anyhow::Result<Exit>;
@@ -73,7 +82,10 @@ pub struct Row {
     pub about: &'static str,
     /// What may follow its name.
     pub usage: &'static [&'static str],
+    /// A command line of it.
+    pub example: &'static str,
     signed_operands: bool,
+    own: bool,
     command: fn() -> Command,
     run: fn(&ArgMatches, &Program) -> anyhow::Result<Exit>,
 }
@@ -84,11 +96,13 @@ pub const SUBCOMMANDS: &[Row] = &[
     row::<bench::BenchArgs>(),
     row::<bitmap::BitmapArgs>(),
     row::<check::CheckArgs>(),
+    row::<checksum::ChecksumArgs>(),
     row::<commit::CommitArgs>(),
     row::<compare::CompareArgs>(),
     row::<convert::ConvertArgs>(),
     row::<create::CreateArgs>(),
     row::<dd::DdArgs>(),
+    row::<generate::GenerateArgs>(),
     row::<info::InfoArgs>(),
     row::<map::MapArgs>(),
     row::<measure::MeasureArgs>(),
@@ -102,7 +116,9 @@ const fn row<S: Subcommand>() -> Row {
         name: S::NAME,
         about: S::ABOUT,
         usage: S::USAGE,
+        example: S::EXAMPLE,
         signed_operands: S::SIGNED_OPERANDS,
+        own: S::OWN,
         command: || S::augment_args(help::subcommand(S::NAME)),
         run: |matches, program| S::from_arg_matches(matches)?.run(program),
     }
@@ -126,7 +142,11 @@ pub fn main(argv: Vec<OsString>) -> ExitCode {
 }
 
 fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> {
-    let mut words = getopt::canonical(&help::top_level(), &argv, Style { permute: false, signed_operands: false });
+    let mut words = getopt::canonical(
+        &help::top_level(),
+        &argv,
+        Style { permute: false, signed_operands: false, own: program.is_vimg() },
+    );
     if let Some(at) = words.options.iter().position(|word| word == "--version") {
         // Nothing behind it is looked at.
         words = Words { options: words.options.into_iter().take(at + 1).collect(), ..Words::default() };
@@ -135,7 +155,8 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
         help::print_program(program)?;
         return Ok(Exit::Success);
     };
-    distrust(program, &matches)?;
+    trust::apply(program, &matches)?;
+    let before = matches.clone();
     for spec in matches.get_many::<String>("trace").unwrap_or_default() {
         trace::apply(program, spec)?;
     }
@@ -146,36 +167,48 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
     let mut operands = words.operands.into_iter();
     let name = operands.next().ok_or_else(|| Complaint::usage("Not enough arguments"))?;
     let name = name.to_string_lossy();
-    let Some(row) = find(&name) else {
+    let Some(row) = find(program, &name) else {
         if name == "help" && program.is_vimg() {
             return help_on(program, operands.next());
         }
-        return Err(not_found(&name).into());
+        return Err(not_found(program, &name).into());
     };
     program.enter(row.name);
     // Where operands may be signed, options may follow them in any case.
     let permute = row.signed_operands || std::env::var_os("POSIXLY_CORRECT").is_none();
-    let style = Style { permute, signed_operands: row.signed_operands };
-    let words = getopt::canonical(&(row.command)(), &operands.collect::<Vec<_>>(), style);
+    let style = Style { permute, signed_operands: row.signed_operands, own: program.is_vimg() };
+    let argv: Vec<OsString> = operands.collect();
+    let long_help = argv.iter().any(|word| word == "--help");
+    let words = getopt::canonical(&(row.command)(), &argv, style);
+    program.tell_results(output::is_own_json(&(row.command)(), &argv));
     match parse((row.command)(), &words)? {
         Some(matches) => {
-            distrust(program, &matches)?;
+            trust::apply(program, &matches)?;
             program.check_trust()?;
+            if program.is_untrusting() {
+                trust::confine(&(row.command)(), &[&before, &matches])?;
+            }
             (row.run)(&matches, program)
         }
         None => {
-            help::print_subcommand(program, row, &(row.command)())?;
+            help::print_subcommand(program, row, &(row.command)(), long_help)?;
             Ok(Exit::Success)
         }
     }
 }
 
-fn find(name: &str) -> Option<&'static Row> {
-    SUBCOMMANDS.iter().find(|row| row.name == name)
+/// The subcommands that there are by the name we are called by.
+pub(crate) fn rows(program: &Program) -> impl Iterator<Item = &'static Row> {
+    let own = program.is_vimg();
+    SUBCOMMANDS.iter().filter(move |row| own || !row.own)
 }
 
-fn not_found(name: &str) -> Complaint {
-    let meant = nearest(name, SUBCOMMANDS.iter().map(|row| row.name).chain(["help"]));
+fn find(program: &Program, name: &str) -> Option<&'static Row> {
+    rows(program).find(|row| row.name == name)
+}
+
+fn not_found(program: &Program, name: &str) -> Complaint {
+    let meant = nearest(name, rows(program).map(|row| row.name).chain(["help"]));
     Complaint::Usage(format!("Command not found: {name}"), meant.map(str::to_owned))
 }
 
@@ -184,22 +217,11 @@ fn help_on(program: &Program, name: Option<OsString>) -> anyhow::Result<Exit> {
     match name.map(|name| name.to_string_lossy().into_owned()) {
         None => help::print_program(program)?,
         Some(name) => {
-            let row = find(&name).ok_or_else(|| not_found(&name))?;
-            help::print_subcommand(program, row, &(row.command)())?;
+            let row = find(program, &name).ok_or_else(|| not_found(program, &name))?;
+            help::print_subcommand(program, row, &(row.command)(), true)?;
         }
     }
     Ok(Exit::Success)
-}
-
-/// Takes what is said of images that are not trusted.
-fn distrust(program: &mut Program, matches: &ArgMatches) -> anyhow::Result<()> {
-    if matches.get_flag("untrusted") {
-        program.distrust();
-    }
-    for path in matches.get_many::<OsString>("allow").unwrap_or_default() {
-        program.allow(path)?;
-    }
-    Ok(())
 }
 
 /// What clap makes of the words; `None` if help was asked for. The first error on the line is the one reported.

@@ -8,7 +8,10 @@ use std::ffi::{OsStr, OsString};
 use std::io::{self, BufWriter, IsTerminal, LineWriter, Stdout, Write};
 use std::path::Path;
 
+use serde_json::Value;
+
 use super::exit::Exit;
+use super::json;
 use super::report::Complaint;
 use crate::block::{Allowed, Notice, Opener, Policy, Secrets};
 use crate::drivers::DRIVERS;
@@ -30,6 +33,10 @@ pub struct Program {
     subcommand: Option<&'static str>,
     untrusted: bool,
     allowed: Allowed,
+    /// The largest disk that an image may have.
+    largest: Option<u64>,
+    /// What was done, and why not, is told in JSON.
+    json_results: bool,
     out: RefCell<Out>,
     trouble: RefCell<Option<io::Error>>,
 }
@@ -51,6 +58,8 @@ impl Program {
             subcommand: None,
             untrusted: false,
             allowed: Allowed::default(),
+            largest: None,
+            json_results: false,
             out: RefCell::new(out),
             trouble: RefCell::default(),
         }
@@ -79,9 +88,36 @@ impl Program {
         self.subcommand = Some(subcommand);
     }
 
+    /// From here on what was done, and why not, is told in JSON, or is not.
+    pub(super) fn tell_results(&mut self, in_json: bool) {
+        self.json_results = in_json;
+    }
+
+    /// Whether what was done is told in JSON, and not in words.
+    pub fn tells_results(&self) -> bool {
+        self.json_results
+    }
+
+    /// Tells what was done, where that is told in JSON: `members` of the object.
+    pub fn result(&self, members: Value) {
+        if self.json_results {
+            self.println(&json::result(self.subcommand.unwrap_or_default(), members));
+        }
+    }
+
     /// From here on images may not make us open other files.
     pub(super) fn distrust(&mut self) {
         self.untrusted = true;
+    }
+
+    /// Whether they may not.
+    pub(super) fn is_untrusting(&self) -> bool {
+        self.untrusted
+    }
+
+    /// From here on an image whose disk is larger is refused.
+    pub(super) fn limit_disks(&mut self, largest: u64) {
+        self.largest = Some(largest);
     }
 
     /// Images may name that file all the same, or the files in that folder.
@@ -160,8 +196,13 @@ impl Program {
 
     /// What opens images.
     pub fn opener<'a>(&self, secrets: &'a Secrets) -> Opener<'a> {
-        let policy = if self.untrusted { Policy::Refuse(self.allowed.clone()) } else { Policy::Follow };
-        Opener::new(DRIVERS, policy, secrets)
+        // What stands behind the policy is tested without it.
+        let bypassed = cfg!(debug_assertions) && std::env::var_os("VIMG_TEST_NO_POLICY").is_some();
+        let policy = match self.untrusted && !bypassed {
+            true => Policy::Refuse(self.allowed.clone()),
+            false => Policy::Follow,
+        };
+        Opener::new(DRIVERS, policy, secrets).limited_to(self.largest)
     }
 
     /// Shows what came up while opening.

@@ -1,21 +1,132 @@
-//! How far it is: the reference's form off a terminal, a bar on a terminal, one line on SIGUSR1 without either.
+//! How far it is: the reference's form off a terminal, a bar on a terminal, lines of JSON for programs that ask for
+//! them, one line on SIGUSR1 without any of these.
 //!
 //! SIGUSR1 is blocked in every thread, and waited for in one of its own where it means anything: no handler runs.
 
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::{SigSet, Signal};
 
+use serde_json::json;
+
+use super::Complaint;
+use super::output::JSON_VERSION;
 use super::program::stderr_line;
 use crate::storage::host;
 
 /// How far apart reports are, where nothing else is said, in percent.
 const STEP: f64 = 1.0;
+
+/// Where `--progress=json` goes where it does not say.
+const STANDARD_ERROR: i32 = 2;
+
+/// The variable that asks for the form of progress that programs read.
+const VARIABLE: &str = "VIMG_PROGRESS";
+
+/// How far apart lines of JSON are at least, but for the first and the last of a phase.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// `-p`, `--progress=json[:DESCRIPTOR]`.
+#[derive(Debug, clap::Args)]
+pub struct ProgressArgs {
+    /// show progress
+    #[arg(short, long, num_args = 0..=1, require_equals = true, default_missing_value = "human", value_parser = ProgressWish::parse)]
+    progress: Option<ProgressWish>,
+}
+
+/// What is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ProgressWish {
+    Human,
+    /// To that descriptor.
+    Json(i32),
+}
+
+impl ProgressWish {
+    fn parse(word: &str) -> Result<Self, Complaint> {
+        let bad = || Complaint::value(format!("Progress is 'human', 'json' or 'json:DESCRIPTOR', not '{word}'"));
+        match word.split_once(':') {
+            None if word == "human" => Ok(Self::Human),
+            None if word == "json" => Ok(Self::Json(STANDARD_ERROR)),
+            Some(("json", number)) => number.parse().ok().filter(|fd| *fd > 0).map(Self::Json).ok_or_else(bad),
+            _ => Err(bad()),
+        }
+    }
+}
+
+impl ProgressArgs {
+    /// Nothing is done yet; `phase` is what is going to be.
+    pub fn start(&self, quiet: bool, phase: &'static str) -> anyhow::Result<Progress> {
+        self.start_with_step(quiet, phase, STEP)
+    }
+
+    /// The same, with reports so many percent apart.
+    pub fn start_with_step(&self, quiet: bool, phase: &'static str, step: f64) -> anyhow::Result<Progress> {
+        let variable = std::env::var_os(VARIABLE).filter(|word| !word.is_empty());
+        let wished = match (self.progress, variable) {
+            (Some(ProgressWish::Json(fd)), _) => Some(ProgressWish::Json(fd)),
+            (_, Some(word)) => Some(ProgressWish::parse(&word.to_string_lossy()).context(VARIABLE)?),
+            (wished, None) => wished,
+        };
+        if let Some(ProgressWish::Json(fd)) = wished {
+            let out = host::descriptor(fd).with_context(|| format!("Progress cannot go to descriptor {fd}"))?;
+            return Ok(Progress::with_form(ProgressForm::Json(Mutex::new(JsonProgress::new(out, phase))), step));
+        }
+        Ok(Progress::with_step(wished.is_some() && !quiet, step))
+    }
+
+    /// Whether there is to be a line at the end, whatever becomes of the work.
+    pub fn ends_line(&self, quiet: bool) -> bool {
+        self.progress == Some(ProgressWish::Human)
+            && !quiet
+            && std::env::var_os(VARIABLE).is_none_or(|word| word.is_empty())
+    }
+}
+
+/// Lines of JSON.
+struct JsonProgress {
+    out: File,
+    phase: &'static str,
+    since: Instant,
+    /// When the last line was written, and what it said is done.
+    last: Option<(Instant, u64)>,
+    /// All of the phase has been told.
+    ended: bool,
+}
+
+impl JsonProgress {
+    fn new(out: File, phase: &'static str) -> Self {
+        Self { out, phase, since: Instant::now(), last: None, ended: false }
+    }
+
+    /// Reports come from all threads, in any order: what is less than what was told is not told.
+    fn report(&mut self, done: u64, total: u64) {
+        let (now, ends) = (Instant::now(), done >= total);
+        let soon = self.last.is_some_and(|(last, told)| done <= told || (!ends && now - last < PAUSE));
+        if self.ended || (soon && !ends) {
+            return;
+        }
+        self.last = Some((now, done));
+        self.ended = ends;
+        let seconds = (now - self.since).as_secs_f64();
+        let rate = if seconds > 0.0 { done as f64 / seconds } else { 0.0 };
+        let left = (rate > 0.0).then(|| ((total - done.min(total)) as f64 / rate).round() as u64);
+        let line = json!({
+            "version": JSON_VERSION, "phase": self.phase, "bytes-done": done, "bytes-total": total,
+            "bytes-per-second": rate as u64, "seconds-left": left,
+        });
+        // Nobody is told where whoever reads it has gone.
+        let _ = self.out.write_all(format!("{line}\n").as_bytes());
+    }
+}
 
 enum ProgressForm {
     /// Nothing, but for a line when a signal asks for it.
@@ -24,6 +135,8 @@ enum ProgressForm {
     Plain,
     /// A bar on standard error.
     Bar(ProgressBar),
+    /// Lines for programs.
+    Json(Mutex<JsonProgress>),
 }
 
 /// Whether standard error is a terminal on which a line can be drawn again.
@@ -62,13 +175,8 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// At nothing done; `wanted` is `-p` without `-q`.
-    pub fn start(wanted: bool) -> Self {
-        Self::with_step(wanted, STEP)
-    }
-
-    /// The same, with reports so many percent apart.
-    pub fn with_step(wanted: bool, step: f64) -> Self {
+    /// At nothing done, for people; `wanted` is `-p` without `-q`.
+    fn with_step(wanted: bool, step: f64) -> Self {
         let mut signal = SigSet::empty();
         signal.add(Signal::SIGUSR1);
         // Blocked before any thread is made: all inherit it. Where that fails it stays as it was.
@@ -91,9 +199,21 @@ impl Progress {
         } else {
             ProgressForm::Plain
         };
+        Self::with_form(form, step)
+    }
+
+    fn with_form(form: ProgressForm, step: f64) -> Self {
         let progress = Self { form, step, last: Mutex::new(0.0) };
         progress.show(0.0);
         progress
+    }
+
+    /// Another kind of work begins, of which nothing is done.
+    pub fn phase(&self, name: &'static str) {
+        if let ProgressForm::Json(json) = &self.form {
+            let mut json = json.lock().unwrap_or_else(PoisonError::into_inner);
+            (json.phase, json.since, json.last, json.ended) = (name, Instant::now(), None, false);
+        }
     }
 
     /// Whether a report would be shown now.
@@ -124,6 +244,9 @@ impl Progress {
                     self.show(percent);
                 }
             }
+            ProgressForm::Json(json) => {
+                json.lock().unwrap_or_else(PoisonError::into_inner).report(done, total);
+            }
             ProgressForm::Silent(asked) => {
                 if asked.swap(false, Ordering::Relaxed) {
                     stderr_line(&format!("    ({percent:3.2}/100%)"));
@@ -153,7 +276,7 @@ impl Drop for Progress {
                 }
                 bar.abandon();
             }
-            ProgressForm::Silent(_) => {}
+            ProgressForm::Silent(_) | ProgressForm::Json(_) => {}
         }
     }
 }

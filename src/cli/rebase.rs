@@ -3,11 +3,14 @@
 use std::ffi::OsString;
 use std::sync::Arc;
 
+use serde_json::json;
+
 use super::common::Common;
 use super::console::ConsoleObserver;
 use super::exit::Exit;
 use super::interrupt::Interrupt;
-use super::progress::Progress;
+use super::output::ResultArgs;
+use super::progress::ProgressArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache};
 use crate::block::error::Context;
@@ -47,9 +50,10 @@ pub struct RebaseArgs {
     /// allow other writers: do not lock the new backing file
     #[arg(short = 'U', long)]
     force_share: bool,
-    /// show progress
-    #[arg(short, long)]
-    progress: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
+    #[command(flatten)]
+    result: ResultArgs,
     /// image that gets the new backing file
     #[arg(value_name = "FILENAME")]
     operands: Vec<OsString>,
@@ -62,6 +66,7 @@ impl Subcommand for RebaseArgs {
         "[-f FMT | --image-opts] [-t CACHE] [-b BACKING_FILENAME [-B BACKING_FMT]",
         "[-T CACHE]] [-u] [-c] [-U] [--object OBJDEF] [-p] [-q] FILENAME",
     ];
+    const EXAMPLE: &'static str = "vimg rebase -b other.qcow2 -F qcow2 overlay.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };
@@ -74,7 +79,7 @@ impl Subcommand for RebaseArgs {
         let source = ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
         source.check()?;
         let interrupt = Interrupt::catch();
-        let progress = Progress::start(self.progress && !self.common.quiet);
+        let progress = self.progress.start(self.common.quiet, "rebase")?;
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::target)?;
         let backing_cache = self.backing_cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
         let (image, how) = source.image(program, name)?;
@@ -99,6 +104,9 @@ impl Subcommand for RebaseArgs {
         interrupt.end();
         done?;
         progress.report(1, 1);
+        let (backing, format) = (new.typed.as_deref().filter(|name| !name.is_empty()), &self.backing_format);
+        let members = json!({"filename": node.name(), "backing-filename": backing, "backing-filename-format": format});
+        program.result(members);
         Ok(Exit::Success)
     }
 }

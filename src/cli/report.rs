@@ -2,7 +2,10 @@
 
 use std::fmt;
 
+use serde_json::{Value, json};
+
 use super::Program;
+use crate::block::error::PlacePart;
 use crate::storage::holder::Holder;
 use crate::{block, storage};
 
@@ -49,9 +52,41 @@ impl fmt::Display for Complaint {
 
 impl std::error::Error for Complaint {}
 
-/// Shows an error on stderr.
+/// Tells an error on stderr, and where results are told in JSON there too.
 pub fn error(program: &Program, error: &anyhow::Error) {
-    let text = error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    words(program, error);
+    program.result(json!({"error": to_json(error)}));
+}
+
+/// An error as the object that programs read.
+pub fn to_json(error: &anyhow::Error) -> Value {
+    let ours = error.chain().find_map(|cause| cause.downcast_ref::<block::Error>());
+    let kind = match (ours, complaint(error)) {
+        (Some(error), _) => error.kind.name(),
+        (None, Some(_)) => "usage",
+        (None, None) => "other",
+    };
+    let mut object = json!({"kind": kind, "message": text(error)});
+    if let Some(file) = ours.and_then(block::Error::file) {
+        object["file"] = file.into();
+    }
+    let place = ours.and_then(block::Error::place);
+    if let Some(host) = place.and_then(|place| place.host) {
+        object["offset"] = host.get().into();
+    }
+    if let Some(PlacePart::Guest(guest)) = place.map(|place| place.part) {
+        object["guest-offset"] = guest.get().into();
+    }
+    object
+}
+
+fn text(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// Shows an error on stderr.
+pub fn words(program: &Program, error: &anyhow::Error) {
+    let text = text(error);
     let ours = error.chain().find_map(|cause| cause.downcast_ref::<block::Error>());
     if let Some(error) = ours {
         error.all_notes().iter().for_each(|note| program.line(note));

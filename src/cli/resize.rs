@@ -2,8 +2,11 @@
 
 use std::ffi::OsString;
 
+use serde_json::json;
+
 use super::common::Common;
 use super::exit::Exit;
+use super::output::ResultArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand};
 use crate::block::{self, OpenHow, Purpose, number};
@@ -15,6 +18,8 @@ use crate::storage::Preallocation;
 pub struct ResizeArgs {
     #[command(flatten)]
     common: Common,
+    #[command(flatten)]
+    result: ResultArgs,
     /// format of the image, detected if not given
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
@@ -37,6 +42,8 @@ pub struct ResizeArgs {
     extra: Vec<OsString>,
 }
 
+const SHRINK_HINT: &str = "Use the --shrink option to perform a shrink operation.";
+
 const SHRINK_WARNING: &str = "Shrinking an image will delete all data beyond the shrunken image's end. \
     Before performing such an operation, make sure there is no important data there.";
 
@@ -47,6 +54,7 @@ impl Subcommand for ResizeArgs {
         "[-f FMT | --image-opts] [--preallocation PREALLOC] [--shrink]",
         "[--object OBJDEF] [-q] FILENAME [+-]SIZE[bkKMGTPE]",
     ];
+    const EXAMPLE: &'static str = "vimg resize disk.qcow2 +10G";
     const SIGNED_OPERANDS: bool = true;
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
@@ -66,17 +74,24 @@ impl Subcommand for ResizeArgs {
         let node = opener.open(&image, &OpenHow { purpose: Purpose::Write, ..how });
         program.notices(&opener);
         let node = node?;
+        let old = node.virtual_size();
         match resize::decide(&node, new, fill, self.shrink)? {
+            Decision::WouldShrink if program.tells_results() => {
+                return Err(Complaint::value(SHRINK_HINT).into());
+            }
             Decision::WouldShrink => {
-                program.error("Use the --shrink option to perform a shrink operation.");
+                program.error(SHRINK_HINT);
                 program.warn(SHRINK_WARNING);
                 return Ok(Exit::Failure);
             }
             Decision::Resize(size) => resize::resize(&node, size, fill)?,
         }
-        if !self.common.quiet {
+        if !self.common.quiet && !program.tells_results() {
             program.println("Image resized.");
         }
+        let (name, format, size) = (node.name(), node.driver().format(), node.virtual_size());
+        let members = json!({"filename": name, "format": format, "old-virtual-size": old, "virtual-size": size});
+        program.result(members);
         Ok(Exit::Success)
     }
 }

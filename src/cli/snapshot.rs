@@ -3,12 +3,15 @@
 use std::ffi::OsString;
 
 use clap::ArgAction;
+use serde_json::{Value, json};
 
 use super::common::Common;
 use super::exit::Exit;
+use super::output::ResultArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, human};
 use crate::block::{OpenHow, Purpose};
+use crate::ops::info;
 use crate::ops::snapshot::{self, SnapshotChange};
 
 /// The options.
@@ -16,6 +19,8 @@ use crate::ops::snapshot::{self, SnapshotChange};
 pub struct SnapshotArgs {
     #[command(flatten)]
     common: Common,
+    #[command(flatten)]
+    result: ResultArgs,
     /// format of the image, detected if not given
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
@@ -47,6 +52,7 @@ impl Subcommand for SnapshotArgs {
     const ABOUT: &'static str = "List or manipulate snapshots within image";
     const USAGE: &'static [&'static str] =
         &["[-f FMT | --image-opts] [-l | -a|-c|-d SNAPSHOT]", "[-U] [--object OBJDEF] [-q] FILENAME"];
+    const EXAMPLE: &'static str = "vimg snapshot -c before-upgrade disk.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let change = self.change()?;
@@ -65,10 +71,18 @@ impl Subcommand for SnapshotArgs {
         let node = node?;
         if let Some(change) = change {
             snapshot::change(&node, &change)?;
+            let (done, name) = match &change {
+                SnapshotChange::Create(name) => ("create", name),
+                SnapshotChange::Apply(name) => ("apply", name),
+                SnapshotChange::Delete(name) => ("delete", name),
+            };
+            program.result(json!({"filename": node.name(), done: name}));
             return Ok(Exit::Success);
         }
         let snapshots = snapshot::list(&node)?;
-        if !snapshots.is_empty() {
+        let list: Vec<Value> = snapshots.iter().map(info::snapshot_json).collect();
+        program.result(json!({"filename": node.name(), "snapshots": list}));
+        if !snapshots.is_empty() && !program.tells_results() {
             program.println("Snapshot list:");
             program.println(&human::snapshot_head());
             snapshots.iter().for_each(|snapshot| program.println(&human::snapshot_row(snapshot)));

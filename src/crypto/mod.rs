@@ -1,18 +1,20 @@
 //! Encryption: bytes in, bytes out; no files.
 //!
 //! [`spec`] is the table of ciphers, modes and generators of initialization vectors; [`hash`] that of hashes and what is
-//! made with them; [`SectorCipher`] encrypts and decrypts runs of sectors, as images are stored. [`luks`] is the header
+//! made with them; [`digest`] makes digests of disks; [`SectorCipher`] encrypts and decrypts runs of sectors, as images are stored. [`luks`] is the header
 //! that keeps a key under passphrases.
 //!
 //! Invariants: key bytes and what is derived from them are wiped when they are dropped. An algorithm that no kept crate
 //! offers is refused by its name.
 
+pub mod digest;
 pub mod hash;
 pub mod luks;
 mod modes;
 mod sectors;
 pub mod spec;
 
+pub use digest::{Digest, DigestKind, Hasher};
 pub use hash::HashAlgorithm;
 pub use sectors::{SECTOR, SectorCipher, decrypt_cbc, encrypt_cbc};
 pub use spec::{CipherAlgorithm, CipherMode, CipherSpec, IvGenerator};

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::ids::ImageIds;
+use super::ids::{IdChoice, ImageIds};
 use crate::block::error::Context;
 use crate::block::protocol::{CreateFile, Protocol};
 use crate::block::{
@@ -14,7 +14,7 @@ use crate::block::{
     MadeFiles, Named, Node, Notice, OpenHow, Opener, OptionValue, Purpose, Related, Result, format, name,
 };
 use crate::storage::staging::{Durability, Staging};
-use crate::storage::{self, CacheMode, Identity, Storage};
+use crate::storage::{self, CacheMode, Identity, Preallocation, Storage};
 
 /// What a new image goes to: a format, and a protocol by the name.
 #[derive(Clone, Copy)]
@@ -61,6 +61,8 @@ pub struct Wanted<'a> {
     pub backing_format: Option<String>,
     /// Take the backing file's word unseen.
     pub backing_unseen: bool,
+    /// What is said of the image's ids.
+    pub ids: IdChoice,
 }
 
 /// A new image, decided.
@@ -73,9 +75,16 @@ pub struct NewImage {
     pub size: u64,
     /// All options.
     pub options: CreateOptions,
+    /// What is said of its ids.
+    pub ids: IdChoice,
 }
 
 impl NewImage {
+    /// Its name, as it is shown.
+    pub fn shown(&self) -> String {
+        self.name.to_string_lossy().into_owned()
+    }
+
     /// What is being done, for errors of a conversion.
     pub fn converting(&self) -> String {
         format!("{}: error while converting {}", self.name.to_string_lossy(), self.format.name())
@@ -121,7 +130,8 @@ impl Wanted<'_> {
         }
         let size = size.or(sizeless.then_some(u64::MAX));
         let size = size.ok_or_else(|| Error::invalid("Image creation needs a size parameter"))?;
-        Ok(NewImage { name: self.name.to_owned(), format: self.target.format, size, options: self.options })
+        let format = self.target.format;
+        Ok(NewImage { name: self.name.to_owned(), format, size, options: self.options, ids: self.ids })
     }
 
     fn look_at_backing(&mut self, backing: &OsStr, opener: &Opener<'_>) -> Result<()> {
@@ -216,13 +226,14 @@ fn beside(image: &OsStr, name: impl AsRef<OsStr>) -> OsString {
 pub fn create(new: &NewImage, opener: &Opener<'_>) -> Result<Vec<String>> {
     let staging = Staging::new(CacheMode::Unsafe, Durability::Always);
     make(new, &staging, opener)
-        .map_err(|error| if error.kind == ErrorKind::TooLarge { too_large(new) } else { error })?;
+        .map_err(|error| if error.kind == ErrorKind::TooLarge { too_large(new) } else { error })
+        .map_err(|error| error.about(new.shown()))?;
     let warnings = staging.take_notices();
     staging.commit()?;
     Ok(warnings)
 }
 
-/// Makes an image in `staging`, and hands it back open. Its files get their names when that is committed. `doing`
+/// Makes an image in `staging`, and hands it back open, with its files, by which it can be opened again. Those files get their names when that is committed. `doing`
 /// says what is being done, should it fail.
 pub fn create_open(
     new: &NewImage,
@@ -230,12 +241,13 @@ pub fn create_open(
     opener: &Opener<'_>,
     cache: CacheMode,
     doing: fn(&NewImage) -> String,
-) -> Result<Arc<Node>> {
-    let made = make(new, staging, opener).with_context(|| doing(new));
+) -> Result<(Arc<Node>, MadeFiles)> {
+    let made = make(new, staging, opener).with_context(|| doing(new)).map_err(|error| error.about(new.shown()));
     staging.take_notices().into_iter().for_each(|text| opener.notice(Notice::Warning(text)));
     let how =
         OpenHow { format: Some(new.format.name().to_owned()), purpose: Purpose::Write, cache, ..OpenHow::default() };
-    opener.open_made(&new.name, made?, &how)
+    let made = made?;
+    Ok((opener.open_made(&new.name, made.clone(), &how)?, made))
 }
 
 /// Makes the files of an image.
@@ -259,15 +271,30 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
         main: Mutex::default(),
         made: Mutex::default(),
     };
+    let mode = new.options.text("preallocation").and_then(Preallocation::parse);
+    if let Some(mode @ (Preallocation::Falloc | Preallocation::Full)) = mode.filter(|_| create.grows(&new.options)) {
+        let mode = mode.name();
+        let text =
+            format!("Unsupported preallocation mode: {mode} (this kind of {format} image grows as it is written to)");
+        return Err(Error::unsupported(text));
+    }
+    let encrypts = format == "luks" || new.options.switch("encryption") || new.options.text("encrypt.format").is_some();
+    if new.ids.reproducible && encrypts {
+        return Err(Error::invalid("an encrypted image is not reproducible: its keys have to be random"));
+    }
+    let ids = ImageIds::of(&shown, new.size, new.ids);
     let request = CreateRequest {
         size: new.size,
         options: &new.options,
         files: &files,
-        ids: &ImageIds::of(&shown, new.size),
+        ids: &ids,
         secrets: opener.secrets(),
         related: &BackingBytes { image: &new.name, opener },
     };
     create.create(&request)?;
+    if let Some(unused) = ids.unused() {
+        return Err(Error::unsupported(format!("An image of format '{format}' has no {unused}")));
+    }
     let main = files.main.into_inner().unwrap_or_else(PoisonError::into_inner);
     let main = main.ok_or_else(|| Error::invalid(format!("'{format}' makes no file")))?;
     if main.host().is_some_and(|file| file.kind() == storage::FileKind::CharDevice) {

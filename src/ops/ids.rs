@@ -1,20 +1,39 @@
 //! Where identifiers and times of new images come from.
 //!
 //! With `SOURCE_DATE_EPOCH` in the environment they are the same at every run: the time is that one, identifiers
-//! follow from it, from the image's name and size, and from what they are for. Without it they are now and random.
+//! follow from it, from the image's name and size, and from what they are for. Without it they are now and random, but
+//! for what the user has chosen ([`IdChoice`]).
 
 use std::cell::RefCell;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fastrand::Rng;
 
 use crate::block;
 
+/// What the user says of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct IdChoice {
+    /// They are the same at every run; the time is the start of the epoch, if the environment has none.
+    pub reproducible: bool,
+    /// The UUID that an image of its format is known by, in the order of RFC 9562.
+    pub uuid: Option<[u8; 16]>,
+    /// The content id of a vmdk.
+    pub cid: Option<u32>,
+}
+
+/// What a UUID is for by which an image is known, in every format that has one.
+const KNOWN_BY: [&str; 3] = ["image", "disk", "luks"];
+
 /// See the module.
 #[derive(Debug)]
 pub struct ImageIds {
     source: IdSource,
+    choice: IdChoice,
+    uuid_used: AtomicBool,
+    cid_used: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -25,12 +44,22 @@ enum IdSource {
 
 impl ImageIds {
     /// Those of the image with that name and size.
-    pub fn of(name: &str, size: u64) -> Self {
+    pub fn of(name: &str, size: u64, choice: IdChoice) -> Self {
         let epoch = std::env::var("SOURCE_DATE_EPOCH").ok().and_then(|text| text.parse().ok());
-        Self::with(epoch, name, size)
+        Self::with(epoch.or(choice.reproducible.then_some(0)), name, size, choice)
     }
 
-    fn with(epoch: Option<u64>, name: &str, size: u64) -> Self {
+    /// Which of the ids that the user has chosen the image does not have.
+    pub fn unused(&self) -> Option<&'static str> {
+        let unused = |chosen: bool, used: &AtomicBool| chosen && !used.load(Ordering::Relaxed);
+        match () {
+            () if unused(self.choice.uuid.is_some(), &self.uuid_used) => Some("UUID"),
+            () if unused(self.choice.cid.is_some(), &self.cid_used) => Some("content id (CID)"),
+            () => None,
+        }
+    }
+
+    fn with(epoch: Option<u64>, name: &str, size: u64, choice: IdChoice) -> Self {
         let source = match epoch {
             Some(seconds) => {
                 let words = [&seconds.to_le_bytes()[..], &size.to_le_bytes(), name.as_bytes()];
@@ -38,7 +67,7 @@ impl ImageIds {
             }
             None => IdSource::Random(Mutex::new(Rng::new())),
         };
-        Self { source }
+        Self { source, choice, uuid_used: AtomicBool::new(false), cid_used: AtomicBool::new(false) }
     }
 
     fn draw<T>(&self, purpose: &str, of: impl FnOnce(&mut Rng) -> T) -> T {
@@ -76,7 +105,15 @@ impl block::Ids for ImageIds {
         self.time().0
     }
 
+    fn are_fixed(&self) -> bool {
+        matches!(self.source, IdSource::Fixed { .. })
+    }
+
     fn uuid(&self, purpose: &str) -> [u8; 16] {
+        if let Some(uuid) = self.choice.uuid.filter(|_| KNOWN_BY.contains(&purpose)) {
+            self.uuid_used.store(true, Ordering::Relaxed);
+            return uuid;
+        }
         let mut uuid = self.draw(purpose, |rng| rng.u128(..)).to_be_bytes();
         // RFC 9562, section 5.4: version 4, variant 10.
         uuid[6] = uuid[6] & 0x0f | 0x40;
@@ -85,6 +122,10 @@ impl block::Ids for ImageIds {
     }
 
     fn word(&self, purpose: &str) -> u32 {
+        if let Some(cid) = self.choice.cid.filter(|_| purpose == "cid") {
+            self.cid_used.store(true, Ordering::Relaxed);
+            return cid;
+        }
         self.draw(purpose, |rng| rng.u32(..))
     }
 }
@@ -96,21 +137,22 @@ mod tests {
 
     #[test]
     fn fixed_ones_depend_on_everything_that_is_given_and_on_nothing_else() {
-        let uuid = |epoch, name, size, purpose| ImageIds::with(Some(epoch), name, size).uuid(purpose);
+        let uuid =
+            |epoch, name, size, purpose| ImageIds::with(Some(epoch), name, size, IdChoice::default()).uuid(purpose);
         let one = uuid(1, "a", 2, "x");
         assert_eq!(one, uuid(1, "a", 2, "x"));
         for other in [uuid(2, "a", 2, "x"), uuid(1, "b", 2, "x"), uuid(1, "a", 3, "x"), uuid(1, "a", 2, "y")] {
             assert_ne!(one, other);
         }
         assert_eq!((one[6] >> 4, one[8] >> 6), (4, 2));
-        assert_eq!(ImageIds::with(Some(7), "a", 0).seconds(), 7);
+        assert_eq!(ImageIds::with(Some(7), "a", 0, IdChoice::default()).seconds(), 7);
     }
 
     #[test]
     fn random_ones_differ() {
-        let ids = ImageIds::with(None, "a", 0);
+        let ids = ImageIds::with(None, "a", 0, IdChoice::default());
         assert_ne!(ids.uuid("x"), ids.uuid("x"));
-        assert_ne!(ImageIds::with(None, "a", 0).uuid("x"), ids.uuid("x"));
+        assert_ne!(ImageIds::with(None, "a", 0, IdChoice::default()).uuid("x"), ids.uuid("x"));
         assert!(ids.seconds() > 1_600_000_000);
     }
 }

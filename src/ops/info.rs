@@ -46,6 +46,8 @@ pub struct Info {
     pub backing: Option<BackingInfo>,
     /// Its snapshots.
     pub snapshots: Vec<SnapshotInfo>,
+    /// Other files that it names: which part each plays, and its name.
+    pub references: Vec<(&'static str, String)>,
     /// What only its format has: kind and members.
     pub specific: Option<(String, Map<String, Value>)>,
     /// What it is made of, last attached first: role and node.
@@ -95,6 +97,8 @@ pub fn of(node: &Node) -> Result<Info> {
         path: node.backing_path(),
         format: backing.format.clone(),
     });
+    let named = backing.iter().map(|backing| ("backing-file", backing.name.to_string_lossy().into_owned()));
+    let references = named.chain(image.references).collect();
     Ok(Info {
         filename: node.name().to_owned(),
         format: format.to_owned(),
@@ -105,6 +109,7 @@ pub fn of(node: &Node) -> Result<Info> {
         dirty: image.dirty,
         backing,
         snapshots: image.snapshots,
+        references,
         specific: image.specific.map(|(kind, members)| (kind.to_owned(), members)),
         children,
     })
@@ -197,6 +202,7 @@ fn of_file(child: &Child) -> Result<Info> {
         dirty: storage.host().map(|_| false),
         backing: None,
         snapshots: Vec::new(),
+        references: Vec::new(),
         specific,
         children: Vec::new(),
     })
@@ -265,7 +271,7 @@ pub fn to_json(info: &Info) -> Value {
         }
     }
     if !info.snapshots.is_empty() {
-        put("snapshots", info.snapshots.iter().map(snapshot).collect());
+        put("snapshots", info.snapshots.iter().map(snapshot_json).collect());
     }
     if let Some((kind, members)) = &info.specific {
         let mut specific = Map::new();
@@ -283,7 +289,14 @@ pub fn to_json(info: &Info) -> Value {
     Value::Object(object)
 }
 
-fn snapshot(snapshot: &SnapshotInfo) -> Value {
+/// The files that an image names, each with the part that it plays.
+pub fn references_json(info: &Info) -> Value {
+    let of = |(kind, name): &(&str, String)| serde_json::json!({"kind": kind, "filename": name});
+    info.references.iter().map(of).collect()
+}
+
+/// A snapshot, as `--output=json` shows it.
+pub fn snapshot_json(snapshot: &SnapshotInfo) -> Value {
     let mut object = Map::new();
     let mut put = |key: &str, value: Value| object.insert(key.to_owned(), value);
     if let Some(count) = snapshot.icount {

@@ -1,6 +1,6 @@
 //! Internal snapshots: listed, taken, applied, deleted.
 
-use super::ids::ImageIds;
+use super::ids::{IdChoice, ImageIds};
 use crate::block::driver::{NewSnapshot, SnapshotKey};
 use crate::block::error::Context;
 use crate::block::info::SnapshotInfo;
@@ -34,7 +34,7 @@ pub fn change(node: &Node, change: &SnapshotChange) -> Result<()> {
 
 fn create(node: &Node, name: &str) -> Result<()> {
     let snapshots = node.driver().snapshots().ok_or_else(|| Error::unsupported("Operation not supported"))?;
-    let (date_sec, date_nsec) = ImageIds::of(node.name(), node.virtual_size()).time();
+    let (date_sec, date_nsec) = ImageIds::of(node.name(), node.virtual_size(), IdChoice::default()).time();
     snapshots.create(&NewSnapshot { name: name.to_owned(), date_sec, date_nsec })
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::copy::TargetFacts;
 use super::create::{self, NewImage};
 use crate::block::error::Context;
-use crate::block::{BlockDriver, Error, ExtentKind, GuestOffset, Node, Opener, Result};
+use crate::block::{BlockDriver, Error, ExtentKind, GuestOffset, MadeFiles, Node, OpenHow, Opener, Purpose, Result};
 use crate::storage::staging::{Durability, Staging};
 use crate::storage::{self, CacheMode};
 
@@ -15,6 +15,8 @@ use crate::storage::{self, CacheMode};
 pub struct StagedTarget {
     staging: Staging,
     node: Arc<Node>,
+    files: MadeFiles,
+    cache: CacheMode,
     name: String,
     shares: bool,
 }
@@ -29,15 +31,15 @@ impl StagedTarget {
     ) -> Result<Self> {
         let mode = cache.unwrap_or(CacheMode::Unsafe);
         let staging = Staging::new(mode, durability(cache));
-        let node = create::create_open(new, &staging, opener, mode, doing)?;
+        let (node, files) = create::create_open(new, &staging, opener, mode, doing)?;
         // Space that was asked for is its own.
         let own = new.options.text("preallocation").is_some_and(|mode| matches!(mode, "falloc" | "full"));
         let shares = !own && !new.options.switch("nocow");
-        Ok(Self { staging, node, name: new.name.to_string_lossy().into_owned(), shares })
+        Ok(Self { staging, node, files, cache: mode, name: new.shown(), shares })
     }
 
     /// The image.
-    pub fn node(&self) -> &Node {
+    pub fn node(&self) -> &Arc<Node> {
         &self.node
     }
 
@@ -52,11 +54,21 @@ impl StagedTarget {
         Ok(TargetFacts { unnamed, reads_zero, blank, shares: self.shares && unnamed })
     }
 
+    /// Opens it again as it lies in its files, to be read; it is closed.
+    pub fn read_again(self, new: &NewImage, opener: &Opener<'_>) -> Result<Self> {
+        let Self { node, files, cache, .. } = self;
+        drop(node);
+        let format = Some(new.format.name().to_owned());
+        let how = OpenHow { format, purpose: Purpose::Read, cache, ..OpenHow::default() };
+        let node = opener.open_made(&new.name, files.clone(), &how)?;
+        Ok(Self { node, files, ..self })
+    }
+
     /// Gives it its name, if all has gone well.
     pub fn finish(self, done: Result<()>) -> Result<()> {
-        let Self { staging, node, name, .. } = self;
+        let Self { staging, node, files, name, .. } = self;
         done.map_err(|error| no_room_for_both(error, &staging))?;
-        drop(node);
+        drop((node, files));
         staging.commit().with_context(|| format!("Could not create '{name}'"))
     }
 }

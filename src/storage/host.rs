@@ -6,7 +6,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
@@ -67,6 +67,20 @@ mod requests {
     ioctl_read_bad!(fs_get_flags, request_code_read!(b'f', 1, size_of::<c_long>()), c_int);
     ioctl_write_ptr_bad!(clone_range, request_code_write!(0x94, 13, size_of::<CloneRange>()), CloneRange);
     ioctl_write_ptr_bad!(fs_set_flags, request_code_write!(b'f', 2, size_of::<c_long>()), c_int);
+}
+
+/// A descriptor that we were started with, as a file of our own. What we opened ourselves is closed by `exec`, so it is
+/// none of those.
+pub fn descriptor(number: RawFd) -> io::Result<File> {
+    // SAFETY: `fcntl` with F_GETFD takes any number.
+    match unsafe { libc::fcntl(number, libc::F_GETFD) } {
+        -1 => return Err(io::Error::last_os_error()),
+        flags if flags & libc::FD_CLOEXEC != 0 => return Err(Errno::EBADF.into()),
+        _ => {}
+    }
+    // SAFETY: it is open, as was just seen, and nothing here closes descriptors that it did not open.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    Ok(File::from(borrowed.try_clone_to_owned()?))
 }
 
 /// How many columns a terminal has, where it says so.
@@ -234,6 +248,12 @@ pub fn raise_open_files_limit() {
         // Where it is refused, what does not fit is told when it is opened.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
+}
+
+/// From here on no file is written past that length: what would be is an error (`EFBIG`).
+pub fn limit_file_size(bytes: u64) -> nix::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE)?;
+    setrlimit(Resource::RLIMIT_FSIZE, bytes.min(hard), bytes.min(hard))
 }
 
 /// The size of a page of the cache.

@@ -7,6 +7,7 @@
 //! Invariants: reading past the end gives zeros; a method either does what its contract says or returns an
 //! error, and "the file system cannot do it this way" is never an error when another way exists.
 
+pub mod confine;
 pub mod direct;
 pub mod error;
 pub mod event;

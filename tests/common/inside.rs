@@ -173,6 +173,10 @@ impl Related for Alone {
 pub struct SameIds;
 
 impl Ids for SameIds {
+    fn are_fixed(&self) -> bool {
+        true
+    }
+
     fn seconds(&self) -> u64 {
         1_700_000_000
     }

@@ -29,7 +29,7 @@ pub use opened::MadeFiles;
 pub use policy::{Allowed, Policy};
 use settings::Names;
 
-use super::{Drivers, ImageRef, Node, Notice, Purpose, Result, Secrets};
+use super::{Drivers, Error, ErrorKind, ImageRef, Node, Notice, Purpose, Result, Secrets};
 use crate::storage::lock::Access;
 use crate::storage::{self, CacheMode, Identity, Storage};
 
@@ -59,6 +59,8 @@ pub struct OpenHow {
 pub struct Opener<'a> {
     pub(super) drivers: &'a Drivers,
     policy: Policy,
+    /// The largest disk that is opened.
+    largest: Option<u64>,
     secrets: &'a Secrets,
     notices: Mutex<Vec<Notice>>,
     held: HeldLayers,
@@ -102,7 +104,7 @@ fn lock(storage: &dyn Storage, access: Access, instead: &[Arc<dyn Storage>]) -> 
 impl<'a> Opener<'a> {
     /// An opener that knows these drivers and these secrets.
     pub fn new(drivers: &'a Drivers, policy: Policy, secrets: &'a Secrets) -> Self {
-        Self { drivers, policy, secrets, notices: Mutex::default(), held: HeldLayers::default() }
+        Self { drivers, policy, largest: None, secrets, notices: Mutex::default(), held: HeldLayers::default() }
     }
 
     /// The drivers it knows.
@@ -126,6 +128,11 @@ impl<'a> Opener<'a> {
         self
     }
 
+    /// The same, but no disk that is larger is read or written.
+    pub fn limited_to(self, largest: Option<u64>) -> Self {
+        Self { largest, ..self }
+    }
+
     /// What came up while opening, since the last call.
     pub fn take_notices(&self) -> Vec<Notice> {
         std::mem::take(&mut self.notices.lock().unwrap_or_else(|e| e.into_inner()))
@@ -138,12 +145,21 @@ impl<'a> Opener<'a> {
 
     /// Opens an image with its backing chain.
     pub fn open(&self, image: &ImageRef, how: &OpenHow) -> Result<Arc<Node>> {
-        self.open_named(image, how).map_err(|error| error.context(format!("Could not open '{}'", image.shown())))
+        self.open_named(image, how)
+            .map_err(|error| error.context(format!("Could not open '{}'", image.shown())).about(image.shown()))
     }
 
     /// The same for an image that is being talked of: errors do not begin with its name.
     pub fn open_named(&self, image: &ImageRef, how: &OpenHow) -> Result<Arc<Node>> {
-        self.ask(image, how).and_then(|ask| self.chain(ask, how, &mut Trail::default()))
+        let node = self.ask(image, how).and_then(|ask| self.chain(ask, how, &mut Trail::default()))?;
+        let mut layers = std::iter::successors(Some(&*node), |node| node.backing().map(|below| &**below));
+        match (self.largest, layers.find(|node| self.largest.is_some_and(|largest| node.virtual_size() > largest))) {
+            (Some(largest), Some(node)) if how.purpose != Purpose::Look => Err(Error::new(
+                ErrorKind::TooLarge,
+                format!("the disk of '{}' has {} bytes, and may have {largest}", node.name(), node.virtual_size()),
+            )),
+            _ => Ok(node),
+        }
     }
 
     /// Opens an image that has just been made, in its files, which nobody can find by name yet, with its backing chain.
@@ -155,6 +171,6 @@ impl<'a> Opener<'a> {
             Ask { made: Some(made), ..ask }
         });
         ask.and_then(|ask| self.chain(ask, how, &mut Trail::default()))
-            .map_err(|error| error.context(format!("Could not open '{}'", image.shown())))
+            .map_err(|error| error.context(format!("Could not open '{}'", image.shown())).about(image.shown()))
     }
 }

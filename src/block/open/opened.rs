@@ -13,7 +13,7 @@ use crate::storage::lock::Access;
 pub type MadeBeside = Vec<(OsString, Arc<dyn Storage>)>;
 
 /// The files of an image that has just been made, which have no names yet.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct MadeFiles {
     /// The one that the image will be named by.
     pub main: Arc<dyn Storage>,

@@ -62,6 +62,11 @@ impl<'a> NewQcow<'a> {
 }
 
 impl Create for Qcow {
+    fn grows(&self, options: &CreateOptions) -> bool {
+        let _ = options;
+        true
+    }
+
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
     }

@@ -40,6 +40,11 @@ impl Qcow2Driver {
             encrypted: self.encrypted,
             dirty: Some(fields.incompatible & layout::DIRTY != 0),
             snapshots: Snapshots::list(self)?,
+            references: header
+                .data_file
+                .iter()
+                .map(|name| ("data-file", name.to_string_lossy().into_owned()))
+                .collect(),
             specific: Some(("qcow2", data)),
         })
     }

@@ -1,10 +1,12 @@
 //! New VDI images.
 
 use super::Vdi;
-use super::layout::{BLOCK_SIZE, MAP_OFFSET, MAX_SIZE, SECTOR_START, SHARED_START, UNALLOCATED, VdiHeader, too_large};
+use super::layout::{
+    BLOCK_SIZE, MAP_OFFSET, MAX_SIZE, SECTOR_START, SHARED_START, UNALLOCATED, VdiHeader, on_disk, too_large,
+};
 use crate::block::error::Context;
 use crate::block::measure::Measure;
-use crate::block::{Create, CreateRequest, OptionKind, OptionSpec, Result};
+use crate::block::{Create, CreateOptions, CreateRequest, OptionKind, OptionSpec, Result};
 use crate::storage::offload::can_share;
 use crate::storage::{Preallocation, Zeroing};
 
@@ -21,6 +23,10 @@ pub fn new_blocks(size: u64) -> Result<(u64, u32)> {
 }
 
 impl Create for Vdi {
+    fn grows(&self, options: &CreateOptions) -> bool {
+        !options.switch("static")
+    }
+
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
     }
@@ -33,9 +39,10 @@ impl Create for Vdi {
         let (size, blocks) = new_blocks(request.size)?;
         let fixed = request.options.switch("static");
         let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
-        let (image, snapshot) = (request.ids.uuid("image"), request.ids.uuid("snapshot"));
+        let (image, snapshot) = (on_disk(request.ids.uuid("image")), on_disk(request.ids.uuid("snapshot")));
         let file = request.files.main()?;
-        let start = if file.host().is_some_and(can_share) { SHARED_START } else { SECTOR_START };
+        let sharing = !request.ids.are_fixed() && file.host().is_some_and(can_share);
+        let start = if sharing { SHARED_START } else { SECTOR_START };
         let header = VdiHeader::new(size, fixed, blocks, start, image, snapshot);
         file.write_at(0, header.bytes()).context("Could not write the VDI header")?;
         write_map(&*file, blocks, fixed)?;

@@ -256,12 +256,18 @@ impl VdiHeader {
     }
 }
 
-/// A UUID's number. Its first three fields are stored little-endian.
-fn number_of(mut uuid: [u8; 16]) -> u128 {
+/// A UUID in the order of RFC 9562 as it lies on the disk, or the other way round: its first three fields have their
+/// lowest byte first there.
+pub fn on_disk(mut uuid: [u8; 16]) -> [u8; 16] {
     uuid[..4].reverse();
     uuid[4..6].reverse();
     uuid[6..8].reverse();
-    u128::from_be_bytes(uuid)
+    uuid
+}
+
+/// A UUID's number. Its first three fields are stored little-endian.
+fn number_of(uuid: [u8; 16]) -> u128 {
+    u128::from_be_bytes(on_disk(uuid))
 }
 
 /// The error for a virtual size past what the map can hold.

@@ -291,6 +291,10 @@ fn write_stream(storage: &dyn Storage, size: u64) -> Result<()> {
 }
 
 impl Create for Vmdk {
+    fn grows(&self, options: &CreateOptions) -> bool {
+        subformat(options).is_ok_and(|subformat| !subformat.flat)
+    }
+
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
     }
@@ -314,6 +318,7 @@ impl Create for Vmdk {
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
         let plan = VmdkCreatePlan::new(request)?;
         let subformat = plan.subformat;
+        let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
         let main = request.files.main()?;
         let embedded = !subformat.split && !subformat.flat;
         let mut lines = Vec::new();
@@ -331,7 +336,7 @@ impl Create for Vmdk {
             };
             if subformat.flat {
                 let failed = || format!("Could not create '{}'", name.display());
-                storage.set_len(size, Preallocation::Off).with_context(failed)?;
+                storage.set_len(size, fill).with_context(failed)?;
                 // Like every plain file of the reference: its first block is allocated.
                 let first = if size < 4096 { 512 } else { 4096 };
                 storage.write_at(0, &vec![0; first]).with_context(failed)?;

@@ -283,7 +283,20 @@ impl BlockDriver for VmdkDriver {
         data.insert("parent-cid".into(), json!(self.descriptor.parent_cid));
         data.insert("extents".into(), Value::Array(extents));
         let cluster_size = self.parts.first().and_then(VmdkPart::grain);
-        Ok(ImageInfo { cluster_size, dirty: Some(false), specific: Some(("vmdk", data)), ..ImageInfo::default() })
+        let references = self.parts.iter().filter_map(|part| match &part.body {
+            Body::Closed { name } => Some(name.clone()),
+            Body::Flat { file, .. } | Body::Sparse { file, .. } | Body::SeSparse { file, .. } if *file > 0 => {
+                self.files.get(*file).map(|file| file.name.clone())
+            }
+            _ => None,
+        });
+        Ok(ImageInfo {
+            cluster_size,
+            dirty: Some(false),
+            references: references.map(|name| ("extent", name)).collect(),
+            specific: Some(("vmdk", data)),
+            ..ImageInfo::default()
+        })
     }
 
     fn flush(&self) -> Result<()> {

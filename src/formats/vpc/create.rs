@@ -78,6 +78,10 @@ impl NewVpc {
 }
 
 impl Create for Vpc {
+    fn grows(&self, options: &CreateOptions) -> bool {
+        options.text("subformat") != Some("fixed")
+    }
+
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
     }

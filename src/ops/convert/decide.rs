@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::block::driver::SnapshotKey;
 use crate::block::error::Context;
 use crate::block::{CreateOptions, Error, Node, OptionValue, Result};
+use crate::crypto::{Digest, DigestKind};
 use crate::ops::copy::CopyOptions;
 use crate::ops::create::NewImage;
 
@@ -38,6 +39,8 @@ pub struct ConvertRequest {
     pub bitmaps: bool,
     /// Leave out those that are inconsistent.
     pub skip_broken_bitmaps: bool,
+    /// How it is made sure of what was copied.
+    pub proof: Proof,
 }
 
 /// A conversion, decided.
@@ -56,6 +59,26 @@ pub struct Conversion {
     pub bitmaps: bool,
     /// Those that are not, by name.
     pub skipped_bitmaps: Vec<String>,
+    /// How it is made sure of what was copied.
+    pub proof: Proof,
+}
+
+/// How it is made sure of what was copied.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Proof {
+    /// The digest that is made of what the sources hold.
+    pub digest: Option<DigestKind>,
+    /// What it has to be.
+    pub expected: Option<Digest>,
+    /// The target is read again, and has to hold what the sources did.
+    pub verify: bool,
+}
+
+impl Proof {
+    /// The kind of the digest that is made on the way.
+    pub fn kind(&self) -> Option<DigestKind> {
+        self.digest.or(self.verify.then_some(DigestKind::Blake3Tree))
+    }
 }
 
 fn refuse(text: impl Into<String>) -> Result<()> {
@@ -144,6 +167,7 @@ impl ConvertRequest {
             target_is_zero: self.target_is_zero,
             bitmaps: self.bitmaps,
             skipped_bitmaps,
+            proof: self.proof,
         })
     }
 

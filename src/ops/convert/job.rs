@@ -9,7 +9,9 @@ use std::sync::Arc;
 use super::{Conversion, bitmaps};
 use crate::block::error::Context;
 use crate::block::{Error, ErrorKind, ImageRef, MadeFiles, Node, OpenHow, Opener, OptionTree, Purpose, Result};
-use crate::ops::copy::{self, Above, CopyOptions, Joined, Observer, TargetFacts};
+use crate::crypto::Digest;
+use crate::ops::checksum;
+use crate::ops::copy::{self, Above, CopyOptions, GuestDigest, Joined, Observer, TargetFacts};
 use crate::ops::create::NewImage;
 use crate::ops::staged::StagedTarget;
 use crate::storage::in_order::InOrder;
@@ -86,15 +88,22 @@ pub struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// To a new image. It appears when it is complete.
-    pub fn to_new(&self, new: &NewImage, opener: &Opener<'_>) -> Result<()> {
+    /// To a new image. It appears when it is complete. The digest of what was copied, if there was to be one.
+    pub fn to_new(&self, new: &NewImage, opener: &Opener<'_>) -> Result<Option<Digest>> {
         let target = StagedTarget::make(new, self.cache, opener, NewImage::converting)?;
-        let done = target.facts().and_then(|facts| self.run(target.node(), facts));
-        target.finish(done)
+        let copied = target.facts().and_then(|facts| self.run(target.node(), facts));
+        let digest = match copied {
+            Ok(digest) => digest,
+            Err(error) => return target.finish(Err(error)).map(|()| None),
+        };
+        let target = if self.conversion.proof.verify { target.read_again(new, opener)? } else { target };
+        let verified = if self.conversion.proof.verify { self.verify(target.node(), digest) } else { Ok(()) };
+        target.finish(verified)?;
+        Ok(digest)
     }
 
     /// To a pipe, from front to back: a raw disk at once, what has another order by way of a temporary file.
-    pub fn to_pipe(&self, new: &NewImage, pipe: File, opener: &Opener<'_>) -> Result<()> {
+    pub fn to_pipe(&self, new: &NewImage, pipe: File, opener: &Opener<'_>) -> Result<Option<Digest>> {
         let shown = new.name.to_string_lossy();
         if new.format.name() == "raw" {
             return self.raw_to_pipe(new, pipe, opener);
@@ -103,19 +112,24 @@ impl Job<'_> {
         let name = name.with_context(|| format!("Could not keep what goes to '{shown}' in a temporary file"))?;
         let path = name.path().unwrap_or(Path::new(""));
         let (format, options) = (new.format, new.options.clone());
-        let kept = NewImage { name: path.into(), format, size: new.size, options };
+        let kept = NewImage { name: path.into(), format, size: new.size, options, ids: new.ids };
         let target = StagedTarget::make(&kept, self.cache, opener, NewImage::converting)?;
         let done = match target.node().driver().files().len() {
             1 => target.facts().and_then(|facts| self.run(target.node(), facts)),
             _ => Err(Error::unsupported(format!("'{shown}' is a pipe, and the image would have several files"))),
         };
+        let (done, digest) = match done {
+            Ok(digest) => (Ok(()), digest),
+            Err(error) => (Err(error), None),
+        };
         target.finish(done)?;
         let mut pipe = pipe;
         let sent = File::open(path).and_then(|mut file| std::io::copy(&mut file, &mut pipe));
-        sent.map(drop).map_err(storage::Error::from).with_context(|| format!("{shown}: error while writing"))
+        sent.map_err(storage::Error::from).with_context(|| format!("{shown}: error while writing"))?;
+        Ok(digest)
     }
 
-    fn raw_to_pipe(&self, new: &NewImage, pipe: File, opener: &Opener<'_>) -> Result<()> {
+    fn raw_to_pipe(&self, new: &NewImage, pipe: File, opener: &Opener<'_>) -> Result<Option<Digest>> {
         let sink = Arc::new(InOrder::new(pipe, new.size));
         let (path, options) = (new.name.clone(), OptionTree::new());
         let made = MadeFiles { main: sink.clone(), protocol: "file", path, beside: Vec::new(), options };
@@ -129,17 +143,19 @@ impl Job<'_> {
         let ending = Ending { observer: self.observer, sink: &sink };
         // Zeros are bytes like others.
         let options = CopyOptions { sparse: 0, ..self.conversion.copy.clone() };
-        copy::copy(&Joined::new(&self.conversion.sources, None), &target, &options, TargetFacts::default(), &ending)?;
+        let digest = self.digest();
+        let source = Joined::new(&self.conversion.sources, None);
+        copy::copy_with(&source, &target, &options, TargetFacts::default(), &ending, digest.as_ref())?;
         match sink.is_complete() {
-            true => Ok(()),
+            true => self.checked(digest),
             false => Err(Error::new(ErrorKind::Io, format!("{}: not all of it was written", new.name.display()))),
         }
     }
 
-    /// To an image that is there.
-    pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<()> {
-        let how = OpenHow { purpose: Purpose::Write, cache: self.cache.unwrap_or(CacheMode::Unsafe), ..how.clone() };
-        let target = opener.open(image, &how)?;
+    /// To an image that is there. The digest of what was copied, if there was to be one.
+    pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<Option<Digest>> {
+        let cache = self.cache.unwrap_or(CacheMode::Unsafe);
+        let target = opener.open(image, &OpenHow { purpose: Purpose::Write, cache, ..how.clone() })?;
         let facts = TargetFacts { reads_zero: self.conversion.target_is_zero, ..TargetFacts::default() };
         let done = self.run(&target, facts);
         if done.is_err() {
@@ -147,10 +163,49 @@ impl Job<'_> {
             // first error is the one to tell.
             let _ = target.driver().flush();
         }
-        done
+        let digest = done?;
+        if self.conversion.proof.verify {
+            drop(target);
+            let again = opener.open(image, &OpenHow { purpose: Purpose::Read, cache, ..how.clone() })?;
+            self.verify(&again, digest)?;
+        }
+        Ok(digest)
     }
 
-    fn run(&self, target: &Node, facts: TargetFacts) -> Result<()> {
+    /// Whether the target, opened again, holds what was copied; behind that a new image is zeros.
+    fn verify(&self, target: &Arc<Node>, digest: Option<Digest>) -> Result<()> {
+        self.observer.phase("verify");
+        let len = self.conversion.sources.iter().fold(0u64, |sum, node| sum.saturating_add(node.virtual_size()));
+        let held = match digest {
+            Some(digest) => checksum::holds(target, len, self.conversion.new.is_some(), digest, self.observer)?,
+            None => true,
+        };
+        match held {
+            true => Ok(()),
+            false => {
+                let text = format!("{}: what was read back is not what was written", target.name());
+                Err(Error::new(ErrorKind::Mismatch, text).about(target.name()))
+            }
+        }
+    }
+
+    /// What makes the digest of the sources on the way, if there is to be one.
+    fn digest(&self) -> Option<GuestDigest> {
+        let Conversion { sources, copy: options, proof, .. } = self.conversion;
+        proof.kind().map(|kind| GuestDigest::new(Joined::new(sources, None), kind, options.salvage))
+    }
+
+    /// The digest of all that was copied, which is refused where another one is expected.
+    fn checked(&self, digest: Option<GuestDigest>) -> Result<Option<Digest>> {
+        let Conversion { sources, proof, .. } = self.conversion;
+        let digest = digest.map(GuestDigest::finish).transpose()?;
+        if let (Some(digest), Some(expected)) = (digest, proof.expected) {
+            checksum::check(sources.first().map_or("", |source| source.name()), digest, expected)?;
+        }
+        Ok(digest)
+    }
+
+    fn run(&self, target: &Node, facts: TargetFacts) -> Result<Option<Digest>> {
         let Conversion { sources, copy: options, .. } = self.conversion;
         if options.compress && target.driver().cipher().is_some() {
             // Compressed units would lie there for everybody to read.
@@ -160,8 +215,11 @@ impl Job<'_> {
         let source = Joined::new(sources, above);
         let bitmaps = sources.first().filter(|_| self.conversion.bitmaps);
         bitmaps.map_or(Ok(()), |source| bitmaps::check(source, target))?;
-        copy::copy(&source, target, options, facts, self.observer)?;
+        let digest = self.digest();
+        copy::copy_with(&source, target, options, facts, self.observer, digest.as_ref())?;
+        let digest = self.checked(digest)?;
         bitmaps.map_or(Ok(()), |source| bitmaps::copy(source, target))?;
-        target.driver().close()
+        target.driver().close()?;
+        Ok(digest)
     }
 }

@@ -7,5 +7,5 @@ pub mod decide;
 pub mod job;
 pub mod room;
 
-pub use decide::{Conversion, ConvertRequest};
+pub use decide::{Conversion, ConvertRequest, Proof};
 pub use job::Job;

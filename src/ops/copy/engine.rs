@@ -3,32 +3,27 @@
 //! Invariants: the order of placements is the order of the plan, whatever the number of threads, so the target's
 //! bytes are the same; memory is one set of buffers a worker; the first failure stops everybody.
 //!
-//! Lock order: `turn` before whatever the target's driver locks; `plan`, `failure` and `rate` are leaves and
+//! Lock order: `hashing` alone; `turn` before whatever the target's driver locks; `plan`, `failure` and `rate` are leaves and
 //! never held together.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::errno::Errno;
 
+use super::digest::GuestDigest;
 use super::plain::Plain;
 use super::plan::{Chunk, CopyPlan, PlanShape, Zeros};
 use super::rate::Rate;
 use super::source::{self, Content, Joined, Segment};
 use super::target::{self, Piece, PieceKind};
+use super::turn::Turn;
 use super::zero::{self, SECTOR, SparsePolicy};
 use super::{CopyOptions, Observer, TargetFacts};
 use crate::block::error::Operation;
 use crate::block::io::{Scratch, Step, write_steps};
 use crate::block::{Compress, Encoded, Error, ErrorKind, GuestOffset, Node, Result, Store};
 use crate::storage::offload::Offload;
-
-/// Whose turn it is to place.
-#[derive(Debug, Default)]
-struct Turn {
-    next: Mutex<u64>,
-    changed: Condvar,
-}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -42,6 +37,9 @@ pub struct Engine<'a> {
     observer: &'a dyn Observer,
     plan: Mutex<CopyPlan<'a>>,
     turn: Turn,
+    /// What is copied, hashed in the order of the chunks.
+    digest: Option<&'a GuestDigest>,
+    hashing: Turn,
     stop: AtomicBool,
     failure: Mutex<Option<(u64, Error)>>,
     rate: Option<Rate>,
@@ -135,6 +133,8 @@ impl<'a> Engine<'a> {
             observer,
             plan: Mutex::new(CopyPlan::new(source, shape, options.salvage.then_some(observer))),
             turn: Turn::default(),
+            digest: None,
+            hashing: Turn::default(),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
             rate,
@@ -157,6 +157,13 @@ impl<'a> Engine<'a> {
             detect: target.manner().detect_zeroes.filter(|_| least == 0 && compress.is_none()),
             compress,
         })
+    }
+
+    /// The same, with what is copied hashed on the way: it has to be read then, and as it is.
+    pub fn digesting(mut self, digest: Option<&'a GuestDigest>) -> Self {
+        self.offload = self.offload.filter(|how| digest.is_none() || *how == Offload::Share);
+        self.digest = digest;
+        self
     }
 
     /// Does all of it, by this thread and as many others as can be had, `threads` in all at most.
@@ -224,8 +231,8 @@ impl<'a> Engine<'a> {
         drop(failure);
         self.stop.store(true, Ordering::Relaxed);
         self.observer.failed();
-        let _turn = lock(&self.turn.next);
-        self.turn.changed.notify_all();
+        self.turn.wake();
+        self.hashing.wake();
     }
 
     /// Whether the order of placements can be seen in the target.
@@ -237,6 +244,7 @@ impl<'a> Engine<'a> {
         let chunk = &worker.chunk;
         if chunk.zero {
             let (at, len) = (chunk.at, chunk.len);
+            self.hash(chunk, None)?;
             return self.in_turn(chunk.number, || self.make_zero(at, len));
         }
         self.count(chunk);
@@ -253,9 +261,11 @@ impl<'a> Engine<'a> {
             worker.pieces.push(Piece { at: chunk.at, len: chunk.len, kind: PieceKind::Data });
             return self.store(worker, len);
         }
-        if self.compress.is_some() || self.one_by_one || !worker.plain.see(chunk, self.shape.longest())? {
+        let read = self.compress.is_some() || self.one_by_one || self.digest.is_some();
+        if read || !worker.plain.see(chunk, self.shape.longest())? {
             self.fill(worker, len, padded)?;
         }
+        self.hash(&worker.chunk, Some(worker.plain.bytes(len)))?;
         self.decide(worker, len)?;
         if !worker.plain.is_whole() {
             self.fill(worker, len, padded)?;
@@ -265,6 +275,18 @@ impl<'a> Engine<'a> {
             self.encode(worker, padded)?;
         }
         self.store(worker, len)
+    }
+
+    /// Hashes a chunk, where what is copied is hashed, when its turn comes. What the target has already is not in
+    /// `bytes`.
+    fn hash(&self, chunk: &Chunk<'_>, bytes: Option<&[u8]>) -> Result<()> {
+        let Some(digest) = self.digest else { return Ok(()) };
+        let kept = |segment: &Segment<'_>| matches!(segment.content, Content::Keep);
+        let bytes = bytes.filter(|_| !chunk.segments.iter().any(kept));
+        self.hashing.take(chunk.number, true, &self.stop, || match bytes {
+            Some(bytes) => digest.bytes(chunk.at, bytes),
+            None => digest.up_to(chunk.at + chunk.len),
+        })
     }
 
     /// Reads the chunk.
@@ -320,14 +342,10 @@ impl<'a> Engine<'a> {
     }
 
     fn read(&self, segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
-        let read = source::read(segment, buf, scratch);
-        let Err(error) = read else { return Ok(()) };
         if !self.options.salvage {
-            return Err(match (error.tells_guest(), &segment.content) {
-                (false, Content::Stored(mapping)) => error.at(mapping.node.place_of(Operation::Read, mapping.start)),
-                _ => error,
-            });
+            return source::read_told(segment, buf, scratch);
         }
+        let Err(error) = source::read(segment, buf, scratch) else { return Ok(()) };
         if let (crate::block::ErrorKind::Truncated, Content::Stored(_)) = (error.kind, &segment.content) {
             // A compressed unit that is cut off: the plan has seen all else.
             buf.fill(0);
@@ -502,23 +520,7 @@ impl<'a> Engine<'a> {
         if !self.ordered() {
             return place();
         }
-        let mut next = lock(&self.turn.next);
-        while !self.options.reorder && *next != number {
-            if self.stop.load(Ordering::Relaxed) {
-                return Ok(());
-            }
-            next = self.turn.changed.wait(next).unwrap_or_else(PoisonError::into_inner);
-        }
-        if self.stop.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        let result = place();
-        if result.is_ok() {
-            *next = next.saturating_add(1);
-        }
-        drop(next);
-        self.turn.changed.notify_all();
-        result
+        self.turn.take(number, !self.options.reorder, &self.stop, place)
     }
 }
 

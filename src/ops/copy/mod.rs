@@ -4,6 +4,7 @@
 //! open already: who made the target, and whether it has its name yet, is not decided here. What the user wants is
 //! [`CopyOptions`]; what was found out about the target is [`TargetFacts`].
 
+pub mod digest;
 pub mod engine;
 pub mod onto;
 mod plain;
@@ -11,10 +12,12 @@ pub mod plan;
 mod rate;
 pub mod source;
 pub mod target;
+mod turn;
 pub mod zero;
 
 use std::num::NonZero;
 
+pub use digest::{GuestDigest, digest_of};
 pub use onto::Onto;
 pub use source::{Above, Joined};
 
@@ -89,6 +92,11 @@ pub trait Observer: Sync {
     /// A thread has failed: the others are going to end.
     fn failed(&self) {}
 
+    /// What follows is another kind of work, and nothing of it is done.
+    fn phase(&self, name: &'static str) {
+        let _ = name;
+    }
+
     /// A line to be shown as it is.
     fn note(&self, line: &str) {
         let _ = line;
@@ -117,7 +125,19 @@ pub fn copy(
     facts: TargetFacts,
     observer: &dyn Observer,
 ) -> Result<()> {
-    let engine = engine::Engine::new(source, target, options, facts, observer)?;
+    copy_with(source, target, options, facts, observer, None)
+}
+
+/// The same, with the digest of what the sources hold made on the way.
+pub fn copy_with(
+    source: &Joined,
+    target: &Node,
+    options: &CopyOptions,
+    facts: TargetFacts,
+    observer: &dyn Observer,
+    digest: Option<&GuestDigest>,
+) -> Result<()> {
+    let engine = engine::Engine::new(source, target, options, facts, observer)?.digesting(digest);
     if target.virtual_size() < source.total() {
         return Err(Error::invalid("output file is smaller than input file"));
     }

@@ -239,6 +239,14 @@ pub fn read(segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch) -> Res
     }
 }
 
+/// The same; what cannot be read is told with its place.
+pub fn read_told(segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
+    read(segment, buf, scratch).map_err(|error| match (error.tells_guest(), &segment.content) {
+        (false, Content::Stored(mapping)) => error.at(mapping.node.place_of(Operation::Read, mapping.start)),
+        _ => error,
+    })
+}
+
 /// The run at `at`; what is wrong with a map is said with its place.
 pub(super) fn status(node: &Node, at: GuestOffset, max: u64, layers: usize) -> Result<Mapping<'_>> {
     node.map(at, max, layers).map_err(|error| match error.tells_guest() {

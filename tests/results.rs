@@ -1,0 +1,166 @@
+//! `--output=json` and `--progress=json`: what programs read, as the schemas in `doc` say it.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::common::{Scratch, own, pattern, sh, vimg, vimg_path};
+
+fn schema(name: &str) -> Value {
+    let path = format!("{}/doc/{name}.schema.json", env!("CARGO_MANIFEST_DIR"));
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// What of JSON Schema the two use: whether `value` is valid.
+fn valid(root: &Value, schema: &Value, value: &Value) -> bool {
+    let Value::Object(rules) = schema else { panic!("a schema: {schema}") };
+    rules.iter().all(|(rule, wanted)| match rule.as_str() {
+        "$schema" | "title" | "$defs" | "properties" => true,
+        "$ref" => {
+            let place = wanted.as_str().unwrap().strip_prefix('#').unwrap();
+            valid(root, root.pointer(place).unwrap(), value)
+        }
+        "const" => value == wanted,
+        "enum" => wanted.as_array().unwrap().contains(value),
+        "oneOf" => wanted.as_array().unwrap().iter().filter(|schema| valid(root, schema, value)).count() == 1,
+        "minimum" => value.as_u64().is_none_or(|number| number >= wanted.as_u64().unwrap()),
+        "items" => value.as_array().unwrap().iter().all(|item| valid(root, wanted, item)),
+        "required" => wanted.as_array().unwrap().iter().all(|key| value.get(key.as_str().unwrap()).is_some()),
+        "additionalProperties" => {
+            let known = &schema["properties"];
+            value
+                .as_object()
+                .unwrap()
+                .iter()
+                .all(|(key, value)| known.get(key).is_some_and(|of| valid(root, of, value)))
+        }
+        "type" => {
+            let is = |name: &Value| match name.as_str().unwrap() {
+                "object" => value.is_object(),
+                "array" => value.is_array(),
+                "string" => value.is_string(),
+                "boolean" => value.is_boolean(),
+                "null" => value.is_null(),
+                "integer" => value.is_u64(),
+                other => panic!("type {other}"),
+            };
+            wanted.as_array().map_or_else(|| is(wanted), |names| names.iter().any(is))
+        }
+        other => panic!("rule {other}"),
+    })
+}
+
+/// Runs it in JSON; the result is valid.
+fn result(scratch: &Scratch, args: &[&str]) -> (Option<i32>, Value) {
+    let args: Vec<&str> = args.iter().copied().chain(["--output=json"]).collect();
+    let out = own(&args).dir(scratch.path()).run();
+    let value: Value = serde_json::from_str(&out.stdout).unwrap_or_else(|error| panic!("{error}: {out:?}"));
+    let schema = schema("results");
+    assert!(valid(&schema, &schema, &value), "{args:?}: {value:#}");
+    assert_eq!(out.stderr.is_empty(), out.code == Some(0), "{out:?}");
+    (out.code, value)
+}
+
+#[test]
+fn what_was_done_is_told_to_programs() {
+    let scratch = Scratch::new();
+    let done = |args: &[&str]| {
+        let (code, value) = result(&scratch, args);
+        assert_eq!((code, value["version"].as_u64(), value["command"].as_str()), (Some(0), Some(1), Some(args[0])));
+        value
+    };
+    let value = done(&["create", "-f", "qcow2", "-o", "cluster_size=4k", "a", "1M"]);
+    assert_eq!(
+        (value["virtual-size"].as_u64(), value["options"]["cluster_size"].as_str()),
+        (Some(1 << 20), Some("4096"))
+    );
+    done(&["create", "-f", "qcow2", "-b", "a", "-F", "qcow2", "top"]);
+    let value = done(&["resize", "a", "2M"]);
+    assert_eq!((value["old-virtual-size"].as_u64(), value["virtual-size"].as_u64()), (Some(1 << 20), Some(2 << 20)));
+    assert_eq!(done(&["snapshot", "-c", "one", "a"])["create"], "one");
+    let list = done(&["snapshot", "-l", "a"]);
+    assert_eq!((list["snapshots"][0]["name"].as_str(), list["snapshots"][0]["id"].as_str()), (Some("one"), Some("1")));
+    let value = done(&["commit", "top"]);
+    assert_eq!((value["base"].as_str(), value["emptied"].as_bool()), (Some("a"), Some(true)));
+    assert_eq!(done(&["rebase", "-b", "", "top"])["backing-filename"], Value::Null);
+    assert_eq!(done(&["rebase", "-u", "-b", "a", "-F", "qcow2", "top"])["backing-filename"], "a");
+    let value = done(&["convert", "-O", "vmdk", "--digest", "sha256", "--verify", "top", "o"]);
+    assert_eq!((value["target"]["format"].as_str(), value["verified"].as_bool()), (Some("vmdk"), Some(true)));
+    assert_eq!(done(&["checksum", "--digest", "sha256", "o"])["images"][0]["digest"]["hex"], value["digest"]["hex"]);
+    // Without it they say it in words.
+    assert_eq!(own(&["resize", "a", "3M"]).dir(scratch.path()).ok().stdout, "Image resized.\n");
+}
+
+#[test]
+fn what_failed_is_told_to_programs() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 a 1M && qemu-io -c 'write 0 128k' a && head -c 300000 a >cut");
+    let fails = |args: &[&str]| {
+        let (code, value) = result(&scratch, args);
+        assert_eq!(code, Some(1), "{args:?}");
+        value["error"].clone()
+    };
+    let kind = |error: &Value| error["kind"].as_str().unwrap().to_owned();
+    let error = fails(&["convert", "-O", "raw", "nowhere", "o"]);
+    assert_eq!((kind(&error).as_str(), error["file"].as_str()), ("not-found", Some("nowhere")));
+    // The second data cluster is cut off: where that is, on the guest's disk and in the file.
+    let error = fails(&["convert", "-O", "raw", "cut", "o"]);
+    assert_eq!((kind(&error).as_str(), error["file"].as_str()), ("truncated", Some("cut")));
+    assert!(error["guest-offset"].as_u64().is_some_and(|at| at < 128 << 10), "{error}");
+    assert_eq!(kind(&fails(&["create", "-f", "nix", "o", "1M"])), "invalid");
+    assert_eq!(kind(&fails(&["create", "o", "--wibble"])), "usage");
+    assert_eq!(kind(&fails(&["create"])), "usage");
+    assert_eq!(kind(&fails(&["resize", "a", "512k"])), "usage");
+    let error = fails(&["--untrusted", "rebase", "-u", "-b", "x", "-F", "raw", "a/b"]);
+    assert_eq!(kind(&error), "io");
+    let zeros = "blake3:0000000000000000000000000000000000000000000000000000000000000000";
+    assert_eq!(kind(&fails(&["convert", "-O", "raw", "--expect-digest", zeros, "a", "o"])), "mismatch");
+    assert!(!scratch.file("o").exists());
+}
+
+#[test]
+fn progress_is_told_to_programs() {
+    let scratch = Scratch::new();
+    fs::write(scratch.file("a"), pattern(1, 5 << 20)).unwrap();
+    let schema = schema("progress");
+    let check = |lines: &str, phases: &[&str]| {
+        let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for line in &lines {
+            assert!(valid(&schema, &schema, line), "{line}");
+        }
+        let mut seen: Vec<&str> = lines.iter().map(|line| line["phase"].as_str().unwrap()).collect();
+        seen.dedup();
+        assert_eq!(seen, phases);
+        for phase in phases {
+            let done: Vec<u64> = lines
+                .iter()
+                .filter(|line| line["phase"] == *phase)
+                .map(|line| line["bytes-done"].as_u64().unwrap())
+                .collect();
+            assert!(done.is_sorted(), "{done:?}");
+            assert_eq!(done.last(), Some(&(5 << 20)));
+        }
+    };
+    let run = |line: &str| {
+        let program = vimg_path();
+        sh(line).env("V", program).dir(scratch.path()).ok()
+    };
+    let out = own(&["convert", "--progress=json", "--verify", "-O", "qcow2", "a", "b"]).dir(scratch.path()).ok();
+    assert_eq!(out.stdout, "");
+    check(&out.stderr, &["convert", "verify"]);
+    // On a descriptor of its own, quiet or not; by the variable whatever the program is called.
+    run("$V convert -q --progress=json:5 -f raw -O raw a b 5>lines");
+    check(&fs::read_to_string(scratch.file("lines")).unwrap(), &["convert"]);
+    let out = vimg(&["compare", "a", "b"]).env("VIMG_PROGRESS", "json").dir(scratch.path()).ok();
+    check(&out.stderr, &["compare"]);
+    // What is no descriptor of the caller's is refused before anything is done; so is what is no form.
+    for wish in ["json:9", "json:0", "json:x", "xml", "json:3"] {
+        let out = own(&["convert", &format!("--progress={wish}"), "a", "c"]).dir(scratch.path()).fails(1);
+        assert!(out.stderr.contains("rogress"), "{out:?}");
+        assert!(!scratch.file("c").exists());
+    }
+    // Called qemu-img, the option takes no value.
+    let out = vimg(&["convert", "--progress=json", "a", "c"]).dir(scratch.path()).fails(1);
+    assert!(out.stderr.contains("option '--progress' doesn't allow an argument"), "{out:?}");
+    assert!(own(&["convert", "-p", "a", "c.raw"]).dir(scratch.path()).ok().stdout.contains("(100.00/100%)"));
+}
