@@ -54,7 +54,8 @@ struct Job {
     /// Made once before, by qemu-img, if it is not there: the file and the arguments.
     needs: &'static [(&'static str, &'static str)],
     /// What is timed. Words that start with `+` are qemu-img's alone; those that start with `@` say how it is run: `@cold`,
-    /// with what is read out of the page cache; `@many`, 200 times in a row; `@xfs` and `@btrfs`, on such a file system.
+    /// with what is read out of the page cache; `@many`, 200 times in a row; `@xfs` and `@btrfs`, on such a file system;
+    /// `@from` and `@to`, with a `qemu-nbd` of the disk, or of an empty one as long, on `nbd.sock`.
     run: &'static str,
 }
 
@@ -193,6 +194,9 @@ const JOBS: &[Job] = &[
         needs: &[STANDING_QCOW2],
         run: "convert -n +-t +writeback -f raw -O qcow2 {disk} standing.qcow2",
     },
+    Job { name: "nbd→raw", needs: &[], run: "@from convert -f raw -O raw nbd:unix:nbd.sock out" },
+    Job { name: "nbd→qcow2", needs: &[], run: "@from convert -f raw -O qcow2 nbd:unix:nbd.sock out" },
+    Job { name: "raw→nbd", needs: &[], run: "@to convert -n -f raw -O raw {disk} nbd:unix:nbd.sock" },
     Job { name: "200 of 1M raw→qcow2", needs: &[MIB], run: "@many convert -f raw -O qcow2 mib.raw out" },
     Job { name: "XFS raw→raw", needs: &[], run: "@xfs convert -f raw -O raw {disk} out" },
     Job { name: "XFS raw→qcow2", needs: &[], run: "@xfs convert -f raw -O qcow2 {disk} out" },
@@ -209,6 +213,8 @@ const PEERS: &[(&str, &str, &str)] = &[
     ("raw→raw", "cp", "cp --sparse=always --reflink=never {disk} out"),
     ("raw→raw", "nbdcopy", "nbdcopy {disk} out"),
     ("qcow2→raw", "nbdcopy", "nbdcopy -- [ qemu-nbd -r -f qcow2 disk.qcow2 ] out"),
+    ("nbd→raw", "nbdcopy", "nbdcopy nbd+unix:///?socket=nbd.sock out"),
+    ("raw→nbd", "nbdcopy", "nbdcopy {disk} nbd+unix:///?socket=nbd.sock"),
     ("XFS raw→raw", "cp", "cp {disk} out"),
     ("Btrfs raw→raw", "cp", "cp {disk} out"),
 ];
@@ -260,6 +266,7 @@ fn main() {
         }
     }
     let _ = std::fs::remove_file(base.join("out"));
+    scene::end_server(&base);
     if "ciphers".contains(&filter) {
         ciphers::ciphers();
     }
@@ -325,7 +332,7 @@ fn run_job(
             if *unable {
                 continue;
             }
-            scene::set(dir, job.run);
+            scene::set(dir, disk, job.run);
             if job.run.starts_with("@cold ") {
                 scene::chill(dir, disk);
                 job.needs.iter().for_each(|(file, _)| scene::chill(dir, Path::new(file)));

@@ -33,6 +33,7 @@ mod layers;
 mod luks;
 mod map;
 mod measure;
+mod nbd;
 mod opening;
 mod parallels;
 mod qcow;

@@ -72,9 +72,24 @@ const OVERLAY: &str = "size=$(qemu-img info -f qcow2 --output=json disk.qcow2 | 
     | qemu-io -f qcow2 other.qcow2 >/dev/null; }; \
     cp --reflink=auto disk.qcow2 lower.qcow2; cp --reflink=auto made.qcow2 top.qcow2; sync lower.qcow2 top.qcow2";
 
+/// Ends the server of [`set`].
+pub fn end_server(dir: &Path) {
+    if dir.join("nbd.pid").exists() {
+        shell(dir, "kill $(cat nbd.pid) || true; rm -f nbd.pid nbd.sock nbd.raw");
+    }
+}
+
 /// What a job changes is made anew before each of its runs.
-pub fn set(dir: &Path, run: &str) {
+pub fn set(dir: &Path, disk: &Path, run: &str) {
     let _ = std::fs::remove_file(dir.join("out"));
+    end_server(dir);
+    let serve = "qemu-nbd --fork -t -e 8 -x '' --pid-file=\"$PWD/nbd.pid\" -k \"$PWD/nbd.sock\" -f raw";
+    if run.starts_with("@from ") {
+        shell(dir, &format!("{serve} -r '{}'", disk.display()));
+    }
+    if run.starts_with("@to ") {
+        shell(dir, &format!("truncate -r '{}' nbd.raw && {serve} nbd.raw", disk.display()));
+    }
     if run.contains("grow.qcow2") {
         shell(dir, "rm -f grow.qcow2; qemu-img create -q -f qcow2 grow.qcow2 8G");
     }

@@ -3,7 +3,10 @@
 use super::error::Context;
 use super::info::ImageInfo;
 use super::io::punch_at;
-use super::{BlockDriver, Child, Extent, GuestOffset, HostPlace, Placed, Result, Store, StoredWord, Write};
+use super::{
+    BlockDriver, Child, Error, Extent, GuestOffset, HostPlace, Placed, Resize, Result, Store, StoredWord, Write,
+};
+use crate::storage::Preallocation;
 
 /// Bytes that no format has a say in. Their number does not change: whoever wants to resize says `raw`.
 #[derive(Debug)]
@@ -58,6 +61,25 @@ impl BlockDriver for Bare {
 
     fn writing(&self) -> Option<&dyn Write> {
         self.write.then_some(self)
+    }
+
+    fn resizing(&self) -> Option<&dyn Resize> {
+        let [file] = &self.files;
+        file.storage.facts().resize_refusal.is_some().then_some(self)
+    }
+}
+
+impl Resize for Bare {
+    fn check(&self, size: u64, _fill: Preallocation) -> Result<()> {
+        let [file] = &self.files;
+        match file.storage.facts().resize_refusal {
+            Some(why) if size != self.size => Err(Error::unsupported(why)),
+            _ => Ok(()),
+        }
+    }
+
+    fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
+        self.check(size, fill)
     }
 }
 

@@ -105,7 +105,8 @@ impl Drivers {
         if let Some(filter) = self.filter(&prefix).filter(|filter| filter.has_prefix()) {
             return Ok(Named::Filter(filter, filter.spelt(rest)?));
         }
-        let protocol = self.protocols.iter().copied().find(|protocol| protocol.prefix() == prefix);
+        let named = |protocol: &&dyn Protocol| protocol.prefix() == prefix || protocol.schemes().contains(&&*prefix);
+        let protocol = self.protocols.iter().copied().find(named);
         let protocol = protocol.ok_or_else(|| {
             let plain = plain_path(name);
             let error = Error::invalid(format!("Unknown protocol '{prefix}'"));

@@ -56,4 +56,4 @@ pub use notice::Notice;
 pub use open::{Allowed, MadeFiles, OpenHow, Opener, Policy};
 pub use options::{CreateOptions, OptionKind, OptionSpec, OptionValue};
 pub use purpose::Purpose;
-pub use secrets::{KeyUse, NO_SECRETS, SecretBytes, Secrets};
+pub use secrets::{KeyUse, NO_SECRETS, SecretBytes, Secrets, TlsCredentials, TlsKind};

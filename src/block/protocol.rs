@@ -74,6 +74,11 @@ pub trait Protocol: Sync + fmt::Debug {
         self.name()
     }
 
+    /// What names of it may start with instead: then all of such a name is given to [`Self::plain`].
+    fn schemes(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Whether it is the protocol for what lies under a plain path. The first of the table that says so is taken;
     /// `false` for one that only a prefix names.
     fn takes(&self, path: &Path) -> bool;

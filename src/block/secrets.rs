@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use zeroize::Zeroizing;
@@ -73,10 +74,37 @@ pub trait AskPassphrase: Send + Sync + fmt::Debug {
     fn can_ask(&self) -> bool;
 }
 
+/// Credentials for TLS: files of fixed names in a folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsCredentials {
+    /// What they are.
+    pub kind: TlsKind,
+    /// The folder.
+    pub dir: PathBuf,
+    /// They are for servers.
+    pub server: bool,
+    /// The other side must prove who it is.
+    pub verify_peer: bool,
+    /// The key needs a passphrase.
+    pub encrypted_key: bool,
+}
+
+/// How the two sides of a TLS connection know each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TlsKind {
+    /// By certificates.
+    Certificates,
+    /// By keys that both have.
+    SharedKeys,
+    /// Not at all.
+    Anonymous,
+}
+
 #[derive(Debug, Clone)]
 enum SecretObject {
     Secret(SecretBytes),
     Throttle(Arc<ThrottleGroup>),
+    Tls(TlsCredentials),
     Other,
 }
 
@@ -128,6 +156,20 @@ impl Secrets {
         match self.objects.get(id) {
             Some(SecretObject::Throttle(group)) => Some(group),
             _ => None,
+        }
+    }
+
+    /// Adds credentials for TLS.
+    pub fn add_tls(&mut self, id: &str, credentials: TlsCredentials) {
+        self.objects.insert(id.to_owned(), SecretObject::Tls(credentials));
+    }
+
+    /// The credentials for TLS of that id.
+    pub fn tls(&self, id: &str) -> Result<&TlsCredentials> {
+        match self.objects.get(id) {
+            Some(SecretObject::Tls(credentials)) => Ok(credentials),
+            Some(_) => Err(Error::invalid(format!("Object with id '{id}' is not TLS credentials"))),
+            None => Err(Error::invalid(format!("No TLS credentials with id '{id}'"))),
         }
     }
 

@@ -8,13 +8,13 @@ mod members;
 mod properties;
 mod types;
 
-use self::credentials::{check_certificates, check_helper, check_shared_keys, read};
+use self::credentials::{check_certificates, check_helper, check_shared_keys, read, tls};
 use self::members::{Members, PropertyValue, does_not_accept, json, list};
 use self::properties::{check_properties, check_together, last_of, throttle_limits};
 use self::types::{ELSEWHERE, ObjectType, PropertyKind, Standing, TYPES};
 use super::{Complaint, Program};
 use crate::block::throttle::Limits;
-use crate::block::{SecretBytes, Secrets};
+use crate::block::{SecretBytes, Secrets, TlsCredentials, TlsKind};
 use crate::codec::base64;
 use crate::storage::error::strerror;
 use crate::storage::keyring;
@@ -30,6 +30,15 @@ pub enum Object {
     Secret(Secret),
     /// A throttle group.
     Throttle(String, Limits),
+    /// Credentials for TLS.
+    Tls {
+        /// Its name.
+        id: String,
+        /// What they are.
+        credentials: TlsCredentials,
+        /// A secret that they want.
+        needs: Option<String>,
+    },
     /// Anything else: nothing here asks for it.
     Other {
         /// Its name.
@@ -92,8 +101,17 @@ pub fn parse(text: &str) -> Result<Object, Complaint> {
     match row.name {
         "secret" | "secret_keyring" => return Ok(Object::Secret(secret(id, &given)?)),
         "throttle-group" => return Ok(Object::Throttle(id, throttle_limits(&given)?)),
-        "tls-creds-psk" => check_shared_keys(&given)?,
-        "tls-creds-x509" => return Ok(Object::Other { id, needs: check_certificates(&given)? }),
+        "tls-creds-anon" => {
+            return Ok(Object::Tls { id, credentials: tls(TlsKind::Anonymous, &given)?, needs: None });
+        }
+        "tls-creds-psk" => {
+            check_shared_keys(&given)?;
+            return Ok(Object::Tls { id, credentials: tls(TlsKind::SharedKeys, &given)?, needs: None });
+        }
+        "tls-creds-x509" => {
+            let needs = check_certificates(&given)?;
+            return Ok(Object::Tls { id, credentials: tls(TlsKind::Certificates, &given)?, needs });
+        }
         "pr-manager-helper" => check_helper(&given)?,
         _ => {}
     }
@@ -143,7 +161,10 @@ pub fn define(program: &Program, objects: &[Object]) -> anyhow::Result<Option<Se
                 help(program, *kind);
                 return Ok(None);
             }
-            Object::Secret(Secret { id, .. }) | Object::Throttle(id, _) | Object::Other { id, .. } => id,
+            Object::Secret(Secret { id, .. })
+            | Object::Throttle(id, _)
+            | Object::Tls { id, .. }
+            | Object::Other { id, .. } => id,
         };
         if secrets.has(id) {
             let text = format!("attempt to add duplicate property '{id}' to object (type 'container')");
@@ -160,6 +181,10 @@ pub fn define(program: &Program, objects: &[Object]) -> anyhow::Result<Option<Se
             }
             Object::Help(_) => {}
             Object::Throttle(_, limits) => secrets.add_throttle_group(id, *limits),
+            Object::Tls { credentials, needs, .. } => {
+                needs.as_ref().map_or(Ok(()), |secret| secrets.bytes(secret).map(drop))?;
+                secrets.add_tls(id, credentials.clone());
+            }
             Object::Other { needs, .. } => {
                 needs.as_ref().map_or(Ok(()), |secret| secrets.bytes(secret).map(drop))?;
                 secrets.add_other(id);

@@ -5,6 +5,7 @@ mod file;
 mod ftp;
 mod host_device;
 mod http;
+mod nbd;
 mod null;
 mod ranged;
 mod s3;
@@ -24,6 +25,7 @@ pub const PROTOCOLS: &[&dyn Protocol] = &[
     &ftp::FTPS,
     &tftp::TFTP,
     &s3::S3,
+    &nbd::Nbd,
     &null::CO,
     &null::AIO,
     &vvfat::Vvfat,

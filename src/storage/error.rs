@@ -77,6 +77,14 @@ pub enum Error {
         /// The error itself.
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A server, or the way to it, failed.
+    #[error("{text}")]
+    Remote {
+        /// All that is known of it.
+        text: String,
+        /// The error number that fits.
+        errno: Errno,
+    },
     /// Anything else, in full.
     #[error("{0}")]
     Other(String),
@@ -93,6 +101,7 @@ impl Error {
             Error::WrongKind { .. } | Error::GrowDevice => Some(Errno::EINVAL),
             Error::UnsupportedPreallocation(_) | Error::DevicePreallocation(_) => Some(Errno::ENOTSUP),
             Error::Image { errno, .. } => *errno,
+            Error::Remote { errno, .. } => Some(*errno),
             Error::Other(_) => None,
         }
     }

@@ -117,6 +117,7 @@ impl Storage for HostFile {
     fn facts(&self) -> Facts {
         let regular = self.kind == FileKind::Regular;
         Facts {
+            resize_refusal: None,
             fixed_len: !regular,
             new_reads_zero: regular,
             alignment: self.direct.as_ref().map_or(1, Direct::alignment),

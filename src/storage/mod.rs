@@ -136,6 +136,8 @@ pub struct Identity {
 pub struct Facts {
     /// Its length is its own (a device): [`Storage::set_len`] does not change it.
     pub fixed_len: bool,
+    /// What whoever wants to give it another length is told, where it is no file of the host and can be asked for that.
+    pub resize_refusal: Option<&'static str>,
     /// What it gains by growing reads as zeros; a new one reads as zeros. False for a device, which holds whatever
     /// was there before.
     pub new_reads_zero: bool,
@@ -159,6 +161,7 @@ impl Facts {
     /// What holds of bytes that grow, with no wishes.
     pub const PLAIN: Facts = Facts {
         fixed_len: false,
+        resize_refusal: None,
         new_reads_zero: true,
         alignment: 1,
         best_request: None,

@@ -63,6 +63,8 @@ pub struct Staging {
     durability: Durability,
     writeback: Writeback,
     files: Mutex<Vec<Staged>>,
+    /// What is there already, and no file of the host.
+    remote: Mutex<Vec<Arc<dyn Storage>>>,
     notices: Mutex<Vec<String>>,
 }
 
@@ -110,8 +112,8 @@ impl Drop for Staged {
 impl Staging {
     /// Nothing yet. Files will be made with that cache mode.
     pub fn new(cache: CacheMode, durability: Durability) -> Self {
-        let (writeback, files, notices) = Default::default();
-        Self { cache, durability, writeback, files, notices }
+        let (writeback, files, remote, notices) = Default::default();
+        Self { cache, durability, writeback, files, remote, notices }
     }
 
     /// A new, empty file that will be called `path`. A device is opened as it is.
@@ -141,6 +143,16 @@ impl Staging {
             }
         }
         self.add(staged)
+    }
+
+    /// Takes what is there already, and is no file of the host: it is written in place, and holds whatever it held.
+    pub fn take_remote(&self, storage: Arc<dyn Storage>) -> Arc<dyn Storage> {
+        self.remote.lock().unwrap_or_else(|e| e.into_inner()).push(storage.clone());
+        storage
+    }
+
+    fn has_remote(&self) -> bool {
+        !self.remote.lock().unwrap_or_else(|e| e.into_inner()).is_empty()
     }
 
     /// A new, empty file in place of the one at `path`, which the caller has open and locked as `held`. `None` if
@@ -175,12 +187,13 @@ impl Staging {
 
     /// Whether nobody else can see any of the files before they are complete.
     pub fn is_unseen(&self) -> bool {
-        self.files().iter().all(|staged| matches!(staged.way, Way::Link { .. } | Way::Replace { .. }))
+        let hidden = |staged: &Staged| matches!(staged.way, Way::Link { .. } | Way::Replace { .. });
+        !self.has_remote() && self.files().iter().all(hidden)
     }
 
     /// Whether every file is a new one, so that what was not written reads as zeros.
     pub fn is_blank(&self) -> bool {
-        self.files().iter().all(|staged| staged.storage.kind() == FileKind::Regular)
+        !self.has_remote() && self.files().iter().all(|staged| staged.storage.kind() == FileKind::Regular)
     }
 
     /// An older file that stays until it is replaced, where all such files take room that the new ones lack: at least
@@ -207,6 +220,9 @@ impl Staging {
     /// Gives every file its name: the secondary ones first, the one that was made first last. What is to be on stable
     /// storage by then is there before the first name is given.
     pub fn commit(self) -> Result<()> {
+        if self.cache.flushes() {
+            self.remote.lock().unwrap_or_else(|e| e.into_inner()).iter().try_for_each(|storage| storage.flush())?;
+        }
         let mut files = std::mem::take(&mut *self.files());
         files.reverse();
         files.sort_by_key(|staged| !staged.secondary);

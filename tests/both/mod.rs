@@ -53,6 +53,12 @@ fn info_is_qemu_imgs() {
 }
 
 #[test]
+fn nbd_is_qemu_imgs() {
+    need("nbdkit");
+    run_all("nbd", include_str!("nbd.case"), 10);
+}
+
+#[test]
 fn convert_is_qemu_imgs() {
     run_all("convert", include_str!("convert.case"), 100);
 }

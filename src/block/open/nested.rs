@@ -120,8 +120,9 @@ impl Storage for NodeStorage {
     fn facts(&self) -> Facts {
         let driver = self.node.driver();
         let files = || driver.files().iter().map(|child| child.storage.facts());
+        let longer = driver.virtual_size().saturating_add(512);
         Facts {
-            fixed_len: driver.resizing().is_none(),
+            fixed_len: driver.resizing().is_none_or(|resize| resize.check(longer, Preallocation::Off).is_err()),
             // What is encrypted and was never written reads as anything.
             new_reads_zero: driver.cipher().is_none() && files().all(|facts| facts.new_reads_zero),
             parallel: files().filter_map(|facts| facts.parallel).max(),

@@ -1,11 +1,13 @@
 //! Files that objects name: secrets, and what TLS wants. What is wrong with them is said in the reference's words.
 //!
-//! Nothing here speaks TLS: of certificates no more is looked at than whether there are any.
+//! Nothing here speaks TLS: of certificates no more is looked at than whether there are any. Who does gets
+//! [`TlsCredentials`].
 
 use std::path::{Path, PathBuf};
 
 use super::members::Members;
 use super::properties::last_of;
+use crate::block::{TlsCredentials, TlsKind};
 use crate::cli::Complaint;
 use crate::storage::error::strerror;
 
@@ -47,6 +49,15 @@ impl Credentials {
             }
         }
     }
+}
+
+/// Credentials of a kind, as they were given.
+pub(super) fn tls(kind: TlsKind, given: &Members) -> Result<TlsCredentials, Complaint> {
+    let Credentials { dir, server } = Credentials::of(given)?;
+    let values = last_of(given);
+    let verify_peer = values.get("verify-peer").is_none_or(|value| value.is_on());
+    let encrypted_key = values.contains_key("passwordid");
+    Ok(TlsCredentials { kind, dir: dir.into(), server, verify_peer, encrypted_key })
 }
 
 /// `tls-creds-psk`: a file of `name:key` lines, with the key in hexadecimal digits.

@@ -171,7 +171,8 @@ impl BlockDriver for RawDriver {
     fn resizing(&self) -> Option<&dyn Resize> {
         // A device of the host says itself what is wrong with the new size.
         let file = &self.files[0].storage;
-        (file.host().is_some() || !file.facts().fixed_len).then_some(self)
+        let facts = file.facts();
+        (file.host().is_some() || !facts.fixed_len || facts.resize_refusal.is_some()).then_some(self)
     }
 }
 
@@ -191,13 +192,14 @@ impl Write for RawDriver {
 
 impl Resize for RawDriver {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
-        let device = self.files[0].storage.facts().fixed_len;
+        let facts = self.files[0].storage.facts();
+        let device = facts.fixed_len;
         match fill {
             Preallocation::Falloc | Preallocation::Full if device => {
                 Err(storage::Error::DevicePreallocation(fill).into())
             }
             _ if device && size != self.size.load(Ordering::Relaxed) => {
-                Err(Error::unsupported("Cannot resize device files"))
+                Err(Error::unsupported(facts.resize_refusal.unwrap_or("Cannot resize device files")))
             }
             Preallocation::Metadata => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
             _ if self.fixed => Err(Error::unsupported("Cannot resize fixed-size raw disks")),

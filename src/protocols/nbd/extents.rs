@@ -1,0 +1,96 @@
+//! What the server has said of its runs, kept until something is written: one answer tells of many.
+//!
+//! Invariant: runs follow each other without a gap. Its lock is a leaf, and not held while the server is asked.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::layout::state;
+use super::requests::StatusRun;
+use crate::storage::{HostExtent, HostKind};
+
+/// Bytes that are asked about at first; then as many as answers of a good size are about.
+const FIRST_LEN: u64 = 256 << 20;
+const LEAST_LEN: u64 = 4 << 20;
+/// What a request without extended headers can ask about.
+const MOST_LEN: u64 = 2 << 30;
+/// Runs of an answer that are neither many nor few.
+const GOOD_RUNS: std::ops::RangeInclusive<usize> = 1024..=16384;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct KnownExtents(Mutex<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    start: u64,
+    /// Where each run ends, and what it is.
+    runs: Vec<(u64, HostKind)>,
+    /// Counts what was written: an answer that began before is worth nothing.
+    writes: u64,
+    /// How much was asked about last, and how much is to be asked about next.
+    ask: Option<u64>,
+}
+
+impl KnownExtents {
+    /// The run at `at`, if it is known.
+    pub fn find(&self, at: u64, max: u64) -> Option<HostExtent> {
+        let known = self.lock();
+        if at < known.start {
+            return None;
+        }
+        let next = known.runs.partition_point(|(end, _)| *end <= at);
+        let (end, kind) = known.runs.get(next)?;
+        Some(HostExtent { len: (end - at).min(max), kind: *kind })
+    }
+
+    /// How many bytes to ask about, and what [`Self::learn`] wants to be told.
+    pub fn plan(&self) -> (u64, u64) {
+        let known = self.lock();
+        (known.ask.unwrap_or(FIRST_LEN), known.writes)
+    }
+
+    /// An answer of the server, about `asked` bytes from `at` on in an export of `size` bytes.
+    pub fn learn(&self, at: u64, asked: u64, size: u64, answer: &[StatusRun], plan: u64) {
+        let mut known = self.lock();
+        if known.writes != plan {
+            return;
+        }
+        known.ask = Some(match answer.len() {
+            few if few < *GOOD_RUNS.start() => asked.saturating_mul(4),
+            many if many > *GOOD_RUNS.end() => asked / 4,
+            _ => asked,
+        })
+        .map(|len| len.clamp(LEAST_LEN, MOST_LEN));
+        known.start = at;
+        known.runs.clear();
+        let mut end = at;
+        for (len, flags) in answer {
+            end = end.saturating_add(*len).min(size);
+            let kind = kind(*flags);
+            match known.runs.last_mut() {
+                Some((last, same)) if *same == kind => *last = end,
+                _ => known.runs.push((end, kind)),
+            }
+        }
+    }
+
+    /// Something was written.
+    pub fn forget(&self) {
+        let mut known = self.lock();
+        known.writes += 1;
+        known.runs.clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// "`base:allocation` metadata context". A hole that need not read as zeros is to be read.
+pub fn kind(flags: u64) -> HostKind {
+    match (flags & state::ZERO != 0, flags & state::HOLE != 0) {
+        (true, true) => HostKind::Hole,
+        (true, false) => HostKind::Zero,
+        (false, _) => HostKind::Data,
+    }
+}

@@ -1,0 +1,216 @@
+//! nbd: against qemu-nbd, and against a server of our own that does what no server should (`server`). What texts say is
+//! in `both/nbd.case`.
+
+mod server;
+
+use std::fs;
+use std::path::Path;
+use std::process::Child;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use self::server::{Manner, Server};
+use crate::common::run::{plain, vimg_within_memory};
+use crate::common::{Output, Scratch, assert_same_bytes, pattern, vimg};
+
+/// `qemu-nbd` on the socket `s` of a folder, until it is dropped.
+struct Served(Child);
+
+impl Served {
+    fn new(scratch: &Scratch, args: &[&str]) -> Self {
+        let socket = scratch.file("s");
+        let all: Vec<&str> =
+            ["-k", socket.to_str().unwrap(), "-t", "-e", "8", "-x", ""].iter().chain(args).copied().collect();
+        let mut child = plain("qemu-nbd", &all).dir(scratch.path()).spawn();
+        let end = Instant::now() + Duration::from_secs(600);
+        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+            assert!(child.try_wait().unwrap().is_none(), "qemu-nbd {all:?} has ended");
+            assert!(Instant::now() < end, "qemu-nbd {all:?} does not listen");
+            thread::sleep(Duration::from_millis(5));
+        }
+        Self(child)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A disk with data, zeros and holes.
+fn disk(path: &Path) {
+    let mut bytes = vec![0; 12 << 20];
+    for (at, len) in [(0, 1 << 20), (3 << 20, (5 << 20) + 777), ((11 << 20) + 4096, 4096)] {
+        bytes[at..at + len].copy_from_slice(&pattern(at as u64, len));
+    }
+    fs::write(path, &bytes).unwrap();
+}
+
+#[test]
+fn disks_go_to_a_server_and_come_back() {
+    let scratch = Scratch::new();
+    disk(&scratch.file("disk"));
+    scratch.sh("qemu-img create -q -f qcow2 t.qcow2 12M");
+    {
+        let _served = Served::new(&scratch, &["-f", "qcow2", "t.qcow2"]);
+        scratch.vimg(&["convert", "-n", "-f", "raw", "-O", "raw", "disk", "nbd:unix:s"]);
+        scratch.vimg(&["compare", "-f", "raw", "-F", "raw", "disk", "nbd:unix:s"]);
+        scratch.vimg(&["convert", "-f", "raw", "-O", "raw", "nbd:unix:s", "back"]);
+        assert_same_bytes(&scratch.file("disk"), &scratch.file("back"));
+        // What is a hole there is one here.
+        let map = |program: fn(&[&str]) -> crate::common::Run| {
+            program(&["map", "-f", "raw", "--output=json", "nbd:unix:s"]).dir(scratch.path()).ok().stdout
+        };
+        assert_eq!(map(|args| vimg(args)), map(|args| crate::common::judge(args)));
+        scratch.vimg(&[
+            "convert",
+            "-t",
+            "writethrough",
+            "-n",
+            "-f",
+            "raw",
+            "-O",
+            "raw",
+            "-S",
+            "0",
+            "disk",
+            "nbd:unix:s",
+        ]);
+        scratch.vimg(&["bench", "-q", "-w", "-c", "100", "-d", "16", "-f", "raw", "nbd:unix:s"]);
+        scratch.vimg(&["convert", "-f", "raw", "-O", "raw", "disk", "nbd:unix:s"]);
+    }
+    scratch.assert_same_content("raw", "disk", "qcow2", "t.qcow2");
+    scratch.assert_clean("qcow2", "t.qcow2");
+}
+
+#[test]
+fn a_connection_is_encrypted_by_certificates() {
+    let scratch = Scratch::new();
+    disk(&scratch.file("disk"));
+    scratch.sh("exec 2>/dev/null; key='-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes'; \
+         openssl req -x509 $key -days 3650 -subj /CN=ca -keyout ca-key.pem -out ca-cert.pem && \
+         printf 'subjectAltName=DNS:localhost\\nextendedKeyUsage=serverAuth,clientAuth\\n' > ext && \
+         for side in server client; do openssl req $key -subj /CN=localhost -keyout $side-key.pem -out csr && \
+         openssl x509 -req -in csr -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -days 3650 -extfile ext \
+         -out $side-cert.pem || exit 1; done");
+    let object = |endpoint: &str| format!("tls-creds-x509,id=t,dir=.,endpoint={endpoint}");
+    let serve = |object: &str| {
+        let tls = ["--object", object, "--tls-creds", "t", "-r", "-f", "raw", "disk"];
+        Served::new(&scratch, &tls)
+    };
+    let served = serve(&object("server"));
+    let name = |host: &str| format!("driver=raw,file.driver=nbd,file.path=s,file.tls-creds=t,file.tls-hostname={host}");
+    let convert = |host: &str, object: &str| -> Output {
+        let args = ["convert", "--object", object, "--image-opts", "-O", "raw", &name(host), "out"];
+        vimg(&args).dir(scratch.path()).run()
+    };
+    let out = convert("localhost", &object("client"));
+    assert_eq!(out.code, Some(0), "{out:?}");
+    assert_same_bytes(&scratch.file("disk"), &scratch.file("out"));
+    fs::remove_file(scratch.file("out")).unwrap();
+    for (host, object, text) in [
+        ("other", object("client"), "Certificate does not match the hostname other"),
+        ("localhost", object("server"), "Expected TLS credentials for a client endpoint"),
+        ("localhost", "tls-creds-anon,id=t".to_owned(), "use tls-creds-x509"),
+    ] {
+        let out = convert(host, &object);
+        assert!(out.code == Some(1) && out.stderr.contains(text), "{out:?}");
+    }
+    let out = vimg(&["info", "nbd:unix:s"]).dir(scratch.path()).fails(1);
+    assert!(out.stderr.contains("TLS negotiation required before option 7 (go)\nDid you forget a valid tls-creds?"));
+    // Authorities of the system do not know ours.
+    let out = vimg(&["info", "nbds+unix:///?socket=s&tls-hostname=localhost"]).dir(scratch.path()).fails(1);
+    assert!(out.stderr.contains("TLS handshake failed") || out.stderr.contains("no certificate authority"), "{out:?}");
+    drop(served);
+    fs::remove_file(scratch.file("s")).unwrap();
+    let _served = serve(&(object("server") + ",verify-peer=off"));
+    let unchecked = "nbds+unix:///?socket=s&tls-hostname=localhost&tls-verify-peer=0";
+    vimg(&["info", "-f", "raw", unchecked]).dir(scratch.path()).fails(0);
+}
+
+/// Converts from the socket `s` of a folder to `out`.
+fn convert(scratch: &Scratch, more: &str) -> Output {
+    let name = format!("driver=raw,file.driver=nbd,file.path=s{more}");
+    vimg_within_memory(256 << 20, &["convert", "--image-opts", "-O", "raw", &name, "out"]).dir(scratch.path()).run()
+}
+
+#[test]
+fn requests_are_under_way_together_and_answered_in_any_order() {
+    let scratch = Scratch::new();
+    let bytes = pattern(1, 32 << 20);
+    for manner in [Manner { together: 4, ..Manner::GOOD }, Manner { together: 4, simple: true, ..Manner::GOOD }] {
+        let server = Server::start(&scratch.file("s"), &bytes, manner);
+        let out = convert(&scratch, "");
+        assert_eq!(out.code, Some(0), "{out:?}");
+        assert!(fs::read(scratch.file("out")).unwrap() == bytes);
+        drop(server);
+    }
+    let server = Server::start(&scratch.file("s"), &bytes, Manner { several: true, ..Manner::GOOD });
+    assert_eq!(convert(&scratch, "").code, Some(0));
+    assert!(server.connections() > 1, "one connection to a server that takes several");
+}
+
+#[test]
+fn what_a_server_must_not_send_is_an_error_that_names_it() {
+    let scratch = Scratch::new();
+    let bytes = pattern(2, 4 << 20);
+    for wrong in server::WRONG {
+        let _server = Server::start(&scratch.file("s"), &bytes, Manner { wrong: Some(*wrong), ..Manner::GOOD });
+        let out = convert(&scratch, "");
+        assert!(out.code == Some(1) && out.signal.is_none(), "{wrong:?}: {out:?}");
+        let named =
+            out.stderr.contains("nbd+unix://?socket=s: error while ") || out.stderr.contains("Could not open '");
+        assert!(named, "{wrong:?}: {out:?}");
+        assert!(!scratch.file("out").exists(), "{wrong:?}");
+    }
+}
+
+#[test]
+fn a_connection_that_ends_leaves_no_target() {
+    let scratch = Scratch::new();
+    let bytes = pattern(3, 16 << 20);
+    for replies in [0, 1, 2, 5, 7] {
+        let manner = Manner { last_after: Some(replies), ..Manner::GOOD };
+        let server = Server::start(&scratch.file("s"), &bytes, manner);
+        let out = convert(&scratch, "");
+        let text = "the server has closed the connection";
+        assert!(out.code == Some(1) && out.stderr.contains(text), "{replies}: {out:?}");
+        assert!(out.stderr.contains("nbd+unix://?socket=s: error while "), "{replies}: {out:?}");
+        assert!(!scratch.file("out").exists());
+        drop(server);
+    }
+    // One that comes back within the time that is allowed does no harm.
+    let manner = Manner { last_after: Some(3), comes_back: true, ..Manner::GOOD };
+    let server = Server::start(&scratch.file("s"), &bytes, manner);
+    let out = convert(&scratch, ",file.reconnect-delay=600");
+    assert_eq!(out.code, Some(0), "{out:?}");
+    assert!(fs::read(scratch.file("out")).unwrap() == bytes);
+    assert!(server.connections() > 2);
+    drop(server);
+    // A first connection is tried for as long as is said.
+    let socket = scratch.file("s");
+    let late = thread::spawn({
+        let (socket, bytes) = (socket.clone(), bytes.clone());
+        move || Server::start(&socket, &bytes, Manner::GOOD)
+    });
+    let out = convert(&scratch, ",file.open-timeout=600");
+    assert_eq!(out.code, Some(0), "{out:?}");
+    drop(late.join());
+}
+
+#[test]
+fn an_untrusted_image_names_no_export() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 -u -b 'nbd+unix:///?socket=s' -F raw a 1M; \
+         qemu-img create -q -f qcow2 -u -b 'json:{\"driver\":\"nbd\",\"path\":\"s\"}' -F raw b 1M");
+    let server = Server::start(&scratch.file("s"), &pattern(4, 1 << 20), Manner::GOOD);
+    for image in ["a", "b"] {
+        let out = vimg(&["--untrusted", "convert", "-O", "raw", image, "out"]).dir(scratch.path()).fails(1);
+        assert!(out.stderr.contains("an untrusted image may name none"), "{out:?}");
+    }
+    assert_eq!(server.connections(), 0);
+    scratch.vimg(&["convert", "-O", "raw", "a", "out"]);
+    assert!(server.connections() > 0);
+}
