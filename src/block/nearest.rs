@@ -45,7 +45,7 @@ mod tests {
             ("QCOW2", Some("qcow2")),
             ("vmkd", Some("vmdk")),
             ("paralels", Some("parallels")),
-            ("vhd", Some("vdi")),
+            ("vhd", Some("vhdx")),
             ("ra", Some("raw")),
             ("iso9660", None),
             ("x", None),
