@@ -472,6 +472,14 @@ fn a_truncated_image_is_never_without_errors() {
     crate::fixtures::unpack(scratch.path());
     for fixture in crate::fixtures::all() {
         let bytes = std::fs::read(scratch.file(&fixture.name)).expect("fixture");
+        if ["bochs", "cloop"].contains(&fixture.format.as_str()) {
+            // These have no check, as in qemu-img.
+            for program in [judge, vimg] {
+                let out = program(&["check", "-f", &fixture.format, &fixture.name]).dir(scratch.path()).run();
+                assert_eq!(out.code, Some(63), "{}: {out:#?}", fixture.name);
+            }
+            continue;
+        }
         let out = vimg(&["check", "-f", &fixture.format, &fixture.name]).dir(scratch.path()).run();
         assert_eq!(out.code, Some(0), "{}: {out:#?}", fixture.name);
         std::fs::write(scratch.file(&fixture.name), &bytes[..bytes.len() / 2]).expect("write");

@@ -95,6 +95,9 @@ fn completed(arg: Arg) -> Arg {
     let id = arg.get_id().as_str().to_owned();
     let is = |ids: &[&str]| ids.contains(&id.as_str());
     let values: Vec<&'static str> = match () {
+        () if is(&["target_format"]) => {
+            DRIVERS.formats.iter().filter(|format| format.creating().is_some()).map(|format| format.name()).collect()
+        }
         () if is(FORMATS) => DRIVERS.names(),
         () if is(CACHES) => ["none", "writeback", "unsafe", "directsync", "writethrough"].to_vec(),
         () if is(&["output"]) => ["human", "json"].to_vec(),
