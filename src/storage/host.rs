@@ -16,6 +16,7 @@ use nix::libc::{self, c_int, c_long};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::stat::{Mode, umask as umask_set};
+use nix::sys::statfs::FsType;
 use nix::{ioctl_read_bad, ioctl_write_ptr_bad, request_code_none, request_code_read, request_code_write};
 
 use super::{FileKind, Identity, Result};
@@ -50,6 +51,9 @@ const XFLAG_EXTSIZE: u32 = 0x0800;
 const NOCOW: c_int = 0x0080_0000;
 
 use requests::*;
+
+/// What `statfs(2)` calls XFS: "XFSB". Not every C library has a name for it.
+pub const XFS: FsType = FsType(0x5846_5342);
 
 /// The requests themselves, as the macros make them: unsafe, on bare pointers.
 #[allow(missing_docs)]

@@ -6,9 +6,10 @@ use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use nix::fcntl::copy_file_range;
-use nix::sys::statfs::{BTRFS_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, fstatfs};
 
-use super::{FileKind, HostFile, Result, Storage, host};
+use super::host::{self, XFS};
+use super::{FileKind, HostFile, Result, Storage};
 
 /// What the host may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +54,7 @@ pub fn offload(
 /// that is possible.
 pub fn can_share(file: &HostFile) -> bool {
     let kind = fstatfs(file.file()).map(|facts| facts.filesystem_type());
-    kind.is_ok_and(|kind| kind == XFS_SUPER_MAGIC || kind == BTRFS_SUPER_MAGIC)
+    kind.is_ok_and(|kind| kind == XFS || kind == BTRFS_SUPER_MAGIC)
 }
 
 fn share(source: &HostFile, from_at: u64, target: &HostFile, to_at: u64, len: u64) -> Result<Option<u64>> {

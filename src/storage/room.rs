@@ -3,7 +3,9 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use nix::sys::statfs::{EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, statfs};
+use nix::sys::statfs::{EXT4_SUPER_MAGIC, TMPFS_MAGIC, statfs};
+
+use super::host::XFS;
 
 /// Room on a file system that keeps what is written as it is: no byte takes less than a byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +21,7 @@ pub struct Room {
 pub fn of_folder(folder: &Path) -> Option<Room> {
     let facts = statfs(folder).ok()?;
     let kind = facts.filesystem_type();
-    let shares = kind == XFS_SUPER_MAGIC;
+    let shares = kind == XFS;
     if facts.blocks() == 0 || !(shares || kind == EXT4_SUPER_MAGIC || kind == TMPFS_MAGIC) {
         return None;
     }

@@ -8,7 +8,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
 use nix::libc;
 use nix::sched::{CloneFlags, clone};
 use nix::sys::signal::{SigSet, SigmaskHow};
@@ -100,8 +100,12 @@ fn remove(name: &CString) -> std::result::Result<(), Errno> {
 }
 
 fn move_to_free(from: &CString, to: &CString) -> std::result::Result<(), Errno> {
-    let flags = RenameFlags::RENAME_NOREPLACE;
-    let moved = nix::fcntl::renameat2(AT_FDCWD, from.as_c_str(), AT_FDCWD, to.as_c_str(), flags);
+    // `RENAME_NOREPLACE` of rename(2). By number, because not every C library has a function for it.
+    const FREE_ONLY: libc::c_uint = 1;
+    let (here, from_name, to_name) = (libc::AT_FDCWD, from.as_ptr(), to.as_ptr());
+    // SAFETY: both names are C strings that outlive the call.
+    let moved = unsafe { libc::syscall(libc::SYS_renameat2, here, from_name, here, to_name, FREE_ONLY) };
+    let moved = Errno::result(moved).map(drop);
     if !matches!(moved, Err(Errno::EINVAL | Errno::ENOSYS)) {
         return moved;
     }
