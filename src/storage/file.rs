@@ -124,6 +124,13 @@ impl HostFile {
         }
     }
 
+    /// The kernel has written that much there, from another file.
+    pub(super) fn copied(&self, at: u64, len: usize) {
+        if let Some(track) = &self.track {
+            track.wrote(at, len);
+        }
+    }
+
     /// Returns once everything written is on stable storage, whatever the cache mode.
     pub fn sync(&self) -> Result<()> {
         match self.file.sync_all() {

@@ -49,7 +49,6 @@ pub fn offload(
     }
 }
 
-/// Shares the whole blocks at the start of a range; none where source and target lie differently in theirs.
 /// Whether files of that file's file system can share bytes: so do XFS and Btrfs. What is made there has its data where
 /// that is possible.
 pub fn can_share(file: &HostFile) -> bool {
@@ -57,6 +56,7 @@ pub fn can_share(file: &HostFile) -> bool {
     kind.is_ok_and(|kind| kind == XFS || kind == BTRFS_SUPER_MAGIC)
 }
 
+/// Shares the whole blocks at the start of a range; none where source and target lie differently in theirs.
 fn share(source: &HostFile, from_at: u64, target: &HostFile, to_at: u64, len: u64) -> Result<Option<u64>> {
     if source.kind() != FileKind::Regular || target.kind() != FileKind::Regular {
         return Ok(None);
@@ -81,7 +81,10 @@ fn copy(source: &HostFile, from_at: u64, target: &HostFile, to_at: u64, len: u64
         match copy_file_range(source.file(), Some(&mut source_at), target.file(), Some(&mut target_at), wanted) {
             // The source ends here: what lies past it reads as zeros, which is for the caller to write.
             Ok(0) => return Ok(false),
-            Ok(n) => done += n as u64,
+            Ok(n) => {
+                target.copied(to_at + done, n);
+                done += n as u64;
+            }
             Err(Errno::EINTR) => {}
             Err(Errno::ENOSPC | Errno::EDQUOT | Errno::EIO | Errno::EFBIG) if done > 0 => return Ok(false),
             Err(errno @ (Errno::ENOSPC | Errno::EDQUOT | Errno::EIO | Errno::EFBIG)) => return Err(errno.into()),

@@ -208,7 +208,12 @@ impl Window {
             return false;
         }
         let first = self.base.as_ptr() as usize + pages.start;
+        if !can_be_mapped(host, start) {
+            return false;
+        }
         if !map(first, pages.len(), Some((host.file().as_raw_fd(), start))) {
+            // The kernel may have taken away what was there.
+            self.shut(first, pages.len());
             return false;
         }
         let whole = pages.len();
@@ -216,6 +221,15 @@ impl Window {
         let there = cached.is_some() || is_resident(first, whole);
         self.len += if there { len } else { 0 };
         there
+    }
+
+    /// Puts nothing but zeros there, and shows nothing any more.
+    fn shut(&mut self, first: usize, len: usize) {
+        self.longest = 0;
+        if !map(first, len, None) {
+            // Neither is there any memory: it is left as it is, and never looked at.
+            self.len = 0;
+        }
     }
 
     /// Takes away what was seen before the last [`Window::clear`], unless it is all replaced by those `pages`.
@@ -271,6 +285,17 @@ impl Drop for Window {
         // SAFETY: the room is the window's own, and nobody can look at it any more.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.room) };
         self.guard.taken.store(false, Ordering::Release);
+    }
+}
+
+/// Whether a file has pages to show: some (of a FUSE file system, in `/sys`) do not. Asked at an address of the kernel's
+/// choice, because a mapping at a given one that fails leaves a gap there.
+fn can_be_mapped(file: &HostFile, at: i64) -> bool {
+    let fd = file.file().as_raw_fd();
+    // SAFETY: new memory at an address that the kernel chooses, which nobody looks at and which is given back at once.
+    unsafe {
+        let page = libc::mmap(ptr::null_mut(), PAGE, libc::PROT_READ, libc::MAP_SHARED, fd, at);
+        page != libc::MAP_FAILED && libc::munmap(page, PAGE) == 0
     }
 }
 
@@ -355,6 +380,21 @@ mod tests {
         let mut window = Window::new(1 << 20).unwrap();
         window.clear();
         assert!(window.add(&file, 4096, 1 << 19) && window.bytes() == &bytes[4096..4096 + (1 << 19)]);
+    }
+
+    /// Files of `/sys` can be read, but not mapped.
+    #[test]
+    fn a_file_without_pages_is_refused_and_the_window_stays_its_own() {
+        let notes = std::fs::File::open("/sys/kernel/notes").unwrap();
+        let notes = HostFile::from_file(notes, CacheMode::Writeback, "notes").unwrap();
+        assert!(notes.len().unwrap() >= 32);
+        let mut window = Window::new(1 << 20).unwrap();
+        window.clear();
+        assert!(window.add_zeros(65536) && !window.add(&notes, 0, 32));
+        assert!(window.bytes() == [0; 65536]);
+        let (file, bytes) = file(1 << 20);
+        window.clear();
+        assert!(window.add(&file, 0, 1 << 19) && window.bytes() == &bytes[..1 << 19]);
     }
 
     #[test]

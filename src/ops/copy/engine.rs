@@ -142,7 +142,8 @@ impl<'a> Engine<'a> {
             source,
             total: OnceLock::new(),
             offload: match (options.offload, facts.shares) {
-                _ if compress.is_some() || one_by_one => None,
+                // What cannot be read is to be zeros in the target, not shared.
+                _ if compress.is_some() || one_by_one || options.salvage => None,
                 (true, _) => Some(Offload::ShareOrCopy),
                 (false, true) => Some(Offload::Share),
                 (false, false) => None,
@@ -491,8 +492,7 @@ impl<'a> Engine<'a> {
         }
         let Worker { plain, encoded, scratch, steps, .. } = worker;
         let written = write_steps(steps, plain.bytes(len), encoded, scratch);
-        let unseen = |error: &Error| error.storage().and_then(|host| host.errno()) == Some(Errno::EFAULT);
-        if !plain.is_seen() || !written.as_ref().is_err_and(unseen) {
+        if !plain.is_seen() || !is_unseen(&written, plain.is_whole()) {
             return written;
         }
         // It is gone, or cannot be read: which of them reading will tell.
@@ -524,6 +524,27 @@ impl<'a> Engine<'a> {
     }
 }
 
+/// Whether what was written from a window may be something else than the file. The kernel says so (`EFAULT`) where it took
+/// the bytes itself; where we took them (a cipher, a part of a unit, an aligned buffer), they are no longer whole. A server
+/// that could not be sent to may have been sent nothing for the same reason.
+fn is_unseen(written: &Result<()>, whole: bool) -> bool {
+    let by_kernel =
+        |error: &Error| error.storage().is_some_and(|host| host.errno().is_none_or(|errno| errno == Errno::EFAULT));
+    !whole || written.as_ref().is_err_and(by_kernel)
+}
+
 fn short_len(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_not_have_been_the_file_is_written_again() {
+        let failed = |errno: Errno| Err(Error::from(crate::storage::Error::from(errno)));
+        assert!(!is_unseen(&Ok(()), true) && !is_unseen(&failed(Errno::ENOSPC), true));
+        assert!(is_unseen(&Ok(()), false) && is_unseen(&failed(Errno::EFAULT), true));
+    }
 }
