@@ -17,7 +17,7 @@
 //! * Plain conversions are the kernel's: 45 to 66 % copies into the page cache (`copy_folio_from_iter_atomic`), 11 to
 //!   14 % copies out of it (`_copy_to_iter`), the rest is pages and the target's inode lock; user time is under 3 %. The
 //!   floor is one copy each way: `cp --sparse=always` of the same disk takes 0.40 s on one core, vimg 0.20 s on two.
-//! * `-c` is the encoder on both cores: zlib-rs with a 4 KiB window at about 110 MB/s a core, libdeflate level 5 for
+//! * `-c` is the encoder on both cores: our encoder with a 4 KiB window at about 120 MB/s a core, libdeflate level 5 for
 //!   streamOptimized, zstd level 3. The floor is the codec alone.
 //! * Reading compressed images: a third to a half of the processor time is the kernel's, as above; the rest is the decoder
 //!   (libdeflate or zstd). Seen as user against system time, not profiled.
