@@ -96,7 +96,10 @@ fn completed(arg: Arg) -> Arg {
     let is = |ids: &[&str]| ids.contains(&id.as_str());
     let values: Vec<&'static str> = match () {
         () if is(&["target_format"]) => {
-            DRIVERS.formats.iter().filter(|format| format.creating().is_some()).map(|format| format.name()).collect()
+            let made = DRIVERS.formats.iter().filter(|format| format.creating().is_some());
+            let mut names: Vec<_> = made.map(|format| format.name()).collect();
+            names.sort_unstable();
+            names
         }
         () if is(FORMATS) => DRIVERS.names(),
         () if is(CACHES) => ["none", "writeback", "unsafe", "directsync", "writethrough"].to_vec(),
