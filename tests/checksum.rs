@@ -118,6 +118,31 @@ fn another_digest_than_the_expected_one_leaves_no_target() {
     assert!(out.stderr.contains("different kinds"), "{out:?}");
 }
 
+/// A target that forgets what is written to it.
+#[test]
+fn what_is_not_there_when_it_is_read_back_is_told_with_its_place() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    // Zeros, and then one byte.
+    scratch.sh(
+        "truncate -s 3M blank; truncate -s 2M late; printf x | dd of=late bs=1 seek=1048999 conv=notrunc status=none",
+    );
+    let target = r#"json:{"driver":"raw","file":{"driver":"null-co","size":"16M","read-zeroes":true}}"#;
+    for (sources, at) in
+        [(&["disk"][..], 0), (&["blank", "late"], (3 << 20) + 1_048_999), (&["late", "disk"], 1_048_999)]
+    {
+        let args = [&["convert", "-n", "--verify", "-f", "raw", "-O", "raw"], sources, &[target]].concat();
+        let said = own(&args).dir(scratch.path()).fails(1).stderr;
+        let wanted = format!(": error while reading at byte {at}: what was read back is not what was written\n");
+        assert!(said.ends_with(&wanted), "{sources:?}: {said}");
+        let json = own(&[&args[..1], &["--output=json"], &args[1..]].concat()).dir(scratch.path()).fails(1);
+        let told = [&json.stdout, &json.stderr].iter().any(|text| text.contains(&format!("\"guest-offset\": {at}")));
+        assert!(told, "{json:?}");
+    }
+    let args = ["convert", "-n", "--verify", "-f", "raw", "-O", "raw", "blank", target];
+    assert_eq!(own(&args).dir(scratch.path()).ok().stderr, "");
+}
+
 /// A disk of 4 TiB: the time that its zeros take is the watchdog's to notice.
 #[test]
 fn holes_cost_nothing() {

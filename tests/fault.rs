@@ -181,7 +181,11 @@ impl Judge {
         let scratch = self.scratch.get_or_insert_with(Scratch::new);
         files.save(scratch.path());
         let secret = format!("secret,id=s,data={}", inside::PASSPHRASE);
-        let key = if case.format == "luks" { ",key-secret=s" } else { "" };
+        let key = match (case.format, case.options.contains("encrypt.format")) {
+            ("luks", _) => ",key-secret=s",
+            (_, true) => ",encrypt.key-secret=s",
+            _ => "",
+        };
         let image = format!("driver={},file.filename={NAME}{key}", case.format);
         let out = judge(&["check", "--object", &secret, "--image-opts", &image]).dir(scratch.path()).run();
         // 63: the format has no check. What a parallels image says of itself after a stop is all that may be wrong with it.
@@ -221,6 +225,9 @@ const OTHERS: &[(&str, &str)] = &[
 /// Those that grow, but do not shrink.
 const GROWING: &[(&str, &str)] = &[("qed", ""), ("qed", "cluster_size=4096")];
 
+/// A qcow2 whose LUKS header is as short as it can be.
+const ENCRYPTED: &str = "cluster_size=4096,encrypt.format=luks,encrypt.iter-time=0,encrypt.cipher-alg=aes-128";
+
 #[test]
 fn failed_writes_leave_a_consistent_qcow2() {
     for options in ["", "cluster_size=4096"] {
@@ -239,6 +246,8 @@ fn failed_writes_leave_a_consistent_image_of_any_other_format() {
 fn a_failed_growth_leaves_a_consistent_qcow2() {
     Case::new("qcow2", "cluster_size=4096", grow).every_point(3);
     Case::new("qcow2", "cluster_size=4096", grow_with_metadata).every_point(5);
+    Case::new("qcow2", ENCRYPTED, grow).every_point(3);
+    Case::new("qcow2", ENCRYPTED, grow_with_metadata).every_point(5);
 }
 
 #[test]
@@ -251,6 +260,7 @@ fn a_failed_growth_leaves_a_consistent_image_of_any_other_format() {
 #[test]
 fn a_failed_shrinking_leaves_a_consistent_image_of_any_format() {
     Case::shrinking("qcow2", "cluster_size=4096").every_point(3);
+    Case::shrinking("qcow2", ENCRYPTED).every_point(3);
     for (format, options) in OTHERS {
         Case::shrinking(format, options).every_point(1);
     }

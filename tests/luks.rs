@@ -1,6 +1,7 @@
 //! LUKS images: made, read and written by vimg, and judged by qemu-img and qemu-io, by cryptsetup, and by a reader of the
 //! format in Python, which has its ciphers from `cryptography`.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
@@ -362,6 +363,53 @@ fn killed_at_any_call_leaves_the_older_image_or_the_new_one() {
         }
     }
     assert!(before > 5 && after > 0, "{before} before, {after} after");
+}
+
+/// Those calls that change something are the last ones.
+#[test]
+fn a_resize_killed_at_any_call_leaves_the_old_disk_or_the_new_one() {
+    const LAST: usize = 44;
+    let scratch = Scratch::new();
+    disk(&scratch, "disk", 1, 2 << 20);
+    let qcow2 = "driver=qcow2,encrypt.key-secret=s,file.filename=a";
+    let in_qcow2 = "cluster_size=4k,encrypt.format=luks,encrypt.iter-time=0,encrypt.key-secret=s";
+    for (format, options, opened, how, size) in [
+        ("luks", "key-secret=s,iter-time=0", &*image("a"), "--preallocation=off", 5 << 20),
+        ("luks", "key-secret=s,iter-time=0", &image("a"), "--preallocation=falloc", 5 << 20),
+        ("luks", "key-secret=s,iter-time=0", &image("a"), "--preallocation=full", 5 << 20),
+        ("luks", "key-secret=s,iter-time=0", &image("a"), "--shrink", 1 << 20),
+        ("qcow2", in_qcow2, qcow2, "--preallocation=off", 256 << 20),
+        ("qcow2", in_qcow2, qcow2, "--shrink", 1 << 20),
+    ] {
+        let what = format!("{format} {how}");
+        let folder = scratch.file(&what);
+        fs::create_dir(&folder).unwrap();
+        vimg_in(&scratch, &["convert", "-f", "raw", "-O", format, "-o", options, "disk", &format!("{what}/a")]);
+        let image = fs::read(folder.join("a")).unwrap();
+        let size_text = size.to_string();
+        let resize = [&["resize", "-q", how], &SECRET[..], &["--image-opts", opened, &size_text]].concat();
+        let Ended::Done(calls) = killed_at(&folder, &resize, usize::MAX) else { panic!("nothing kills it") };
+        let (mut seen, mut sizes) = (HashSet::new(), Vec::new());
+        for n in calls - LAST..=calls {
+            let is = fs::read(folder.join("a")).unwrap();
+            if seen.insert(is) {
+                let read = [&["convert"], &SECRET[..], &["--image-opts", opened, "-O", "raw", "read"]].concat();
+                plain("qemu-img", &read).dir(&folder).ok();
+                let read = fs::read(folder.join("read")).unwrap();
+                let model = fs::read(scratch.file("disk")).unwrap();
+                let common = model.len().min(read.len());
+                assert!(read[..common] == model[..common], "{what}: {n} of {calls}");
+                // What nobody wrote to a luks image is anything.
+                assert!(format == "luks" || read[common..].iter().all(|byte| *byte == 0), "{what}: {n} of {calls}");
+                sizes.push(read.len());
+            }
+            fs::write(folder.join("a"), &image).unwrap();
+            killed_at(&folder, &resize, n);
+        }
+        let new = sizes.iter().filter(|len| **len == size).count();
+        let old = sizes.iter().filter(|len| **len == 2 << 20).count();
+        assert!(new > 0 && old > 0 && new + old == sizes.len(), "{what}: {sizes:?}");
+    }
 }
 
 #[test]

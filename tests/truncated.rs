@@ -126,6 +126,87 @@ fn what_writers_leave_short_is_whole() {
     scratch.assert_same_content("raw", "r", "raw", "q");
 }
 
+/// How the judge makes an encrypted image, and how it is opened.
+const ENCRYPTED: [(&str, &str); 5] = [
+    ("luks -o key-secret=s,iter-time=1", "driver=luks,key-secret=s,file.filename=i"),
+    (
+        "qcow2 -o encrypt.format=luks,encrypt.iter-time=1,encrypt.key-secret=s",
+        "driver=qcow2,encrypt.key-secret=s,file.filename=i",
+    ),
+    ("qcow2 -o encrypt.format=aes,encrypt.key-secret=s", "driver=qcow2,encrypt.key-secret=s,file.filename=i"),
+    (
+        "qcow2 -o extended_l2=on,encrypt.format=aes,encrypt.key-secret=s",
+        "driver=qcow2,encrypt.key-secret=s,file.filename=i",
+    ),
+    ("qcow -o encrypt.format=aes,encrypt.key-secret=s", "driver=qcow,encrypt.key-secret=s,file.filename=i"),
+];
+
+/// What is missing of an encrypted sector would read as anything.
+#[test]
+fn a_cut_within_the_last_sector_of_an_encrypted_source_is_refused() {
+    let secret = ["--object", "secret,id=s,data=abc"];
+    for (make, image) in ENCRYPTED {
+        let scratch = Scratch::new();
+        let disk = pattern(3, 256 << 10);
+        fs::write(scratch.file("s.raw"), &disk).unwrap();
+        scratch.sh(&format!("qemu-img convert --object {} -f raw -O {make} s.raw i", secret[1]));
+        let len = fs::metadata(scratch.file("i")).unwrap().len();
+        // At the end of a sector nothing is seen in luks: it has the length of its file.
+        for missing in [1, 100, 511, 512, 700] {
+            if make.starts_with("luks") && missing >= 512 {
+                continue;
+            }
+            cut(&scratch.file("i"), len - missing);
+            let convert = |more: &[&str]| {
+                let args = [&["convert"], more, &secret, &["--image-opts", image, "-O", "raw", "o"]].concat();
+                vimg(&args).dir(scratch.path()).run()
+            };
+            let out = convert(&[]);
+            assert!(out.code == Some(1) && !scratch.file("o").exists(), "{make}: {missing}: {out:?}");
+            assert!(out.stderr.contains("i: error while") && out.stderr.contains("the file is truncated"), "{out:?}");
+            let out = convert(&["--salvage"]);
+            assert!(out.code == Some(0) && out.stderr.contains("it is read as zeros"), "{make}: {missing}: {out:?}");
+            let read = fs::read(scratch.file("o")).unwrap();
+            let (there, gone) = disk.split_at(disk.len() - missing.next_multiple_of(512) as usize);
+            assert!(read[..there.len()] == *there && read[there.len()..] == vec![0; gone.len()], "{make}: {missing}");
+            fs::remove_file(scratch.file("o")).unwrap();
+        }
+    }
+}
+
+/// The last sector of a new disk, and that where a disk is cut off by its user.
+#[test]
+fn a_luks_disk_that_does_not_end_with_a_sector_is_whole() {
+    let scratch = Scratch::new();
+    let secret = ["--object", "secret,id=s,data=abc"];
+    let image = "driver=luks,key-secret=s,file.filename=i";
+    let convert = || {
+        let args = [&["convert"], &secret[..], &["--image-opts", image, "-O", "raw", "o"]].concat();
+        assert_eq!(vimg(&args).dir(scratch.path()).ok().stderr, "");
+        fs::read(scratch.file("o")).unwrap()
+    };
+    let options = ["-q", "-f", "luks", "-o", "key-secret=s,iter-time=1", "i", "5000"];
+    scratch.judge(&[&["create"], &secret[..], &options].concat());
+    assert_eq!(convert().len(), 5120);
+    let disk = pattern(3, 10 << 10);
+    fs::write(scratch.file("s"), &disk).unwrap();
+    let onto = ["-n", "--target-image-opts", "-f", "raw", "s"];
+    let resize = |args: &[&str]| {
+        vimg(&[&["resize", "-q", "--image-opts"], &secret[..], args].concat()).dir(scratch.path()).run()
+    };
+    assert_eq!(resize(&[image, "10k"]).code, Some(0));
+    vimg(&[&["convert"], &secret[..], &onto, &[image]].concat()).dir(scratch.path()).ok();
+    assert_eq!(resize(&["--shrink", image, "5000"]).code, Some(0));
+    assert!(convert() == disk[..5120]);
+    // What was cut does not become whole by growing; it can be given up.
+    let file = scratch.file("i");
+    cut(&file, fs::metadata(&file).unwrap().len() - 1);
+    let out = resize(&[image, "10k"]);
+    assert!(out.code == Some(1) && out.stderr.contains("the file is truncated"), "{out:?}");
+    assert_eq!(resize(&["--shrink", image, "4608"]).code, Some(0));
+    assert!(convert() == disk[..4608]);
+}
+
 #[test]
 fn salvage_reads_a_cut_source_with_a_warning_for_each_range() {
     // Half a qed has data, and no table that names it.

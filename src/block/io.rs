@@ -241,7 +241,8 @@ impl Mapping<'_> {
     }
 
     /// How many bytes of the run's start are in the file, or may be left out there (see
-    /// [`BlockDriver::short_unit`](super::BlockDriver::short_unit)). All of them where nobody can tell.
+    /// [`BlockDriver::short_unit`](super::BlockDriver::short_unit)). All of them where nobody can tell. Of what is
+    /// encrypted nothing is left out: a sector of which a part is missing would read as anything.
     pub fn there(&self) -> Result<u64> {
         let place = match self.kind {
             ExtentKind::Data(place) => place,
@@ -251,11 +252,17 @@ impl Mapping<'_> {
             ExtentKind::Zero(_) | ExtentKind::Unallocated(_) => return Ok(self.len),
         };
         let from = place.at.get();
-        let Some(unit) = self.node.driver().short_unit() else { return Ok(self.len) };
+        let Some(short) = self.node.driver().short_unit() else { return Ok(self.len) };
+        let sealed = self.node.driver().cipher().map(|cipher| u64::from(cipher.sector().get()));
+        let unit = sealed.unwrap_or(short).max(1);
         let Some(end) = self.node.file_end(place, from.saturating_add(self.len))? else { return Ok(self.len) };
         // The run starts somewhere in a unit, on the disk as in the file.
-        let base = from.saturating_sub(self.start.get() % unit.max(1));
-        let last = end.saturating_sub(base).checked_next_multiple_of(unit.max(1)).unwrap_or(u64::MAX);
+        let base = from.saturating_sub(self.start.get() % unit);
+        let part = end.saturating_sub(base);
+        let last = match sealed {
+            Some(_) => part - part % unit,
+            None => part.checked_next_multiple_of(unit).unwrap_or(u64::MAX),
+        };
         let whole = if end > base { base.saturating_add(last) } else { end };
         Ok(whole.saturating_sub(from).min(self.len))
     }

@@ -4,6 +4,9 @@
 //! its number on the guest's disk. What was never written reads as whatever decrypting zeros gives: nothing in such an
 //! image is known to be zeros, and a new one does not read as zeros either. The header may lie in a file of its own,
 //! which options name as `header`.
+//!
+//! The disk is as long as its file, in whole sectors: of a file that was cut, no more can be seen than a last sector that
+//! is there in part. Writers leave one so where nothing was ever written to it, which is a part that is all zeros.
 
 mod amend;
 mod create;
@@ -23,7 +26,7 @@ use crate::crypto::luks::{HEADER, LuksHeader};
 use crate::formats::luks_header::{self, luks_facts};
 use crate::formats::luks_slots;
 use crate::formats::sector_cipher::ImageCipher;
-use crate::storage::{self, Preallocation, Storage};
+use crate::storage::{self, Preallocation, Storage, Zeroing};
 
 /// The format.
 #[derive(Debug)]
@@ -76,8 +79,10 @@ impl Format for Luks {
             }
         };
         let cipher = key.as_ref().map(|key| header.cipher(key.get())).transpose()?.map(ImageCipher::by_guest);
-        let driver = LuksDriver { files, header, key, cipher, size: AtomicU64::new(0), write: purpose.writes() };
+        let write = purpose.writes();
+        let mut driver = LuksDriver { files, header, key, cipher, size: AtomicU64::new(0), cut: false, write };
         driver.size.store(driver.room()?, Ordering::Relaxed);
+        driver.cut = driver.ends_within_data()?;
         Ok(Box::new(driver))
     }
 
@@ -115,6 +120,8 @@ struct LuksDriver {
     cipher: Option<ImageCipher>,
     /// The virtual size in bytes.
     size: AtomicU64,
+    /// A part of the last sector was missing when it was opened.
+    cut: bool,
     write: bool,
 }
 
@@ -127,12 +134,25 @@ impl LuksDriver {
         HostPlace::main(self.header.payload().saturating_add(at.get()))
     }
 
+    fn file_len(&self) -> Result<u64> {
+        self.storage().len().with_context(|| format!("Could not get size of '{}'", self.files[0].name))
+    }
+
     /// Bytes of the payload. A file counts in whole sectors.
     fn room(&self) -> Result<u64> {
-        let end = self.storage().len().with_context(|| format!("Could not get size of '{}'", self.files[0].name))?;
+        let end = self.file_len()?;
         let end = end.checked_next_multiple_of(SECTOR).unwrap_or(end);
         end.checked_sub(self.header.payload())
             .ok_or_else(|| Error::truncated("the payload", self.header.payload(), end))
+    }
+
+    /// Whether the file ends within a sector that was written to.
+    fn ends_within_data(&self) -> Result<bool> {
+        let end = self.file_len()?;
+        let mut there = [0; SECTOR as usize];
+        let there = &mut there[..(end % SECTOR) as usize];
+        self.storage().read_at(end - end % SECTOR, there).context("Could not read the last sector")?;
+        Ok(there.iter().any(|byte| *byte != 0))
     }
 }
 
@@ -151,7 +171,7 @@ impl BlockDriver for LuksDriver {
     }
 
     fn short_unit(&self) -> Option<u64> {
-        None
+        self.cut.then_some(1)
     }
 
     fn files(&self) -> &[Child] {
@@ -204,21 +224,44 @@ impl Resize for LuksDriver {
             }
             _ if device && size != self.virtual_size() => Err(Error::unsupported("Cannot resize device files")),
             Preallocation::Metadata => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
+            // What is missing would be taken for what nobody wrote.
+            _ if self.cut && size >= self.virtual_size() => {
+                let end = self.file_len()?;
+                Err(Error::truncated("data", end - end % SECTOR, end))
+            }
             _ => self.end(size).map(|_| ()),
         }
     }
 
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
         self.check(size, fill)?;
-        self.storage().set_len(self.end(size)?, fill)?;
+        let (old, end) = (self.file_len()?, self.end(size)?);
+        // The length is the disk's size: it goes from the old one to the new one in one step.
+        self.storage().set_len(end, Preallocation::Off)?;
+        if let Err(error) = self.reserve(old, end, fill) {
+            // If this fails too, the first error is the one to show.
+            let _ = self.storage().set_len(old, Preallocation::Off);
+            return Err(error.into());
+        }
         self.size.store(self.room()?, Ordering::Relaxed);
         Ok(())
     }
 }
 
 impl LuksDriver {
-    /// Where a disk of that size ends in the file.
+    /// Takes room for a part of the file, where there is to be some.
+    fn reserve(&self, from: u64, end: u64, fill: Preallocation) -> storage::Result<()> {
+        let (how, step) = match fill {
+            Preallocation::Falloc => (Zeroing::Allocate, "Could not preallocate new data"),
+            Preallocation::Full => (Zeroing::Write, "Could not write zeros for preallocation"),
+            Preallocation::Off | Preallocation::Metadata => return Ok(()),
+        };
+        self.storage().zero(from, end.saturating_sub(from), how).map_err(|error| error.step(step))?;
+        self.storage().flush()
+    }
+
+    /// Where a disk of that size ends in the file: a part of a sector could not be decrypted.
     fn end(&self, size: u64) -> Result<u64> {
-        create::file_end(self.header.payload(), size)
+        create::file_end(self.header.payload(), size.checked_next_multiple_of(SECTOR).unwrap_or(size))
     }
 }

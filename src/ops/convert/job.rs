@@ -7,10 +7,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{Conversion, bitmaps};
-use crate::block::error::Context;
-use crate::block::{Error, ErrorKind, ImageRef, MadeFiles, Node, OpenHow, Opener, OptionTree, Purpose, Result};
+use crate::block::error::{Context, Operation, Place, PlacePart};
+use crate::block::{
+    Error, ErrorKind, GuestOffset, ImageRef, MadeFiles, Node, OpenHow, Opener, OptionTree, Purpose, Result,
+};
 use crate::crypto::Digest;
-use crate::ops::checksum;
+use crate::ops::checksum::{self, Copied};
 use crate::ops::copy::{self, Above, CopyOptions, GuestDigest, Joined, Observer, TargetFacts};
 use crate::ops::create::NewImage;
 use crate::ops::staged::StagedTarget;
@@ -175,18 +177,23 @@ impl Job<'_> {
     /// Whether the target, opened again, holds what was copied; behind that a new image is zeros.
     fn verify(&self, target: &Arc<Node>, digest: Option<Digest>) -> Result<()> {
         self.observer.phase("verify");
-        let len = self.conversion.sources.iter().fold(0u64, |sum, node| sum.saturating_add(node.virtual_size()));
-        let held = match digest {
-            Some(digest) => checksum::holds(target, len, self.conversion.new.is_some(), digest, self.observer)?,
-            None => true,
-        };
-        match held {
-            true => Ok(()),
-            false => {
-                let text = format!("{}: what was read back is not what was written", target.name());
-                Err(Error::new(ErrorKind::Mismatch, text).about(target.name()))
-            }
+        let Conversion { sources, copy: options, new, .. } = self.conversion;
+        let Some(digest) = digest else { return Ok(()) };
+        let copied = Copied { sources, target, alone: new.is_some(), salvaged: options.salvage };
+        if copied.holds(digest, self.observer)? {
+            return Ok(());
         }
+        let error = Error::new(ErrorKind::Mismatch, "what was read back is not what was written");
+        Err(match copied.first_difference()? {
+            Some(at) => error.at(Place {
+                operation: Operation::Read,
+                file: target.name().to_owned(),
+                part: PlacePart::Guest(GuestOffset(at)),
+                host: None,
+            }),
+            // It is what the sources hold by now.
+            None => error.naming(target.name()).about(target.name()),
+        })
     }
 
     /// What makes the digest of the sources on the way, if there is to be one.
