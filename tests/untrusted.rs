@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use crate::common::{Output, Scratch, judge, own, plain, vimg, vimg_path};
+use crate::common::{Output, Scratch, judge, own, plain, sh, vimg, vimg_path};
 
 /// Images that name another file, and that file's name.
 fn images(scratch: &Scratch) -> Vec<(&'static str, &'static str)> {
@@ -320,6 +320,9 @@ fn confined_commands_work() {
         assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""), "{line}: {out:?}");
     }
     assert!(scratch.file("sub/real").exists() && scratch.file("link").is_symlink());
+    let pipe = format!("'{}' convert --untrusted -O raw base /dev/stdout | cat > piped", vimg_path().display());
+    assert_eq!(sh(&pipe).dir(scratch.path()).ok().stderr, "");
+    scratch.assert_same_content("raw", "piped", "raw", "sub/real");
 }
 
 #[test]

@@ -137,6 +137,10 @@ impl Typed {
             return;
         }
         let path = PathBuf::from(OsStr::from_bytes(bytes));
+        // A device or a pipe that is there is written to where it is.
+        if std::fs::metadata(&path).is_ok_and(|found| !found.is_file()) {
+            return;
+        }
         self.folders.push(folder(&path));
         self.folders.extend(std::fs::canonicalize(&path).ok().map(|path| folder(&path)));
     }
@@ -181,6 +185,10 @@ impl Typed {
                         self.makes(OsStr::new(&value));
                     }
                     self.network |= key.ends_with("host") || key.ends_with("path") || value.contains("://");
+                    if key == "dir" {
+                        // Certificates, and the key to one.
+                        self.allowed.push((&value).into());
+                    }
                     self.names.push(value.into());
                 }
                 Item::Word(word) => self.names.push(word.into()),
@@ -204,7 +212,21 @@ impl Typed {
         let beside = folders.iter().flat_map(|folder| names.iter().map(|name| folder.join(name)));
         let files: Vec<PathBuf> = names.iter().cloned().chain(beside).collect();
         let listed = names.iter().map(|name| folder(name)).filter(|folder| folder.is_dir()).collect();
-        let files = files.into_iter().filter(|name| name.exists() && !name.is_dir());
-        Confinement { usable: files.chain(allowed).chain(folders).collect(), listed, network }
+        // A pipe that has no name of its own (`/dev/stdout`) is nothing that the kernel could forbid.
+        let files = files.into_iter().filter(|name| name.canonicalize().is_ok_and(|name| !name.is_dir()));
+        let environment = if network { of_environment(&names) } else { Vec::new() };
+        Confinement { usable: files.chain(allowed).chain(folders).chain(environment).collect(), listed, network }
     }
+}
+
+/// What the variables of those who start us name that is read for a connection: whom to trust, and who asks a store.
+fn of_environment(names: &[PathBuf]) -> Vec<PathBuf> {
+    let named = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let at_home = |file: &str| Some(named("HOME")?.join(".aws").join(file));
+    let mut found = vec![named("SSL_CERT_FILE"), named("SSL_CERT_DIR")];
+    if names.iter().any(|name| name.as_os_str().as_bytes().starts_with(b"s3:")) {
+        found.push(named("AWS_SHARED_CREDENTIALS_FILE").or_else(|| at_home("credentials")));
+        found.push(named("AWS_CONFIG_FILE").or_else(|| at_home("config")));
+    }
+    found.into_iter().flatten().filter(|path| path.exists()).collect()
 }
