@@ -22,6 +22,7 @@ pub mod qed;
 pub mod raw;
 mod runs;
 mod sector_cipher;
+mod sectors;
 pub mod simg;
 mod table;
 pub mod vdi;

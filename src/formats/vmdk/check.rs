@@ -21,7 +21,7 @@ impl Check for VmdkDriver {
                 Body::Flat { file, offset } => {
                     let file = &self.files[*file];
                     let length = file.storage.len().with_context(|| format!("{}: no length", file.name))?;
-                    let end = offset.saturating_add(part.len());
+                    let end = (*offset + part.len()).get();
                     if length.checked_next_multiple_of(SECTOR).is_some_and(|length| length < end) {
                         tally.wrong(format!("{} ends at {length}, and its extent at {end}", file.name));
                     }
@@ -31,7 +31,7 @@ impl Check for VmdkDriver {
                         (0, (at, Some(len))) => Some((at, len)),
                         _ => None,
                     };
-                    let extent = InspectedExtent::read(sparse, part.start / SECTOR, text)?;
+                    let extent = InspectedExtent::read(sparse, Sectors::within(part.start.get()), text)?;
                     let verdict = extent.look(&mut tally)?;
                     if fix.corruptions() {
                         mend(sparse, &extent, &verdict, &mut tally)?;
@@ -92,7 +92,7 @@ fn look_at_sesparse(
             let mut at = index * SeSparse::SPAN;
             let end = (at + SeSparse::SPAN).min(part.len());
             while at < end {
-                let sector = (part.start + at) / SECTOR;
+                let Sectors(sector) = Sectors::within((part.start + at).get());
                 let (grain, len) = match sparse.map(at, end - at).map(Ok).or_else(finding)? {
                     Ok(found) => found,
                     Err(text) => {
@@ -101,7 +101,7 @@ fn look_at_sesparse(
                     }
                 };
                 if let Grain::At(host) = grain {
-                    let host = host.saturating_mul(SECTOR);
+                    let host = host.bytes();
                     if host.saturating_add(len) > length.next_multiple_of(SECTOR) {
                         tell(format!("cluster offset for sector {sector} points after EOF"), false);
                     } else if !claims.claim(host, len) {

@@ -188,7 +188,7 @@ pub fn decide_size(subformat: &Subformat, size: u64) -> Result<u64> {
 
 /// Grain tables of an extent of that many bytes.
 pub fn tables(size: u64) -> u64 {
-    size.div_ceil(GRAIN_SECTORS * SECTOR * u64::from(HOSTED_GTES))
+    size.div_ceil(GRAIN_SECTORS.bytes() * u64::from(HOSTED_GTES))
 }
 
 /// The last component of a path, as bytes.
@@ -209,7 +209,7 @@ pub fn extent_name(main: &OsStr, subformat: &Subformat, index: usize) -> OsStrin
     OsString::from_vec([stem, number.as_bytes(), extension].concat())
 }
 
-/// Where the tables of a sparse extent lie, in sectors.
+/// Where the tables of a sparse extent lie.
 pub struct SparseLayout {
     header: SparseHeader,
     rgd: Vec<u32>,
@@ -221,44 +221,42 @@ impl SparseLayout {
     pub fn new(size: u64, zeroed: bool) -> Result<Self> {
         let tables = tables(size);
         let too_large = || Error::invalid("The image size is too large for file format 'vmdk'");
-        let gd_sectors = (4 * tables).div_ceil(SECTOR);
-        let rgd_at = 1 + DESCRIPTOR_SECTORS;
-        let gd_at = rgd_at + gd_sectors + tables * GT_SECTORS;
-        let directory = |at: u64| -> Result<Vec<u32>> {
-            (0..tables)
-                .map(|table| u32::try_from(at + gd_sectors + table * GT_SECTORS).map_err(|_| too_large()))
-                .collect()
+        let gd_sectors = Sectors::holding(4 * tables);
+        let rgd_at = Sectors(1) + DESCRIPTOR_SECTORS;
+        let gd_at = rgd_at + gd_sectors + GT_SECTORS * tables;
+        let directory = |at: Sectors| -> Result<Vec<u32>> {
+            (0..tables).map(|table| sector32(at + gd_sectors + GT_SECTORS * table).map_err(|_| too_large())).collect()
         };
         let overhead = Self::overhead(size);
         let (version, flags) = if zeroed { (2, FLAG_ZERO_GRAIN) } else { (1, 0) };
         let header = SparseHeader {
-            descriptor_at: 1.into(),
+            descriptor_at: Sectors(1).into(),
             descriptor_sectors: DESCRIPTOR_SECTORS.into(),
             rgd_at: rgd_at.into(),
             gd_at: gd_at.into(),
             overhead: overhead.into(),
-            ..SparseHeader::new(version, FLAG_REDUNDANT | flags, size / SECTOR)
+            ..SparseHeader::new(version, FLAG_REDUNDANT | flags, Sectors::within(size))
         };
         Ok(Self { header, rgd: directory(rgd_at)?, gd: directory(gd_at)? })
     }
 
     /// How many sectors lie before the grains.
-    pub fn overhead(size: u64) -> u64 {
+    pub fn overhead(size: u64) -> Sectors {
         let tables = tables(size);
-        let directory = (4 * tables).div_ceil(SECTOR) + tables * GT_SECTORS;
-        (1 + DESCRIPTOR_SECTORS + 2 * directory).next_multiple_of(GRAIN_SECTORS)
+        let directory = Sectors::holding(4 * tables) + GT_SECTORS * tables;
+        (Sectors(1) + DESCRIPTOR_SECTORS + directory * 2).next_multiple_of(GRAIN_SECTORS)
     }
 
     /// Writes header and directories; the tables are holes, or zeros where there was something before.
     pub fn write(&self, storage: &dyn Storage) -> Result<()> {
         let header = &self.header;
-        let overhead = header.overhead.get() * SECTOR;
+        let overhead = header.overhead.get().bytes();
         storage.set_len(overhead, Preallocation::Off).context("Could not resize file")?;
         if !storage.facts().new_reads_zero {
             storage.zero(0, overhead, Zeroing::Write).context("Could not clear the tables")?;
         }
-        let put = |at: u64, bytes: &[u8]| storage.write_at(at * SECTOR, bytes).context("Could not write the header");
-        put(0, header.as_bytes())?;
+        let put = |at: Sectors, bytes: &[u8]| storage.write_at(at.bytes(), bytes).context("Could not write the header");
+        put(Sectors(0), header.as_bytes())?;
         let padded = |directory: &[u32]| {
             let mut bytes = entry_bytes(directory);
             bytes.resize(bytes.len().next_multiple_of(512), 0);
@@ -273,21 +271,21 @@ impl SparseLayout {
 fn write_stream(storage: &dyn Storage, size: u64) -> Result<()> {
     let overhead = GRAIN_SECTORS;
     let header = SparseHeader {
-        descriptor_at: 1.into(),
+        descriptor_at: Sectors(1).into(),
         descriptor_sectors: DESCRIPTOR_SECTORS.into(),
         gd_at: GD_AT_END.into(),
         overhead: overhead.into(),
         compression: COMPRESSION_DEFLATE.into(),
-        ..SparseHeader::new(3, FLAG_COMPRESSED | FLAG_MARKERS, size / SECTOR)
+        ..SparseHeader::new(3, FLAG_COMPRESSED | FLAG_MARKERS, Sectors::within(size))
     };
     storage.write_at(0, header.as_bytes()).context("Could not write the header")?;
     if !storage.facts().new_reads_zero {
-        let room = (overhead - 1) * SECTOR;
+        let room = overhead.bytes() - SECTOR;
         storage.zero(SECTOR, room, Zeroing::Write).context("Could not clear the descriptor")?;
     }
     let directory = vec![0; usize::try_from(tables(size)).unwrap_or(0)];
     let tail = tail(&header, overhead, &directory);
-    storage.write_at(overhead * SECTOR, &tail).context("Could not write the footer")
+    storage.write_at(overhead.bytes(), &tail).context("Could not write the footer")
 }
 
 impl Create for Vmdk {
@@ -363,7 +361,7 @@ impl Create for Vmdk {
         }
         .text();
         let at = if embedded { SECTOR } else { 0 };
-        if embedded && text.len() as u64 > DESCRIPTOR_SECTORS * SECTOR {
+        if embedded && text.len() as u64 > DESCRIPTOR_SECTORS.bytes() {
             return Err(Error::invalid("The descriptor does not fit: the names in it are too long"));
         }
         main.write_at(at, &text).context("Could not write the descriptor")

@@ -13,7 +13,7 @@ use encoding_rs::Encoding;
 
 use crate::block::{Error, Result};
 
-use super::layout::MAX_EXTENTS;
+use super::layout::{MAX_EXTENTS, Sectors};
 
 /// What the guest may do with an extent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,16 +46,16 @@ pub enum ExtentType {
 pub struct ExtentLine {
     /// What the guest may do.
     pub access: ExtentAccess,
-    /// Length in sectors.
-    pub sectors: u64,
+    /// Its length.
+    pub sectors: Sectors,
     /// How it is stored.
     pub kind: ExtentType,
     /// The word for that, as written.
     pub word: String,
     /// The file's name; empty for `ZERO`.
     pub file: String,
-    /// Where in the file it starts, in sectors.
-    pub offset: u64,
+    /// Where in the file it starts.
+    pub offset: Sectors,
 }
 
 /// The descriptor.
@@ -280,7 +280,7 @@ impl ExtentLine {
             _ => return None,
         };
         let (sectors, rest) = rest.trim_start().split_once(char::is_whitespace)?;
-        let sectors = sectors.parse().ok().filter(|sectors| *sectors > 0)?;
+        let sectors = sectors.parse().ok().map(Sectors).filter(|sectors| *sectors > Sectors(0))?;
         let rest = rest.trim_start();
         let (word, rest) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
         let upper = word.to_ascii_uppercase();
@@ -302,13 +302,13 @@ impl ExtentLine {
         }
         let next = rest.split_whitespace().next();
         let offset = match next.map(str::parse) {
-            Some(Ok(offset)) => offset,
+            Some(Ok(offset)) => Sectors(offset),
             _ if upper == "FLAT" => return None,
             // A number that is none.
             Some(Err(_)) if next.is_some_and(|word| word.starts_with(|c: char| c == '-' || c.is_ascii_digit())) => {
                 return None;
             }
-            _ => 0,
+            _ => Sectors(0),
         };
         Some(Self { access, sectors, kind, word: word.to_owned(), file: file.to_owned(), offset })
     }
@@ -403,7 +403,8 @@ mod tests {
         let d = Descriptor::parse(text.as_bytes()).unwrap();
         assert_eq!((d.cid, d.parent_cid, d.create_type.as_str()), (0x0bad_cafe, NO_PARENT, "custom"));
         assert_eq!((d.extents.len(), &d.malformed), (3, &None));
-        assert_eq!((d.extents[0].file.as_str(), d.extents[0].offset, d.extents[0].sectors), ("a b.vmdk", 7, 100));
+        let first = &d.extents[0];
+        assert_eq!((first.file.as_str(), first.offset, first.sectors), ("a b.vmdk", Sectors(7), Sectors(100)));
         assert_eq!((d.extents[1].kind, d.extents[1].access), (ExtentType::Zero, ExtentAccess::ReadOnly));
         assert_eq!((d.extents[2].file.as_str(), d.extents[2].access), ("x.vmdk", ExtentAccess::None));
     }
@@ -425,7 +426,7 @@ mod tests {
             ("RW 8 SPARSE \"f\" x", 0),
             ("RW 8 ZERO", 0),
         ] {
-            assert_eq!(ExtentLine::parse(line).map(|line| line.offset), Some(offset), "{line}");
+            assert_eq!(ExtentLine::parse(line).map(|line| line.offset.0), Some(offset), "{line}");
         }
         for line in [
             "RW",

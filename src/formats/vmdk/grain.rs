@@ -30,7 +30,7 @@ pub fn decode(input: &[u8], out: &mut [u8]) -> Result<usize> {
 }
 
 /// Encodes a grain that starts at sector `at` of its extent: marker, data, and zeros up to a whole sector.
-pub fn encode(at: u64, plain: &[u8], how: How, out: &mut Vec<u8>) -> Result<()> {
+pub fn encode(at: Sectors, plain: &[u8], how: How, out: &mut Vec<u8>) -> Result<()> {
     // Room for what does not get smaller: deflate adds 5 bytes a block and a frame.
     let room = plain.len() + plain.len() / 512 + 128;
     match deflate::encode(how, plain, out, room) {
@@ -47,15 +47,15 @@ pub fn encode(at: u64, plain: &[u8], how: How, out: &mut Vec<u8>) -> Result<()> 
 
 /// Reads the grain at a sector of the file, and how many bytes of it are stored: fewer than a whole grain where an
 /// encoder stored what the disk has of its last one alone.
-pub fn read_whole(file: &ExtentFile, sector: u64) -> Result<(Vec<u8>, u64)> {
+pub fn read_whole(file: &ExtentFile, sector: Sectors) -> Result<(Vec<u8>, u64)> {
     let failed = || format!("{}: could not read a grain", file.name);
-    let marker: GrainMarker = read(&*file.storage, &file.name, "a grain marker", sector * SECTOR)?;
+    let marker: GrainMarker = read(&*file.storage, &file.name, "a grain marker", sector.bytes())?;
     let size = u64::from(marker.bytes.get());
     if size > longest(file.shape.grain) {
         return Err(Error::corrupt(format!("{}: a grain has a compressed size of {size} bytes", file.name)));
     }
     let (mut input, mut plain) = (buffer(size)?, buffer(file.shape.grain)?);
-    let at = sector * SECTOR + size_of::<GrainMarker>() as u64;
+    let at = sector.bytes() + size_of::<GrainMarker>() as u64;
     file.storage.read_at(at, &mut input).with_context(failed)?;
     let done = decode(&input, &mut plain).with_context(failed)?;
     Ok((plain, done as u64))

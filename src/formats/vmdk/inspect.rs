@@ -53,7 +53,7 @@ pub struct Verdict {
 pub struct InspectedExtent<'a> {
     sparse: &'a Sparse,
     /// Its first sector on the guest's disk.
-    start: u64,
+    start: Sectors,
     /// Bytes of the file.
     length: u64,
     /// Pieces of metadata that are there once, in bytes: place and length. The first directory is one of them,
@@ -70,7 +70,7 @@ pub struct InspectedExtent<'a> {
 
 impl<'a> InspectedExtent<'a> {
     /// Reads its directories. `text` is where a descriptor lies in the same file, and how long it may get, in bytes.
-    pub fn read(sparse: &'a Sparse, start: u64, text: Option<(u64, u64)>) -> Result<Self> {
+    pub fn read(sparse: &'a Sparse, start: Sectors, text: Option<(u64, u64)>) -> Result<Self> {
         let failed = || format!("{}: could not read the header", sparse.name);
         let storage = &*sparse.storage;
         let length = storage.len().with_context(failed)?;
@@ -87,9 +87,9 @@ impl<'a> InspectedExtent<'a> {
             Some(header) => {
                 let head: SparseHeader = read(storage, &sparse.name, "the header", 0)?;
                 streamed = head.gd_at.get() == GD_AT_END;
-                if header.has(FLAG_REDUNDANT) && header.rgd_at.get() != 0 {
+                if header.has(FLAG_REDUNDANT) && header.rgd_at.get() != Sectors(0) {
                     redundant = Some(read_directory(storage, &sparse.name, header.rgd_at.get(), tables)?);
-                    redundant_at = Some((header.rgd_at.get().saturating_mul(SECTOR), directory_bytes));
+                    redundant_at = Some((header.rgd_at.get().bytes(), directory_bytes));
                 }
                 header.gd_at.get()
             }
@@ -101,7 +101,7 @@ impl<'a> InspectedExtent<'a> {
             }
         };
         let first = read_directory(storage, &sparse.name, gd_at, tables)?;
-        let at = gd_at.saturating_mul(SECTOR);
+        let at = gd_at.bytes();
         if streamed {
             // Marker, directory, marker, footer, end of stream.
             fixed.push((at.saturating_sub(SECTOR), directory_bytes + 4 * SECTOR));
@@ -165,11 +165,11 @@ impl<'a> InspectedExtent<'a> {
     }
 
     fn table_bytes(&self) -> u64 {
-        self.sparse.shape.table_sectors() * SECTOR
+        self.sparse.shape.table_sectors().bytes()
     }
 
     fn table(&self, sector: u32) -> Result<TableCopy> {
-        let at = u64::from(sector) * SECTOR;
+        let at = Sectors::from(sector).bytes();
         if sector == 0 {
             return Ok(TableCopy::None);
         }
@@ -193,7 +193,7 @@ impl<'a> InspectedExtent<'a> {
         let name = self.name();
         let mut places: Vec<(u32, u32)> = Vec::new();
         for (index, sector) in (0u32..).zip(directory.iter().copied()) {
-            match u64::from(sector) * SECTOR {
+            match Sectors::from(sector).bytes() {
                 0 => {}
                 at if at.saturating_add(self.table_bytes()) > self.length.next_multiple_of(SECTOR) => {
                     tell(format!("{name}: grain table {index} lies past the end of the file"));
@@ -202,12 +202,12 @@ impl<'a> InspectedExtent<'a> {
             }
         }
         places.sort_unstable();
-        let mut end = 0;
+        let mut end = Sectors(0);
         // A table is walked once.
         places.retain(|(sector, index)| {
-            let apart = u64::from(*sector) >= end;
+            let apart = Sectors::from(*sector) >= end;
             if apart {
-                end = u64::from(*sector) + self.sparse.shape.table_sectors();
+                end = Sectors::from(*sector) + self.sparse.shape.table_sectors();
             } else {
                 tell(format!("{name}: grain table {index} overlaps another one"));
             }
@@ -215,7 +215,7 @@ impl<'a> InspectedExtent<'a> {
         });
         places.sort_unstable_by_key(|(_, index)| *index);
         // No table can name what lies further.
-        let reach = (u64::from(u32::MAX) + self.sparse.shape.grain_sectors()) * SECTOR;
+        let reach = (Sectors::from(u32::MAX) + self.sparse.shape.grain_sectors()).bytes();
         for (window, mut claims) in Claims::windows(self.length.min(reach)).enumerate() {
             for (at, len) in self.fixed.iter().chain(&and_over) {
                 if !claims.claim(*at, *len) {
@@ -223,7 +223,7 @@ impl<'a> InspectedExtent<'a> {
                 }
             }
             for (sector, index) in &places {
-                if !claims.claim(u64::from(*sector) * SECTOR, self.table_bytes()) {
+                if !claims.claim(Sectors::from(*sector).bytes(), self.table_bytes()) {
                     tell(format!("{name}: grain table {index} overlaps other metadata"));
                 }
                 let marked = || self.has_table_marker(*sector);
@@ -254,14 +254,14 @@ impl<'a> InspectedExtent<'a> {
         &self,
         table: u64,
         entries: &[u32],
-        see: &mut dyn FnMut(u64, std::result::Result<(u64, u64), String>),
+        see: &mut dyn FnMut(Sectors, std::result::Result<(u64, u64), String>),
     ) -> Result<()> {
         let shape = self.sparse.shape;
         let capacity = self.sparse.state().capacity;
         for (n, entry) in (table * shape.gtes..).zip(entries.iter().copied()) {
             let Grain::At(sector) = shape.grain_of(entry) else { continue };
-            let inside = n * shape.grain_sectors();
-            let (guest, at) = (self.start + inside, sector * SECTOR);
+            let inside = shape.grain_sectors() * n;
+            let (guest, at) = (self.start + inside, sector.bytes());
             if at >= self.length {
                 see(guest, Err(format!("cluster offset for sector {guest} points after EOF")));
             } else if shape.compressed && shape.markers {
@@ -270,7 +270,7 @@ impl<'a> InspectedExtent<'a> {
                 see(guest, Ok((at, 1)));
             } else {
                 // What lies past the end of the disk need not be there.
-                let wanted = shape.grain.min(capacity.saturating_sub(inside) * SECTOR);
+                let wanted = shape.grain.min(capacity.bytes().saturating_sub(inside.bytes()));
                 see(
                     guest,
                     match at.saturating_add(wanted) > self.length.next_multiple_of(SECTOR) {
@@ -283,8 +283,8 @@ impl<'a> InspectedExtent<'a> {
         Ok(())
     }
 
-    /// Place and length of a compressed grain that begins at that sector of the extent, by its marker.
-    fn compressed(&self, inside: u64, at: u64) -> Result<std::result::Result<(u64, u64), String>> {
+    /// Place and length of a compressed grain that begins at that sector of the extent, by its marker, in bytes.
+    fn compressed(&self, inside: Sectors, at: u64) -> Result<std::result::Result<(u64, u64), String>> {
         let (name, guest) = (self.name(), self.start + inside);
         let marker: GrainMarker = read(&*self.sparse.storage, &self.sparse.name, "a grain marker", at)?;
         let (bytes, head) = (u64::from(marker.bytes.get()), size_of::<GrainMarker>() as u64);
@@ -300,9 +300,9 @@ impl<'a> InspectedExtent<'a> {
     }
 
     fn has_table_marker(&self, sector: u32) -> Result<bool> {
-        let Some(before) = u64::from(sector).checked_sub(1) else { return Ok(false) };
+        let Some(before) = Sectors::from(sector).before() else { return Ok(false) };
         let file = &*self.sparse.storage;
-        let marker: Marker = read(file, &self.sparse.name, "the marker of a grain table", before * SECTOR)?;
+        let marker: Marker = read(file, &self.sparse.name, "the marker of a grain table", before.bytes())?;
         let sectors = self.sparse.shape.table_sectors();
         Ok((marker.sectors.get(), marker.bytes.get(), marker.kind.get()) == (sectors, 0, MARKER_TABLE))
     }
@@ -312,18 +312,18 @@ impl<'a> InspectedExtent<'a> {
         let (name, storage) = (self.name(), &*self.sparse.storage);
         let file = &self.sparse.name;
         let Some(header) = self.header else { return Ok(()) };
-        let sectors = (self.first.len() as u64 * 4).div_ceil(SECTOR);
+        let sectors = Sectors::holding(self.first.len() as u64 * 4);
         if directory_marker(storage, file, header.gd_at.get())? != Some(sectors) {
             tell(format!("{name}: no marker before the grain directory"));
         }
         // The footer was found at the last sector but one.
-        let at = |back: u64| self.length.saturating_sub(back * SECTOR);
+        let at = |back: u64| self.length.saturating_sub(Sectors(back).bytes());
         let marker: Marker = read(storage, file, "the marker of the footer", at(3))?;
         if marker.kind.get() != MARKER_FOOTER || marker.bytes.get() != 0 {
             tell(format!("{name}: no marker before the footer"));
         }
         let marker: Marker = read(storage, file, "the marker of the end", at(1))?;
-        if (marker.sectors.get(), marker.bytes.get(), marker.kind.get()) != (0, 0, MARKER_END) {
+        if (marker.sectors.get(), marker.bytes.get(), marker.kind.get()) != (Sectors(0), 0, MARKER_END) {
             tell(format!("{name}: no marker at the end of the stream"));
         }
         let first: SparseHeader = read(storage, file, "the header", 0)?;
@@ -335,7 +335,7 @@ impl<'a> InspectedExtent<'a> {
             )
         };
         // What a writer learned last stands in the footer alone.
-        let known = first.capacity.get() == 0 || first.capacity == footer.capacity;
+        let known = first.capacity.get() == Sectors(0) || first.capacity == footer.capacity;
         if fields(&first) != fields(&footer) || !known {
             tell(format!("{name}: header and footer differ"));
         }
@@ -375,7 +375,7 @@ impl<'a> InspectedExtent<'a> {
         let mut own = directory.to_vec();
         let end = self.length.next_multiple_of(SECTOR);
         for sector in &mut own {
-            if u64::from(*sector) * SECTOR + self.table_bytes() > end {
+            if Sectors::from(*sector).bytes() + self.table_bytes() > end {
                 *sector = 0;
             }
         }
@@ -384,7 +384,7 @@ impl<'a> InspectedExtent<'a> {
             self.redundant_at,
             &mut |claims| {
                 for sector in &mut own {
-                    if *sector != 0 && !claims.claim(u64::from(*sector) * SECTOR, self.table_bytes()) {
+                    if *sector != 0 && !claims.claim(Sectors::from(*sector).bytes(), self.table_bytes()) {
                         *sector = 0;
                     }
                 }
@@ -395,13 +395,13 @@ impl<'a> InspectedExtent<'a> {
     }
 
     /// Makes one directory say what the other one does.
-    fn rebuild(&self, mended: &[u32], mended_at: u64, whole: &[u32]) -> Result<Vec<u32>> {
+    fn rebuild(&self, mended: &[u32], mended_at: Sectors, whole: &[u32]) -> Result<Vec<u32>> {
         let storage = &*self.sparse.storage;
         let failed = || format!("{}: could not write a grain table", self.name());
         let mut own = self.own_places(mended, whole)?;
-        let mut end = self.length.div_ceil(SECTOR).next_multiple_of(self.sparse.shape.grain_sectors());
+        let mut end = Sectors::holding(self.length).next_multiple_of(self.sparse.shape.grain_sectors());
         // All of them can be named where they go.
-        sector32(end + whole.len() as u64 * self.sparse.shape.table_sectors())?;
+        sector32(end + self.sparse.shape.table_sectors() * whole.len() as u64)?;
         for (index, (own, whole)) in own.iter_mut().zip(whole).enumerate() {
             let wanted = match self.table(*whole)? {
                 TableCopy::Entries(entries) => entries,
@@ -412,18 +412,18 @@ impl<'a> InspectedExtent<'a> {
                 // None is named, or none that could be written.
             } else if *own == 0 {
                 let place = sector32(end)?;
-                storage.write_at(end * SECTOR, &entry_bytes(&wanted)).with_context(failed)?;
+                storage.write_at(end.bytes(), &entry_bytes(&wanted)).with_context(failed)?;
                 end += self.sparse.shape.table_sectors();
-                storage.set_len(end * SECTOR, Preallocation::Off).with_context(failed)?;
+                storage.set_len(end.bytes(), Preallocation::Off).with_context(failed)?;
                 storage.flush().with_context(failed)?;
                 *own = place;
             } else if !matches!(self.table(*own)?, TableCopy::Entries(entries) if entries == wanted) {
                 let mut wanted = wanted;
                 wanted.resize(usize::try_from(self.sparse.shape.gtes).unwrap_or(0), 0);
-                storage.write_at(u64::from(*own) * SECTOR, &entry_bytes(&wanted)).with_context(failed)?;
+                storage.write_at(Sectors::from(*own).bytes(), &entry_bytes(&wanted)).with_context(failed)?;
             }
             if mended.get(index) != Some(&*own) {
-                let at = mended_at * SECTOR + index as u64 * 4;
+                let at = mended_at.bytes() + index as u64 * 4;
                 storage.write_at(at, own.as_bytes()).with_context(failed)?;
             }
         }
@@ -459,7 +459,8 @@ pub fn mend(sparse: &Sparse, extent: &InspectedExtent<'_>, verdict: &Verdict, ta
         state.gd = rebuilt;
     }
     state.forget_tables();
-    state.next = state.next.max(sparse.storage.len().with_context(|| extent.name().to_owned())?.div_ceil(SECTOR));
+    let end = sparse.storage.len().with_context(|| extent.name().to_owned())?;
+    state.next = state.next.max(Sectors::holding(end));
     tally.mended(verdict.first + verdict.differing);
     Ok(())
 }

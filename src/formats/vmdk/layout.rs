@@ -18,8 +18,8 @@ use crate::block::error::{Context, Operation, Place};
 use crate::block::{Error, Result};
 use crate::storage::Storage;
 
-/// Bytes in a sector.
-pub const SECTOR: u64 = 512;
+pub use crate::formats::sectors::{SECTOR, Sectors};
+
 /// Sparse extent magic, `KDMV`.
 pub const MAGIC: &[u8; 4] = b"KDMV";
 /// ESXi host sparse extent magic.
@@ -37,7 +37,7 @@ pub const FLAG_COMPRESSED: u32 = 1 << 16;
 pub const FLAG_MARKERS: u32 = 1 << 17;
 
 /// `gdOffset` of a stream-optimized extent whose directory is found through the footer.
-pub const GD_AT_END: u64 = u64::MAX;
+pub const GD_AT_END: Sectors = Sectors(u64::MAX);
 /// `compressAlgorithm`: deflate (RFC 1951 in a zlib frame, RFC 1950).
 pub const COMPRESSION_DEFLATE: u16 = 1;
 /// `singleEndLineChar`, `nonEndLineChar`, `doubleEndLineChar1`, `doubleEndLineChar2`.
@@ -50,19 +50,37 @@ pub const HOSTED_GTES: u32 = 512;
 /// Entries in an ESXi host grain table.
 pub const COWD_GTES: u32 = 4096;
 /// Sectors of a hosted grain table.
-pub const GT_SECTORS: u64 = HOSTED_GTES as u64 * 4 / SECTOR;
+pub const GT_SECTORS: Sectors = Sectors::holding(HOSTED_GTES as u64 * 4);
 /// Sectors of a grain as written by everybody.
-pub const GRAIN_SECTORS: u64 = 128;
+pub const GRAIN_SECTORS: Sectors = Sectors(128);
 /// The largest grain we read: 16 MiB. Bounds the buffers that a header can ask for.
-pub const MAX_GRAIN_SECTORS: u64 = 1 << 15;
+pub const MAX_GRAIN_SECTORS: Sectors = Sectors(1 << 15);
 /// Sectors kept for the embedded descriptor.
-pub const DESCRIPTOR_SECTORS: u64 = 20;
+pub const DESCRIPTOR_SECTORS: Sectors = Sectors(20);
 /// The longest descriptor we read.
 pub const MAX_DESCRIPTOR: u64 = 1 << 20;
 /// The most grain tables we map: 64 TiB of 64 KiB grains.
 pub const MAX_TABLES: u64 = 1 << 21;
 /// The most extents of one image.
 pub const MAX_EXTENTS: usize = 1 << 15;
+
+/// Sectors as they are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(transparent)]
+pub struct StoredSectors(U64);
+
+impl StoredSectors {
+    /// What is stored.
+    pub fn get(self) -> Sectors {
+        Sectors(self.0.get())
+    }
+}
+
+impl From<Sectors> for StoredSectors {
+    fn from(sectors: Sectors) -> Self {
+        Self(sectors.0.into())
+    }
+}
 
 /// `SparseExtentHeader`: one sector.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -75,21 +93,21 @@ pub struct SparseHeader {
     /// `FLAG_*`.
     pub flags: U32,
     /// Capacity in sectors.
-    pub capacity: U64,
+    pub capacity: StoredSectors,
     /// Sectors in a grain.
-    pub grain_sectors: U64,
+    pub grain_sectors: StoredSectors,
     /// First sector of the embedded descriptor, 0 for none.
-    pub descriptor_at: U64,
+    pub descriptor_at: StoredSectors,
     /// Its length in sectors.
-    pub descriptor_sectors: U64,
+    pub descriptor_sectors: StoredSectors,
     /// Entries in a grain table.
     pub gtes: U32,
     /// First sector of the redundant grain directory.
-    pub rgd_at: U64,
+    pub rgd_at: StoredSectors,
     /// First sector of the grain directory, or [`GD_AT_END`].
-    pub gd_at: U64,
+    pub gd_at: StoredSectors,
     /// Sectors before the first grain.
-    pub overhead: U64,
+    pub overhead: StoredSectors,
     /// 1 where the extent was not closed cleanly.
     pub unclean: u8,
     /// [`NEWLINES`], unless the file went through a translation of line ends.
@@ -120,7 +138,7 @@ const _: () = {
 
 impl SparseHeader {
     /// A header with its magic, no descriptor, 512 entries a table and grains of 64 KiB; all else is 0.
-    pub fn new(version: u32, flags: u32, capacity: u64) -> Self {
+    pub fn new(version: u32, flags: u32, capacity: Sectors) -> Self {
         Self {
             magic: *MAGIC,
             version: version.into(),
@@ -183,7 +201,7 @@ const _: () = {
 #[repr(C)]
 pub struct GrainMarker {
     /// The grain's first sector on the guest's disk.
-    pub sector: U64,
+    pub sector: StoredSectors,
     /// Bytes of the data that follow.
     pub bytes: U32,
 }
@@ -195,7 +213,7 @@ const _: () = assert!(size_of::<GrainMarker>() == 12);
 #[repr(C)]
 pub struct Marker {
     /// Sectors of what follows.
-    pub sectors: U64,
+    pub sectors: StoredSectors,
     /// 0: a [`GrainMarker`] has the length of its data here.
     pub bytes: U32,
     /// `MARKER_*`.
@@ -221,7 +239,7 @@ pub const MARKER_FOOTER: u32 = 3;
 
 impl Marker {
     /// The marker of that kind, before so many sectors.
-    pub fn new(kind: u32, sectors: u64) -> Self {
+    pub fn new(kind: u32, sectors: Sectors) -> Self {
         Self { sectors: sectors.into(), kind: kind.into(), ..Self::new_zeroed() }
     }
 }
@@ -235,32 +253,32 @@ pub struct SeSparseHeader {
     /// [`SESPARSE_VERSION`].
     pub version: U64,
     /// Capacity in sectors.
-    pub capacity: U64,
+    pub capacity: StoredSectors,
     /// Sectors in a grain: 8.
-    pub grain_sectors: U64,
+    pub grain_sectors: StoredSectors,
     /// Sectors of a grain table: 64, so 4096 entries.
-    pub table_sectors: U64,
+    pub table_sectors: StoredSectors,
     /// Unknown.
     pub unknown_5: [U64; 5],
     /// First sector of the volatile header.
-    pub volatile_at: U64,
+    pub volatile_at: StoredSectors,
     /// Unknown.
     pub unknown_11: [U64; 5],
     /// First sector of the grain directory.
-    pub gd_at: U64,
+    pub gd_at: StoredSectors,
     /// Its length in sectors. An entry's top nibble is 1 where there is a table, its low 32 bits the table's number.
-    pub gd_sectors: U64,
+    pub gd_sectors: StoredSectors,
     /// First sector of the grain tables.
-    pub tables_at: U64,
+    pub tables_at: StoredSectors,
     /// Their length in sectors. An entry's top nibble says 0 or 1: nothing or unmapped, 2: zeros, 3: allocated; bits
     /// 48 to 59 are the low 12 bits of the grain's number, bits 0 to 47 the high ones.
-    pub tables_sectors: U64,
+    pub tables_sectors: StoredSectors,
     /// Unknown.
     pub unknown_20: [U64; 4],
     /// First sector of the grains.
-    pub grains_at: U64,
+    pub grains_at: StoredSectors,
     /// Their length in sectors.
-    pub grains_sectors: U64,
+    pub grains_sectors: StoredSectors,
     /// Unknown.
     pub unknown_26: [U64; 38],
 }
@@ -293,7 +311,7 @@ pub const SESPARSE_VOLATILE_MAGIC: u64 = 0xcafe_cafe;
 /// Version 2.1.
 pub const SESPARSE_VERSION: u64 = 0x0000_0002_0000_0001;
 /// Sectors in a grain of such an extent.
-pub const SESPARSE_GRAIN_SECTORS: u64 = 8;
+pub const SESPARSE_GRAIN_SECTORS: Sectors = Sectors(8);
 /// Entries in its grain tables.
 pub const SESPARSE_GTES: u64 = 4096;
 
@@ -320,8 +338,8 @@ pub fn entry_bytes(entries: &[u32]) -> Vec<u8> {
 }
 
 /// A sector number as tables hold it.
-pub fn sector32(sector: u64) -> Result<u32> {
-    u32::try_from(sector)
+pub fn sector32(sector: Sectors) -> Result<u32> {
+    u32::try_from(sector.0)
         .map_err(|_| Error::unsupported("The extent is full: a sparse VMDK file cannot be larger than 2 TiB"))
 }
 
@@ -335,7 +353,7 @@ mod tests {
             gd_at: GD_AT_END.into(),
             unclean: 1,
             compression: COMPRESSION_DEFLATE.into(),
-            ..SparseHeader::new(3, FLAG_COMPRESSED | FLAG_MARKERS, 0x1234_5678_9abc)
+            ..SparseHeader::new(3, FLAG_COMPRESSED | FLAG_MARKERS, Sectors(0x1234_5678_9abc))
         };
         let bytes = header.as_bytes();
         assert_eq!(&bytes[..4], b"KDMV");

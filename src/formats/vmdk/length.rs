@@ -23,7 +23,7 @@ impl Sparse {
         let state = &mut *guard;
         let Some(header) = state.header else { return Err(Error::unsupported("not a hosted sparse extent")) };
         // Whatever somebody left behind the end.
-        let old_len = state.capacity * SECTOR;
+        let old_len = state.capacity.bytes();
         clear_beyond(self, state, old_len)?;
         if self.shape.compressed && state.stream.is_none() {
             complete_last(self, state, old_len)?;
@@ -83,16 +83,16 @@ fn hide_backing(file: &ExtentFile, state: &mut VmdkState, from: u64, to: u64) ->
         state.ensure_table(file, grain)?;
         let first = state.next;
         if !shape.zeroed {
-            state.next += count * shape.grain_sectors();
+            state.next += shape.grain_sectors() * count;
             sector32(state.next)?;
-            let (at, end) = (first * SECTOR, state.next * SECTOR);
+            let (at, end) = (first.bytes(), state.next.bytes());
             file.storage
                 .zero(at, end - at, Zeroing::Punch)
                 .and_then(|()| file.storage.set_len(end, Preallocation::Off))
                 .with_context(failed)?;
         }
         for n in 0..count {
-            let entry = if shape.zeroed { GTE_ZEROED } else { sector32(first + n * shape.grain_sectors())? };
+            let entry = if shape.zeroed { GTE_ZEROED } else { sector32(first + shape.grain_sectors() * n)? };
             state.change(file, grain + n, entry)?;
         }
         grain += count;
@@ -106,7 +106,7 @@ fn hide_backing(file: &ExtentFile, state: &mut VmdkState, from: u64, to: u64) ->
 fn put_capacity(file: &ExtentFile, state: &mut VmdkState, len: u64, moved: Option<&Directories>) -> Result<()> {
     let failed = || format!("{}: could not write the header", file.name);
     let Some(mut header) = state.header else { return Err(Error::unsupported("not a hosted sparse extent")) };
-    header.capacity = (len / SECTOR).into();
+    header.capacity = Sectors::within(len).into();
     if let Some(moved) = moved {
         (header.gd_at, header.rgd_at) = (moved.gd_at.into(), moved.rgd_at.into());
     }
@@ -115,7 +115,7 @@ fn put_capacity(file: &ExtentFile, state: &mut VmdkState, len: u64, moved: Optio
         first.gd_at = GD_AT_END.into();
     }
     file.storage.write_at(0, first.as_bytes()).with_context(failed)?;
-    state.capacity = len / SECTOR;
+    state.capacity = Sectors::within(len);
     state.header = Some(header);
     Ok(())
 }
@@ -124,17 +124,17 @@ fn put_capacity(file: &ExtentFile, state: &mut VmdkState, len: u64, moved: Optio
 /// of the file are a footer and an end that hold.
 fn grow_stream(file: &ExtentFile, state: &mut VmdkState, old: &SparseHeader, len: u64, tables: usize) -> Result<()> {
     state.gd.resize(tables, 0);
-    let new = SparseHeader { capacity: (len / SECTOR).into(), ..*old };
+    let new = SparseHeader { capacity: Sectors::within(len).into(), ..*old };
     let first = state.next;
     let failed = || format!("{}: could not write the footer", file.name);
-    let end = file.storage.len().with_context(failed)?.div_ceil(SECTOR);
-    let size = tail(&new, 0, &state.gd).len() as u64;
-    let behind = end.max(first + size.div_ceil(SECTOR));
+    let end = Sectors::holding(file.storage.len().with_context(failed)?);
+    let size = tail(&new, Sectors(0), &state.gd).len() as u64;
+    let behind = end.max(first + Sectors::holding(size));
     let directory = state.gd.clone();
-    let put = |at: u64| -> Result<u64> {
+    let put = |at: Sectors| -> Result<u64> {
         let tail = tail(&new, at, &directory);
-        file.storage.write_at(at * SECTOR, &tail).and_then(|()| file.storage.flush()).with_context(failed)?;
-        Ok(at * SECTOR + tail.len() as u64)
+        file.storage.write_at(at.bytes(), &tail).and_then(|()| file.storage.flush()).with_context(failed)?;
+        Ok(at.bytes() + tail.len() as u64)
     };
     put(behind)?;
     put_capacity(file, state, len, None)?;
@@ -142,41 +142,41 @@ fn grow_stream(file: &ExtentFile, state: &mut VmdkState, old: &SparseHeader, len
     file.storage.set_len(end, Preallocation::Off).with_context(failed)
 }
 
-/// Directories with more tables, and their places, in sectors: at the end of the file new tables, and behind them both
+/// Directories with more tables, and their places: at the end of the file new tables, and behind them both
 /// directories. The old ones stay what they are until the header points at the new.
 struct Directories {
     gd: Vec<u32>,
     rgd: Option<Vec<u32>>,
-    gd_at: u64,
-    rgd_at: u64,
+    gd_at: Sectors,
+    rgd_at: Sectors,
     /// Where the new tables start.
-    start: u64,
+    start: Sectors,
     /// Where all that ends.
-    end: u64,
+    end: Sectors,
 }
 
 impl Directories {
     fn new(file: &ExtentFile, state: &VmdkState, header: &SparseHeader, tables: usize) -> Result<Self> {
         let table_sectors = file.shape.table_sectors();
-        let gd_sectors = (tables as u64 * 4).div_ceil(SECTOR);
+        let gd_sectors = Sectors::holding(tables as u64 * 4);
         let copies = if state.rgd.is_some() { 2 } else { 1 };
         let start = state.next;
         let added = (tables - state.gd.len()) as u64;
-        let directory = |old: &[u32], at: u64| -> Result<Vec<u32>> {
+        let directory = |old: &[u32], at: Sectors| -> Result<Vec<u32>> {
             let mut new = old.to_vec();
             for table in 0..added {
-                new.push(sector32(at + table * table_sectors)?);
+                new.push(sector32(at + table_sectors * table)?);
             }
             Ok(new)
         };
         let gd = directory(&state.gd, start)?;
         let rgd = match &state.rgd {
-            Some(rgd) => Some(directory(rgd, start + added * table_sectors)?),
+            Some(rgd) => Some(directory(rgd, start + table_sectors * added)?),
             None => None,
         };
-        let gd_at = start + copies * added * table_sectors;
+        let gd_at = start + table_sectors * (copies * added);
         let rgd_at = if rgd.is_some() { gd_at + gd_sectors } else { header.rgd_at.get() };
-        let end = (gd_at + copies * gd_sectors).next_multiple_of(file.shape.grain_sectors());
+        let end = (gd_at + gd_sectors * copies).next_multiple_of(file.shape.grain_sectors());
         sector32(end)?;
         Ok(Self { gd, rgd, gd_at, rgd_at, start, end })
     }
@@ -184,7 +184,7 @@ impl Directories {
     /// Makes room, and writes both.
     fn write(&self, file: &ExtentFile) -> Result<()> {
         let storage = &file.storage;
-        let (at, end) = (self.start * SECTOR, self.end * SECTOR);
+        let (at, end) = (self.start.bytes(), self.end.bytes());
         storage
             .zero(at, end - at, Zeroing::Punch)
             .and_then(|()| storage.set_len(end, Preallocation::Off))
@@ -192,7 +192,7 @@ impl Directories {
         let failed = || format!("{}: could not write the grain directory", file.name);
         for (directory, at) in [(Some(&self.gd), self.gd_at), (self.rgd.as_ref(), self.rgd_at)] {
             if let Some(directory) = directory {
-                storage.write_at(at * SECTOR, &entry_bytes(directory)).with_context(failed)?;
+                storage.write_at(at.bytes(), &entry_bytes(directory)).with_context(failed)?;
             }
         }
         storage.flush().with_context(failed)
@@ -203,11 +203,11 @@ impl Directories {
 fn complete_last(file: &ExtentFile, state: &mut VmdkState, len: u64) -> Result<()> {
     let Some(plain) = grain::short_last(file, state, len)? else { return Ok(()) };
     let (index, mut encoded) = (len / file.shape.grain, Vec::new());
-    grain::encode(index * file.shape.grain_sectors(), &plain, How::VMDK, &mut encoded)?;
-    let (at, sectors) = (state.next, encoded.len() as u64 / SECTOR);
+    grain::encode(file.shape.grain_sectors() * index, &plain, How::VMDK, &mut encoded)?;
+    let (at, sectors) = (state.next, Sectors::holding(encoded.len() as u64));
     let value = sector32(at)?;
     file.storage
-        .write_at(at * SECTOR, &encoded)
+        .write_at(at.bytes(), &encoded)
         .and_then(|()| file.storage.flush())
         .with_context(|| format!("{}: could not write the last grain", file.name))?;
     state.next += sectors;
@@ -226,7 +226,7 @@ fn clear_beyond(file: &ExtentFile, state: &mut VmdkState, len: u64) -> Result<()
     if skip != 0
         && let Grain::At(sector) = state.grain(file, len / shape.grain)?
     {
-        file.storage.zero(sector * SECTOR + skip, shape.grain - skip, Zeroing::Punch).with_context(failed)?;
+        file.storage.zero(sector.bytes() + skip, shape.grain - skip, Zeroing::Punch).with_context(failed)?;
     }
     let last = state.gd.len() as u64 * shape.gtes;
     let mut grain = len.div_ceil(shape.grain);
@@ -242,7 +242,7 @@ fn clear_beyond(file: &ExtentFile, state: &mut VmdkState, len: u64) -> Result<()
             Grain::Unallocated => {}
             Grain::Zeroed => state.change(file, grain, 0)?,
             Grain::At(sector) => {
-                file.storage.discard(sector * SECTOR, shape.grain).with_context(failed)?;
+                file.storage.discard(sector.bytes(), shape.grain).with_context(failed)?;
                 state.change(file, grain, 0)?;
             }
         }

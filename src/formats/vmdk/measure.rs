@@ -7,7 +7,7 @@
 use super::Vmdk;
 use super::create::{SPLIT, SparseLayout, Subformat, decide_size, subformat, tables};
 use super::grain;
-use super::layout::{GRAIN_SECTORS, GT_SECTORS, GrainMarker, HOSTED_GTES, SECTOR};
+use super::layout::{GRAIN_SECTORS, GT_SECTORS, GrainMarker, HOSTED_GTES, SECTOR, Sectors};
 use crate::block::Result;
 use crate::block::measure::{Measure, MeasureRequest, Measured};
 
@@ -27,7 +27,7 @@ impl Measure for Vmdk {
             false => vec![size],
         };
         let descriptor = if split || flat { DESCRIPTOR + extents.len() as u64 * EXTENT_LINE } else { 0 };
-        let grain = GRAIN_SECTORS * SECTOR;
+        let grain = GRAIN_SECTORS.bytes();
         let (required, fully_allocated) = if flat {
             // An empty one has its first sector.
             let bytes: u64 = extents.iter().map(|size| (*size).max(SECTOR)).sum();
@@ -38,10 +38,10 @@ impl Measure for Vmdk {
             let directory = (4 * tables(size)).next_multiple_of(SECTOR);
             // Header and descriptor; then directory, footer, their markers and the last one.
             let fixed = grain + directory + 4 * SECTOR;
-            let bytes = |grains: u64, tables: u64| fixed + grains * unit + tables * (1 + GT_SECTORS) * SECTOR;
+            let bytes = |grains: u64, tables: u64| fixed + grains * unit + tables * (Sectors(1) + GT_SECTORS).bytes();
             (bytes(stored(grain)?, stored(span)?), bytes(size.div_ceil(grain), size.div_ceil(span)))
         } else {
-            let overhead: u64 = extents.iter().map(|size| SparseLayout::overhead(*size) * SECTOR).sum();
+            let overhead: u64 = extents.iter().map(|size| SparseLayout::overhead(*size).bytes()).sum();
             (overhead + stored(grain)? * grain, overhead + size.div_ceil(grain) * grain)
         };
         let (required, fully_allocated) = (descriptor + required, descriptor + fully_allocated);

@@ -76,8 +76,8 @@ impl Format for Vmdk {
 /// How the guest bytes of an extent are stored.
 #[derive(Debug)]
 enum Body {
-    /// In a file, from an offset in bytes on.
-    Flat { file: usize, offset: u64 },
+    /// In a file, from an offset on.
+    Flat { file: usize, offset: HostOffset },
     /// Behind grain tables.
     Sparse { file: usize, sparse: Box<Sparse> },
     /// Behind the tables of a space-efficient extent; read only.
@@ -93,7 +93,7 @@ enum Body {
 /// A run of the guest's disk.
 #[derive(Debug)]
 struct VmdkPart {
-    start: u64,
+    start: GuestOffset,
     len: AtomicU64,
     access: ExtentAccess,
     /// The type's word in the descriptor; empty where the descriptor is within the extent itself.
@@ -102,7 +102,7 @@ struct VmdkPart {
 }
 
 impl VmdkPart {
-    fn new(start: u64, len: u64, access: ExtentAccess, word: &str, body: Body) -> Self {
+    fn new(start: GuestOffset, len: u64, access: ExtentAccess, word: &str, body: Body) -> Self {
         Self { start, len: AtomicU64::new(len), access, word: word.to_owned(), body }
     }
 
@@ -113,7 +113,12 @@ impl VmdkPart {
 
     /// Where it ends on the guest's disk. The sum was checked when the image was opened.
     fn end(&self) -> u64 {
-        self.start.saturating_add(self.len())
+        (self.start + self.len()).get()
+    }
+
+    /// How far behind its start a place of the guest's disk is that lies in it.
+    fn inside(&self, at: GuestOffset) -> u64 {
+        at.get() - self.start.get()
     }
 
     /// Bytes in a grain, where there are grains.
@@ -171,7 +176,7 @@ impl BlockDriver for VmdkDriver {
 
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let part = &self.parts[self.part_at(at.get())?];
-        let inside = at.get() - part.start;
+        let inside = part.inside(at);
         let max = max.min(part.end().saturating_sub(at.get()));
         let (kind, len) = match &part.body {
             Body::Zero => (ExtentKind::Zero(None), max),
@@ -180,7 +185,7 @@ impl BlockDriver for VmdkDriver {
                 return Err(Error::unsupported(format!("offset {at} lies in an extent that is marked NOACCESS")));
             }
             Body::Flat { file, offset } => {
-                let place = HostPlace { file: *file, at: HostOffset(*offset) + inside };
+                let place = HostPlace { file: *file, at: *offset + inside };
                 let stored = self.files[*file].stored_extent(at, place, max)?;
                 (stored.kind, stored.len)
             }
@@ -191,7 +196,7 @@ impl BlockDriver for VmdkDriver {
                     Grain::Zeroed => ExtentKind::Zero(None),
                     Grain::At(sector) => {
                         let skip = inside % SeSparse::GRAIN;
-                        ExtentKind::Data(HostPlace { file: *file, at: HostOffset(sector * SECTOR) + skip })
+                        ExtentKind::Data(HostPlace { file: *file, at: HostOffset(sector.bytes()) + skip })
                     }
                 };
                 (kind, len)
@@ -206,7 +211,7 @@ impl BlockDriver for VmdkDriver {
                     }
                     Grain::At(sector) => {
                         let skip = inside % sparse.shape.grain;
-                        ExtentKind::Data(HostPlace { file: *file, at: HostOffset(sector * SECTOR) + skip })
+                        ExtentKind::Data(HostPlace { file: *file, at: HostOffset(sector.bytes()) + skip })
                     }
                 };
                 (kind, len)
@@ -325,13 +330,13 @@ impl VmdkDriver {
         &self,
         file: usize,
         sparse: &Sparse,
-        sector: u64,
+        sector: Sectors,
         at: GuestOffset,
         inside: u64,
         part: &VmdkPart,
     ) -> Result<CompressedUnit> {
         let grain = sparse.shape.grain;
-        let marker_at = sector.checked_mul(SECTOR).ok_or_else(|| Error::corrupt("grain past every end"))?;
+        let marker_at = sector.checked_bytes().ok_or_else(|| Error::corrupt("grain past every end"))?;
         let cap = grain::longest(grain);
         let failed = || format!("{}: could not read a grain marker", sparse.name);
         let end = || sparse.storage.len().with_context(failed);
@@ -354,6 +359,6 @@ impl VmdkDriver {
         };
         let start = part.start + inside / grain * grain;
         let place = HostPlace { file, at: HostOffset(marker_at) + skip };
-        Ok(CompressedUnit { start: GuestOffset(start), len: grain, place, host_len })
+        Ok(CompressedUnit { start, len: grain, place, host_len })
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use crate::block::error::Context;
-use crate::block::{BackingRef, Child, Error, ErrorKind, OpenRequest, Related, Result};
+use crate::block::{BackingRef, Child, Error, ErrorKind, GuestOffset, HostOffset, OpenRequest, Related, Result};
 use crate::storage::Storage;
 
 use super::descriptor::{self, Descriptor, ExtentAccess, ExtentLine, ExtentType};
@@ -34,7 +34,7 @@ impl VmdkDriver {
         } else {
             open_row(&mut files, related, look_only)?
         };
-        if write && parts.iter().any(|part| part.grain().is_some_and(|grain| !part.start.is_multiple_of(grain))) {
+        if write && parts.iter().any(|part| part.grain().is_some_and(|grain| !part.start.get().is_multiple_of(grain))) {
             return Err(Error::unsupported("An extent that begins within a grain can be read, but not written"));
         }
         let size = parts.last().map_or(0, VmdkPart::end);
@@ -54,9 +54,9 @@ fn no_disk() -> Error {
     Error::unsupported("This is one extent of a disk: the descriptor, which names all of them, is needed")
 }
 
-/// Sectors in bytes.
-pub(super) fn bytes(sectors: u64) -> Result<u64> {
-    sectors.checked_mul(SECTOR).filter(|n| i64::try_from(*n).is_ok()).ok_or_else(|| Error::corrupt("Extent too long"))
+/// Sectors in bytes, as far as a disk can reach.
+pub(super) fn bytes(sectors: Sectors) -> Result<u64> {
+    sectors.checked_bytes().filter(|n| i64::try_from(*n).is_ok()).ok_or_else(|| Error::corrupt("Extent too long"))
 }
 
 /// Opens a sparse file with its descriptor in it.
@@ -75,18 +75,23 @@ fn open_alone(file: &Child, head: &[u8]) -> Result<(Descriptor, TextAt, Vec<Vmdk
     descriptor.create_type = if sparse.shape.compressed { "streamOptimized" } else { "monolithicSparse" }.to_owned();
     let len_of_disk = bytes(sparse.state().capacity)?;
     let body = Body::Sparse { file: 0, sparse: Box::new(sparse) };
-    Ok((descriptor, (at, Some(len)), vec![VmdkPart::new(0, len_of_disk, ExtentAccess::ReadWrite, "", body)]))
+    Ok((
+        descriptor,
+        (at, Some(len)),
+        vec![VmdkPart::new(GuestOffset(0), len_of_disk, ExtentAccess::ReadWrite, "", body)],
+    ))
 }
 
 /// The descriptor within a sparse file: its place, the room for it, its bytes. It is where the header says, where the
 /// first of two headers says, or, if there is none, behind the header.
 pub(super) fn embedded(sparse: &Sparse, head: &[u8]) -> Result<Option<(u64, u64, Vec<u8>)>> {
     let headers = [sparse.state().header, SparseHeader::parse(head)];
-    let told = headers.into_iter().flatten().map(|header| {
-        (header.descriptor_at.get().saturating_mul(SECTOR), header.descriptor_sectors.get().saturating_mul(SECTOR))
-    });
+    let told = headers
+        .into_iter()
+        .flatten()
+        .map(|header| (header.descriptor_at.get().bytes(), header.descriptor_sectors.get().bytes()));
     let mut places: Vec<(u64, u64)> = told.filter(|(at, _)| *at != 0).collect();
-    places.push((SECTOR, DESCRIPTOR_SECTORS * SECTOR));
+    places.push((SECTOR, DESCRIPTOR_SECTORS.bytes()));
     places.dedup();
     for (at, len) in places {
         let text = read_text(&*sparse.storage, at, len)?;
@@ -142,7 +147,7 @@ fn open_row(
             Body::Sparse { sparse, .. } => bytes(sparse.state().capacity)?,
             _ => bytes(line.sectors)?,
         };
-        parts.push(VmdkPart::new(start, len, line.access, &line.word, body));
+        parts.push(VmdkPart::new(GuestOffset(start), len, line.access, &line.word, body));
         start = start.checked_add(len).ok_or_else(|| Error::corrupt("The extents are too long"))?;
     }
     if let Some(line) = &descriptor.malformed {
@@ -182,10 +187,10 @@ fn open_extent(
     files.push(child);
     let file = files.len() - 1;
     if line.kind == ExtentType::Flat {
-        let offset = bytes(line.offset)?;
+        let offset = HostOffset(bytes(line.offset)?);
         let raw = ["fulldevice", "partitioneddevice"].contains(&&*descriptor.create_type.to_ascii_lowercase());
         if raw || storage.facts().fixed_len {
-            check_device(&name, &*storage, offset.saturating_add(bytes(line.sectors)?))?;
+            check_device(&name, &*storage, (offset + bytes(line.sectors)?).get())?;
         }
         return Ok(Body::Flat { file, offset });
     }

@@ -20,7 +20,7 @@ use std::cmp::Ordering::{Equal, Greater, Less};
 use std::sync::atomic::Ordering;
 
 use crate::block::error::Context;
-use crate::block::{BlockDriver, Error, NoFiles, Resize, ResizeFiles, Result};
+use crate::block::{BlockDriver, Error, HostOffset, NoFiles, Resize, ResizeFiles, Result};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 use super::create::{SPLIT, SUBFORMATS, SparseLayout, Subformat, extent_name};
@@ -58,18 +58,18 @@ impl Resize for VmdkDriver {
             Body::Flat { file, offset } => {
                 let storage = &self.files[*file].storage;
                 if len >= last.len() {
-                    grow_flat(&**storage, offset + last.len(), offset + len, fill)?;
+                    grow_flat(&**storage, *offset + last.len(), *offset + len, fill)?;
                     self.tell(&plan, files)?;
                 } else {
                     self.tell(&plan, files)?;
-                    cut_flat(&**storage, offset + last.len(), offset + len)?;
+                    cut_flat(&**storage, *offset + last.len(), *offset + len)?;
                 }
             }
             Body::Sparse { sparse, .. } => {
                 match len.cmp(&last.len()) {
                     Less => sparse.shrink(len)?,
                     Equal => {}
-                    Greater => sparse.grow(len, covered.saturating_sub(last.start))?,
+                    Greater => sparse.grow(len, covered.saturating_sub(last.start.get()))?,
                 }
                 self.tell(&plan, files)?;
             }
@@ -150,13 +150,14 @@ impl VmdkDriver {
         if fill != Preallocation::Off && (!flat || fill == Preallocation::Metadata) {
             return Err(Error::unsupported(format!("Unsupported preallocation mode '{}'", fill.name())));
         }
-        if size < old && size <= last.start {
+        let start = last.start.get();
+        if size < old && size <= start {
             return Err(Error::unsupported(format!(
                 "An image of several extents can only shrink within its last one, down to {} bytes",
-                last.start + SECTOR
+                start + SECTOR
             )));
         }
-        let mut plan = VmdkResizePlan { last, len: size - last.start, size, more: Vec::new(), flat, zeroed: false };
+        let mut plan = VmdkResizePlan { last, len: size - start, size, more: Vec::new(), flat, zeroed: false };
         if let Body::Sparse { sparse, .. } = &last.body {
             plan.zeroed = sparse.shape.zeroed;
         }
@@ -168,7 +169,7 @@ impl VmdkDriver {
                 Body::Sparse { sparse, .. } => last.len().next_multiple_of(sparse.shape.grain).min(plan.len),
                 _ => SPLIT.max(last.len()),
             };
-            plan.more = self.more_extents(subformat, size - last.start - plan.len);
+            plan.more = self.more_extents(subformat, size - start - plan.len);
             if self.backing.is_some() {
                 return Err(Error::unsupported(
                     "A split image with a backing file can only grow to the end of its last extent, of 2 GiB",
@@ -182,7 +183,7 @@ impl VmdkDriver {
             (Body::Flat { file, offset }, ExtentAccess::ReadWrite) => {
                 self.alone(*file)?;
                 let storage = &self.files[*file].storage;
-                if storage.len().context("Failed to resize underlying file")? < offset + last.len() {
+                if storage.len().context("Failed to resize underlying file")? < (*offset + last.len()).get() {
                     let name = &self.files[*file].name;
                     return Err(Error::corrupt(format!("'{name}' is cut short: a part of the disk is missing")));
                 }
@@ -271,7 +272,8 @@ fn with_sectors(line: &str, new: u64) -> String {
 }
 
 /// Makes the file of a flat extent long enough; what lies there already behind the extent becomes zero.
-fn grow_flat(storage: &dyn Storage, old: u64, new: u64, fill: Preallocation) -> Result<()> {
+fn grow_flat(storage: &dyn Storage, old: HostOffset, new: HostOffset, fill: Preallocation) -> Result<()> {
+    let (HostOffset(old), HostOffset(new)) = (old, new);
     let failed = "Failed to resize underlying file";
     let len = storage.len().context(failed)?;
     let how = match fill {
@@ -286,7 +288,8 @@ fn grow_flat(storage: &dyn Storage, old: u64, new: u64, fill: Preallocation) -> 
 }
 
 /// Cuts the file of a flat extent, unless there is more behind it: then its end becomes zero.
-fn cut_flat(storage: &dyn Storage, old: u64, new: u64) -> Result<()> {
+fn cut_flat(storage: &dyn Storage, old: HostOffset, new: HostOffset) -> Result<()> {
+    let (HostOffset(old), HostOffset(new)) = (old, new);
     let failed = "Failed to resize underlying file";
     let len = storage.len().context(failed)?;
     match len {

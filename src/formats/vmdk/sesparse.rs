@@ -11,8 +11,9 @@ use crate::storage::Storage;
 use super::layout::*;
 use super::tables::Grain;
 
-const GRAIN: u64 = SESPARSE_GRAIN_SECTORS * SECTOR;
+const GRAIN: u64 = SESPARSE_GRAIN_SECTORS.bytes();
 const GTES: u64 = SESPARSE_GTES;
+const TABLE: Sectors = Sectors::holding(GTES * 8);
 /// Bytes of directory and tables that are kept.
 const CACHED: usize = 1 << 20;
 
@@ -23,9 +24,9 @@ pub struct SeSparse {
     gd_at: u64,
     /// Entries of the directory: as many as it has, and the extent's length needs.
     gd_entries: u64,
-    tables_at: u64,
+    tables_at: Sectors,
     tables: u64,
-    grains_at: u64,
+    grains_at: Sectors,
     cache: Mutex<TableCache>,
     end: FileEnd,
 }
@@ -50,11 +51,11 @@ impl SeSparse {
         if version != SESPARSE_VERSION {
             return Err(Error::unsupported(format!("seSparse extent: unsupported version {version:#x}")));
         }
-        if header.grain_sectors.get() != SESPARSE_GRAIN_SECTORS || header.table_sectors.get() != GTES * 8 / SECTOR {
+        if header.grain_sectors.get() != SESPARSE_GRAIN_SECTORS || header.table_sectors.get() != TABLE {
             return Err(Error::unsupported("seSparse extent: grains of 8 and tables of 64 sectors are expected"));
         }
         let past = || corrupt("offset past every end");
-        let volatile_at = header.volatile_at.get().checked_mul(SECTOR).ok_or_else(past)?;
+        let volatile_at = header.volatile_at.get().checked_bytes().ok_or_else(past)?;
         let volatile: SeSparseVolatile = read(&*storage, name, "the volatile header", volatile_at)?;
         if volatile.magic.get() != SESPARSE_VOLATILE_MAGIC {
             return Err(corrupt("no magic number in the volatile header"));
@@ -62,18 +63,18 @@ impl SeSparse {
         if volatile.replay.get() != 0 {
             return Err(Error::unsupported("seSparse extent: its journal must be replayed first"));
         }
-        let needed = header.capacity.get().div_ceil(SESPARSE_GRAIN_SECTORS * GTES);
+        let needed = header.capacity.get().0.div_ceil((SESPARSE_GRAIN_SECTORS * GTES).0);
         if needed > MAX_TABLES * 8 {
             return Err(corrupt("too many grain tables"));
         }
-        let gd_at = header.gd_at.get().checked_mul(SECTOR).ok_or_else(past)?;
-        let gd_entries = header.gd_sectors.get().saturating_mul(SECTOR / 8).min(needed);
+        let gd_at = header.gd_at.get().checked_bytes().ok_or_else(past)?;
+        let gd_entries = (header.gd_sectors.get().bytes() / 8).min(needed);
         let cache = Mutex::new(TableCache::new(CACHED, name, "the tables"));
         Ok(Self {
             gd_at,
             gd_entries,
             tables_at: header.tables_at.get(),
-            tables: header.tables_sectors.get() / header.table_sectors.get(),
+            tables: header.tables_sectors.get().0 / TABLE.0,
             grains_at: header.grains_at.get(),
             storage,
             cache,
@@ -103,7 +104,7 @@ impl SeSparse {
         if table >= self.tables {
             return Err(corrupt(&format!("there is no grain table {table}")));
         }
-        let at = self.tables_at.checked_add(table * 64).and_then(|sector| sector.checked_mul(SECTOR));
+        let at = (self.tables_at + TABLE * table).checked_bytes();
         Ok(Some((table, at.ok_or_else(|| corrupt("offset past every end"))?)))
     }
 
@@ -124,8 +125,9 @@ impl SeSparse {
             2 => Ok(Grain::Zeroed),
             3 => {
                 let number = ((entry >> 48) & 0xfff) | ((entry & 0xffff_ffff_ffff) << 12);
-                let sector = number.checked_mul(8).and_then(|n| n.checked_add(self.grains_at));
-                sector.filter(|n| *n < u64::MAX / SECTOR).map(Grain::At).ok_or_else(|| corrupt("grain past every end"))
+                let sector = SESPARSE_GRAIN_SECTORS * number + self.grains_at;
+                let known = sector.checked_bytes().map(|_| Grain::At(sector));
+                known.ok_or_else(|| corrupt("grain past every end"))
             }
             _ => Err(corrupt(&format!("invalid table entry {entry:#x}"))),
         }
@@ -152,7 +154,7 @@ impl SeSparse {
             // An error is for those who ask for what comes next.
             let Ok(next) = self.entry(&mut cache, end / GRAIN) else { break };
             let goes_on = match (first, next) {
-                (Grain::At(a), Grain::At(b)) => a + (end / GRAIN - grain) * 8 == b,
+                (Grain::At(a), Grain::At(b)) => a + SESPARSE_GRAIN_SECTORS * (end / GRAIN - grain) == b,
                 (a, b) => a == b,
             };
             if !goes_on {

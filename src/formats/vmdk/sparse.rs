@@ -59,12 +59,12 @@ impl Sparse {
         let header = if streamed { ruling(&*storage, name, length, first)? } else { first };
         check(&header)?;
         let (grain_sectors, overhead) = (header.grain_sectors.get(), header.overhead.get());
-        let least = overhead.saturating_mul(SECTOR);
+        let least = overhead.bytes();
         if length < least && !storage.facts().fixed_len {
             return Err(Error::corrupt(format!("File truncated, expecting at least {least} bytes")));
         }
         let shape = GrainShape {
-            grain: grain_sectors * SECTOR,
+            grain: grain_sectors.bytes(),
             gtes: header.gtes.get().into(),
             zeroed: header.has(FLAG_ZERO_GRAIN),
             compressed: header.compressed(),
@@ -72,7 +72,7 @@ impl Sparse {
         };
         let tables = tables_of(&header);
         let gd = read_directory(&*storage, name, header.gd_at.get(), tables)?;
-        let redundant = header.has(FLAG_REDUNDANT) && header.rgd_at.get() != 0;
+        let redundant = header.has(FLAG_REDUNDANT) && header.rgd_at.get() != Sectors(0);
         let rgd = if redundant { Some(read_directory(&*storage, name, header.rgd_at.get(), tables)?) } else { None };
         let stream = if shape.compressed && streamed {
             Some(Stream::resume(&*storage, name, header.gd_at.get())?)
@@ -82,9 +82,9 @@ impl Sparse {
         let next = match &stream {
             Some(stream) => stream.tail_at,
             None => {
-                let end = length.div_ceil(SECTOR);
+                let end = Sectors::holding(length);
                 let end = if shape.compressed { end } else { end.next_multiple_of(grain_sectors) };
-                end.max(overhead.min(length.div_ceil(SECTOR)))
+                end.max(overhead.min(Sectors::holding(length)))
             }
         };
         let mut state = VmdkState::new(header.capacity.get(), gd, next);
@@ -94,19 +94,19 @@ impl Sparse {
     }
 
     fn open_cowd(name: &str, storage: Arc<dyn Storage>, header: CowdHeader) -> Result<Self> {
-        let grain_sectors = u64::from(header.grain_sectors.get());
+        let grain_sectors = Sectors::from(header.grain_sectors.get());
         check_grain(grain_sectors)?;
         let shape = GrainShape {
-            grain: grain_sectors * SECTOR,
+            grain: grain_sectors.bytes(),
             gtes: COWD_GTES.into(),
             zeroed: false,
             compressed: false,
             markers: false,
         };
-        let capacity = u64::from(header.capacity.get());
-        let tables = capacity.div_ceil(grain_sectors * shape.gtes).min(header.gd_entries.get().into());
+        let capacity = Sectors::from(header.capacity.get());
+        let tables = capacity.0.div_ceil((grain_sectors * shape.gtes).0).min(header.gd_entries.get().into());
         let gd = read_directory(&*storage, name, header.gd_at.get().into(), tables)?;
-        let end = storage.len().context("Could not get the length of the extent")?.div_ceil(SECTOR);
+        let end = Sectors::holding(storage.len().context("Could not get the length of the extent")?);
         let file = ExtentFile { name: name.to_owned(), storage, shape };
         Ok(Self { file, hosted: false, state: Mutex::new(VmdkState::new(capacity, gd, end)) })
     }
@@ -141,7 +141,7 @@ impl Sparse {
             let Ok(next) = state.grain(self, end / grain) else { break };
             let goes_on = match (first, next) {
                 (Grain::At(a), Grain::At(b)) => {
-                    !self.shape.compressed && a + (end / grain - at / grain) * self.shape.grain_sectors() == b
+                    !self.shape.compressed && a + self.shape.grain_sectors() * (end / grain - at / grain) == b
                 }
                 (a, b) => a == b,
             };
@@ -167,7 +167,7 @@ fn check(header: &SparseHeader) -> Result<()> {
     if version > 3 {
         return Err(Error::unsupported(format!("Unsupported VMDK version {version}")));
     }
-    if gtes == 0 || grain_sectors == 0 || grain_sectors > u64::from(u32::MAX) {
+    if gtes == 0 || grain_sectors == Sectors(0) || grain_sectors > Sectors::from(u32::MAX) {
         return Err(Error::corrupt("L1 entry size is invalid"));
     }
     if gtes > HOSTED_GTES {
@@ -180,8 +180,8 @@ fn check(header: &SparseHeader) -> Result<()> {
     Ok(())
 }
 
-fn check_grain(sectors: u64) -> Result<()> {
-    if sectors == 0 || !sectors.is_power_of_two() || sectors > MAX_GRAIN_SECTORS {
+fn check_grain(sectors: Sectors) -> Result<()> {
+    if !sectors.0.is_power_of_two() || sectors > MAX_GRAIN_SECTORS {
         return Err(Error::corrupt(format!("Invalid granularity, image may be corrupt: {sectors} sectors a grain")));
     }
     Ok(())
@@ -189,7 +189,7 @@ fn check_grain(sectors: u64) -> Result<()> {
 
 /// Grain tables of an extent whose header was checked.
 fn tables_of(header: &SparseHeader) -> u64 {
-    header.capacity.get().div_ceil(header.grain_sectors.get() * u64::from(header.gtes.get()))
+    header.capacity.get().0.div_ceil((header.grain_sectors.get() * u64::from(header.gtes.get())).0)
 }
 
 /// The header of an extent whose first header says that its directory is found through the footer: all fields are
@@ -222,28 +222,28 @@ fn holds(storage: &dyn Storage, file: &str, end: u64, header: &SparseHeader) -> 
         return Ok(false);
     }
     let bytes = tables * 4;
-    let fits = |sector: u64, bytes: u64| {
-        sector.checked_mul(SECTOR).and_then(|at| at.checked_add(bytes)).is_some_and(|last| last <= end)
+    let fits = |sector: Sectors, bytes: u64| {
+        sector.checked_bytes().and_then(|at| at.checked_add(bytes)).is_some_and(|last| last <= end)
     };
     let inside =
         fits(header.gd_at.get(), bytes) && fits(header.overhead.get(), 0) && fits(header.descriptor_at.get(), 0);
     // The marker before the directory knows how long this is.
     let told = if inside { directory_marker(storage, file, header.gd_at.get())? } else { None };
-    Ok(inside && told.is_none_or(|sectors| sectors == bytes.div_ceil(SECTOR)))
+    Ok(inside && told.is_none_or(|sectors| sectors == Sectors::holding(bytes)))
 }
 
 /// So many entries of a grain directory at that sector.
-pub fn read_directory(storage: &dyn Storage, file: &str, sector: u64, entries: u64) -> Result<Vec<u32>> {
+pub fn read_directory(storage: &dyn Storage, file: &str, sector: Sectors, entries: u64) -> Result<Vec<u32>> {
     if entries > MAX_TABLES {
         return Err(Error::corrupt("L1 size too big"));
     }
-    let at = sector.checked_mul(SECTOR).ok_or_else(|| Error::corrupt("The grain directory lies past every end"))?;
+    let at = sector.checked_bytes().ok_or_else(|| Error::corrupt("The grain directory lies past every end"))?;
     read_entries(storage, file, "the grain directory", at, entries)
 }
 
 impl VmdkState {
     /// Room for an encoded grain; its table is opened, and those before it are written.
-    pub fn place_encoded(&mut self, extent: &ExtentFile, grain: u64, bytes: u64) -> Result<u64> {
+    pub fn place_encoded(&mut self, extent: &ExtentFile, grain: u64, bytes: u64) -> Result<Sectors> {
         let (table, entry) = (grain / extent.shape.gtes, grain % extent.shape.gtes);
         let is_open = self.stream.as_ref().is_some_and(|stream| stream.is_open(table));
         if !is_open {
@@ -260,7 +260,7 @@ impl VmdkState {
             }
         }
         let sector = self.next;
-        self.next += bytes.div_ceil(SECTOR);
+        self.next += Sectors::holding(bytes);
         let value = sector32(sector)?;
         if let Some(stream) = &mut self.stream {
             stream.dirty = true;
@@ -284,10 +284,10 @@ impl VmdkState {
             let mut bytes = Marker::new(MARKER_TABLE, sectors).as_bytes().to_vec();
             bytes.extend_from_slice(&entry_bytes(&entries));
             let failed = || format!("{}: could not write a grain table", extent.name);
-            extent.storage.write_at(self.next * SECTOR, &bytes).with_context(failed)?;
+            extent.storage.write_at(self.next.bytes(), &bytes).with_context(failed)?;
             let slot = usize::try_from(table).ok().and_then(|i| self.gd.get_mut(i));
-            *slot.ok_or_else(|| Error::corrupt("grain beyond the directory"))? = sector32(self.next + 1)?;
-            self.next += 1 + sectors;
+            *slot.ok_or_else(|| Error::corrupt("grain beyond the directory"))? = sector32(self.next + Sectors(1))?;
+            self.next += Sectors(1) + sectors;
         }
         Ok(())
     }
@@ -300,7 +300,7 @@ impl VmdkState {
         let Some(header) = self.header else { return Ok(()) };
         self.write_open(extent, u64::MAX)?;
         let tail = tail(&header, self.next, &self.gd);
-        let at = self.next * SECTOR;
+        let at = self.next.bytes();
         let failed = || format!("{}: could not write the footer", extent.name);
         extent.storage.write_at(at, &tail).with_context(failed)?;
         extent.storage.set_len(at + tail.len() as u64, Preallocation::Off).with_context(failed)?;

@@ -20,7 +20,7 @@ use super::layout::*;
 #[derive(Debug)]
 pub struct Stream {
     /// The sector where the tail starts: everything before it stays.
-    pub tail_at: u64,
+    pub tail_at: Sectors,
     /// Whether the tail on disk does not say what it should.
     pub dirty: bool,
     open: BTreeMap<u64, Vec<u32>>,
@@ -28,9 +28,9 @@ pub struct Stream {
 
 impl Stream {
     /// The state of a complete extent: its tail starts with the marker of the grain directory.
-    pub fn resume(storage: &dyn Storage, file: &str, gd_at: u64) -> Result<Self> {
-        let before = gd_at.saturating_sub(1);
-        let tail_at = if directory_marker(storage, file, gd_at)?.is_some() { before } else { gd_at };
+    pub fn resume(storage: &dyn Storage, file: &str, gd_at: Sectors) -> Result<Self> {
+        let marked = directory_marker(storage, file, gd_at)?.is_some();
+        let tail_at = if marked { gd_at.before().unwrap_or_default() } else { gd_at };
         Ok(Self { tail_at, open: BTreeMap::new(), dirty: false })
     }
 
@@ -65,24 +65,24 @@ impl Stream {
 }
 
 /// How many sectors the marker before a grain directory says that this has; `None` where there is no such marker.
-pub fn directory_marker(storage: &dyn Storage, file: &str, gd_at: u64) -> Result<Option<u64>> {
-    let Some(before) = gd_at.checked_sub(1) else { return Ok(None) };
-    let at = before.checked_mul(SECTOR).ok_or_else(|| Error::corrupt("The grain directory lies past every end"))?;
+pub fn directory_marker(storage: &dyn Storage, file: &str, gd_at: Sectors) -> Result<Option<Sectors>> {
+    let Some(before) = gd_at.before() else { return Ok(None) };
+    let at = before.checked_bytes().ok_or_else(|| Error::corrupt("The grain directory lies past every end"))?;
     let marker: Marker = read(storage, file, "the marker of the grain directory", at)?;
     let known = marker.bytes.get() == 0 && marker.kind.get() == MARKER_DIRECTORY;
     Ok(known.then_some(marker.sectors.get()))
 }
 
 /// Grain directory, footer and end-of-stream marker, to stand at sector `at`.
-pub fn tail(header: &SparseHeader, at: u64, gd: &[u32]) -> Vec<u8> {
+pub fn tail(header: &SparseHeader, at: Sectors, gd: &[u32]) -> Vec<u8> {
     let mut directory = entry_bytes(gd);
     directory.resize(directory.len().next_multiple_of(512), 0);
-    let sectors = directory.len() as u64 / SECTOR;
-    let footer = SparseHeader { gd_at: (at + 1).into(), ..*header };
+    let sectors = Sectors::holding(directory.len() as u64);
+    let footer = SparseHeader { gd_at: (at + Sectors(1)).into(), ..*header };
     let mut bytes = Marker::new(MARKER_DIRECTORY, sectors).as_bytes().to_vec();
     bytes.extend_from_slice(&directory);
-    bytes.extend_from_slice(Marker::new(MARKER_FOOTER, 1).as_bytes());
+    bytes.extend_from_slice(Marker::new(MARKER_FOOTER, Sectors(1)).as_bytes());
     bytes.extend_from_slice(footer.as_bytes());
-    bytes.extend_from_slice(Marker::new(MARKER_END, 0).as_bytes());
+    bytes.extend_from_slice(Marker::new(MARKER_END, Sectors(0)).as_bytes());
     bytes
 }

@@ -26,7 +26,7 @@ pub enum Grain {
     /// Zeros.
     Zeroed,
     /// It starts at that sector of the file.
-    At(u64),
+    At(Sectors),
 }
 
 /// What does not change while an extent is open.
@@ -46,13 +46,13 @@ pub struct GrainShape {
 
 impl GrainShape {
     /// Sectors of a grain table.
-    pub fn table_sectors(&self) -> u64 {
-        (self.gtes * 4).div_ceil(SECTOR)
+    pub fn table_sectors(&self) -> Sectors {
+        Sectors::holding(self.gtes * 4)
     }
 
     /// Sectors of a grain.
-    pub fn grain_sectors(&self) -> u64 {
-        self.grain / SECTOR
+    pub fn grain_sectors(&self) -> Sectors {
+        Sectors::within(self.grain)
     }
 
     /// Guest bytes behind one table.
@@ -84,16 +84,16 @@ pub struct ExtentFile {
 /// The tables, and where the next grain goes.
 #[derive(Debug)]
 pub struct VmdkState {
-    /// Sectors of the guest's disk, as the header has it.
-    pub capacity: u64,
+    /// The length of the guest's disk, as the header has it.
+    pub capacity: Sectors,
     /// The header, where it is a hosted one.
     pub header: Option<SparseHeader>,
-    /// Sectors of the grain tables, 0 where there is none.
+    /// The first sectors of the grain tables, 0 where there is none.
     pub gd: Vec<u32>,
     /// The same of the redundant directory, if there is one.
     pub rgd: Option<Vec<u32>>,
-    /// The sector of the next grain.
-    pub next: u64,
+    /// Where the next grain goes.
+    pub next: Sectors,
     /// The open end of a stream-optimized extent.
     pub stream: Option<Stream>,
     tables: BTreeMap<u64, CachedTable>,
@@ -116,7 +116,7 @@ pub fn read_entries(storage: &dyn Storage, file: &str, what: &'static str, at: u
 
 impl VmdkState {
     /// The state of an extent that was just opened.
-    pub fn new(capacity: u64, gd: Vec<u32>, next: u64) -> Self {
+    pub fn new(capacity: Sectors, gd: Vec<u32>, next: Sectors) -> Self {
         Self {
             capacity,
             header: None,
@@ -129,8 +129,9 @@ impl VmdkState {
         }
     }
 
-    fn table_sector(&self, table: u64) -> u32 {
-        usize::try_from(table).ok().and_then(|i| self.gd.get(i)).copied().unwrap_or(0)
+    /// Where a table is; 0 where there is none.
+    fn table_sector(&self, table: u64) -> Sectors {
+        usize::try_from(table).ok().and_then(|i| self.gd.get(i)).copied().unwrap_or(0).into()
     }
 
     /// What the tables say of grain `grain` (counted from the extent's start).
@@ -139,7 +140,7 @@ impl VmdkState {
         if let Some(open) = self.stream.as_ref().and_then(|stream| stream.entry(table, entry)) {
             return Ok(extent.shape.grain_of(open));
         }
-        if self.table_sector(table) == 0 && !self.tables.contains_key(&table) {
+        if self.table_sector(table) == Sectors(0) && !self.tables.contains_key(&table) {
             return Ok(Grain::Unallocated);
         }
         let entries = &self.load(extent, table)?.entries;
@@ -153,7 +154,7 @@ impl VmdkState {
                 self.write_tables(extent)?;
                 self.tables.clear();
             }
-            let at = u64::from(self.table_sector(table)) * SECTOR;
+            let at = self.table_sector(table).bytes();
             let entries = match at {
                 0 => vec![0; usize::try_from(extent.shape.gtes).unwrap_or(0)],
                 at => {
@@ -169,7 +170,7 @@ impl VmdkState {
     /// How many tables from `first` on (at most `max`) say nothing at all, as far as is seen without reading
     /// them: there is none, or it lies in a hole of the file.
     pub fn empty_tables(&self, extent: &ExtentFile, first: u64, max: u64) -> Result<u64> {
-        let sectors = extent.shape.table_sectors();
+        let bytes = extent.shape.table_sectors().bytes();
         let mut empty = 0;
         let mut hole_end = 0;
         while empty < max {
@@ -182,8 +183,7 @@ impl VmdkState {
                 return Ok(max);
             };
             if sector != 0 {
-                let at = u64::from(sector) * SECTOR;
-                let bytes = sectors * SECTOR;
+                let at = Sectors::from(sector).bytes();
                 if at < hole_end.min(u64::MAX - bytes) && at + bytes <= hole_end {
                     empty += 1;
                     continue;
@@ -216,7 +216,7 @@ impl VmdkState {
     /// Makes sure that the table of a grain has its place in the file, and the same in the redundant directory.
     pub fn ensure_table(&mut self, extent: &ExtentFile, grain: u64) -> Result<()> {
         let table = grain / extent.shape.gtes;
-        if self.table_sector(table) != 0 {
+        if self.table_sector(table) != Sectors(0) {
             return Ok(());
         }
         let index = usize::try_from(table).map_err(|_| Error::corrupt("grain beyond the directory"))?;
@@ -247,7 +247,7 @@ impl VmdkState {
         if dirty.is_empty() && !self.directory_dirty {
             return Ok(());
         }
-        let sectors = extent.shape.table_sectors();
+        let table_bytes = extent.shape.table_sectors().bytes();
         for directory in [Some(&self.gd), self.rgd.as_ref()].into_iter().flatten() {
             let mut run: Option<(u64, Vec<u8>)> = None;
             for index in &dirty {
@@ -256,9 +256,9 @@ impl VmdkState {
                 if place == 0 {
                     continue;
                 }
-                let at = u64::from(place) * SECTOR;
+                let at = Sectors::from(place).bytes();
                 let mut bytes = entry_bytes(&table.entries);
-                bytes.resize(usize::try_from(sectors * SECTOR).unwrap_or(bytes.len()), 0);
+                bytes.resize(usize::try_from(table_bytes).unwrap_or(bytes.len()), 0);
                 match &mut run {
                     Some((start, run)) if *start + run.len() as u64 == at && run.len() < 1 << 20 => {
                         run.append(&mut bytes)
@@ -274,9 +274,9 @@ impl VmdkState {
         if self.directory_dirty
             && let Some(header) = self.header
         {
-            write_run(extent, Some((header.gd_at.get() * SECTOR, entry_bytes(&self.gd))))?;
+            write_run(extent, Some((header.gd_at.get().bytes(), entry_bytes(&self.gd))))?;
             if let Some(rgd) = &self.rgd {
-                let (at, bytes) = (header.rgd_at.get() * SECTOR, entry_bytes(rgd));
+                let (at, bytes) = (header.rgd_at.get().bytes(), entry_bytes(rgd));
                 let length = extent.storage.len().with_context(|| format!("{}: no length", extent.name))?;
                 // To write there would be to make the file as long as a damaged header says.
                 if at.checked_add(bytes.len() as u64).is_none_or(|end| end > length) {

@@ -38,9 +38,9 @@ impl VmdkDriver {
         store: Store,
     ) -> Result<Placed> {
         let shape = sparse.shape;
-        let start = GuestOffset(part.start + at);
+        let start = part.start + at;
         let (first, skip) = (at / shape.grain, at % shape.grain);
-        let here = |sector: u64| HostPlace { file, at: HostOffset(sector * SECTOR) + skip };
+        let here = |sector: Sectors| HostPlace { file, at: HostOffset(sector.bytes()) + skip };
         let placed = |len, action, ticket| Placed { start, len, store, action, ticket };
         let mut state = sparse.state();
         if let Store::Compressed { bytes } = store {
@@ -54,11 +54,11 @@ impl VmdkDriver {
             } else {
                 state.ensure_table(sparse, first)?;
                 let sector = state.next;
-                state.next += bytes.div_ceil(SECTOR);
+                state.next += Sectors::holding(bytes);
                 sector32(sector)?.into()
             };
             let action = Action::Write { place: here(sector), before: 0, after: 0 };
-            return Ok(placed(len, action, Ticket::Packed { unit: first, entry: sector }));
+            return Ok(placed(len, action, Ticket::Packed { unit: first, entry: sector.0 }));
         }
         if shape.compressed && store == Store::Data {
             return Err(Error::unsupported("a stream-optimized image takes whole compressed grains only"));
@@ -70,7 +70,7 @@ impl VmdkDriver {
         while grains < wanted {
             let next = state.grain(sparse, first + grains)?;
             let alike = match (old, next) {
-                (Grain::At(a), Grain::At(b)) => a + grains * shape.grain_sectors() == b,
+                (Grain::At(a), Grain::At(b)) => a + shape.grain_sectors() * grains == b,
                 (Grain::At(_), _) | (_, Grain::At(_)) => false,
                 (a, b) => a == b || store == Store::Data,
             };
@@ -118,11 +118,11 @@ impl VmdkDriver {
                     table = (table / shape.gtes + 1) * shape.gtes;
                 }
                 let sector = state.next;
-                sector32(sector + grains * shape.grain_sectors())?;
-                state.next += grains * shape.grain_sectors();
+                sector32(sector + shape.grain_sectors() * grains)?;
+                state.next += shape.grain_sectors() * grains;
                 let after = grains * shape.grain - skip - len;
                 let action = Action::Write { place: here(sector), before: skip, after };
-                Ok(placed(len, action, Ticket::New { unit: first, count: grains, entry: sector }))
+                Ok(placed(len, action, Ticket::New { unit: first, count: grains, entry: sector.0 }))
             }
         }
     }
@@ -166,7 +166,7 @@ impl Write for VmdkDriver {
 
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
         let part = &self.parts[self.part_at(at.get())?];
-        let inside = at.get() - part.start;
+        let inside = part.inside(at);
         let len = len.min(part.end().saturating_sub(at.get()));
         if part.access != ExtentAccess::ReadWrite
             && !matches!(&part.body, Body::Sparse { sparse, .. } if sparse.shape.compressed)
@@ -185,7 +185,7 @@ impl Write for VmdkDriver {
                 _ => Err(Error::unsupported("an extent of type ZERO cannot be written")),
             },
             Body::Flat { file, offset } => {
-                let place = HostPlace { file: *file, at: HostOffset(*offset) + inside };
+                let place = HostPlace { file: *file, at: *offset + inside };
                 let action = match store {
                     Store::Zero { .. } => Action::Zero { place },
                     Store::Data => Action::Write { place, before: 0, after: 0 },
@@ -201,8 +201,8 @@ impl Write for VmdkDriver {
 
     fn publish(&self, placed: &Placed) -> Result<()> {
         let (unit, count, sector) = match placed.ticket {
-            Ticket::New { unit, count, entry } => (unit, count, Some(entry)),
-            Ticket::Packed { unit, entry } => (unit, 1, Some(entry)),
+            Ticket::New { unit, count, entry } => (unit, count, Some(Sectors(entry))),
+            Ticket::Packed { unit, entry } => (unit, 1, Some(Sectors(entry))),
             Ticket::Zeros { unit, count, .. } => (unit, count, None),
             Ticket::Nothing | Ticket::Whole { .. } | Ticket::Marks { .. } => return Ok(()),
         };
@@ -213,7 +213,7 @@ impl Write for VmdkDriver {
         }
         for grain in 0..count {
             let value = match sector {
-                Some(sector) => sector32(sector + grain * sparse.shape.grain_sectors())?,
+                Some(sector) => sector32(sector + sparse.shape.grain_sectors() * grain)?,
                 None => GTE_ZEROED,
             };
             state.change(sparse, unit + grain, value)?;
@@ -224,8 +224,10 @@ impl Write for VmdkDriver {
     fn withdraw(&self, placed: &Placed) {
         let Some((_, sparse)) = self.sparse_at(placed.start) else { return };
         let (unit, sector, sectors) = match (placed.ticket, placed.store) {
-            (Ticket::New { unit, count, entry }, _) => (unit, entry, count * sparse.shape.grain_sectors()),
-            (Ticket::Packed { unit, entry }, Store::Compressed { bytes }) => (unit, entry, bytes.div_ceil(SECTOR)),
+            (Ticket::New { unit, count, entry }, _) => (unit, Sectors(entry), sparse.shape.grain_sectors() * count),
+            (Ticket::Packed { unit, entry }, Store::Compressed { bytes }) => {
+                (unit, Sectors(entry), Sectors::holding(bytes))
+            }
             _ => return,
         };
         let mut state = sparse.state();
@@ -238,9 +240,9 @@ impl Write for VmdkDriver {
     fn discard(&self, at: GuestOffset, len: u64) -> Result<()> {
         let part = &self.parts[self.part_at(at.get())?];
         if let Body::Flat { file, offset } = &part.body {
-            let inside = at.get() - part.start;
+            let inside = part.inside(at);
             let len = len.min(part.end().saturating_sub(at.get()));
-            punch_at(self, HostPlace { file: *file, at: HostOffset(offset.saturating_add(inside)) }, len)?;
+            punch_at(self, HostPlace { file: *file, at: *offset + inside }, len)?;
         }
         Ok(())
     }
@@ -259,7 +261,7 @@ impl Compress for VmdkDriver {
     fn encode(&self, at: GuestOffset, plain: &[u8], effort: Effort, out: &mut Vec<u8>) -> Result<Encoded> {
         let how = How { level: effort.level.unwrap_or(How::VMDK.level), ..How::VMDK };
         let (part, _) = self.sparse_at(at).ok_or_else(|| Error::corrupt("no sparse extent here"))?;
-        grain::encode((at.get() - part.start) / SECTOR, plain, how, out)?;
+        grain::encode(Sectors::within(part.inside(at)), plain, how, out)?;
         Ok(Encoded::Smaller)
     }
 
