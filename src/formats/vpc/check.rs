@@ -89,7 +89,7 @@ impl Dynamic {
             tally.wrong("checksum of the dynamic header is wrong");
         }
         self.look_at_blocks(state, length, &mut look, tally)?;
-        let (stride, end) = (state.stride(), state.free.saturating_add(FOOTER));
+        let (stride, end) = (state.stride(), (state.free + FOOTER).get());
         tally.report.image_end = end;
         let leaked = length.saturating_sub(end) / stride;
         // Where a block is lost, what nothing names may be that block.
@@ -111,7 +111,7 @@ impl Dynamic {
         let front = footer_at(Some(0))?;
         // Virtual PC before 2004 wrote one byte less; on a device the footer is behind the last block.
         let places = match storage.facts().fixed_len {
-            true => [Some(state.free), None],
+            true => [Some(state.free.get()), None],
             false => [length.checked_sub(FOOTER), length.checked_sub(FOOTER - 1)],
         };
         let mut end = footer_at(places[0])?;
@@ -157,22 +157,22 @@ impl Dynamic {
                 fragmented += u64::from(previous.is_some_and(|previous| previous + stride != at));
                 previous = Some(at);
             }
-            if at.saturating_add(stride) > end {
-                tally.wrong(format!("block {block} at offset {at} lies past the end of the file"));
+            if (at + stride).get() > end {
+                tally.wrong(format!("block {block} at offset {} lies past the end of the file", at.get()));
                 look.lost = true;
             }
         })?;
         let report = &mut tally.report;
         (report.total_clusters, report.allocated_clusters, report.fragmented_clusters) =
             (blocks, allocated, fragmented);
-        for mut claims in Claims::windows(state.free.min(end)) {
+        for mut claims in Claims::windows(state.free.get().min(end)) {
             for range in &metadata {
                 claims.claim(range.start, range.end.saturating_sub(range.start));
             }
             state.each(storage, |block, at| {
-                if at.saturating_add(stride) <= end && !claims.claim(at, stride) {
+                if (at + stride).get() <= end && !claims.claim(at.get(), stride) {
                     look.overlap = true;
-                    tally.wrong(format!("block {block} at offset {at} overlaps what else is there"));
+                    tally.wrong(format!("block {block} at offset {} overlaps what else is there", at.get()));
                 }
             })?;
         }

@@ -3,14 +3,14 @@
 use std::ops::Deref;
 
 use super::Vpc;
-use super::layout::{DynamicHeader, Footer, SECTOR};
+use super::layout::{DynamicHeader, Footer, SECTOR, Sectors};
 use super::parent::VpcParent;
 use super::table::VpcState;
 use crate::block::info::ImageInfo;
 use crate::block::io::punch;
 use crate::block::{
-    Action, BackingRef, BlockDriver, Check, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostPlace, Placed,
-    Purpose, Resize, Result, Store, Ticket, Write,
+    Action, BackingRef, BlockDriver, Check, Child, Error, Extent, ExtentKind, Format, GuestOffset, HostOffset,
+    HostPlace, Placed, Purpose, Resize, Result, Store, Ticket, Write,
 };
 use crate::formats::one_file::{OneFile, Tables};
 
@@ -47,6 +47,11 @@ impl Dynamic {
         }
         Ok(Self { image: OneFile::new(file, size, state, write), block, bitmap, uuid, parent })
     }
+
+    /// Where a byte of a block is whose bitmap is at `at`.
+    fn data(&self, at: HostOffset, within: u64) -> HostPlace {
+        HostPlace { file: 0, at: at + self.bitmap + within }
+    }
 }
 
 impl Deref for Dynamic {
@@ -76,9 +81,9 @@ impl BlockDriver for Dynamic {
             let kind = if self.parent.is_some() { ExtentKind::Unallocated(None) } else { ExtentKind::Zero(None) };
             return Ok(Extent { start: at, len, kind });
         };
-        let (written, sectors) = state.sectors(self.storage(), block, place, within / SECTOR)?;
-        let len = max.min((sectors * SECTOR).saturating_sub(within % SECTOR));
-        let host = HostPlace::main(place.saturating_add(self.bitmap + within));
+        let (written, sectors) = state.sectors(self.storage(), block, place, Sectors::within(within))?;
+        let len = max.min(sectors.bytes().saturating_sub(within % SECTOR));
+        let host = self.data(place, within);
         let kind = match written {
             true => ExtentKind::Data(host),
             false if self.parent.is_some() => ExtentKind::Unallocated(Some(host)),
@@ -158,31 +163,31 @@ impl Write for Dynamic {
             }
             let len = len.min(self.block - within);
             let (new, fresh) = state.take(self.storage())?;
-            let place = HostPlace::main(new + self.bitmap + within);
+            let place = self.data(new, within);
             // Past the end of the file all is zero as it is.
             let whole = fresh && self.parent.is_none();
             let (before, after) = if whole { (0, 0) } else { (within, self.block - within - len) };
             return done(
                 len,
                 Action::Write { place, before, after },
-                Ticket::New { unit: block, count: 1, entry: new },
+                Ticket::New { unit: block, count: 1, entry: new.get() },
             );
         };
         state.prepare(self.storage())?;
         let len = len.min(self.block - within);
-        let place = HostPlace::main(old + self.bitmap + within);
+        let place = self.data(old, within);
         if zero {
             // Sectors that are not marked as written read as zeros already, unless a parent shows there.
-            let mark = Ticket::Marks { unit: block, entry: old };
+            let mark = Ticket::Marks { unit: block, entry: old.get() };
             return done(len, Action::Zero { place }, if self.parent.is_some() { mark } else { Ticket::Nothing });
         }
-        let (written, sectors) = state.sectors(self.storage(), block, old, within / SECTOR)?;
-        if written && sectors * SECTOR >= within % SECTOR + len {
+        let (written, sectors) = state.sectors(self.storage(), block, old, Sectors::within(within))?;
+        if written && sectors.bytes() >= within % SECTOR + len {
             return done(len, Action::Write { place, before: 0, after: 0 }, Ticket::Nothing);
         }
         // The rest of a sector becomes visible with it.
         let (before, after) = (within % SECTOR, (within + len).next_multiple_of(SECTOR) - within - len);
-        done(len, Action::Write { place, before, after }, Ticket::Marks { unit: block, entry: old })
+        done(len, Action::Write { place, before, after }, Ticket::Marks { unit: block, entry: old.get() })
     }
 
     fn publish(&self, placed: &Placed) -> Result<()> {
@@ -191,12 +196,13 @@ impl Write for Dynamic {
         match placed.ticket {
             Ticket::Marks { unit, entry } => {
                 let within = placed.start.get() % self.block;
-                let (from, to) = (within / SECTOR, (within + placed.len).div_ceil(SECTOR));
-                return state.mark_sectors(storage, unit, entry, from, to);
+                let sectors = Sectors::within(within)..Sectors::holding(within + placed.len);
+                return state.mark_sectors(storage, unit, HostOffset(entry), sectors);
             }
             Ticket::New { unit, entry, .. } => {
-                state.write_bitmap(storage, unit, entry)?;
-                state.set(storage, unit, Some(entry))?;
+                let at = HostOffset(entry);
+                state.write_bitmap(storage, unit, at)?;
+                state.set(storage, unit, Some(at))?;
             }
             _ => return Ok(()),
         }
@@ -205,7 +211,7 @@ impl Write for Dynamic {
 
     fn withdraw(&self, placed: &Placed) {
         if let Ticket::New { entry, .. } = placed.ticket {
-            self.state().give_back(entry);
+            self.state().give_back(HostOffset(entry));
         }
     }
 

@@ -10,12 +10,13 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 
 use super::geometry::{ChsGeometry, SizeRule};
 
+/// What block allocation table and bitmaps count.
+pub use crate::formats::sectors::{SECTOR, Sectors};
+
 /// Bytes of a footer.
 pub const FOOTER_BYTES: usize = 512;
 /// Bytes of a dynamic header.
 pub const HEADER_BYTES: usize = 1024;
-/// Bytes of a sector: what block allocation table and bitmaps count.
-pub const SECTOR: u64 = 512;
 /// Entry of a block that is not there.
 pub const UNALLOCATED: u32 = 0xffff_ffff;
 /// The largest disk.

@@ -11,11 +11,11 @@ use std::sync::atomic::Ordering;
 use super::dynamic::Dynamic;
 use super::fixed::Fixed;
 use super::geometry::{ChsGeometry, SizeRule};
-use super::layout::{FOOTER_BYTES, Footer, MAX_SIZE, MAX_TABLE, SECTOR, UNALLOCATED};
-use super::table::{VpcState, overlap};
+use super::layout::{FOOTER_BYTES, Footer, MAX_SIZE, MAX_TABLE, SECTOR};
+use super::table::{VpcState, can_name, overlap};
 use crate::block::error::Context;
 use crate::block::io::move_stored;
-use crate::block::{Error, GuestOffset, HostPlace, Resize, Result};
+use crate::block::{Error, GuestOffset, HostOffset, HostPlace, Resize, Result};
 use crate::formats::one_file::{Tables, clear_last_unit};
 use crate::formats::table;
 use crate::storage::{Preallocation, Storage, Zeroing};
@@ -262,10 +262,10 @@ fn make_way(state: &mut VpcState, image: &Dynamic, end: u64) -> Result<()> {
     let storage = image.storage();
     let (table, stride) = (state.header.table(), state.stride());
     let mut moves = state.blocks(storage)?;
-    moves.retain(|(_, at)| *at < end && at.saturating_add(stride) > table);
-    let first = state.free.max(end);
-    let last = first.saturating_add(stride.saturating_mul(moves.len() as u64));
-    if last / SECTOR >= u64::from(UNALLOCATED) {
+    moves.retain(|(_, at)| at.get() < end && (*at + stride).get() > table);
+    let first = state.free.max(HostOffset(end));
+    let last = first + stride.saturating_mul(moves.len() as u64);
+    if !can_name(last) {
         return Err(Error::unsupported("the file has no room for another block"));
     }
     state.move_footer(last);
@@ -281,10 +281,10 @@ fn make_way(state: &mut VpcState, image: &Dynamic, end: u64) -> Result<()> {
 }
 
 /// Copies a block, its bitmap first, to where nothing is.
-fn move_block(state: &VpcState, image: &Dynamic, block: u64, from: u64, to: u64) -> Result<()> {
+fn move_block(state: &VpcState, image: &Dynamic, block: u64, from: HostOffset, to: HostOffset) -> Result<()> {
     let bitmap = state.bitmap();
-    table::copy(image.storage(), from, to, bitmap).context("Could not move the bitmap of a block")?;
-    let [from, to] = [from, to].map(|at| HostPlace::main(at.saturating_add(bitmap)));
+    table::copy(image.storage(), from.get(), to.get(), bitmap).context("Could not move the bitmap of a block")?;
+    let [from, to] = [from, to].map(|at| HostPlace { file: 0, at: at + bitmap });
     let guest = GuestOffset(block.saturating_mul(state.block()));
     move_stored(image, from, to, guest, state.block()).context("Could not move a block")
 }
@@ -293,7 +293,7 @@ fn move_block(state: &VpcState, image: &Dynamic, block: u64, from: u64, to: u64)
 fn clear_tail(state: &mut VpcState, image: &Dynamic, size: u64) -> Result<()> {
     let (storage, bitmap) = (image.storage(), state.bitmap());
     clear_last_unit(image, size, state.block(), Zeroing::Allocate, |block| {
-        Ok(state.run(storage, block, 1)?.0.map(|at| at + bitmap))
+        Ok(state.run(storage, block, 1)?.0.map(|at| (at + bitmap).get()))
     })
 }
 
@@ -325,7 +325,8 @@ fn shrink(state: &mut VpcState, image: &Dynamic, size: u64) -> Result<()> {
     kept.sort_unstable();
     holes.sort_unstable();
     let mut holes = holes.into_iter();
-    let mut end = state.table_end_with(wanted).max(state.header_range().end.next_multiple_of(SECTOR));
+    let end = state.table_end_with(wanted).max(state.header_range().end.next_multiple_of(SECTOR));
+    let mut end = HostOffset(end);
     while let Some((at, block)) = kept.pop() {
         match holes.next().filter(|hole| *hole < at) {
             Some(hole) => {

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, UNALLOCATED};
+use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, Sectors, UNALLOCATED};
 use crate::block::error::{Context, Operation, Place};
-use crate::block::{Child, Error, Purpose, Result};
+use crate::block::{Child, Error, HostOffset, Purpose, Result};
 use crate::formats::one_file::Tables;
 use crate::formats::runs::Runs;
 use crate::formats::table::TableCache;
@@ -28,9 +28,9 @@ pub struct VpcState {
     /// Blocks whose sectors are known to be written, all of them.
     full: Vec<u64>,
     /// Where the next block goes, and the footer until then.
-    pub free: u64,
+    pub free: HostOffset,
     /// Bytes of the file from here on were never given out and read as zeros.
-    fresh: u64,
+    fresh: HostOffset,
     /// Whether a footer has to be written at [`VpcState::free`].
     footer_moved: bool,
     /// Whether the table was found fit to be written to.
@@ -43,13 +43,13 @@ impl Tables for VpcState {
     /// Writes what waits: the last footer, then the table.
     fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
         if self.footer_moved {
-            storage.write_at(self.free, self.footer.bytes()).context("Could not write the VHD footer")?;
+            storage.write_at(self.free.get(), self.footer.bytes()).context("Could not write the VHD footer")?;
             let end = self.free + FOOTER_BYTES as u64;
             self.fresh = self.fresh.max(end);
             let length = storage.len().context("Could not get the size of the file")?;
-            if length > end && !storage.facts().fixed_len {
+            if length > end.get() && !storage.facts().fixed_len {
                 // Nothing that is named lies behind: the footer has to be the last thing in the file.
-                storage.set_len(end, Preallocation::Off).context("Could not shorten the file")?;
+                storage.set_len(end.get(), Preallocation::Off).context("Could not shorten the file")?;
             }
             // What is given out next starts with a bitmap where this footer is; behind it there is nothing.
             if storage.facts().new_reads_zero {
@@ -101,27 +101,28 @@ impl VpcState {
         if bytes > MAX_TABLE {
             return Err(Error::unsupported(format!("block allocation table of {bytes} bytes is too long")));
         }
-        let fresh = if storage.facts().new_reads_zero { length } else { u64::MAX };
+        let fresh = HostOffset(if storage.facts().new_reads_zero { length } else { u64::MAX });
+        let free = HostOffset(end);
         let mut state = Self {
             footer,
             header,
             table: TableCache::new(CACHE, file, "block allocation table"),
             full: Vec::new(),
-            free: end,
+            free,
             fresh,
             footer_moved: false,
             prepared: false,
             locators,
         };
-        let (stride, mut last) = (state.stride(), end);
+        let (stride, mut last) = (state.stride(), free);
         state.each(storage, |_, at| last = last.max(at + stride))?;
         state.free = last;
-        if state.free > length && !purpose.checks() {
+        if state.free.get() > length && !purpose.checks() {
             return Err(Error::corrupt(truncated));
         }
         let others = state.locators.iter().map(|range| range.end).chain([state.header_range().end]);
         let end = others.max().unwrap_or(0).checked_next_multiple_of(SECTOR);
-        state.free = state.free.max(end.unwrap_or(u64::MAX));
+        state.free = state.free.max(HostOffset(end.unwrap_or(u64::MAX)));
         Ok(state)
     }
 
@@ -168,14 +169,14 @@ impl VpcState {
     }
 
     /// Every block that is there, with the place of its bitmap.
-    pub fn blocks(&mut self, storage: &dyn Storage) -> Result<Vec<(u64, u64)>> {
+    pub fn blocks(&mut self, storage: &dyn Storage) -> Result<Vec<(u64, HostOffset)>> {
         let mut found = Vec::new();
         self.each(storage, |block, at| found.push((block, at)))?;
         Ok(found)
     }
 
     /// Gives `see` every block that is there, with the place of its bitmap.
-    pub fn each(&mut self, storage: &dyn Storage, mut see: impl FnMut(u64, u64)) -> Result<()> {
+    pub fn each(&mut self, storage: &dyn Storage, mut see: impl FnMut(u64, HostOffset)) -> Result<()> {
         let (mut block, entries) = (0, u64::from(self.header.entries()));
         while block < entries {
             match self.run(storage, block, entries - block)? {
@@ -190,7 +191,7 @@ impl VpcState {
     }
 
     /// Where a block's bitmap is; or how many blocks (at most `max`) from it on are not there.
-    pub fn run(&mut self, storage: &dyn Storage, block: u64, max: u64) -> Result<(Option<u64>, u64)> {
+    pub fn run(&mut self, storage: &dyn Storage, block: u64, max: u64) -> Result<(Option<HostOffset>, u64)> {
         let max = max.min(u64::from(self.header.entries()).saturating_sub(block)).min(STEPS);
         if max == 0 {
             return Err(Error::corrupt(format!("the block allocation table has no entry {block}")));
@@ -198,8 +199,7 @@ impl VpcState {
         if !self.header.table().is_multiple_of(4) {
             let mut entry = [0; 4];
             self.table.read(storage, self.entry_at(block), &mut entry)?;
-            let entry = u32::from_be_bytes(entry);
-            return Ok(((entry != UNALLOCATED).then_some(u64::from(entry) * SECTOR), 1));
+            return Ok((named(u32::from_be_bytes(entry)), 1));
         }
         let mut count = 0;
         while count < max {
@@ -207,8 +207,8 @@ impl VpcState {
             let at = self.entry_at(block + count);
             let part = self.table.slice(storage, at, wanted)?;
             for entry in part.as_chunks().0.iter().copied().map(u32::from_be_bytes) {
-                if entry != UNALLOCATED {
-                    return Ok(if count == 0 { (Some(u64::from(entry) * SECTOR), 1) } else { (None, count) });
+                if let Some(at) = named(entry) {
+                    return Ok(if count == 0 { (Some(at), 1) } else { (None, count) });
                 }
                 count += 1;
             }
@@ -217,9 +217,11 @@ impl VpcState {
     }
 
     /// Names the place of a block's bitmap, or takes the name away.
-    pub fn set(&mut self, storage: &dyn Storage, block: u64, at: Option<u64>) -> Result<()> {
+    pub fn set(&mut self, storage: &dyn Storage, block: u64, at: Option<HostOffset>) -> Result<()> {
         let entry = match at {
-            Some(at) => u32::try_from(at / SECTOR).map_err(|_| Error::corrupt("block offset too large"))?,
+            Some(at) => {
+                u32::try_from(Sectors::within(at.get()).0).map_err(|_| Error::corrupt("block offset too large"))?
+            }
             None => UNALLOCATED,
         };
         let place = self.entry_at(block);
@@ -250,21 +252,27 @@ impl VpcState {
     }
 
     /// Whether the sectors of a block from `sector` on are written, and how many (at least one) are alike.
-    pub fn sectors(&mut self, storage: &dyn Storage, block: u64, at: u64, sector: u64) -> Result<(bool, u64)> {
-        let all = self.block() / SECTOR;
+    pub fn sectors(
+        &mut self,
+        storage: &dyn Storage,
+        block: u64,
+        at: HostOffset,
+        sector: Sectors,
+    ) -> Result<(bool, Sectors)> {
+        let (Sectors(all), Sectors(sector)) = (Sectors::within(self.block()), sector);
         if self.is_full(block) {
-            return Ok((true, all.saturating_sub(sector)));
+            return Ok((true, Sectors(all.saturating_sub(sector))));
         }
         let first = sector / 8;
         let mut bytes = vec![0; usize::try_from(all.div_ceil(8).saturating_sub(first).min(BITMAP_PIECE)).unwrap_or(0)];
-        let place = at.saturating_add(first);
+        let place = (at + first).get();
         storage.read_at(place, &mut bytes).at(|| self.in_bitmap(Operation::Read, place))?;
         let (written, run) = run_of_bits(&bytes, sector % 8);
         let run = run.min(all.saturating_sub(sector)).max(1);
         if written && sector == 0 && run == all {
             self.mark_full(block);
         }
-        Ok((written, run))
+        Ok((written, Sectors(run)))
     }
 
     fn in_bitmap(&self, operation: Operation, at: u64) -> Place {
@@ -272,13 +280,20 @@ impl VpcState {
     }
 
     /// Notes in the file that sectors of a block are written.
-    pub fn mark_sectors(&mut self, storage: &dyn Storage, block: u64, at: u64, from: u64, to: u64) -> Result<()> {
+    pub fn mark_sectors(
+        &mut self,
+        storage: &dyn Storage,
+        block: u64,
+        at: HostOffset,
+        sectors: Range<Sectors>,
+    ) -> Result<()> {
+        let Range { start: Sectors(from), end: Sectors(to) } = sectors;
         if self.is_full(block) || to <= from {
             return Ok(());
         }
         let (first, last) = (from / 8, (to - 1) / 8);
         let mut bytes = vec![0; usize::try_from(last - first + 1).unwrap_or(0)];
-        let place = at.saturating_add(first);
+        let place = (at + first).get();
         storage.read_at(place, &mut bytes).at(|| self.in_bitmap(Operation::Read, place))?;
         let mut changed = false;
         for sector in from..to {
@@ -295,9 +310,9 @@ impl VpcState {
     }
 
     /// Writes the bitmap of a new block, whose sectors are all written.
-    pub fn write_bitmap(&mut self, storage: &dyn Storage, block: u64, at: u64) -> Result<()> {
+    pub fn write_bitmap(&mut self, storage: &dyn Storage, block: u64, at: HostOffset) -> Result<()> {
         let bytes = vec![0xff; usize::try_from(self.bitmap()).unwrap_or(0)];
-        storage.write_at(at, &bytes).at(|| self.in_bitmap(Operation::Write, at))?;
+        storage.write_at(at.get(), &bytes).at(|| self.in_bitmap(Operation::Write, at.get()))?;
         self.mark_full(block);
         Ok(())
     }
@@ -316,7 +331,7 @@ impl VpcState {
         };
         let (mut blocks, stride) = (Runs::default(), self.stride());
         fixed.iter().for_each(|(start, end)| blocks.add(*start, end - start));
-        self.each(storage, |_, at| blocks.add(at, stride))?;
+        self.each(storage, |_, at| blocks.add(at.get(), stride))?;
         if blocks.disjoint().is_none() {
             return Err(Error::corrupt("blocks of the image overlap"));
         }
@@ -347,10 +362,10 @@ impl VpcState {
     }
 
     /// Room for a block: the place of its bitmap, and whether its data reads as zeros now.
-    pub fn take(&mut self, storage: &dyn Storage) -> Result<(u64, bool)> {
+    pub fn take(&mut self, storage: &dyn Storage) -> Result<(HostOffset, bool)> {
         self.prepare(storage)?;
         let at = self.free;
-        if at / SECTOR >= u64::from(UNALLOCATED) {
+        if !can_name(at) {
             return Err(Error::unsupported("the file has no room for another block"));
         }
         let fresh = at + self.bitmap() >= self.fresh;
@@ -361,7 +376,7 @@ impl VpcState {
     }
 
     /// Takes back what [`VpcState::take`] gave, if nothing was given since.
-    pub fn give_back(&mut self, at: u64) {
+    pub fn give_back(&mut self, at: HostOffset) {
         if at + self.stride() == self.free {
             self.free = at;
         }
@@ -373,10 +388,20 @@ impl VpcState {
     }
 
     /// Has the footer written again at the end.
-    pub fn move_footer(&mut self, free: u64) {
+    pub fn move_footer(&mut self, free: HostOffset) {
         self.free = free;
         self.footer_moved = true;
     }
+}
+
+/// The place that an entry of the table names, if it does.
+fn named(entry: u32) -> Option<HostOffset> {
+    (entry != UNALLOCATED).then(|| HostOffset(Sectors::from(entry).bytes()))
+}
+
+/// Whether an entry of the table can name a place.
+pub fn can_name(at: HostOffset) -> bool {
+    Sectors::within(at.get()) < Sectors::from(UNALLOCATED)
 }
 
 /// Whether two ranges have bytes in common.
