@@ -9,12 +9,12 @@
 //! Where an entry leads nowhere nothing is mended, because what belongs there is not known.
 
 use super::VdiDriver;
-use super::layout::{DISCARDED, HEADER_BYTES};
+use super::layout::{HEADER_BYTES, HostBlock, MapEntry};
 use super::map::{VdiSpace, VdiState};
 use crate::block::check::Tally;
 use crate::block::error::Context;
 use crate::block::io::move_stored;
-use crate::block::{Check, CheckReport, Error, Findings, Fix, GuestOffset, HostPlace, Result};
+use crate::block::{Check, CheckReport, Findings, Fix, GuestOffset, HostPlace, Result};
 use crate::formats::one_file::Tables;
 use crate::storage::Preallocation;
 
@@ -72,20 +72,21 @@ impl VdiDriver {
         let mut block = 0;
         while block < u64::from(blocks) {
             let (first, count) = state.run(storage, block, u64::from(blocks) - block)?;
-            if first < DISCARDED {
-                for (block, entry) in (block..block + count).zip(first..) {
-                    if entry >= blocks {
+            if let MapEntry::At(first) = first {
+                for (block, host) in (block..block + count).zip((first.0..).map(HostBlock)) {
+                    let HostBlock(entry) = host;
+                    if entry >= u64::from(blocks) {
                         tally.wrong(format!("block index {block} too large, is {entry}"));
                         look.lost = true;
                         continue;
                     }
                     look.allocated += 1;
-                    if !look.named.mark(entry.into()) {
+                    if !look.named.mark(host) {
                         tally.wrong(format!("block index {entry} also used by {entry}"));
                     }
                     // What lies past the end of the disk need not be there.
                     let wanted = self.block.min(self.virtual_size().saturating_sub(block * self.block));
-                    if state.host(entry).saturating_add(wanted) > end {
+                    if (state.host(host) + wanted).get() > end {
                         tally.wrong(format!("block index {block} lies past the end of the file, is {entry}"));
                         look.lost = true;
                     }
@@ -113,22 +114,22 @@ impl VdiDriver {
     fn mend_map(&self, state: &mut VdiState, look: VdiLook) -> Result<()> {
         let storage = self.storage();
         let VdiLook { allocated, mut named, .. } = look;
-        let (mut seen, mut free) = (VdiSpace::default(), 0);
+        let (mut seen, mut free) = (VdiSpace::default(), HostBlock(0));
         if u64::from(state.header.allocated()) < allocated {
             state.write_counter(storage, allocated)?;
         }
         let (mut block, blocks) = (0, u64::from(state.header.blocks()));
         while block < blocks {
             let (first, count) = state.run(storage, block, blocks - block)?;
-            if first < DISCARDED {
-                for (block, entry) in (block..block + count).zip(first..) {
-                    let own = seen.mark(entry.into());
-                    if own && u64::from(entry) < allocated {
+            if let MapEntry::At(first) = first {
+                for (block, host) in (block..block + count).zip((first.0..).map(HostBlock)) {
+                    let own = seen.mark(host);
+                    if own && host < HostBlock(allocated) {
                         continue;
                     }
                     free = named.free_from(free);
                     named.mark(free);
-                    self.move_block(state, block, entry, free)?;
+                    self.move_block(state, block, host, free)?;
                 }
             }
             block += count;
@@ -137,25 +138,24 @@ impl VdiDriver {
     }
 
     /// Copies a guest block to another place in the file, where nothing is, and names the copy.
-    fn move_block(&self, state: &mut VdiState, block: u64, from: u32, to: u64) -> Result<()> {
+    fn move_block(&self, state: &mut VdiState, block: u64, from: HostBlock, to: HostBlock) -> Result<()> {
         let storage = self.storage();
-        let target = u32::try_from(to).map_err(|_| Error::corrupt("block index too large"))?;
-        let (from, to) = (state.host(from), state.host(target));
-        let end = to.saturating_add(self.block);
+        let (from, target) = (state.host(from), state.host(to));
+        let end = (target + self.block).get();
         if !storage.facts().fixed_len && storage.len().context("Could not get the size of the file")? < end {
             storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
         }
         let guest = GuestOffset(block * self.block);
-        move_stored(self, HostPlace::main(from), HostPlace::main(to), guest, self.block)
+        move_stored(self, HostPlace { file: 0, at: from }, HostPlace { file: 0, at: target }, guest, self.block)
             .context("Could not move a block")?;
-        state.set(storage, block, target.into())?;
+        state.set(storage, block, MapEntry::At(to))?;
         state.write_tables(storage)
     }
 
     /// Cuts off what lies behind the first `top` blocks.
     fn cut(&self, state: &VdiState, top: u64) -> Result<()> {
         let storage = self.storage();
-        let end = u64::from(state.header.data_offset()) + top * self.block;
+        let end = state.host(HostBlock(top)).get();
         if !storage.facts().fixed_len && storage.len().context("Could not get the size of the file")? > end {
             storage.flush().context("Could not flush")?;
             storage.set_len(end, Preallocation::Off).context("Could not shorten the file")?;

@@ -4,6 +4,7 @@
 //! survive. Then come the block map (a `u32` for each block) and, from the data offset on, the blocks.
 
 use std::mem::{offset_of, size_of};
+use std::ops::Add;
 
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -22,10 +23,10 @@ pub const MAX_BLOCK_SIZE: u32 = 64 << 20;
 pub const BLOCK_SIZE: u32 = 1 << 20;
 /// Where the map starts in a new image.
 pub const MAP_OFFSET: u32 = 0x200;
-/// Entry of a block that was never written: reads as zeros.
+/// Entry of a block that was never written, as it is stored.
 pub const UNALLOCATED: u32 = 0xffff_ffff;
-/// Entry of a block that was given back: reads as zeros.
-pub const DISCARDED: u32 = 0xffff_fffe;
+/// Entry of a block that was given back.
+const DISCARDED: u32 = 0xffff_fffe;
 /// Signature, at [`SIGNATURE_AT`].
 pub const SIGNATURE: u32 = 0xbeda_107f;
 /// Offset 0x40, 4 bytes.
@@ -35,6 +36,52 @@ pub const SIGNATURE_AT: usize = 0x40;
 pub const ALLOCATED_AT: usize = offset_of!(Sector, allocated);
 
 const TEXT: &[u8] = b"<<< QEMU VM Virtual Disk Image >>>\n";
+
+/// A block of the file: so many blocks behind the data offset. Guest blocks have indices of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct HostBlock(pub u64);
+
+impl Add<u64> for HostBlock {
+    type Output = Self;
+
+    fn add(self, n: u64) -> Self {
+        Self(self.0.saturating_add(n))
+    }
+}
+
+/// What an entry of the map says of a guest block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MapEntry {
+    /// Never written: zeros, or the parent's.
+    Unallocated,
+    /// Given back: zeros.
+    Discarded,
+    /// It lies in that block of the file.
+    At(HostBlock),
+}
+
+impl MapEntry {
+    /// What a stored entry says.
+    pub fn parse(stored: u32) -> Self {
+        match stored {
+            UNALLOCATED => Self::Unallocated,
+            DISCARDED => Self::Discarded,
+            index => Self::At(HostBlock(index.into())),
+        }
+    }
+
+    /// As it is stored.
+    pub fn stored(self) -> Result<u32> {
+        match self {
+            Self::Unallocated => Ok(UNALLOCATED),
+            Self::Discarded => Ok(DISCARDED),
+            Self::At(HostBlock(index)) => u32::try_from(index)
+                .ok()
+                .filter(|index| *index < DISCARDED)
+                .ok_or_else(|| Error::corrupt("block index too large")),
+        }
+    }
+}
 
 /// The header's sector.
 #[derive(Debug, Clone, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]

@@ -1,8 +1,8 @@
 //! The block map in memory, and which blocks of the file are in use.
 
-use super::layout::{ALLOCATED_AT, DISCARDED, HEADER_BYTES, UNALLOCATED, VdiHeader};
+use super::layout::{ALLOCATED_AT, HEADER_BYTES, HostBlock, MapEntry, VdiHeader};
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{Error, HostOffset, Result};
 use crate::formats::one_file::Tables;
 use crate::formats::table::{PAGE, TableCache};
 use crate::storage::{Preallocation, Storage};
@@ -34,16 +34,16 @@ const MOST_BLOCKS: u64 = 1 << 28;
 pub struct VdiSpace {
     used: Vec<u64>,
     /// No block below this is free.
-    hint: u64,
+    hint: HostBlock,
     /// One more than the highest block in use.
     pub top: u64,
     /// Bytes of the file from here on were never given out and read as zeros.
-    fresh: u64,
+    fresh: HostOffset,
 }
 
 impl VdiSpace {
     /// Whether a block is in use.
-    pub fn is_used(&self, index: u64) -> bool {
+    pub fn is_used(&self, HostBlock(index): HostBlock) -> bool {
         usize::try_from(index / 64)
             .ok()
             .and_then(|word| self.used.get(word))
@@ -51,7 +51,7 @@ impl VdiSpace {
     }
 
     /// Marks a block; false if it was marked before.
-    pub fn mark(&mut self, index: u64) -> bool {
+    pub fn mark(&mut self, HostBlock(index): HostBlock) -> bool {
         let Ok(word) = usize::try_from(index / 64) else { return false };
         if word >= self.used.len() {
             self.used.resize(word + 1, 0);
@@ -63,24 +63,25 @@ impl VdiSpace {
         new
     }
 
-    fn clear(&mut self, index: u64) {
+    fn clear(&mut self, block: HostBlock) {
+        let HostBlock(index) = block;
         if let Some(word) = usize::try_from(index / 64).ok().and_then(|word| self.used.get_mut(word)) {
             *word &= !(1 << (index % 64));
         }
-        self.hint = self.hint.min(index);
-        while self.top > 0 && !self.is_used(self.top - 1) {
+        self.hint = self.hint.min(block);
+        while self.top > 0 && !self.is_used(HostBlock(self.top - 1)) {
             self.top -= 1;
         }
     }
 
     /// The lowest free block, at `from` or above.
-    pub fn free_from(&self, from: u64) -> u64 {
+    pub fn free_from(&self, HostBlock(from): HostBlock) -> HostBlock {
         let mut index = from;
-        while index < self.top && self.is_used(index) {
+        while index < self.top && self.is_used(HostBlock(index)) {
             let word = usize::try_from(index / 64).ok().and_then(|word| self.used.get(word));
             index = if word == Some(&u64::MAX) { (index / 64 + 1) * 64 } else { index + 1 };
         }
-        index
+        HostBlock(index)
     }
 }
 
@@ -92,7 +93,7 @@ impl Tables for VdiState {
             return Ok(());
         }
         if let Some(space) = &self.space {
-            let (top, end) = (space.top, u64::from(self.header.data_offset()) + space.top * self.block());
+            let (top, end) = (space.top, self.host(HostBlock(space.top)).get());
             let top = u32::try_from(top).unwrap_or(u32::MAX);
             if self.header.allocated() != top {
                 self.header.set_allocated(top);
@@ -122,8 +123,8 @@ impl VdiState {
     }
 
     /// Where a block of the file starts.
-    pub fn host(&self, index: u32) -> u64 {
-        u64::from(self.header.data_offset()) + u64::from(index) * self.block()
+    pub fn host(&self, HostBlock(index): HostBlock) -> HostOffset {
+        HostOffset(self.header.data_offset().into()) + index.saturating_mul(self.block())
     }
 
     /// Where the entry of a guest block is.
@@ -151,26 +152,29 @@ impl VdiState {
 
     /// The entry of a guest block, and how many blocks (at most `max`) go on like it: one after the other in
     /// the file, or none of them there.
-    pub fn run(&mut self, storage: &dyn Storage, block: u64, max: u64) -> Result<(u32, u64)> {
+    pub fn run(&mut self, storage: &dyn Storage, block: u64, max: u64) -> Result<(MapEntry, u64)> {
         let max = max.min(u64::from(self.header.blocks()).saturating_sub(block)).min(STEPS);
         if max == 0 {
             return Err(Error::corrupt(format!("the block map has no entry {block}")));
         }
         self.need_map(storage)?;
-        let (mut first, mut count) = (UNALLOCATED, 0u64);
+        let (mut first, mut count) = (MapEntry::Unallocated, 0u64);
         while count < max {
             let at = self.entry_at(block + count);
             let wanted = usize::try_from((max - count) * 4).unwrap_or(usize::MAX);
             let part = self.map.slice(storage, at, wanted)?;
-            for entry in part.as_chunks().0.iter().copied().map(u32::from_le_bytes) {
+            for entry in part.as_chunks().0.iter().copied().map(u32::from_le_bytes).map(MapEntry::parse) {
+                let goes_on = match (first, entry) {
+                    _ if count == 0 => true,
+                    (MapEntry::At(first), MapEntry::At(block)) => block == first + count,
+                    (MapEntry::At(_), _) | (_, MapEntry::At(_)) => false,
+                    (first, entry) => !self.layered || entry == first,
+                };
+                if !goes_on {
+                    return Ok((first, count));
+                }
                 if count == 0 {
                     first = entry;
-                } else if first >= DISCARDED {
-                    if entry < DISCARDED || (self.layered && entry != first) {
-                        return Ok((first, count));
-                    }
-                } else if entry >= DISCARDED || u64::from(entry) != u64::from(first) + count {
-                    return Ok((first, count));
                 }
                 count += 1;
             }
@@ -193,21 +197,20 @@ impl VdiState {
     /// What the first `blocks` guest blocks use.
     pub fn scan(&mut self, storage: &dyn Storage, blocks: u64) -> Result<VdiSpace> {
         let length = storage.len().context("Could not get the size of the file")?;
-        let fresh = if storage.facts().new_reads_zero { length } else { u64::MAX };
-        let mut space = VdiSpace { used: Vec::new(), hint: 0, top: 0, fresh };
+        let fresh = HostOffset(if storage.facts().new_reads_zero { length } else { u64::MAX });
+        let mut space = VdiSpace { fresh, ..VdiSpace::default() };
         let mut block = 0;
         while block < blocks {
             let (entry, count) = self.run(storage, block, blocks - block)?;
-            if entry < DISCARDED {
-                let end = self.host(entry).saturating_add(count.saturating_mul(self.block()));
-                if end > length {
+            if let MapEntry::At(first) = entry {
+                if self.host(first + count).get() > length {
                     return Err(Error::corrupt(format!("block {block} of the map lies past the end of the file")));
                 }
-                if u64::from(entry) + count > MOST_BLOCKS {
+                if first + count > HostBlock(MOST_BLOCKS) {
                     return Err(Error::unsupported("the file has too many blocks to be written to"));
                 }
                 for n in 0..count {
-                    if !space.mark(u64::from(entry) + n) {
+                    if !space.mark(first + n) {
                         let block = block + n;
                         return Err(Error::corrupt(format!("block {block} of the map shares its place with another")));
                     }
@@ -220,29 +223,29 @@ impl VdiState {
 
     /// Free blocks one after the other, at most `max`: the lowest ones, so that the file stays dense. Also
     /// whether they lie where the file reads as zeros.
-    pub fn take(&mut self, storage: &dyn Storage, max: u64) -> Result<(u32, u64, bool)> {
-        let (data, block) = (u64::from(self.header.data_offset()), self.block());
+    pub fn take(&mut self, storage: &dyn Storage, max: u64) -> Result<(HostBlock, u64, bool)> {
         let space = self.space(storage)?;
         let first = space.free_from(space.hint);
         let mut count = 0;
         while count < max && !space.is_used(first + count) {
             count += 1;
         }
-        let index = u32::try_from(first + count).ok().filter(|end| u64::from(*end) <= MOST_BLOCKS);
-        let Some(index) = index.and_then(|end| end.checked_sub(u32::try_from(count).ok()?)) else {
+        if first + count > HostBlock(MOST_BLOCKS) {
             return Err(Error::corrupt("the file has no room for another block"));
-        };
+        }
         for n in 0..count {
             space.mark(first + n);
         }
         space.hint = first + count;
-        let fresh = data + first * block >= space.fresh;
-        space.fresh = space.fresh.max(data + (first + count) * block);
-        Ok((index, count, fresh))
+        let (start, end) = (self.host(first), self.host(first + count));
+        let space = self.space(storage)?;
+        let fresh = start >= space.fresh;
+        space.fresh = space.fresh.max(end);
+        Ok((first, count, fresh))
     }
 
     /// Takes back what [`VdiState::take`] gave.
-    pub fn give_back(&mut self, first: u64, count: u64) {
+    pub fn give_back(&mut self, first: HostBlock, count: u64) {
         if let Some(space) = &mut self.space {
             for n in (0..count).rev() {
                 space.clear(first + n);
@@ -250,9 +253,9 @@ impl VdiState {
         }
     }
 
-    /// Makes a guest block lie in that block of the file, or read as zeros ([`DISCARDED`]).
-    pub fn set(&mut self, storage: &dyn Storage, block: u64, index: u64) -> Result<()> {
-        let entry = u32::try_from(index).map_err(|_| Error::corrupt("block index too large"))?;
+    /// Makes the entry of a guest block say that.
+    pub fn set(&mut self, storage: &dyn Storage, block: u64, entry: MapEntry) -> Result<()> {
+        let entry = entry.stored()?;
         let at = self.entry_at(block);
         self.map.write(storage, at, &entry.to_le_bytes())
     }

@@ -18,7 +18,7 @@ mod resize;
 
 use std::ops::Deref;
 
-use self::layout::{DISCARDED, HEADER_BYTES, STATIC, UNALLOCATED, VdiHeader};
+use self::layout::{HEADER_BYTES, HostBlock, MapEntry, STATIC, VdiHeader};
 use self::map::VdiState;
 use self::parent::VdiParent;
 use crate::block::driver::ZeroedRoom;
@@ -110,24 +110,23 @@ impl BlockDriver for VdiDriver {
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let max = max.min(self.virtual_size().saturating_sub(at.get()));
         let (block, within) = (at.get() / self.block, at.get() % self.block);
-        let (entry, run, host) = {
-            let mut state = self.state();
-            let run = state.run(self.storage(), block, self.blocks(within.saturating_add(max)));
-            let (entry, run) = run.map_err(|error| error.naming(&self.files[0].name))?;
-            (entry, run, state.host(entry))
-        };
+        let mut state = self.state();
+        let run = state.run(self.storage(), block, self.blocks(within.saturating_add(max)));
+        let (entry, run) = run.map_err(|error| error.naming(&self.files[0].name))?;
         let len = max.min((run * self.block).saturating_sub(within));
-        if entry >= DISCARDED {
-            let below = entry == UNALLOCATED && self.parent.is_some();
-            let kind = if below { ExtentKind::Unallocated(None) } else { ExtentKind::Zero(None) };
-            return Ok(Extent { start: at, len, kind });
-        }
-        let host = host.saturating_add(within);
-        let place = HostPlace::main(host);
-        if !self.fixed {
-            return Ok(Extent { start: at, len, kind: ExtentKind::Data(place) });
-        }
-        self.files[0].stored_extent(at, place, len)
+        let kind = match entry {
+            MapEntry::Unallocated if self.parent.is_some() => ExtentKind::Unallocated(None),
+            MapEntry::Unallocated | MapEntry::Discarded => ExtentKind::Zero(None),
+            MapEntry::At(host) => {
+                let place = HostPlace { file: 0, at: state.host(host) + within };
+                drop(state);
+                if self.fixed {
+                    return self.files[0].stored_extent(at, place, len);
+                }
+                ExtentKind::Data(place)
+            }
+        };
+        Ok(Extent { start: at, len, kind })
     }
 
     fn stored_word(&self, _at: GuestOffset) -> Result<StoredWord> {
@@ -201,12 +200,12 @@ impl Write for VdiDriver {
         let mut state = self.state();
         let (entry, run) = state.run(self.storage(), block, wanted)?;
         let covered = |blocks: u64| len.min(blocks.saturating_mul(self.block).saturating_sub(within));
-        if entry < DISCARDED {
+        if let MapEntry::At(host) = entry {
             state.space(self.storage())?;
-            let place = HostPlace::main(state.host(entry).saturating_add(within));
+            let place = HostPlace { file: 0, at: state.host(host) + within };
             return Placed::over(at, covered(run), store, place);
         }
-        let below = entry == UNALLOCATED && self.parent.is_some();
+        let below = entry == MapEntry::Unallocated && self.parent.is_some();
         if zero && !below {
             return Ok(Placed::known(at, covered(run), store, Action::Nothing));
         }
@@ -219,10 +218,10 @@ impl Write for VdiDriver {
         }
         let (first, count, fresh) = state.take(self.storage(), run.min(RUN))?;
         let (len, fresh) = (covered(count), fresh && !below);
-        let place = HostPlace::main(state.host(first).saturating_add(within));
+        let place = HostPlace { file: 0, at: state.host(first) + within };
         // Past the end of the file all is zero as it is.
         let (before, after) = if fresh { (0, 0) } else { (within, count * self.block - within - len) };
-        let ticket = Ticket::New { unit: block, count, entry: u64::from(first) };
+        let ticket = Ticket::New { unit: block, count, entry: first.0 };
         Ok(Placed { start: at, len, store, action: Action::Write { place, before, after }, ticket })
     }
 
@@ -231,13 +230,13 @@ impl Write for VdiDriver {
         match placed.ticket {
             Ticket::New { unit: block, count, entry: first } => {
                 for n in 0..count {
-                    state.set(self.storage(), block + n, first + n)?;
+                    state.set(self.storage(), block + n, MapEntry::At(HostBlock(first) + n))?;
                 }
             }
             Ticket::Zeros { unit: block, count, .. } => {
                 state.space(self.storage())?;
                 for n in 0..count {
-                    state.set(self.storage(), block + n, DISCARDED.into())?;
+                    state.set(self.storage(), block + n, MapEntry::Discarded)?;
                 }
             }
             _ => return Ok(()),
@@ -247,7 +246,7 @@ impl Write for VdiDriver {
 
     fn withdraw(&self, placed: &Placed) {
         if let Ticket::New { count, entry: first, .. } = placed.ticket {
-            self.state().give_back(first, count);
+            self.state().give_back(HostBlock(first), count);
         }
     }
 

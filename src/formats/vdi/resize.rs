@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::VdiDriver;
-use super::layout::{DISCARDED, MAX_BLOCKS, MAX_SIZE, UNALLOCATED, VdiHeader, too_large};
+use super::layout::{HostBlock, MAX_BLOCKS, MAX_SIZE, MapEntry, VdiHeader, too_large};
 use super::map::VdiState;
 use crate::block::error::Context;
 use crate::block::io::move_stored;
@@ -121,7 +121,7 @@ fn grow(state: &mut VdiState, image: &VdiDriver, size: u64, fixed: Option<Preall
         // In place the entries that are there stay as they are.
         let from = if skip > 0 { 0 } else { old };
         let top = top.max(skip) - skip;
-        write_map(state, storage, u64::from(map), from..new, skip, fixed.map(|_| top))?;
+        write_map(state, storage, u64::from(map), from..new, skip, fixed.map(|_| HostBlock(top)))?;
         let end_of_used = u64::from(data) + top * block;
         let top = if fixed.is_some() { top + (new - old) } else { top };
         let end = u64::from(data) + top * block;
@@ -147,12 +147,12 @@ fn narrow(value: u64) -> Result<u32> {
 }
 
 /// Copies a guest block from one block of the file to another, and names the copy.
-fn move_block(state: &mut VdiState, image: &VdiDriver, guest: u64, from: u64, to: u64) -> Result<()> {
+fn move_block(state: &mut VdiState, image: &VdiDriver, guest: u64, from: HostBlock, to: HostBlock) -> Result<()> {
     let block = u64::from(state.header.block_size());
-    let places = [state.host(narrow(from)?), state.host(narrow(to)?)].map(HostPlace::main);
+    let places = [from, to].map(|index| HostPlace { file: 0, at: state.host(index) });
     move_stored(image, places[0], places[1], GuestOffset(guest.saturating_mul(block)), block)
         .context("Could not move a block")?;
-    state.set(image.storage(), guest, to)
+    state.set(image.storage(), guest, MapEntry::At(to))
 }
 
 /// Copies what lies in the first `count` blocks of the file to its end, and names the copies in the old map.
@@ -160,23 +160,17 @@ fn make_way(state: &mut VdiState, image: &VdiDriver, count: u64) -> Result<()> {
     let storage = image.storage();
     let mut moves = Vec::new();
     let old = u64::from(state.header.blocks());
-    let mut at = 0;
-    while at < old {
-        let (entry, run) = state.run(storage, at, old - at)?;
-        if entry < DISCARDED {
-            let first = u64::from(entry);
-            moves.extend(
-                (first..first.saturating_add(run)).take_while(|index| *index < count).map(|i| (at + i - first, i)),
-            );
+    each(state, storage, 0..old, |guest, host| {
+        if host < HostBlock(count) {
+            moves.push((guest, host));
         }
-        at += run;
-    }
-    let mut free = count;
-    for (guest, index) in moves {
+    })?;
+    let mut free = HostBlock(count);
+    for (guest, host) in moves {
         let space = state.space(storage)?;
         free = space.free_from(free);
         space.mark(free);
-        move_block(state, image, guest, index, free)?;
+        move_block(state, image, guest, host, free)?;
     }
     state.write_tables(storage)?;
     storage.flush().context("Could not flush")
@@ -190,7 +184,7 @@ fn write_map(
     at: u64,
     range: Range<u64>,
     skip: u64,
-    first: Option<u64>,
+    first: Option<HostBlock>,
 ) -> Result<()> {
     let old = u64::from(state.header.blocks());
     let mut next = range.start;
@@ -201,14 +195,17 @@ fn write_map(
         while next < last && next < old {
             let (entry, run) = state.run(storage, next, last.min(old) - next)?;
             for n in 0..run {
-                let entry = if entry < DISCARDED { narrow(u64::from(entry) + n - skip)? } else { entry };
-                bytes.extend(entry.to_le_bytes());
+                let entry = match entry {
+                    MapEntry::At(HostBlock(index)) => MapEntry::At(HostBlock(index + n - skip)),
+                    none => none,
+                };
+                bytes.extend(entry.stored()?.to_le_bytes());
             }
             next += run;
         }
         while next < last {
-            let entry = first.map_or(Ok(UNALLOCATED), |first| narrow(first + next - old))?;
-            bytes.extend(entry.to_le_bytes());
+            let entry = first.map_or(MapEntry::Unallocated, |first| MapEntry::At(first + (next - old)));
+            bytes.extend(entry.stored()?.to_le_bytes());
             next += 1;
         }
         if last == range.end {
@@ -226,7 +223,7 @@ fn clear_tail(state: &mut VdiState, image: &VdiDriver, size: u64) -> Result<()> 
     let (storage, block) = (image.storage(), u64::from(state.header.block_size()));
     clear_last_unit(image, size, block, Zeroing::Allocate, |index| {
         let (entry, _) = state.run(storage, index, 1)?;
-        Ok((entry < DISCARDED).then(|| state.host(entry)))
+        Ok(if let MapEntry::At(host) = entry { Some(state.host(host).get()) } else { None })
     })
 }
 
@@ -240,12 +237,17 @@ fn shrink(state: &mut VdiState, image: &VdiDriver, size: u64) -> Result<()> {
 }
 
 /// Gives the guest blocks of a range that are there to `see`, each with its place.
-fn each(state: &mut VdiState, storage: &dyn Storage, range: Range<u64>, mut see: impl FnMut(u64, u64)) -> Result<()> {
+fn each(
+    state: &mut VdiState,
+    storage: &dyn Storage,
+    range: Range<u64>,
+    mut see: impl FnMut(u64, HostBlock),
+) -> Result<()> {
     let mut at = range.start;
     while at < range.end {
         let (entry, run) = state.run(storage, at, range.end - at)?;
-        if entry < DISCARDED {
-            (0..run).for_each(|n| see(at + n, u64::from(entry) + n));
+        if let MapEntry::At(first) = entry {
+            (0..run).for_each(|n| see(at + n, first + n));
         }
         at += run;
     }
@@ -256,7 +258,6 @@ fn each(state: &mut VdiState, storage: &dyn Storage, range: Range<u64>, mut see:
 /// number of blocks and above all of them.
 fn cut(state: &mut VdiState, image: &VdiDriver, blocks: u64) -> Result<()> {
     let storage = image.storage();
-    let block = u64::from(state.header.block_size());
     if !state.is_beside_header(u64::from(state.header.blocks())) {
         // Two entries cannot change at once there: the counter is too high until the end.
         let mut header = state.header.clone();
@@ -266,32 +267,32 @@ fn cut(state: &mut VdiState, image: &VdiDriver, blocks: u64) -> Result<()> {
     let mut space = state.scan(storage, blocks)?;
     let (mut count, mut high, mut dropped) = (0, Vec::new(), HashMap::new());
     each(state, storage, 0..blocks, |_, _| count += 1)?;
-    each(state, storage, 0..blocks, |guest, index| {
-        if index >= count {
-            high.push((guest, index));
+    each(state, storage, 0..blocks, |guest, host| {
+        if host >= HostBlock(count) {
+            high.push((guest, host));
         }
     })?;
     let all = u64::from(state.header.blocks());
-    each(state, storage, blocks..all, |guest, index| {
+    each(state, storage, blocks..all, |guest, host| {
         // Only room below the counter is given out again.
-        if index < count {
-            dropped.insert(index, guest);
+        if host < HostBlock(count) {
+            dropped.insert(host, guest);
         }
     })?;
-    let mut free = 0;
-    for (guest, index) in high {
+    let mut free = HostBlock(0);
+    for (guest, host) in high {
         free = space.free_from(free);
         space.mark(free);
-        move_block(state, image, guest, index, free)?;
+        move_block(state, image, guest, host, free)?;
         if let Some(guest) = dropped.get(&free) {
-            state.set(storage, *guest, index)?;
+            state.set(storage, *guest, MapEntry::At(host))?;
         }
     }
     let mut header = state.header.clone();
     header.set_blocks(narrow(blocks)?);
     header.set_allocated(narrow(count)?);
     state.replace_header(storage, header)?;
-    let end = u64::from(state.header.data_offset()) + count * block;
+    let end = state.host(HostBlock(count)).get();
     let shorter = storage.len().context("Could not get the size of the file")? > end;
     if shorter && !storage.facts().fixed_len {
         storage.set_len(end, Preallocation::Off).context("Failed to resize underlying file")?;
