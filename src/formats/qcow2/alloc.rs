@@ -11,6 +11,7 @@ use super::Qcow2Driver;
 use super::counts::Counts;
 use super::dirty::Dirty;
 use super::entry::L2Entry;
+use super::geometry::ClusterIndex;
 use super::space::Cursor;
 
 /// What is known of free space. Its lock is held by whoever changes tables.
@@ -22,7 +23,7 @@ pub struct Allocator {
     /// Whether compressed clusters were stored, so that the file may have to be filled up to a sector.
     pub(super) compressed: bool,
     /// Clusters (first, number, whether to punch) that lose a reference once the tables are in the file.
-    pub(super) freed: Vec<(u64, u64, bool)>,
+    pub(super) freed: Vec<(ClusterIndex, u64, bool)>,
     /// Whether it was looked up where metadata is.
     pub(super) learned: bool,
     /// What bitmaps still have to be told.
@@ -38,7 +39,7 @@ impl Allocator {
 
 impl Qcow2Driver {
     /// `n` contiguous clusters, counted as used once.
-    pub(super) fn allocate(&self, alloc: &mut Allocator, n: u64) -> Result<u64> {
+    pub(super) fn allocate(&self, alloc: &mut Allocator, n: u64) -> Result<ClusterIndex> {
         self.file().storage.announce(Event::CLUSTER_ALLOC);
         alloc.cursor.allocate(&mut Counts(self), n)
     }
@@ -46,11 +47,11 @@ impl Qcow2Driver {
     /// Room for bytes, right after the last ones if the clusters follow each other.
     pub(super) fn pack(&self, alloc: &mut Allocator, bytes: u64) -> Result<u64> {
         self.file().storage.announce(Event::CLUSTER_ALLOC_BYTES);
-        let (cluster, bits) = (self.geometry.cluster_size(), self.geometry.cluster_bits);
+        let (geometry, cluster) = (self.geometry, self.geometry.cluster_size());
         let mut host = None;
         if let Some(at) = alloc.packed {
             let room = cluster - self.geometry.in_cluster(at);
-            let shared = at >> bits;
+            let shared = geometry.cluster_of(at);
             let can = self.refcount(shared)? < self.geometry.refcount_max();
             if can && bytes <= room {
                 self.raise(shared)?;
@@ -61,13 +62,13 @@ impl Qcow2Driver {
                     self.raise(shared)?;
                     host = Some(at);
                 } else {
-                    host = Some(next << bits);
+                    host = Some(geometry.offset_of(next));
                 }
             }
         }
         let host = match host {
             Some(host) => host,
-            None => self.allocate(alloc, bytes.div_ceil(cluster))? << bits,
+            None => geometry.offset_of(self.allocate(alloc, bytes.div_ceil(cluster))?),
         };
         let end = host + bytes;
         alloc.packed = (self.geometry.in_cluster(end) != 0).then_some(end);
@@ -88,18 +89,18 @@ impl Qcow2Driver {
 
     /// What an entry points to loses a reference, later.
     pub(super) fn free_entry(&self, alloc: &mut Allocator, entry: L2Entry, punch: bool) -> Result<()> {
-        let bits = self.geometry.cluster_bits;
+        let geometry = self.geometry;
         if self.external {
             return Ok(());
         }
         self.check_entry(entry)?;
         if entry.is_compressed() {
             let (at, len) = self.geometry.compressed(entry.0);
-            let first = at >> bits;
-            let last = at.saturating_add(len).saturating_sub(1) >> bits;
-            alloc.freed.push((first, last - first + 1, punch));
+            let first = geometry.cluster_of(at);
+            let last = geometry.cluster_of(at.saturating_add(len).saturating_sub(1));
+            alloc.freed.push((first, last.since(first) + 1, punch));
         } else if let Some(host) = entry.host() {
-            let cluster = host.get() >> bits;
+            let cluster = geometry.cluster_of(host.get());
             match alloc.freed.last_mut() {
                 Some((first, n, p)) if *p == punch && *first + *n == cluster => *n += 1,
                 _ => alloc.freed.push((cluster, 1, punch)),
@@ -109,10 +110,9 @@ impl Qcow2Driver {
     }
 
     /// What became free may be given out again; compressed clusters do not continue there.
-    pub(super) fn freed(&self, alloc: &mut Allocator, first: u64, count: u64) {
-        let bits = self.geometry.cluster_bits;
+    pub(super) fn freed(&self, alloc: &mut Allocator, first: ClusterIndex, count: u64) {
         alloc.cursor.freed(first);
-        if alloc.packed.is_some_and(|at| (first..first + count).contains(&(at >> bits))) {
+        if alloc.packed.is_some_and(|at| (first..first + count).contains(&self.geometry.cluster_of(at))) {
             alloc.packed = None;
         }
     }

@@ -105,7 +105,7 @@ impl Qcow2Driver {
                 continue;
             }
             self.check_data(at, cluster)?;
-            if self.refcount(at >> self.geometry.cluster_bits)? == 0 {
+            if self.refcount(self.geometry.cluster_of(at))? == 0 {
                 return Err(self.corrupt(format!("Bitmap data offset {at:#x} is wrong (table index: {index:#x})")));
             }
             places.push((at, cluster));

@@ -8,7 +8,7 @@ use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
 use super::check::prefixed;
-use super::geometry::Geometry;
+use super::geometry::{ClusterIndex, Geometry};
 use super::guard;
 use super::layout::{self, REFCOUNT_OFFSET_MASK};
 use super::refcount;
@@ -44,11 +44,10 @@ impl Qcow2Driver {
     }
 
     /// A cluster's refcount.
-    pub(super) fn refcount(&self, cluster: u64) -> Result<u64> {
-        let per_block = self.geometry.refcounts_per_block();
-        let Some(block) = self.block_of(cluster / per_block)? else { return Ok(0) };
+    pub(super) fn refcount(&self, cluster: ClusterIndex) -> Result<u64> {
+        let (block, index) = self.geometry.refcount_of(cluster);
+        let Some(block) = self.block_of(block)? else { return Ok(0) };
         let order = self.geometry.refcount_order;
-        let index = cluster % per_block;
         let (from, first) = byte_of(order, index);
         self.tables.view(block, from, |bytes| refcount::get(order, bytes, first))
     }
@@ -56,20 +55,20 @@ impl Qcow2Driver {
     /// Changes the refcounts of clusters whose blocks exist; `change` gives the new one or what is wrong.
     pub(super) fn change_refcounts(
         &self,
-        start: u64,
+        start: ClusterIndex,
         n: u64,
         change: impl Fn(u64) -> std::result::Result<u64, &'static str>,
     ) -> Result<()> {
         let (order, per_block) = (self.geometry.refcount_order, self.geometry.refcounts_per_block());
         let per_piece = (PIECE * 8) >> order;
-        let end = start.saturating_add(n);
+        let end = start + n;
         let mut cluster = start;
         while cluster < end {
-            let block = self.block_of(cluster / per_block)?;
+            let (block, index) = self.geometry.refcount_of(cluster);
+            let block = self.block_of(block)?;
             let block = block.ok_or_else(|| self.corrupt(format!("no refcount block for cluster {cluster}")))?;
-            let index = cluster % per_block;
             let first = index % per_piece;
-            let count = (per_piece - first).min(end - cluster).min(per_block - index);
+            let count = (per_piece - first).min(end.since(cluster)).min(per_block - index);
             let from = (index - first) * u64::from(self.geometry.refcount_bits()) / 8;
             let len = PIECE.min(block.len - from);
             let wrong = self.tables.change(block, from, len, |bytes| {
@@ -85,13 +84,13 @@ impl Qcow2Driver {
             if let Some(text) = wrong {
                 return Err(self.corrupt(format!("{text} near cluster {cluster}")));
             }
-            cluster += count;
+            cluster = cluster + count;
         }
         Ok(())
     }
 
     /// One reference more; false if the width has no room for it.
-    pub(super) fn raise(&self, cluster: u64) -> Result<bool> {
+    pub(super) fn raise(&self, cluster: ClusterIndex) -> Result<bool> {
         if self.refcount(cluster)? >= self.geometry.refcount_max() {
             return Ok(false);
         }
@@ -100,10 +99,10 @@ impl Qcow2Driver {
     }
 
     /// One reference less for each; gives those that became free, as runs.
-    pub(super) fn lower(&self, start: u64, n: u64) -> Result<Vec<(u64, u64)>> {
+    pub(super) fn lower(&self, start: ClusterIndex, n: u64) -> Result<Vec<(ClusterIndex, u64)>> {
         self.change_refcounts(start, n, |count| count.checked_sub(1).ok_or("refcount below zero"))?;
-        let mut free: Vec<(u64, u64)> = Vec::new();
-        for cluster in start..start + n {
+        let mut free: Vec<(ClusterIndex, u64)> = Vec::new();
+        for cluster in start.run(n) {
             if self.refcount(cluster)? == 0 {
                 match free.last_mut() {
                     Some((first, count)) if *first + *count == cluster => *count += 1,
@@ -133,7 +132,7 @@ impl ClusterSpace for Counts<'_> {
         self.0.geometry
     }
 
-    fn find_free(&mut self, from: u64, n: u64) -> Result<u64> {
+    fn find_free(&mut self, ClusterIndex(from): ClusterIndex, n: u64) -> Result<ClusterIndex> {
         let (driver, order) = (self.0, self.0.geometry.refcount_order);
         let per_block = driver.geometry.refcounts_per_block();
         let blocks = self.table_entries();
@@ -163,7 +162,7 @@ impl ClusterSpace for Counts<'_> {
                 (start, cluster)
             })?;
         }
-        Ok(start)
+        Ok(ClusterIndex(start))
     }
 
     fn has_block(&mut self, index: u64) -> Result<bool> {
@@ -174,16 +173,16 @@ impl ClusterSpace for Counts<'_> {
         self.0.refcount_table().len / layout::ENTRY
     }
 
-    fn take(&mut self, start: u64, n: u64) -> Result<()> {
+    fn take(&mut self, start: ClusterIndex, n: u64) -> Result<()> {
         self.0.guard(start, n)?;
         self.0.took(start);
         self.0.change_refcounts(start, n, |count| if count == 0 { Ok(1) } else { Err("cluster given out twice") })
     }
 
-    fn put_block(&mut self, index: u64, cluster: u64) -> Result<()> {
+    fn put_block(&mut self, index: u64, cluster: ClusterIndex) -> Result<()> {
         let driver = self.0;
         driver.guard(cluster, 1)?;
-        let at = cluster << driver.geometry.cluster_bits;
+        let at = driver.geometry.offset_of(cluster);
         driver.tables.fresh(driver.refcount_block(at))?;
         driver.new_block(at);
         driver.tables.set(driver.refcount_table(), index, at)
@@ -191,13 +190,17 @@ impl ClusterSpace for Counts<'_> {
 
     fn replace_table(&mut self, growth: &Growth) -> Result<Freed> {
         let driver = self.0;
-        let bits = driver.geometry.cluster_bits;
+        let geometry = driver.geometry;
         let old = driver.refcount_table();
         for (start, n) in &growth.taken {
             driver.guard(*start, *n)?;
         }
         driver.tables.write_back()?;
-        let new = Table { kind: TableKind::RefcountTable, at: growth.table << bits, len: growth.clusters << bits };
+        let new = Table {
+            kind: TableKind::RefcountTable,
+            at: geometry.offset_of(growth.table),
+            len: growth.clusters * geometry.cluster_size(),
+        };
         driver.tables.fresh(new)?;
         for index in 0..(old.len / layout::ENTRY).min(new.len / layout::ENTRY) {
             let entry = driver.tables.get(old, index)?;
@@ -206,9 +209,10 @@ impl ClusterSpace for Counts<'_> {
             }
         }
         for (index, cluster) in &growth.blocks {
-            driver.tables.fresh(driver.refcount_block(cluster << bits))?;
-            driver.tables.set(new, *index, cluster << bits)?;
-            driver.add_metadata(cluster << bits, guard::BLOCK);
+            let at = geometry.offset_of(*cluster);
+            driver.tables.fresh(driver.refcount_block(at))?;
+            driver.tables.set(new, *index, at)?;
+            driver.add_metadata(at, guard::BLOCK);
         }
         // The new blocks are found through the new table alone; nothing of it is in the header yet.
         driver.swap_refcount_table(new.at, growth.clusters);
@@ -221,12 +225,13 @@ impl ClusterSpace for Counts<'_> {
             driver.file().storage.flush().context("Could not write qcow2 header")
         });
         if let Err(error) = written {
-            driver.swap_refcount_table(old.at, old.len >> bits);
+            driver.swap_refcount_table(old.at, old.len / geometry.cluster_size());
             return Err(error);
         }
         driver.tables.forget(old.at, old.len);
-        driver.lower(old.at >> bits, old.len >> bits)?;
-        Ok(Freed(old.at >> bits))
+        let first = geometry.cluster_of(old.at);
+        driver.lower(first, old.len / geometry.cluster_size())?;
+        Ok(Freed(first))
     }
 }
 

@@ -21,7 +21,7 @@ use crate::storage::{Preallocation, Storage};
 use super::Qcow2;
 use super::crypt;
 use super::entry::L1Entry;
-use super::geometry::Geometry;
+use super::geometry::{ClusterIndex, Geometry};
 use super::header::Qcow2Header;
 use super::layout::{self, ENTRY, HeaderFields, MAX_BACKING_NAME, MAX_L1_BYTES, MAX_REFCOUNT_ORDER};
 use super::plan::{ImagePlan, Planner};
@@ -244,9 +244,9 @@ fn write(
     let Decided { geometry, size, fill, .. } = *decided;
     let cluster = geometry.cluster_size();
     let l1_entries = geometry.l1_entries_for(size);
-    let mut planner = Planner::new(ImagePlan::new(geometry, Arc::clone(file), 3));
-    let l1 = if l1_entries > 0 { planner.allocate((l1_entries * ENTRY).div_ceil(cluster))? } else { 0 };
-    let l1 = l1 << geometry.cluster_bits;
+    let mut planner = Planner::new(ImagePlan::new(geometry, Arc::clone(file), ClusterIndex(3)));
+    let l1 =
+        if l1_entries > 0 { geometry.offset_of(planner.allocate((l1_entries * ENTRY).div_ceil(cluster))?) } else { 0 };
     if fill != Preallocation::Off {
         let layout = Layout { geometry, size, data_file: data.is_some(), fill };
         prealloc::preallocate(&mut planner, file, &layout)?;
@@ -258,7 +258,7 @@ fn write(
     planner.plan.write_refcounts()?;
     let mut table: Vec<u8> = Vec::new();
     for at in &planner.l1 {
-        table.extend_from_slice(&L1Entry::own(HostOffset(at << geometry.cluster_bits)).0.to_be_bytes());
+        table.extend_from_slice(&L1Entry::own(HostOffset(geometry.offset_of(*at))).0.to_be_bytes());
     }
     table.resize(usize::try_from(l1_entries * ENTRY).map_err(|_| Error::invalid("L1 table is too large"))?, 0);
     planner.plan.out().put(l1, &table)?;
@@ -266,7 +266,7 @@ fn write(
     let mut header = Qcow2Header { crypto, ..header(decided, data_file) };
     header.fields.l1_size = u32::try_from(l1_entries).map_err(|_| Error::invalid("L1 table is too large"))?;
     header.fields.l1_table_offset = l1;
-    header.fields.refcount_table_offset = refcount_table << geometry.cluster_bits;
+    header.fields.refcount_table_offset = geometry.offset_of(refcount_table);
     header.fields.refcount_table_clusters =
         u32::try_from(refcount_table_clusters).map_err(|_| Error::invalid("Refcount table is too large"))?;
     let mut bytes = header.to_bytes().map_err(|error| match &decided.backing {

@@ -91,7 +91,7 @@ impl LuksClusters<'_> {
 pub fn place(planner: &mut Planner, geometry: Geometry, volume: &NewVolume) -> Result<(u64, u64)> {
     let length = volume.header.payload();
     let clusters = length.div_ceil(geometry.cluster_size());
-    let at = planner.allocate(clusters)? << geometry.cluster_bits;
+    let at = geometry.offset_of(planner.allocate(clusters)?);
     let too_large = |_| Error::invalid("The LUKS header is too large");
     let mut bytes = vec![0; usize::try_from(clusters << geometry.cluster_bits).map_err(too_large)?];
     let material = usize::try_from(volume.material_at).map_err(too_large)?;

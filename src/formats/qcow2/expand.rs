@@ -85,10 +85,10 @@ impl Qcow2Driver {
 
     /// What is not to be used by it any more is added to `unused`, once for each reference.
     fn expand_table(&self, alloc: &mut Allocator, at: u64, l1_index: u64, unused: &mut Vec<(u64, u64)>) -> Result<()> {
-        let (bits, cluster) = (self.geometry.cluster_bits, self.geometry.cluster_size());
+        let (geometry, cluster) = (self.geometry, self.geometry.cluster_size());
         let table = self.l2(at);
         // Whatever its entries name has a reference for each of those that it has itself.
-        let times = self.refcount(at >> bits)?;
+        let times = self.refcount(geometry.cluster_of(at))?;
         if times == 0 {
             return Err(self.corrupt(format!("L2 table at {at:#x} has a refcount of 0")));
         }
@@ -110,7 +110,7 @@ impl Qcow2Driver {
             }
             if host != 0 {
                 self.check_data(host, cluster)?;
-                let count = self.refcount(host >> bits)?;
+                let count = self.refcount(geometry.cluster_of(host))?;
                 if count < times {
                     return Err(self.corrupt(format!("Data cluster offset {host:#x} has a refcount of {count}")));
                 }
@@ -132,10 +132,10 @@ impl Qcow2Driver {
         for (first, n) in runs {
             let host = self.allocate(alloc, n)?;
             self.change_refcounts(host, n, |count| count.checked_add(times - 1).ok_or("refcount above all"))?;
-            let place = HostPlace::main(host << bits);
-            clear_stored(self, place, self.guest_of(l1_index, first), n * cluster, Zeroing::Punch)
+            let host = geometry.offset_of(host);
+            clear_stored(self, HostPlace::main(host), self.guest_of(l1_index, first), n * cluster, Zeroing::Punch)
                 .context("Could not write zeros")?;
-            new.extend((0..n).map(|step| (first + step, (host + step) << bits | mark)));
+            new.extend((0..n).map(|step| (first + step, (host + step * cluster) | mark)));
         }
         self.change_entries(table, &new)
     }

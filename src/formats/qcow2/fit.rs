@@ -89,7 +89,7 @@ impl Qcow2Driver {
     /// Writes bytes to new clusters; what is behind them stays what it is.
     pub(super) fn put_bytes(&self, alloc: &mut Allocator, bytes: &[u8]) -> Result<u64> {
         let clusters = (bytes.len() as u64).div_ceil(self.geometry.cluster_size()).max(1);
-        let at = self.allocate(alloc, clusters)? << self.geometry.cluster_bits;
+        let at = self.geometry.offset_of(self.allocate(alloc, clusters)?);
         self.file().storage.write_at(at, bytes).context("Could not write a bitmap")?;
         Ok(at)
     }
@@ -97,8 +97,7 @@ impl Qcow2Driver {
     /// The clusters of a run of bytes lose a reference, later.
     pub(super) fn free_bytes(&self, alloc: &mut Allocator, at: u64, len: u64) {
         if at != 0 && len > 0 {
-            let bits = self.geometry.cluster_bits;
-            alloc.freed.push((at >> bits, len.div_ceil(self.geometry.cluster_size()), true));
+            alloc.freed.push((self.geometry.cluster_of(at), len.div_ceil(self.geometry.cluster_size()), true));
         }
     }
 }

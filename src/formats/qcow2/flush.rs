@@ -21,17 +21,17 @@ impl Qcow2Driver {
         }
         let storage = &self.file().storage;
         storage.flush().context("Could not flush")?;
-        let bits = self.geometry.cluster_bits;
+        let (geometry, size) = (self.geometry, self.geometry.cluster_size());
         storage.announce(Event::CLUSTER_FREE);
         for (start, n, punch) in std::mem::take(&mut alloc.freed) {
             for (first, count) in self.lower(start, n)? {
                 self.freed(alloc, first, count);
-                for cluster in first..first + count {
-                    self.tables.forget(cluster << bits, 1 << bits);
-                    self.forget_metadata(cluster << bits);
+                for at in first.run(count).map(|cluster| geometry.offset_of(cluster)) {
+                    self.tables.forget(at, size);
+                    self.forget_metadata(at);
                 }
                 if punch {
-                    storage.discard(first << bits, count << bits).context("Could not discard clusters")?;
+                    storage.discard(geometry.offset_of(first), count * size).context("Could not discard clusters")?;
                 }
             }
         }

@@ -1,6 +1,44 @@
 //! What follows from a header's fixed fields by calculation: sizes, indices, places.
 
+use std::fmt;
+use std::ops::Add;
+
 use super::layout::{COMPRESSED, COPIED, ENTRY, EXTENDED_ENTRY, SECTOR, SUBCLUSTERS};
+
+/// The number of a cluster of the image file, from its start on. Guest clusters, refcount blocks and offsets have numbers
+/// of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct ClusterIndex(pub u64);
+
+impl ClusterIndex {
+    /// Past every file's end.
+    pub const MAX: Self = Self(u64::MAX);
+
+    /// `n` clusters from this one on.
+    pub fn run(self, n: u64) -> impl Iterator<Item = Self> {
+        (self.0..self.0.saturating_add(n)).map(Self)
+    }
+
+    /// How many clusters there are from an earlier one up to this one.
+    pub fn since(self, first: Self) -> u64 {
+        self.0.saturating_sub(first.0)
+    }
+}
+
+impl Add<u64> for ClusterIndex {
+    type Output = Self;
+
+    /// Saturates: what an image made overflow lies past every end.
+    fn add(self, n: u64) -> Self {
+        Self(self.0.saturating_add(n))
+    }
+}
+
+impl fmt::Display for ClusterIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 /// What follows from a header's fixed fields alone, and never changes while an image is open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +97,27 @@ impl Geometry {
     /// Refcounts in a refcount block.
     pub fn refcounts_per_block(&self) -> u64 {
         self.cluster_size() * 8 / u64::from(self.refcount_bits())
+    }
+
+    /// The cluster of the image file in which an offset lies.
+    pub fn cluster_of(&self, offset: u64) -> ClusterIndex {
+        ClusterIndex(offset >> self.cluster_bits)
+    }
+
+    /// Where a cluster of the image file starts.
+    pub fn offset_of(&self, cluster: ClusterIndex) -> u64 {
+        cluster.0 << self.cluster_bits
+    }
+
+    /// The index of the refcount block that has a cluster's refcount, and the refcount's index in it.
+    pub fn refcount_of(&self, cluster: ClusterIndex) -> (u64, u64) {
+        let per_block = self.refcounts_per_block();
+        (cluster.0 / per_block, cluster.0 % per_block)
+    }
+
+    /// The first cluster whose refcount a refcount block has.
+    pub fn first_counted(&self, block: u64) -> ClusterIndex {
+        ClusterIndex(block.saturating_mul(self.refcounts_per_block()))
     }
 
     /// L1 index of a guest offset.

@@ -13,7 +13,7 @@ use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
 use super::check::prefixed;
-use super::geometry::Geometry;
+use super::geometry::{ClusterIndex, Geometry};
 use super::layout::{self, ENTRY};
 use super::walk::{Found, MetadataPart, Visitor};
 
@@ -99,9 +99,9 @@ impl Qcow2Driver {
     }
 
     /// A cluster was taken.
-    pub(super) fn took(&self, cluster: u64) {
+    pub(super) fn took(&self, cluster: ClusterIndex) {
         let mut places = self.places();
-        if let Some(at) = places.block.take_if(|at| *at >> self.geometry.cluster_bits == cluster) {
+        if let Some(at) = places.block.take_if(|at| self.geometry.cluster_of(*at) == cluster) {
             places.clusters.insert(at | BLOCK);
         }
     }
@@ -130,7 +130,7 @@ impl Qcow2Driver {
             return Err(self.corrupt(text));
         }
         for at in survey.blocks() {
-            let count = self.refcount(at >> self.geometry.cluster_bits)?;
+            let count = self.refcount(self.geometry.cluster_of(at))?;
             if count != 1 {
                 return Err(self.corrupt(format!("Refblock at offset {at:#x} has a refcount of {count}")));
             }
@@ -187,10 +187,9 @@ impl Qcow2Driver {
     }
 
     /// Refuses to give out clusters in which a table lies.
-    pub(super) fn guard(&self, start: u64, n: u64) -> Result<()> {
-        let bits = self.geometry.cluster_bits;
-        let first = start << bits;
-        match self.occupied(first, start.saturating_add(n) << bits) {
+    pub(super) fn guard(&self, start: ClusterIndex, n: u64) -> Result<()> {
+        let first = self.geometry.offset_of(start);
+        match self.occupied(first, self.geometry.offset_of(start + n)) {
             Some(what) => Err(self.corrupt(format!("Preventing invalid allocation of {what} at offset {first:#x}"))),
             None => Ok(()),
         }

@@ -43,7 +43,7 @@ impl Qcow2Driver {
         if let Some(old) = old.filter(|_| entry.is_own()) {
             return Ok(self.l2(old));
         }
-        let new = self.allocate(alloc, 1)? << self.geometry.cluster_bits;
+        let new = self.geometry.offset_of(self.allocate(alloc, 1)?);
         let table = self.l2(new);
         self.tables.fresh(table)?;
         if let Some(old) = old {
@@ -54,7 +54,7 @@ impl Qcow2Driver {
                     self.tables.set(table, n, word)?;
                 }
             }
-            alloc.freed.push((old >> self.geometry.cluster_bits, 1, false));
+            alloc.freed.push((self.geometry.cluster_of(old), 1, false));
         }
         self.tables.set(l1, index, L1Entry::own(HostOffset(new)).0)?;
         self.add_metadata(new, guard::L2);
@@ -144,7 +144,7 @@ impl Qcow2Driver {
         let host = match class {
             Class::InPlace(host) | Class::Reuse(host) => host.get(),
             Class::New | Class::Copy if self.external => first,
-            Class::New | Class::Copy => self.allocate(alloc, n)? << bits,
+            Class::New | Class::Copy => geometry.offset_of(self.allocate(alloc, n)?),
         };
         let unit = first >> bits;
         let ticket = match class {
@@ -354,15 +354,15 @@ impl Write for Qcow2Driver {
     }
 
     fn withdraw(&self, placed: &Placed) {
-        let bits = self.geometry.cluster_bits;
+        let geometry = self.geometry;
         let (first, n) = match placed.ticket {
             Ticket::New { count, entry, .. } | Ticket::Whole { count, entry, .. } if !self.external => {
-                (entry >> bits, count)
+                (geometry.cluster_of(entry), count)
             }
             Ticket::Packed { entry, .. } => {
                 let (at, len) = self.geometry.compressed(entry);
-                let first = at >> bits;
-                (first, ((at + len - 1) >> bits) - first + 1)
+                let first = geometry.cluster_of(at);
+                (first, geometry.cluster_of(at + len - 1).since(first) + 1)
             }
             _ => return,
         };

@@ -9,7 +9,7 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::storage::Storage;
 
-use super::geometry::Geometry;
+use super::geometry::{ClusterIndex, Geometry};
 use super::layout::{ENTRY, MAX_REFCOUNT_TABLE_BYTES};
 use super::refcount;
 use super::space::{ClusterSpace, Cursor, Freed, Growth};
@@ -20,23 +20,23 @@ pub struct ImagePlan {
     geometry: Geometry,
     out: Batch,
     /// Free runs in ascending order, as first and end; the last has no end.
-    free: Vec<(u64, u64)>,
+    free: Vec<(ClusterIndex, ClusterIndex)>,
     /// The cluster of each refcount block; 0 for none.
-    blocks: Vec<u64>,
-    table: u64,
+    blocks: Vec<ClusterIndex>,
+    table: ClusterIndex,
     table_clusters: u64,
 }
 
 impl ImagePlan {
     /// An image whose first `used` clusters are in use, with its refcount table in cluster 1 and the first refcount
     /// block in cluster 2.
-    pub fn new(geometry: Geometry, file: Arc<dyn Storage>, used: u64) -> Self {
+    pub fn new(geometry: Geometry, file: Arc<dyn Storage>, used: ClusterIndex) -> Self {
         Self {
             geometry,
             out: Batch::new(file),
-            free: vec![(used, u64::MAX)],
-            blocks: vec![2],
-            table: 1,
+            free: vec![(used, ClusterIndex::MAX)],
+            blocks: vec![ClusterIndex(2)],
+            table: ClusterIndex(1),
             table_clusters: 1,
         }
     }
@@ -47,13 +47,13 @@ impl ImagePlan {
     }
 
     /// First cluster and length in clusters of the refcount table.
-    pub fn table(&self) -> (u64, u64) {
+    pub fn table(&self) -> (ClusterIndex, u64) {
         (self.table, self.table_clusters)
     }
 
     /// The end of what is in use, in clusters.
-    pub fn end(&self) -> u64 {
-        self.free.last().map_or(0, |(first, _)| *first)
+    pub fn end(&self) -> ClusterIndex {
+        self.free.last().map_or(ClusterIndex(0), |(first, _)| *first)
     }
 
     /// Writes the refcount table and all refcount blocks.
@@ -64,10 +64,11 @@ impl ImagePlan {
         let ones = refcount::all_ones(geometry.refcount_order, size);
         let mut run = 0;
         for (index, cluster) in self.blocks.iter().enumerate() {
-            if *cluster == 0 {
+            if *cluster == ClusterIndex(0) {
                 continue;
             }
-            let (first, end) = (index as u64 * per_block, (index as u64 + 1) * per_block);
+            let first = geometry.first_counted(index as u64);
+            let end = first + per_block;
             let mut block = ones.clone();
             while self.free.get(run).is_some_and(|(_, free_end)| *free_end <= first) {
                 run += 1;
@@ -76,11 +77,11 @@ impl ImagePlan {
                 if *free >= end {
                     break;
                 }
-                for cluster in (*free).max(first)..(*free_end).min(end) {
-                    refcount::set(geometry.refcount_order, &mut block, bytes(cluster - first)?, 0);
+                for slot in free.since(first)..(*free_end).min(end).since(first) {
+                    refcount::set(geometry.refcount_order, &mut block, bytes(slot)?, 0);
                 }
             }
-            self.out.put(cluster << geometry.cluster_bits, &block)?;
+            self.out.put(geometry.offset_of(*cluster), &block)?;
         }
         self.write_table()
     }
@@ -89,13 +90,13 @@ impl ImagePlan {
     fn write_table(&mut self) -> Result<()> {
         let mut table = Vec::with_capacity(self.blocks.len() * 8);
         for cluster in &self.blocks {
-            table.extend_from_slice(&(cluster << self.geometry.cluster_bits).to_be_bytes());
+            table.extend_from_slice(&self.geometry.offset_of(*cluster).to_be_bytes());
         }
-        table.resize(bytes(self.table_clusters << self.geometry.cluster_bits)?, 0);
-        self.out.put(self.table << self.geometry.cluster_bits, &table)
+        table.resize(bytes(self.table_clusters * self.geometry.cluster_size())?, 0);
+        self.out.put(self.geometry.offset_of(self.table), &table)
     }
 
-    fn set_free(&mut self, start: u64, n: u64) {
+    fn set_free(&mut self, start: ClusterIndex, n: u64) {
         let at = self.free.partition_point(|(first, _)| *first < start);
         self.free.insert(at, (start, start + n));
         for at in [at, at.saturating_sub(1)] {
@@ -116,23 +117,23 @@ impl ClusterSpace for ImagePlan {
         self.geometry
     }
 
-    fn find_free(&mut self, from: u64, n: u64) -> Result<u64> {
+    fn find_free(&mut self, from: ClusterIndex, n: u64) -> Result<ClusterIndex> {
         let at = self.free.partition_point(|(_, end)| *end <= from);
         let runs = self.free.get(at..).unwrap_or(&[]).iter();
         let mut starts = runs.map(|(first, end)| ((*first).max(from), *end));
-        let found = starts.find(|(start, end)| end - start >= n).map(|(start, _)| start);
+        let found = starts.find(|(start, end)| end.since(*start) >= n).map(|(start, _)| start);
         found.ok_or_else(|| Error::invalid("No space left in the image"))
     }
 
     fn has_block(&mut self, index: u64) -> Result<bool> {
-        Ok(self.blocks.get(bytes(index)?).is_some_and(|cluster| *cluster != 0))
+        Ok(self.blocks.get(bytes(index)?).is_some_and(|cluster| *cluster != ClusterIndex(0)))
     }
 
     fn table_entries(&self) -> u64 {
-        (self.table_clusters << self.geometry.cluster_bits) / ENTRY
+        self.table_clusters * self.geometry.cluster_size() / ENTRY
     }
 
-    fn take(&mut self, start: u64, n: u64) -> Result<()> {
+    fn take(&mut self, start: ClusterIndex, n: u64) -> Result<()> {
         let at = self.free.partition_point(|(_, end)| *end <= start);
         let Some((first, end)) = self.free.get(at).copied().filter(|run| run.0 <= start && start + n <= run.1) else {
             return Err(Error::corrupt("clusters were given out twice"));
@@ -147,13 +148,13 @@ impl ClusterSpace for ImagePlan {
         Ok(())
     }
 
-    fn put_block(&mut self, index: u64, cluster: u64) -> Result<()> {
+    fn put_block(&mut self, index: u64, cluster: ClusterIndex) -> Result<()> {
         if index >= MAX_REFCOUNT_TABLE_BYTES / ENTRY {
             return Err(Error::invalid("No space left: the refcount table would be too large"));
         }
         let index = bytes(index)?;
         if self.blocks.len() <= index {
-            self.blocks.resize(index + 1, 0);
+            self.blocks.resize(index + 1, ClusterIndex(0));
         }
         if let Some(slot) = self.blocks.get_mut(index) {
             *slot = cluster;
@@ -183,7 +184,7 @@ pub struct Planner {
     /// What is laid out so far.
     pub plan: ImagePlan,
     /// The clusters of the L2 tables, in order.
-    pub l1: Vec<u64>,
+    pub l1: Vec<ClusterIndex>,
     cursor: Cursor,
 }
 
@@ -194,17 +195,17 @@ impl Planner {
     }
 
     /// `n` contiguous clusters.
-    pub fn allocate(&mut self, n: u64) -> Result<u64> {
+    pub fn allocate(&mut self, n: u64) -> Result<ClusterIndex> {
         self.cursor.allocate(&mut self.plan, n)
     }
 
     /// Counts clusters as used that have refcount blocks already.
-    pub fn take(&mut self, start: u64, n: u64) -> Result<()> {
+    pub fn take(&mut self, start: ClusterIndex, n: u64) -> Result<()> {
         self.plan.take(start, n)
     }
 
     /// See [`Cursor::reserve_area`].
-    pub fn reserve_area(&mut self, start: u64, extra: u64) -> Result<u64> {
+    pub fn reserve_area(&mut self, start: ClusterIndex, extra: u64) -> Result<ClusterIndex> {
         self.cursor.reserve_area(&mut self.plan, start, extra)
     }
 }

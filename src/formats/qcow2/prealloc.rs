@@ -9,7 +9,7 @@ use crate::block::{Error, HostOffset, Result};
 use crate::storage::{Preallocation, Storage};
 
 use super::entry::L2Entry;
-use super::geometry::Geometry;
+use super::geometry::{ClusterIndex, Geometry};
 use super::plan::Planner;
 
 /// What is asked for.
@@ -40,8 +40,8 @@ pub fn preallocate(planner: &mut Planner, file: &Arc<dyn Storage>, layout: &Layo
             let first = planner.reserve_area(planner.plan.end(), extra)?;
             planner.take(first, clusters)?;
             planner.plan.out().finish()?;
-            let start = first << geometry.cluster_bits;
-            let end = (first + clusters) << geometry.cluster_bits;
+            let start = geometry.offset_of(first);
+            let end = geometry.offset_of(first + clusters);
             // What lies before the area is written first, so that the area is all that grows.
             file.set_len(start, Preallocation::Off).context("Could not resize file")?;
             file.set_len(end, layout.fill).context("Could not resize image: Failed to resize underlying file")?;
@@ -49,7 +49,7 @@ pub fn preallocate(planner: &mut Planner, file: &Arc<dyn Storage>, layout: &Layo
         }
         _ => None,
     };
-    let mut data_end = 0;
+    let mut data_end = ClusterIndex(0);
     for table in 0..tables {
         let first = table * geometry.l2_entries();
         let count = geometry.l2_entries().min(clusters - first);
@@ -59,25 +59,26 @@ pub fn preallocate(planner: &mut Planner, file: &Arc<dyn Storage>, layout: &Layo
         let mut done = 0;
         while done < count {
             let (host, n) = match area {
-                _ if layout.data_file => (first + done, count - done),
+                // There a cluster is where the guest has it.
+                _ if layout.data_file => (ClusterIndex(first + done), count - done),
                 Some(start) => (start + first + done, count - done),
                 None => {
                     let n = (count - done).min(PIECE >> geometry.cluster_bits);
                     (planner.allocate(n)?, n)
                 }
             };
-            for (cluster, entry) in (host..host + n).zip(&mut entries) {
+            for (cluster, entry) in host.run(n).zip(&mut entries) {
                 // A subcluster bitmap stays zero: there is room, but nothing is allocated.
-                entry[..8].copy_from_slice(&L2Entry::own(HostOffset(cluster << geometry.cluster_bits)).0.to_be_bytes());
+                entry[..8].copy_from_slice(&L2Entry::own(HostOffset(geometry.offset_of(cluster))).0.to_be_bytes());
             }
             done += n;
             data_end = host + n;
         }
-        planner.plan.out().put(at << geometry.cluster_bits, &l2)?;
+        planner.plan.out().put(geometry.offset_of(at), &l2)?;
         planner.l1.push(at);
     }
     planner.plan.out().finish()?;
-    let end = data_end << geometry.cluster_bits;
+    let end = geometry.offset_of(data_end);
     if !layout.data_file && file.len().context("Could not get file size")? < end {
         file.set_len(end, Preallocation::Off).context("Could not resize file")?;
     }

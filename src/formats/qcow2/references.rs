@@ -7,6 +7,8 @@
 
 use std::collections::BTreeMap;
 
+use super::geometry::ClusterIndex;
+
 /// Clusters in a page.
 const PAGE: u64 = 4096;
 /// Most entries of a page that is kept as a list.
@@ -136,7 +138,7 @@ impl ReferencePage {
 #[derive(Debug)]
 pub struct References {
     /// What lies at this cluster or behind it is not counted.
-    limit: u64,
+    limit: ClusterIndex,
     /// No count gets higher.
     most: u32,
     pages: Vec<ReferencePage>,
@@ -148,14 +150,14 @@ pub struct References {
 
 impl References {
     /// Of the clusters below `limit`; counts stop at `most`.
-    pub fn new(limit: u64, most: u64) -> Self {
+    pub fn new(limit: ClusterIndex, most: u64) -> Self {
         let most = u32::try_from(most).unwrap_or(u32::MAX);
         Self { limit, most, pages: Vec::new(), slots: BTreeMap::new(), last: None }
     }
 
     /// From now on every cluster counts, wherever it lies.
     pub fn without_limit(self) -> Self {
-        Self { limit: u64::MAX, ..self }
+        Self { limit: ClusterIndex::MAX, ..self }
     }
 
     /// Whether no cluster has more than one reference.
@@ -168,7 +170,7 @@ impl References {
     }
 
     /// References to a cluster.
-    pub fn get(&self, cluster: u64) -> u32 {
+    pub fn get(&self, ClusterIndex(cluster): ClusterIndex) -> u32 {
         let slot = self.slots.get(&(cluster / PAGE));
         slot.and_then(|slot| self.pages.get(*slot)).map_or(0, |page| page.get((cluster % PAGE) as u16))
     }
@@ -186,8 +188,8 @@ impl References {
     }
 
     /// No reference any more to each cluster from `first` to `last`.
-    pub fn clear(&mut self, first: u64, last: u64) {
-        for cluster in first..=last {
+    pub fn clear(&mut self, first: ClusterIndex, last: ClusterIndex) {
+        for cluster in first.0..=last.0 {
             if let Some(page) = self.page(cluster / PAGE) {
                 page.set((cluster % PAGE) as u16, 0);
             }
@@ -195,16 +197,23 @@ impl References {
     }
 
     /// `times` more for each cluster from `first` to `last`, if it is below the limit.
-    pub fn add(&mut self, first: u64, last: u64, times: u32) {
+    pub fn add(&mut self, first: ClusterIndex, last: ClusterIndex, times: u32) {
         self.add_each(first, last, times, &mut |_| {});
     }
 
     /// The same; `full` hears of each cluster whose count would be higher than counts get, once for each time.
-    pub fn add_each(&mut self, first: u64, last: u64, times: u32, full: &mut dyn FnMut(u64)) {
-        let last = last.min(self.limit.saturating_sub(1));
+    pub fn add_each(
+        &mut self,
+        ClusterIndex(first): ClusterIndex,
+        last: ClusterIndex,
+        times: u32,
+        full: &mut dyn FnMut(ClusterIndex),
+    ) {
+        let ClusterIndex(limit) = self.limit;
+        let last = last.0.min(limit.saturating_sub(1));
         let most = self.most;
         let mut at = first;
-        while at <= last && at < self.limit {
+        while at <= last && at < limit {
             let end = last.min(at / PAGE * PAGE + (PAGE - 1));
             let (from, to) = ((at % PAGE) as u16, (end % PAGE) as u16);
             let Some(page) = self.page(at / PAGE) else { return };
@@ -213,7 +222,7 @@ impl References {
                 for index in from..=to {
                     let count = page.get(index);
                     let more = times.min(most.saturating_sub(count));
-                    (more..times).for_each(|_| full(at - u64::from(from) + u64::from(index)));
+                    (more..times).for_each(|_| full(ClusterIndex(at - u64::from(from) + u64::from(index))));
                     if more > 0 {
                         page.set(index, count + more);
                     }
@@ -224,29 +233,40 @@ impl References {
     }
 
     /// The clusters from `first` on, below `end`, that are referred to, and how often.
-    pub fn range(&self, first: u64, end: u64) -> impl Iterator<Item = (u64, u32)> + '_ {
+    pub fn range(
+        &self,
+        ClusterIndex(first): ClusterIndex,
+        ClusterIndex(end): ClusterIndex,
+    ) -> impl Iterator<Item = (ClusterIndex, u32)> + '_ {
         let slots = self.slots.range(first / PAGE..end.div_ceil(PAGE).max(first / PAGE));
         slots.flat_map(move |(number, slot)| {
             let start = number * PAGE;
             let page = self.pages.get(*slot);
             let from = first.saturating_sub(start).min(PAGE);
             let to = end.saturating_sub(start).min(PAGE);
-            let counted = (from..to).map(move |index| (start + index, page.map_or(0, |page| page.get(index as u16))));
+            let counted = (from..to)
+                .map(move |index| (ClusterIndex(start + index), page.map_or(0, |page| page.get(index as u16))));
             counted.filter(|(_, count)| *count > 0)
         })
     }
 
+    /// All clusters that are referred to, and how often.
+    pub fn all(&self) -> impl Iterator<Item = (ClusterIndex, u32)> + '_ {
+        self.range(ClusterIndex(0), ClusterIndex::MAX)
+    }
+
     /// The cluster behind the last one that is referred to.
-    pub fn end(&self) -> u64 {
-        let Some(page) = self.slots.keys().next_back() else { return 0 };
-        self.range(page * PAGE, u64::MAX).last().map_or(0, |(cluster, _)| cluster + 1)
+    pub fn end(&self) -> ClusterIndex {
+        let Some(page) = self.slots.keys().next_back() else { return ClusterIndex(0) };
+        let last = self.range(ClusterIndex(page * PAGE), ClusterIndex::MAX).last();
+        last.map_or(ClusterIndex(0), |(cluster, _)| cluster + 1)
     }
 
     /// The first of `n` clusters in a row, from `from` on, to which nothing refers. There may be no end to the file.
-    pub fn free_run(&self, from: u64, n: u64) -> u64 {
+    pub fn free_run(&self, from: ClusterIndex, n: u64) -> ClusterIndex {
         let mut start = from;
-        for (used, _) in self.range(from, u64::MAX) {
-            if used - start >= n {
+        for (used, _) in self.range(from, ClusterIndex::MAX) {
+            if used.since(start) >= n {
                 break;
             }
             start = used + 1;
@@ -257,7 +277,7 @@ impl References {
     /// The runs of `unit` clusters, numbered, in which any cluster is referred to.
     pub fn units(&self, unit: u64) -> Vec<u64> {
         let mut units: Vec<u64> = Vec::new();
-        for (cluster, _) in self.range(0, u64::MAX) {
+        for (ClusterIndex(cluster), _) in self.all() {
             if units.last() != Some(&(cluster / unit)) {
                 units.push(cluster / unit);
             }
@@ -272,40 +292,43 @@ mod tests {
 
     #[test]
     fn counts_are_kept_whatever_the_page() {
-        let mut references = References::new(u64::MAX, u64::MAX);
+        let mut references = References::new(ClusterIndex(u64::MAX), u64::MAX);
         // A list, then bits, then bytes, then words; the last cluster of one page and the first of the next; far away.
-        references.add(10, 20, 1);
-        references.add(100, 300, 1);
-        references.add(4090, 4100, 2);
-        references.add(15, 15, 3);
-        references.add(1 << 46, 1 << 46, u32::MAX);
-        references.add(1 << 46, 1 << 46, 1);
-        let all: Vec<_> = references.range(0, u64::MAX).collect();
+        references.add(ClusterIndex(10), ClusterIndex(20), 1);
+        references.add(ClusterIndex(100), ClusterIndex(300), 1);
+        references.add(ClusterIndex(4090), ClusterIndex(4100), 2);
+        references.add(ClusterIndex(15), ClusterIndex(15), 3);
+        references.add(ClusterIndex(1 << 46), ClusterIndex(1 << 46), u32::MAX);
+        references.add(ClusterIndex(1 << 46), ClusterIndex(1 << 46), 1);
+        let all: Vec<_> = references.all().map(|(ClusterIndex(n), count)| (n, count)).collect();
         assert_eq!(all.len(), 11 + 201 + 11 + 1);
         assert_eq!(
-            [9, 10, 15, 20, 21, 100, 300, 301, 4095, 4096].map(|n| references.get(n)),
+            [9, 10, 15, 20, 21, 100, 300, 301, 4095, 4096].map(|n| references.get(ClusterIndex(n))),
             [0, 1, 4, 1, 0, 1, 1, 0, 2, 2]
         );
-        assert_eq!(references.get(1 << 46), u32::MAX);
-        assert_eq!(references.range(299, 4091).collect::<Vec<_>>(), [(299, 1), (300, 1), (4090, 2)]);
+        assert_eq!(references.get(ClusterIndex(1 << 46)), u32::MAX);
+        assert_eq!(
+            references.range(ClusterIndex(299), ClusterIndex(4091)).collect::<Vec<_>>(),
+            [(299, 1), (300, 1), (4090, 2)].map(|(n, count)| (ClusterIndex(n), count))
+        );
         assert_eq!(references.units(4096), [0, 1, 1 << 34]);
-        assert_eq!(references.free_run(0, 10), 0);
-        assert_eq!(references.free_run(0, 11), 21);
-        assert_eq!(references.free_run(0, 80), 301);
+        assert_eq!(references.free_run(ClusterIndex(0), 10), ClusterIndex(0));
+        assert_eq!(references.free_run(ClusterIndex(0), 11), ClusterIndex(21));
+        assert_eq!(references.free_run(ClusterIndex(0), 80), ClusterIndex(301));
     }
 
     #[test]
     fn long_runs_count_like_short_ones() {
-        let mut references = References::new(20_000, u64::MAX);
-        references.add(60, 9000, 1);
-        references.add(0, 59, 1);
-        references.add(63, 64, 299);
-        references.add(8000, u64::MAX, 1);
-        references.add(12_288, 16_383, 1);
-        references.add(12_288, 16_383, 1);
-        references.add(12_288, 16_383, 250);
-        references.add(12_288, 16_383, 10);
-        let all: Vec<_> = references.range(0, u64::MAX).collect();
+        let mut references = References::new(ClusterIndex(20_000), u64::MAX);
+        references.add(ClusterIndex(60), ClusterIndex(9000), 1);
+        references.add(ClusterIndex(0), ClusterIndex(59), 1);
+        references.add(ClusterIndex(63), ClusterIndex(64), 299);
+        references.add(ClusterIndex(8000), ClusterIndex(u64::MAX), 1);
+        references.add(ClusterIndex(12_288), ClusterIndex(16_383), 1);
+        references.add(ClusterIndex(12_288), ClusterIndex(16_383), 1);
+        references.add(ClusterIndex(12_288), ClusterIndex(16_383), 250);
+        references.add(ClusterIndex(12_288), ClusterIndex(16_383), 10);
+        let all: Vec<_> = references.all().map(|(ClusterIndex(n), count)| (n, count)).collect();
         assert_eq!(all.len(), 20_000);
         for (cluster, count) in all {
             let wanted = match cluster {
@@ -320,13 +343,13 @@ mod tests {
 
     #[test]
     fn what_lies_past_the_limit_costs_nothing() {
-        let mut references = References::new(100, 3);
-        references.add(100, u64::MAX, 1);
-        references.add(u64::MAX, u64::MAX, 1);
+        let mut references = References::new(ClusterIndex(100), 3);
+        references.add(ClusterIndex(100), ClusterIndex(u64::MAX), 1);
+        references.add(ClusterIndex(u64::MAX), ClusterIndex(u64::MAX), 1);
         assert!(references.pages.is_empty());
         let mut full = Vec::new();
-        references.add_each(98, 1000, 5, &mut |cluster| full.push(cluster));
+        references.add_each(ClusterIndex(98), ClusterIndex(1000), 5, &mut |cluster| full.push(cluster.0));
         assert_eq!(full, [98, 98, 99, 99]);
-        assert_eq!(references.range(0, u64::MAX).collect::<Vec<_>>(), [(98, 3), (99, 3)]);
+        assert_eq!(references.all().collect::<Vec<_>>(), [(ClusterIndex(98), 3), (ClusterIndex(99), 3)]);
     }
 }

@@ -14,6 +14,7 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
+use super::geometry::ClusterIndex;
 use super::guard::Survey;
 use super::layout::{COPIED, ENTRY, MAX_REFCOUNT_TABLE_BYTES};
 use super::refcount;
@@ -30,7 +31,7 @@ enum RepairPlan {
     /// The blocks that there are, are all that is needed, and lie where nothing else does.
     InPlace,
     /// Blocks with these indices, and a table behind them, from a cluster on.
-    Elsewhere { start: u64, blocks: Vec<u64>, table_clusters: u64 },
+    Elsewhere { start: ClusterIndex, blocks: Vec<u64>, table_clusters: u64 },
 }
 
 /// Makes the refcounts of an image whose dirty bit is set what its tables say, and the marks of entries whose cluster
@@ -40,8 +41,8 @@ pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
     let file = driver.file().storage.len().context("Could not get file size")?;
     let mut count = Count {
         survey: Survey::new(driver, u64::MAX)?,
-        references: References::new(u64::MAX, u64::from(u32::MAX)),
-        clusters: file.div_ceil(driver.geometry.cluster_size()),
+        references: References::new(ClusterIndex::MAX, u64::from(u32::MAX)),
+        end: ClusterIndex(file.div_ceil(driver.geometry.cluster_size())),
         beyond: 0,
     };
     driver.walk(&mut count)?;
@@ -54,7 +55,7 @@ pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
     let plan = plan(driver, &survey, &mut references)?;
     drop(survey);
     let most = driver.geometry.refcount_max();
-    if let Some((cluster, count)) = references.range(0, u64::MAX).find(|(_, count)| u64::from(*count) > most) {
+    if let Some((cluster, count)) = references.all().find(|(_, count)| u64::from(*count) > most) {
         return Err(Error::unsupported(format!(
             "The image was not closed cleanly and cannot be repaired: cluster {cluster} needs a refcount of {count}"
         )));
@@ -74,8 +75,8 @@ pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
 struct Count<'a> {
     survey: Survey<'a>,
     references: References,
-    /// Of the file.
-    clusters: u64,
+    /// Of the file: the cluster behind its last one.
+    end: ClusterIndex,
     /// References to clusters past the end of the file so far.
     beyond: u64,
 }
@@ -96,9 +97,9 @@ impl Visitor for Count<'_> {
             }
             _ => {}
         }
-        let last = found.at.saturating_add(found.len - 1) >> geometry.cluster_bits;
-        let first = found.at >> geometry.cluster_bits;
-        self.beyond = self.beyond.saturating_add((last + 1).saturating_sub(first.max(self.clusters)));
+        let last = geometry.cluster_of(found.at.saturating_add(found.len - 1));
+        let first = geometry.cluster_of(found.at);
+        self.beyond = self.beyond.saturating_add((last + 1).since(first.max(self.end)));
         if self.beyond > MOST_BEYOND {
             return Err(Error::corrupt(
                 "The image was not closed cleanly and cannot be repaired: too much of it lies past the end of the file",
@@ -124,8 +125,9 @@ impl Visitor for Count<'_> {
 /// for clusters that are referred to past the end of the file (`beyond`): what the file grows over of them is in use.
 pub(super) fn renew(driver: &Qcow2Driver, references: References, beyond: &References) -> Result<()> {
     let per_block = driver.geometry.refcounts_per_block();
-    let mut room = Room { references: references.without_limit(), beyond, from: 0, grown: 0 };
-    let mut blocks: BTreeMap<u64, u64> = BTreeMap::new();
+    let start = ClusterIndex(0);
+    let mut room = Room { references: references.without_limit(), beyond, from: start, grown: start };
+    let mut blocks: BTreeMap<u64, ClusterIndex> = BTreeMap::new();
     loop {
         let missing = room.without_block(per_block, &blocks);
         if !missing.is_empty() {
@@ -134,15 +136,15 @@ pub(super) fn renew(driver: &Qcow2Driver, references: References, beyond: &Refer
         }
         let entries = blocks.keys().next_back().map_or(1, |last| last + 1);
         let clusters = table_clusters(driver, entries)?;
-        let table = room.take(0, clusters);
+        let table = room.take(start, clusters);
         room.grow();
         let missing = room.without_block(per_block, &blocks);
         if missing.is_empty() {
-            let blocks: Vec<(u64, u64)> = blocks.into_iter().collect();
+            let blocks: Vec<(u64, ClusterIndex)> = blocks.into_iter().collect();
             return write_elsewhere(driver, &room.references, &blocks, table, clusters);
         }
         // The table needs more blocks itself: once more, with them.
-        room.references.clear(table, table + clusters - 1);
+        room.references.clear(table, table + (clusters - 1));
         room.place_blocks(&missing, &mut blocks);
     }
 }
@@ -152,18 +154,18 @@ struct Room<'a> {
     references: References,
     beyond: &'a References,
     /// There is none before.
-    from: u64,
+    from: ClusterIndex,
     /// How far `beyond` is counted in `references`.
-    grown: u64,
+    grown: ClusterIndex,
 }
 
 impl Room<'_> {
     /// The blocks (by index) that are needed and are not there.
-    fn without_block(&self, per_block: u64, blocks: &BTreeMap<u64, u64>) -> Vec<u64> {
+    fn without_block(&self, per_block: u64, blocks: &BTreeMap<u64, ClusterIndex>) -> Vec<u64> {
         self.references.units(per_block).into_iter().filter(|index| !blocks.contains_key(index)).collect()
     }
 
-    fn place_blocks(&mut self, missing: &[u64], blocks: &mut BTreeMap<u64, u64>) {
+    fn place_blocks(&mut self, missing: &[u64], blocks: &mut BTreeMap<u64, ClusterIndex>) {
         for index in missing {
             self.from = self.take(self.from, 1);
             blocks.insert(*index, self.from);
@@ -171,7 +173,7 @@ impl Room<'_> {
     }
 
     /// Takes `n` clusters in a row, from `from` on.
-    fn take(&mut self, from: u64, n: u64) -> u64 {
+    fn take(&mut self, from: ClusterIndex, n: u64) -> ClusterIndex {
         let mut start = from;
         loop {
             start = self.references.free_run(start, n);
@@ -180,14 +182,14 @@ impl Room<'_> {
                 None => break,
             }
         }
-        self.references.add(start, start + n - 1, 1);
+        self.references.add(start, start + (n - 1), 1);
         start
     }
 
     /// Counts what lies past the end of the file no more.
     fn grow(&mut self) {
         let end = self.references.end();
-        let used: Vec<(u64, u32)> = self.beyond.range(self.grown, end).collect();
+        let used: Vec<(ClusterIndex, u32)> = self.beyond.range(self.grown, end).collect();
         for (cluster, count) in used {
             self.references.add(cluster, cluster, count);
         }
@@ -206,14 +208,14 @@ fn table_clusters(driver: &Qcow2Driver, entries: u64) -> Result<u64> {
 
 /// Decides, and counts the references of the refcount structures that there will be.
 fn plan(driver: &Qcow2Driver, survey: &Survey<'_>, references: &mut References) -> Result<RepairPlan> {
-    let (geometry, bits) = (driver.geometry, driver.geometry.cluster_bits);
+    let geometry = driver.geometry;
     let per_block = geometry.refcounts_per_block();
     if survey.refcounts_sound() {
         let table = driver.refcount_table();
-        let own = (table.at >> bits, (table.at + table.len - 1) >> bits);
-        let blocks: Vec<u64> = survey.blocks().map(|at| at >> bits).collect();
+        let own = (geometry.cluster_of(table.at), geometry.cluster_of(table.at + table.len - 1));
+        let blocks: Vec<ClusterIndex> = survey.blocks().map(|at| geometry.cluster_of(at)).collect();
         let mut needed = references.units(per_block);
-        needed.extend(blocks.iter().chain([&own.0, &own.1]).map(|cluster| cluster / per_block));
+        needed.extend(blocks.iter().chain([&own.0, &own.1]).map(|cluster| geometry.refcount_of(*cluster).0));
         needed.dedup();
         let there = |index: &u64| driver.block_of(*index).map(|block| block.is_some());
         if needed.iter().map(there).try_fold(true, |all, one| one.map(|one| all && one))? {
@@ -224,14 +226,14 @@ fn plan(driver: &Qcow2Driver, survey: &Survey<'_>, references: &mut References) 
     }
     let file = driver.file().storage.len().context("Could not get file size")?;
     let needed = references.units(per_block);
-    let mut start = file.div_ceil(geometry.cluster_size());
+    let mut start = ClusterIndex(file.div_ceil(geometry.cluster_size()));
     loop {
         let (blocks, table_clusters) = room(driver, &needed, start)?;
-        let end = start + blocks.len() as u64 + table_clusters;
+        let end = start + (blocks.len() as u64 + table_clusters);
         match references.range(start, end).last() {
             Some((used, _)) => start = used + 1,
             None => {
-                references.add(start, end - 1, 1);
+                references.add(start, ClusterIndex(end.0 - 1), 1);
                 return Ok(RepairPlan::Elsewhere { start, blocks, table_clusters });
             }
         }
@@ -239,13 +241,13 @@ fn plan(driver: &Qcow2Driver, survey: &Survey<'_>, references: &mut References) 
 }
 
 /// The indices of the blocks that are needed if these and their table lie from `start` on, and the table's clusters.
-fn room(driver: &Qcow2Driver, needed: &[u64], start: u64) -> Result<(Vec<u64>, u64)> {
+fn room(driver: &Qcow2Driver, needed: &[u64], start: ClusterIndex) -> Result<(Vec<u64>, u64)> {
     let geometry = driver.geometry;
-    let per_block = geometry.refcounts_per_block();
     let (mut blocks, mut table) = (needed.to_vec(), 1);
     loop {
-        let end = start + blocks.len() as u64 + table;
-        let mut next: Vec<u64> = needed.iter().copied().chain(start / per_block..=(end - 1) / per_block).collect();
+        let last = start + (blocks.len() as u64 + table - 1);
+        let own = geometry.refcount_of(start).0..=geometry.refcount_of(last).0;
+        let mut next: Vec<u64> = needed.iter().copied().chain(own).collect();
         next.sort_unstable();
         next.dedup();
         let entries = next.last().map_or(0, |last| last + 1);
@@ -266,12 +268,12 @@ fn room(driver: &Qcow2Driver, needed: &[u64], start: u64) -> Result<(Vec<u64>, u
 fn elsewhere(
     driver: &Qcow2Driver,
     references: &References,
-    start: u64,
+    start: ClusterIndex,
     blocks: &[u64],
     table_clusters: u64,
 ) -> Result<()> {
     let table = start + blocks.len() as u64;
-    let blocks: Vec<(u64, u64)> = blocks.iter().copied().zip(start..).collect();
+    let blocks: Vec<(u64, ClusterIndex)> = blocks.iter().copied().zip(start.run(blocks.len() as u64)).collect();
     write_elsewhere(driver, references, &blocks, table, table_clusters)
 }
 
@@ -279,30 +281,31 @@ fn elsewhere(
 fn write_elsewhere(
     driver: &Qcow2Driver,
     references: &References,
-    blocks: &[(u64, u64)],
-    table_cluster: u64,
+    blocks: &[(u64, ClusterIndex)],
+    table_cluster: ClusterIndex,
     table_clusters: u64,
 ) -> Result<()> {
     const FAILED: &str = "Could not write new refcounts";
     let (geometry, storage) = (driver.geometry, &driver.file().storage);
-    let (bits, per_block) = (geometry.cluster_bits, geometry.refcounts_per_block());
+    let (size, per_block) = (geometry.cluster_size(), geometry.refcounts_per_block());
     let too_large = |_| Error::unsupported("The refcount table would be too large");
-    let mut table = vec![0; usize::try_from(table_clusters << bits).map_err(too_large)?];
-    let mut block = vec![0; usize::try_from(geometry.cluster_size()).map_err(too_large)?];
+    let mut table = vec![0; usize::try_from(table_clusters * size).map_err(too_large)?];
+    let mut block = vec![0; usize::try_from(size).map_err(too_large)?];
     for (index, cluster) in blocks {
         block.fill(0);
-        let first = index * per_block;
+        let first = geometry.first_counted(*index);
         for (used, count) in references.range(first, first + per_block) {
-            let at = usize::try_from(used - first).map_err(too_large)?;
+            let at = usize::try_from(used.since(first)).map_err(too_large)?;
             refcount::set(geometry.refcount_order, &mut block, at, u64::from(count));
         }
-        storage.write_at(cluster << bits, &block).context(FAILED)?;
+        let block_at = geometry.offset_of(*cluster);
+        storage.write_at(block_at, &block).context(FAILED)?;
         let at = usize::try_from(index * ENTRY).map_err(too_large)?;
         if let Some(entry) = table.get_mut(at..at + 8) {
-            entry.copy_from_slice(&(cluster << bits).to_be_bytes());
+            entry.copy_from_slice(&block_at.to_be_bytes());
         }
     }
-    let at = table_cluster << bits;
+    let at = geometry.offset_of(table_cluster);
     storage.write_at(at, &table).context(FAILED)?;
     storage.flush().context(FAILED)?;
     let clusters = u32::try_from(table_clusters).map_err(too_large)?;
@@ -340,10 +343,10 @@ fn settle_block(driver: &Qcow2Driver, references: &References, block: Table, ind
     let per_piece = (PIECE * 8) >> order;
     let pieces = geometry.refcounts_per_block() / per_piece;
     for piece in 0..pieces {
-        let (first, from) = (index * geometry.refcounts_per_block() + piece * per_piece, piece * PIECE);
+        let (first, from) = (geometry.first_counted(index) + piece * per_piece, piece * PIECE);
         let mut wanted = vec![0; PIECE as usize];
         for (cluster, count) in references.range(first, first + per_piece) {
-            refcount::set(order, &mut wanted, (cluster - first) as usize, u64::from(count));
+            refcount::set(order, &mut wanted, cluster.since(first) as usize, u64::from(count));
         }
         let settle = |bytes: &mut [u8]| {
             for at in 0..per_piece as usize {
@@ -373,7 +376,7 @@ impl Visitor for Marks<'_> {
         if !matches!(found.part, MetadataPart::ActiveL2 | MetadataPart::Data) {
             return Ok(());
         }
-        let alone = self.references.get(found.at >> self.driver.geometry.cluster_bits) == 1;
+        let alone = self.references.get(self.driver.geometry.cluster_of(found.at)) == 1;
         let word = if alone { entry.word | COPIED } else { entry.word & !COPIED };
         if word == entry.word {
             return Ok(());

@@ -15,6 +15,7 @@ use super::Qcow2Driver;
 use super::alloc::Allocator;
 use super::counts::Counts;
 use super::entry::L2Entry;
+use super::geometry::ClusterIndex;
 use super::layout::{self, ENTRY, MAX_L1_BYTES, REFCOUNT_OFFSET_MASK};
 use super::prealloc::PIECE;
 use super::refcount;
@@ -140,11 +141,11 @@ impl Qcow2Driver {
 
     /// A longer L1 table in a new place.
     fn grow_l1(&self, alloc: &mut Allocator, entries: u64) -> Result<()> {
-        let bits = self.geometry.cluster_bits;
+        let geometry = self.geometry;
         let old = self.l1();
         let len = entries * ENTRY;
         let cluster = self.allocate(alloc, len.div_ceil(self.geometry.cluster_size()))?;
-        let new = Table { kind: TableKind::L1, at: cluster << bits, len };
+        let new = Table { kind: TableKind::L1, at: geometry.offset_of(cluster), len };
         self.tables.fresh(new)?;
         for index in 0..old.len / ENTRY {
             let entry = self.tables.get(old, index)?;
@@ -161,7 +162,7 @@ impl Qcow2Driver {
         })?;
         if old.len > 0 {
             self.tables.forget(old.at, old.len);
-            alloc.freed.push((old.at >> bits, old.len.div_ceil(self.geometry.cluster_size()), false));
+            alloc.freed.push((geometry.cluster_of(old.at), old.len.div_ceil(geometry.cluster_size()), false));
             self.settle(alloc)?;
         }
         Ok(())
@@ -183,13 +184,14 @@ impl Qcow2Driver {
         if !self.external && matches!(fill, Preallocation::Falloc | Preallocation::Full) {
             let count = (end - guest) >> bits;
             let tables = count.div_ceil(geometry.l2_entries());
-            let used = storage.len().context("Could not get file size")?.div_ceil(cluster).max(self.last_used()? + 1);
+            let file = ClusterIndex(storage.len().context("Could not get file size")?.div_ceil(cluster));
+            let used = file.max(self.last_used()? + 1);
             let first = alloc.cursor.reserve_area(&mut Counts(self), used, count + tables)?;
             Counts(self).take(first, count)?;
             self.tables.write_back()?;
-            storage.set_len(first << bits, Preallocation::Off).context("Could not resize file")?;
-            storage.set_len((first + count) << bits, fill).context("Failed to resize underlying file")?;
-            area = Some(first << bits);
+            storage.set_len(geometry.offset_of(first), Preallocation::Off).context("Could not resize file")?;
+            storage.set_len(geometry.offset_of(first + count), fill).context("Failed to resize underlying file")?;
+            area = Some(geometry.offset_of(first));
         }
         let start = guest;
         let mut host_end = 0;
@@ -213,7 +215,7 @@ impl Qcow2Driver {
                 _ if self.external => guest,
                 Some(area) => area + (guest - start),
                 None => {
-                    let host = self.allocate(alloc, n)? << bits;
+                    let host = geometry.offset_of(self.allocate(alloc, n)?);
                     // Without a bitmap that says otherwise it is data at once: what was there must not show.
                     let (end, len) = (host + n * cluster, storage.len().context("Could not get file size")?);
                     let used = if !storage.facts().new_reads_zero { end } else { len.clamp(host, end) };
@@ -269,9 +271,8 @@ impl Qcow2Driver {
     }
 
     /// The last cluster with a refcount.
-    fn last_used(&self) -> Result<u64> {
+    fn last_used(&self) -> Result<ClusterIndex> {
         let table = self.refcount_table();
-        let per_block = self.geometry.refcounts_per_block();
         for index in (0..table.len / ENTRY).rev() {
             let at = self.tables.get(table, index)? & REFCOUNT_OFFSET_MASK;
             if at == 0 {
@@ -287,14 +288,14 @@ impl Qcow2Driver {
                 // The byte holds, or is in, a count that is not zero: the last such one.
                 let bits = u64::from(self.geometry.refcount_bits());
                 let (first, count) = (byte * 8 / bits, (8 / bits).max(1));
-                for cluster in (first..first + count).rev().map(|n| index * per_block + n) {
+                for cluster in (first..first + count).rev().map(|n| self.geometry.first_counted(index) + n) {
                     if self.refcount(cluster)? != 0 {
                         return Ok(cluster);
                     }
                 }
             }
         }
-        Ok(0)
+        Ok(ClusterIndex(0))
     }
 
     /// Shows a table piece by piece.
@@ -355,7 +356,7 @@ impl Qcow2Driver {
     pub(super) fn cut_unused(&self, alloc: &mut Allocator) -> Result<()> {
         self.shrink_refcounts(alloc)?;
         self.settle(alloc)?;
-        let end = (self.last_used()? + 1) << self.geometry.cluster_bits;
+        let end = self.geometry.offset_of(self.last_used()? + 1);
         let storage = &self.file().storage;
         if !storage.facts().fixed_len && storage.len().context("Could not get file size")? > end {
             self.tables.forget(end, u64::MAX - end);
@@ -367,28 +368,27 @@ impl Qcow2Driver {
     /// Frees the refcount blocks that count nothing but themselves.
     fn shrink_refcounts(&self, alloc: &mut Allocator) -> Result<()> {
         let table = self.refcount_table();
-        let (bits, per_block) = (self.geometry.cluster_bits, self.geometry.refcounts_per_block());
+        let (geometry, cluster) = (self.geometry, self.geometry.cluster_size());
         for index in 0..table.len / ENTRY {
             let at = self.tables.get(table, index)? & REFCOUNT_OFFSET_MASK;
             if at == 0 {
                 continue;
             }
-            let own = at >> bits;
+            let own = geometry.cluster_of(at);
+            let (counted_by, slot) = geometry.refcount_of(own);
             let block = self.refcount_block(at);
             let free = self.counts_nothing(block, None)?;
-            let alone = !free
-                && own / per_block == index
-                && self.counts_nothing(block, Some(own % per_block))?
-                && self.refcount(own)? == 1;
+            let alone =
+                !free && counted_by == index && self.counts_nothing(block, Some(slot))? && self.refcount(own)? == 1;
             if !free && !alone {
                 continue;
             }
             self.tables.set(table, index, 0)?;
             self.tables.write_back()?;
             if alone {
-                self.tables.forget(at, 1 << bits);
+                self.tables.forget(at, cluster);
                 self.forget_metadata(at);
-                self.file().storage.discard(at, 1 << bits).context("Could not discard clusters")?;
+                self.file().storage.discard(at, cluster).context("Could not discard clusters")?;
             } else {
                 alloc.freed.push((own, 1, true));
             }

@@ -9,7 +9,7 @@
 //! The rule is written over [`ClusterSpace`], so that new images are planned in memory and open images are changed through
 //! their tables with the same outcome.
 
-use super::geometry::Geometry;
+use super::geometry::{ClusterIndex, Geometry};
 use super::layout::{ENTRY, MAX_REFCOUNT_TABLE_BYTES};
 use crate::block::{Error, Result};
 
@@ -19,7 +19,7 @@ pub trait ClusterSpace {
     fn geometry(&self) -> Geometry;
 
     /// The first run of `n` free clusters at or after the cluster `from`.
-    fn find_free(&mut self, from: u64, n: u64) -> Result<u64>;
+    fn find_free(&mut self, from: ClusterIndex, n: u64) -> Result<ClusterIndex>;
 
     /// Whether the refcount block with that index exists.
     fn has_block(&mut self, index: u64) -> Result<bool>;
@@ -28,10 +28,10 @@ pub trait ClusterSpace {
     fn table_entries(&self) -> u64;
 
     /// Counts free clusters, whose blocks exist, as used once.
-    fn take(&mut self, start: u64, n: u64) -> Result<()>;
+    fn take(&mut self, start: ClusterIndex, n: u64) -> Result<()>;
 
     /// Makes an empty refcount block in a cluster and enters it in the table.
-    fn put_block(&mut self, index: u64, cluster: u64) -> Result<()>;
+    fn put_block(&mut self, index: u64, cluster: ClusterIndex) -> Result<()>;
 
     /// Replaces the refcount table by a longer one at a cluster. `blocks` are new, empty refcount blocks (index,
     /// cluster); all of [`Growth::taken`] is counted as used. The old table's clusters are freed.
@@ -40,19 +40,19 @@ pub trait ClusterSpace {
 
 /// Clusters that were freed: the cursor goes back to them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Freed(pub u64);
+pub struct Freed(pub ClusterIndex);
 
 /// A new place for the refcount table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Growth {
     /// New blocks: index, cluster.
-    pub blocks: Vec<(u64, u64)>,
+    pub blocks: Vec<(u64, ClusterIndex)>,
     /// First cluster of the new table.
-    pub table: u64,
+    pub table: ClusterIndex,
     /// Its length in clusters.
     pub clusters: u64,
     /// Clusters to be counted as used: first, number.
-    pub taken: Vec<(u64, u64)>,
+    pub taken: Vec<(ClusterIndex, u64)>,
 }
 
 /// Host offsets have 56 bits.
@@ -61,38 +61,40 @@ const MAX_HOST: u64 = 1 << 56;
 /// Gives out clusters of a [`ClusterSpace`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Cursor {
-    next: u64,
+    next: ClusterIndex,
 }
 
 impl Cursor {
     /// Searches start at that cluster.
-    pub fn at(cluster: u64) -> Self {
+    pub fn at(cluster: ClusterIndex) -> Self {
         Self { next: cluster }
     }
 
     /// Makes the refcount block for a cluster if there is none.
-    pub fn ensure(&mut self, space: &mut dyn ClusterSpace, cluster: u64) -> Result<()> {
+    pub fn ensure(&mut self, space: &mut dyn ClusterSpace, cluster: ClusterIndex) -> Result<()> {
         while !self.cover(space, cluster, cluster + 1)? {}
         Ok(())
     }
 
     /// Where the next search starts.
-    pub fn position(self) -> u64 {
+    pub fn position(self) -> ClusterIndex {
         self.next
     }
 
     /// A cluster became free.
-    pub fn freed(&mut self, cluster: u64) {
+    pub fn freed(&mut self, cluster: ClusterIndex) {
         self.next = self.next.min(cluster);
     }
 
     /// Gives out `n` contiguous clusters; they are counted as used once.
-    pub fn allocate(&mut self, space: &mut dyn ClusterSpace, n: u64) -> Result<u64> {
+    pub fn allocate(&mut self, space: &mut dyn ClusterSpace, n: u64) -> Result<ClusterIndex> {
         let geometry = space.geometry();
         loop {
             let start = space.find_free(self.next, n)?;
-            let end = start.checked_add(n).filter(|end| *end <= MAX_HOST >> geometry.cluster_bits);
-            let end = end.ok_or_else(too_large)?;
+            let end = start + n;
+            if end > geometry.cluster_of(MAX_HOST) {
+                return Err(too_large());
+            }
             self.next = end;
             if self.cover(space, start, end)? {
                 space.take(start, n)?;
@@ -103,7 +105,7 @@ impl Cursor {
     }
 
     /// Gives out as many of the `n` clusters from `start` on as are free, without a gap; 0 if the first is not.
-    pub fn allocate_at(&mut self, space: &mut dyn ClusterSpace, start: u64, n: u64) -> Result<u64> {
+    pub fn allocate_at(&mut self, space: &mut dyn ClusterSpace, start: ClusterIndex, n: u64) -> Result<u64> {
         loop {
             let mut free = 0;
             while free < n && space.find_free(start + free, 1)? == start + free {
@@ -120,9 +122,9 @@ impl Cursor {
     }
 
     /// Makes the first block that is missing for a run; true if none was.
-    fn cover(&mut self, space: &mut dyn ClusterSpace, start: u64, end: u64) -> Result<bool> {
+    fn cover(&mut self, space: &mut dyn ClusterSpace, start: ClusterIndex, end: ClusterIndex) -> Result<bool> {
         let per_block = space.geometry().refcounts_per_block();
-        for index in start / per_block..=(end - 1) / per_block {
+        for index in start.0 / per_block..=(end.0 - 1) / per_block {
             if !space.has_block(index)? {
                 self.add_block(space, index)?;
                 return Ok(false);
@@ -132,10 +134,9 @@ impl Cursor {
     }
 
     fn add_block(&mut self, space: &mut dyn ClusterSpace, index: u64) -> Result<()> {
-        let per_block = space.geometry().refcounts_per_block();
         let cluster = space.find_free(self.next, 1)?;
         self.next = cluster + 1;
-        let own = cluster / per_block;
+        let (own, _) = space.geometry().refcount_of(cluster);
         if own != index && !space.has_block(own)? {
             // Whoever wanted this block asks again.
             self.add_block(space, own)?;
@@ -143,7 +144,8 @@ impl Cursor {
             return Ok(());
         }
         if index >= space.table_entries() {
-            let mut growth = plan_growth(space.geometry(), (index.max(own) + 1) * per_block, 0, false)?;
+            let mut growth =
+                plan_growth(space.geometry(), space.geometry().first_counted(index.max(own) + 1), 0, false)?;
             growth.blocks.insert(0, (index, cluster));
             growth.taken.insert(0, (cluster, 1));
             let Freed(old) = space.replace_table(&growth)?;
@@ -156,20 +158,25 @@ impl Cursor {
 
     /// Makes refcounts for everything up to `extra` clusters after `start`, an unused cluster with nothing used after
     /// it, by putting the missing blocks and a new table there. Gives the first cluster after these.
-    pub fn reserve_area(&mut self, space: &mut dyn ClusterSpace, start: u64, extra: u64) -> Result<u64> {
+    pub fn reserve_area(
+        &mut self,
+        space: &mut dyn ClusterSpace,
+        start: ClusterIndex,
+        extra: u64,
+    ) -> Result<ClusterIndex> {
         let mut growth = plan_growth(space.geometry(), start, extra, true)?;
         let mut at = start;
         let mut blocks = Vec::new();
         let last = growth.blocks.last().map_or(0, |(index, _)| *index);
-        for index in start / space.geometry().refcounts_per_block()..=last {
+        for index in space.geometry().refcount_of(start).0..=last {
             if !space.has_block(index)? {
                 blocks.push((index, at));
-                at += 1;
+                at = at + 1;
             }
         }
         growth.blocks = blocks;
         growth.table = at;
-        growth.taken = vec![(start, at + growth.clusters - start)];
+        growth.taken = vec![(start, (at + growth.clusters).since(start))];
         let Freed(old) = space.replace_table(&growth)?;
         self.freed(old);
         Ok(at + growth.clusters)
@@ -182,12 +189,12 @@ fn too_large() -> Error {
 
 /// A refcount table, with the blocks it needs, that starts at a cluster and covers itself and `extra` clusters more.
 /// All blocks of the image are counted in, as the reference does; a table that is not `exact` is half as long again.
-fn plan_growth(geometry: Geometry, start: u64, extra: u64, exact: bool) -> Result<Growth> {
+fn plan_growth(geometry: Geometry, start: ClusterIndex, extra: u64, exact: bool) -> Result<Growth> {
     let per_block = geometry.refcounts_per_block();
     let per_table = geometry.cluster_size() / ENTRY;
     let (mut blocks, mut clusters) = (0u64, 0u64);
     loop {
-        let total = start.checked_add(extra).and_then(|n| n.checked_add(blocks + clusters)).ok_or_else(too_large)?;
+        let total = start.0.checked_add(extra).and_then(|n| n.checked_add(blocks + clusters)).ok_or_else(too_large)?;
         let need = total.div_ceil(per_block);
         let entries = if exact { need } else { need + need.div_ceil(2) };
         let table = entries.div_ceil(per_table);
@@ -199,8 +206,9 @@ fn plan_growth(geometry: Geometry, start: u64, extra: u64, exact: bool) -> Resul
     if clusters.saturating_mul(geometry.cluster_size()) > MAX_REFCOUNT_TABLE_BYTES {
         return Err(Error::invalid("No space left: the refcount table would be too large"));
     }
-    let first = start / per_block;
-    let new: Vec<(u64, u64)> = (first..blocks).enumerate().map(|(n, index)| (index, start + n as u64)).collect();
+    let (first, _) = geometry.refcount_of(start);
+    let new: Vec<(u64, ClusterIndex)> =
+        (first..blocks).enumerate().map(|(n, index)| (index, start + n as u64)).collect();
     let count = new.len() as u64;
     Ok(Growth { blocks: new, table: start + count, clusters, taken: vec![(start, count + clusters)] })
 }

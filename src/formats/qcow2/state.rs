@@ -21,7 +21,7 @@ use crate::storage::Event;
 use super::Qcow2Driver;
 use super::alloc::Allocator;
 use super::counts::Counts;
-use super::geometry::Geometry;
+use super::geometry::{ClusterIndex, Geometry};
 use super::layout::{COMPRESSED, COPIED, ENTRY, MAX_REFCOUNT_TABLE_BYTES, OFFSET_MASK};
 use super::refcount;
 use super::references::References;
@@ -58,7 +58,7 @@ struct Change<'a> {
     /// Refcount blocks that were looked at, by their index.
     seen: HashMap<u64, Vec<u8>>,
     /// Where the next search for free clusters starts.
-    next: u64,
+    next: ClusterIndex,
 }
 
 impl Change<'_> {
@@ -67,9 +67,10 @@ impl Change<'_> {
     }
 
     /// A refcount as it is.
-    fn old_count(&mut self, cluster: u64) -> Result<u64> {
-        let (order, per_block) = (self.geometry().refcount_order, self.geometry().refcounts_per_block());
-        let (block, index) = (cluster / per_block, usize::try_from(cluster % per_block).unwrap_or(usize::MAX));
+    fn old_count(&mut self, cluster: ClusterIndex) -> Result<u64> {
+        let order = self.geometry().refcount_order;
+        let (block, index) = self.geometry().refcount_of(cluster);
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
         if let Some(bytes) = self.seen.get(&block) {
             return Ok(refcount::get(order, bytes, index));
         }
@@ -91,7 +92,7 @@ impl Change<'_> {
     }
 
     /// A refcount as it will be.
-    fn new_count(&mut self, cluster: u64) -> Result<u64> {
+    fn new_count(&mut self, cluster: ClusterIndex) -> Result<u64> {
         let (more, fewer) = (u64::from(self.more.get(cluster)), u64::from(self.fewer.get(cluster)));
         let count = self.old_count(cluster)?.checked_add(more).and_then(|count| count.checked_sub(fewer));
         count.ok_or_else(|| self.driver.corrupt(format!("refcount below zero near cluster {cluster}")))
@@ -100,14 +101,13 @@ impl Change<'_> {
     /// What an L1 table and the L2 tables that it names refer to, once more or once less.
     fn count(&mut self, l1: &[u64], gained: bool) -> Result<()> {
         let geometry = self.geometry();
-        let bits = geometry.cluster_bits;
-        let known = self.driver.refcount_table().len / ENTRY * geometry.refcounts_per_block();
+        let known = geometry.first_counted(self.driver.refcount_table().len / ENTRY);
         let mut tables = BTreeSet::new();
         for at in l1.iter().map(|entry| entry & OFFSET_MASK).filter(|at| *at != 0) {
             if geometry.in_cluster(at) != 0 || !tables.insert(at) {
                 return Err(self.driver.corrupt(format!("L2 table offset {at:#x} is unaligned, or named twice")));
             }
-            let mut runs: Vec<(u64, u64)> = vec![(at >> bits, at >> bits)];
+            let mut runs = vec![(geometry.cluster_of(at), geometry.cluster_of(at))];
             let mut wrong = None;
             each_entry(self.driver, at, |_, word| {
                 let (at, len) = match word & COMPRESSED {
@@ -119,7 +119,7 @@ impl Change<'_> {
                 if word & COMPRESSED == 0 && geometry.in_cluster(at) != 0 {
                     wrong.get_or_insert(at);
                 }
-                let (first, last) = (at >> bits, at.saturating_add(len - 1) >> bits);
+                let (first, last) = (geometry.cluster_of(at), geometry.cluster_of(at.saturating_add(len - 1)));
                 match runs.last_mut() {
                     Some(run) if run.1 + 1 == first => run.1 = last,
                     _ => runs.push((first, last)),
@@ -140,7 +140,7 @@ impl Change<'_> {
 
     /// Refuses what is referred to and has no count. Before anything new is counted.
     fn check_old(&mut self) -> Result<()> {
-        let gained: Vec<u64> = self.more.range(0, u64::MAX).map(|(cluster, _)| cluster).collect();
+        let gained: Vec<ClusterIndex> = self.more.all().map(|(cluster, _)| cluster).collect();
         for cluster in gained {
             if self.old_count(cluster)? == 0 {
                 return Err(self.driver.corrupt(format!("cluster {cluster} is in use and has a refcount of 0")));
@@ -152,27 +152,26 @@ impl Change<'_> {
     /// Refuses counts that there is no room for, or that would be below zero.
     fn check_new(&mut self) -> Result<()> {
         let most = self.geometry().refcount_max();
-        let gained: Vec<u64> = self.more.range(0, u64::MAX).map(|(cluster, _)| cluster).collect();
+        let gained: Vec<ClusterIndex> = self.more.all().map(|(cluster, _)| cluster).collect();
         for cluster in gained {
             if self.new_count(cluster)? > most {
                 return Err(Error::invalid("Invalid argument"));
             }
         }
-        let lost: Vec<u64> = self.fewer.range(0, u64::MAX).map(|(cluster, _)| cluster).collect();
+        let lost: Vec<ClusterIndex> = self.fewer.all().map(|(cluster, _)| cluster).collect();
         lost.into_iter().try_for_each(|cluster| self.new_count(cluster).map(|_| ()))
     }
 
     /// Free clusters, used `times` from now on; gives their offset.
     fn take(&mut self, n: u64, times: u32) -> Result<u64> {
-        let bits = self.geometry().cluster_bits;
         let start = Counts(self.driver).find_free(self.next, n)?;
-        let end = start.checked_add(n).filter(|end| *end <= 1 << (HOST_BITS - bits));
+        let end = Some(start + n).filter(|end| *end <= self.geometry().cluster_of(1 << HOST_BITS));
         self.next = end.ok_or_else(|| Error::invalid("File too large"))?;
         self.driver.guard(start, n)?;
         if n > 0 {
-            self.more.add(start, start + n - 1, times);
+            self.more.add(start, start + (n - 1), times);
         }
-        Ok(start << bits)
+        Ok(self.geometry().offset_of(start))
     }
 
     /// Room for bytes; no bytes need none.
@@ -182,8 +181,8 @@ impl Change<'_> {
 
     fn give(&mut self, at: u64, len: u64, times: u32) {
         if len > 0 {
-            let bits = self.geometry().cluster_bits;
-            self.fewer.add(at >> bits, at.saturating_add(len - 1) >> bits, times);
+            let geometry = self.geometry();
+            self.fewer.add(geometry.cluster_of(at), geometry.cluster_of(at.saturating_add(len - 1)), times);
         }
     }
 
@@ -193,7 +192,7 @@ impl Change<'_> {
         if self.driver.external || word & COMPRESSED != 0 || host == 0 {
             return Ok(word);
         }
-        let own = self.new_count(host >> self.geometry().cluster_bits)? == 1;
+        let own = self.new_count(self.geometry().cluster_of(host))? == 1;
         Ok(if own { word | COPIED } else { word & !COPIED })
     }
 
@@ -225,7 +224,7 @@ impl Change<'_> {
     /// Where the refcount blocks that change go, and the refcount table: offset and length in clusters.
     fn place_counts(&mut self) -> Result<(BTreeMap<u64, u64>, (u64, u64))> {
         let (geometry, old) = (self.geometry(), self.driver.refcount_table());
-        let (per_block, bits) = (geometry.refcounts_per_block(), geometry.cluster_bits);
+        let per_block = geometry.refcounts_per_block();
         self.give(old.at, old.len, 1);
         let mut blocks: BTreeMap<u64, u64> = BTreeMap::new();
         let mut table: Option<(u64, u64)> = None;
@@ -247,11 +246,12 @@ impl Change<'_> {
                 Some((_, n)) if n >= clusters => {}
                 _ if !touched.is_empty() && table.is_none() => {}
                 _ => {
-                    if clusters << bits > MAX_REFCOUNT_TABLE_BYTES.max(old.len) {
+                    if clusters * geometry.cluster_size() > MAX_REFCOUNT_TABLE_BYTES.max(old.len) {
                         return Err(Error::invalid("File too large"));
                     }
                     if let Some((at, n)) = table {
-                        self.more.clear(at >> bits, (at >> bits) + n - 1);
+                        let first = geometry.cluster_of(at);
+                        self.more.clear(first, first + (n - 1));
                     }
                     table = Some((self.take(clusters, 1)?, clusters));
                 }
@@ -262,12 +262,12 @@ impl Change<'_> {
     /// A refcount block as it will be.
     fn block_bytes(&self, index: u64) -> Result<Vec<u8>> {
         let (order, per_block) = (self.geometry().refcount_order, self.geometry().refcounts_per_block());
-        let first = index * per_block;
+        let first = self.geometry().first_counted(index);
         let mut bytes = self.old_block(index)?;
         let more = self.more.range(first, first + per_block);
         let fewer = self.fewer.range(first, first + per_block).filter(|(cluster, _)| self.more.get(*cluster) == 0);
         for (cluster, _) in more.chain(fewer) {
-            let slot = usize::try_from(cluster - first).unwrap_or(usize::MAX);
+            let slot = usize::try_from(cluster.since(first)).unwrap_or(usize::MAX);
             let (more, fewer) = (u64::from(self.more.get(cluster)), u64::from(self.fewer.get(cluster)));
             let count = refcount::get(order, &bytes, slot).saturating_add(more).saturating_sub(fewer);
             refcount::set(order, &mut bytes, slot, count);
@@ -280,9 +280,9 @@ impl Qcow2Driver {
     /// See the module. What cannot be is refused before anything is written.
     pub(super) fn change_state(&self, alloc: &mut Allocator, state: NewState) -> Result<()> {
         self.settle(alloc)?;
-        let (bits, cluster) = (self.geometry.cluster_bits, self.geometry.cluster_size());
+        let (geometry, cluster) = (self.geometry, self.geometry.cluster_size());
         let storage = &self.file().storage;
-        let counted = || References::new(1 << (HOST_BITS - bits), u64::from(u32::MAX));
+        let counted = || References::new(geometry.cluster_of(1 << HOST_BITS), u64::from(u32::MAX));
         let mut change = Change {
             driver: self,
             more: counted(),
@@ -317,7 +317,7 @@ impl Qcow2Driver {
         let mut l1 = Vec::with_capacity(state.l1.len());
         for at in state.l1.iter().map(|entry| entry & OFFSET_MASK) {
             let at = moved.get(&at).copied().unwrap_or(at);
-            let own = at != 0 && change.new_count(at >> bits)? == 1;
+            let own = at != 0 && change.new_count(geometry.cluster_of(at))? == 1;
             l1.push(if own { at | COPIED } else { at });
         }
         let l1 = bytes_of(&l1);
@@ -401,15 +401,15 @@ impl Qcow2Driver {
 
     /// Gives the host back what is free now.
     fn give_back(&self, alloc: &mut Allocator, fewer: &References) -> Result<()> {
-        let bits = self.geometry.cluster_bits;
-        let mut run: Option<(u64, u64)> = None;
+        let geometry = self.geometry;
+        let mut run: Option<(ClusterIndex, ClusterIndex)> = None;
         let mut free = Vec::new();
-        for (cluster, _) in fewer.range(0, u64::MAX) {
+        for (cluster, _) in fewer.all() {
             if self.refcount(cluster)? != 0 {
                 continue;
             }
             match &mut run {
-                Some((_, end)) if *end == cluster => *end += 1,
+                Some((_, end)) if *end == cluster => *end = cluster + 1,
                 _ => free.extend(run.replace((cluster, cluster + 1))),
             }
         }
@@ -419,7 +419,8 @@ impl Qcow2Driver {
         }
         for (first, end) in free {
             let storage = &self.file().storage;
-            storage.discard(first << bits, (end - first) << bits).context("Could not discard clusters")?;
+            let len = end.since(first) * geometry.cluster_size();
+            storage.discard(geometry.offset_of(first), len).context("Could not discard clusters")?;
         }
         Ok(())
     }

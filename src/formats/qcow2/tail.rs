@@ -109,7 +109,7 @@ impl Qcow2Driver {
         let table = self.writable_l2(alloc, guest)?;
         let index = self.geometry.l2_index(guest);
         let (old, _) = self.l2_entry(table, index)?;
-        let host = self.allocate(alloc, 1)? << self.geometry.cluster_bits;
+        let host = self.geometry.offset_of(self.allocate(alloc, 1)?);
         write_stored(self, HostPlace::main(host), GuestOffset(guest), &mut bytes).context(FAILED)?;
         self.set_l2_entry(table, index, L2Entry::own(HostOffset(host)), marks)?;
         self.free_entry(alloc, old, false)
@@ -135,7 +135,7 @@ impl Qcow2Driver {
             if whole {
                 self.tables.set(l1, l1_index, 0)?;
                 // A table is in the image itself, wherever the data is.
-                alloc.freed.push((at >> geometry.cluster_bits, 1, true));
+                alloc.freed.push((geometry.cluster_of(at), 1, true));
             }
             for index in first..geometry.l2_entries() {
                 let (old, bitmap) = self.l2_entry(table, index)?;
@@ -207,7 +207,7 @@ impl Qcow2Driver {
 
     /// The entry of a new cluster of zeros, which is that one of the guest's.
     fn zeros(&self, alloc: &mut Allocator, guest: u64) -> Result<L2Entry> {
-        let host = self.allocate(alloc, 1)? << self.geometry.cluster_bits;
+        let host = self.geometry.offset_of(self.allocate(alloc, 1)?);
         let len = self.geometry.cluster_size();
         clear_stored(self, HostPlace::main(host), GuestOffset(guest), len, Zeroing::Allocate)
             .context("Could not write zeros")?;

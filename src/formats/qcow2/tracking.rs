@@ -138,7 +138,7 @@ impl Qcow2Driver {
             return storage.write_at(place, &entry.to_be_bytes()).context(FAILED);
         }
         self.check_data(host, cluster)?;
-        if self.geometry.in_cluster(host) != 0 || self.refcount(host >> self.geometry.cluster_bits)? != 1 {
+        if self.geometry.in_cluster(host) != 0 || self.refcount(self.geometry.cluster_of(host))? != 1 {
             return Err(self.corrupt(format!("Bitmap data offset {host:#x} is wrong (table index: {index:#x})")));
         }
         let mut now = vec![0; bits.len()];

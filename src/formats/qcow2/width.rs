@@ -15,7 +15,7 @@ use crate::storage::Event;
 use super::Qcow2Driver;
 use super::alloc::Allocator;
 use super::counts::Counts;
-use super::geometry::Geometry;
+use super::geometry::{ClusterIndex, Geometry};
 use super::header::Qcow2Header;
 use super::layout::{ENTRY, MAX_REFCOUNT_TABLE_BYTES};
 use super::refcount;
@@ -26,25 +26,24 @@ struct NewRefcounts<'a> {
     driver: &'a Qcow2Driver,
     new: Geometry,
     /// Blocks: index, cluster.
-    blocks: BTreeMap<u64, u64>,
+    blocks: BTreeMap<u64, ClusterIndex>,
     /// First cluster of the table, and how many it has.
-    table: (u64, u64),
+    table: (ClusterIndex, u64),
     /// Clusters of the old ones.
-    old: BTreeSet<u64>,
+    old: BTreeSet<ClusterIndex>,
     /// Where the next search for free clusters starts.
-    next: u64,
+    next: ClusterIndex,
 }
 
 impl NewRefcounts<'_> {
     /// The clusters of the old table and blocks.
     fn find_old(&mut self) -> Result<()> {
-        let (driver, bits) = (self.driver, self.new.cluster_bits);
+        let (driver, geometry) = (self.driver, self.new);
         let table = driver.refcount_table();
-        let first = table.at >> bits;
-        self.old.extend(first..first + (table.len >> bits));
+        self.old.extend(geometry.cluster_of(table.at).run(table.len / geometry.cluster_size()));
         for index in 0..table.len / ENTRY {
             if let Some(block) = driver.block_of(index)? {
-                self.old.insert(block.at >> bits);
+                self.old.insert(geometry.cluster_of(block.at));
             }
         }
         match self
@@ -55,32 +54,31 @@ impl NewRefcounts<'_> {
         {
             None => Ok(()),
             Some(Err(error)) => Err(error),
-            Some(Ok((cluster, count))) => {
-                Err(driver.corrupt(format!("Refcounts at offset {:#x} have a refcount of {count}", cluster << bits)))
-            }
+            Some(Ok((cluster, count))) => Err(driver
+                .corrupt(format!("Refcounts at offset {:#x} have a refcount of {count}", geometry.offset_of(cluster)))),
         }
     }
 
     /// Looks at every count that there is. What is left is the blocks that have something to count.
     fn find_needed(&self, progress: &dyn Fn(u64, u64)) -> Result<BTreeSet<u64>> {
         let (driver, order, most) = (self.driver, self.driver.geometry.refcount_order, self.new.refcount_max());
-        let (old_per, per) = (driver.geometry.refcounts_per_block(), self.new.refcounts_per_block());
+        let old = driver.geometry;
         let entries = driver.refcount_table().len / ENTRY;
         let mut needed = BTreeSet::new();
         for index in 0..entries {
             progress(index, entries * 2);
             let Some(bytes) = self.old_block(index)? else { continue };
-            for (slot, cluster) in (0..).zip(index * old_per..(index + 1) * old_per) {
+            for (slot, cluster) in (0..).zip(old.first_counted(index).run(old.refcounts_per_block())) {
                 let count = refcount::get(order, &bytes, slot);
                 if count > most {
-                    let (bits, at) = (self.new.refcount_bits(), cluster << self.new.cluster_bits);
+                    let (bits, at) = (self.new.refcount_bits(), self.new.offset_of(cluster));
                     return Err(Error::invalid(format!(
                         "Cannot decrease refcount entry width to {bits} bits: Cluster at offset {at:#x} has a refcount \
                          of {count}"
                     )));
                 }
                 if count > 0 && !self.old.contains(&cluster) {
-                    needed.insert(cluster / per);
+                    needed.insert(self.new.refcount_of(cluster).0);
                 }
             }
         }
@@ -95,23 +93,23 @@ impl NewRefcounts<'_> {
     }
 
     /// Free clusters, by the old refcounts.
-    fn take(&mut self, n: u64) -> Result<u64> {
+    fn take(&mut self, n: u64) -> Result<ClusterIndex> {
         let start = Counts(self.driver).find_free(self.next, n)?;
-        let most = 1 << (56 - self.new.cluster_bits);
-        self.next = start.checked_add(n).filter(|end| *end <= most).ok_or_else(|| Error::invalid("File too large"))?;
+        let most = self.new.cluster_of(1 << 56);
+        self.next = Some(start + n).filter(|end| *end <= most).ok_or_else(|| Error::invalid("File too large"))?;
         self.driver.guard(start, n)?;
         Ok(start)
     }
 
     /// Finds a place for the blocks that are needed, for those that count these, and for the table.
     fn place(&mut self, mut needed: BTreeSet<u64>) -> Result<()> {
-        let (per, cluster) = (self.new.refcounts_per_block(), self.new.cluster_size());
+        let cluster = self.new.cluster_size();
         loop {
             while let Some(index) = needed.pop_first() {
                 if !self.blocks.contains_key(&index) {
                     let at = self.take(1)?;
                     self.blocks.insert(index, at);
-                    needed.insert(at / per);
+                    needed.insert(self.new.refcount_of(at).0);
                 }
             }
             let entries = self.blocks.keys().next_back().map_or(0, |last| last + 1);
@@ -126,23 +124,23 @@ impl NewRefcounts<'_> {
             let start = if n > 0 && self.next == start + n { start } else { self.next };
             self.next = start;
             self.table = (self.take(clusters)?, clusters);
-            let (first, last) = (self.table.0 / per, (self.table.0 + clusters - 1) / per);
-            needed.extend(first..=last);
+            let (first, last) = (self.table.0, self.table.0 + (clusters - 1));
+            needed.extend(self.new.refcount_of(first).0..=self.new.refcount_of(last).0);
         }
     }
 
     /// A new block, without what the new ones themselves use.
     fn counts_of(&self, index: u64, from: &mut Option<(u64, Vec<u8>)>) -> Result<Vec<u8>> {
-        let (order, old_per) = (self.driver.geometry.refcount_order, self.driver.geometry.refcounts_per_block());
-        let per = self.new.refcounts_per_block();
+        let (old_geometry, per) = (self.driver.geometry, self.new.refcounts_per_block());
         let mut bytes = vec![0; usize::try_from(self.new.cluster_size()).unwrap_or(0)];
-        for (slot, cluster) in (0..).zip(index * per..(index + 1) * per) {
-            let block = cluster / old_per;
+        for (slot, cluster) in (0..).zip(self.new.first_counted(index).run(per)) {
+            let (block, old_slot) = old_geometry.refcount_of(cluster);
             if from.as_ref().is_none_or(|(is, _)| *is != block) {
                 *from = Some((block, self.old_block(block)?.unwrap_or_default()));
             }
             let Some((_, old)) = from.as_ref().filter(|(_, old)| !old.is_empty()) else { continue };
-            let count = refcount::get(order, old, usize::try_from(cluster % old_per).unwrap_or(usize::MAX));
+            let old_slot = usize::try_from(old_slot).unwrap_or(usize::MAX);
+            let count = refcount::get(old_geometry.refcount_order, old, old_slot);
             if count > 0 && !self.old.contains(&cluster) {
                 refcount::set(self.new.refcount_order, &mut bytes, slot, count);
             }
@@ -153,27 +151,28 @@ impl NewRefcounts<'_> {
     /// Writes all of it, and flushes.
     fn write(&self, progress: &dyn Fn(u64, u64)) -> Result<()> {
         let storage = &self.driver.file().storage;
-        let (per, bits) = (self.new.refcounts_per_block(), self.new.cluster_bits);
-        let own: BTreeSet<u64> =
-            self.blocks.values().copied().chain(self.table.0..self.table.0 + self.table.1).collect();
-        let (mut from, mut table) = (None, vec![0; usize::try_from(self.table.1 << bits).unwrap_or(0)]);
+        let (new, per) = (self.new, self.new.refcounts_per_block());
+        let own: BTreeSet<ClusterIndex> = self.blocks.values().copied().chain(self.table.0.run(self.table.1)).collect();
+        let bytes = self.table.1.saturating_mul(new.cluster_size());
+        let (mut from, mut table) = (None, vec![0; usize::try_from(bytes).unwrap_or(0)]);
         let total = self.blocks.len() as u64;
         for (n, (index, at)) in (0..).zip(&self.blocks) {
             progress(total + n, total * 2);
             let mut bytes = self.counts_of(*index, &mut from)?;
-            for cluster in own.range(index * per..(index + 1) * per) {
-                let slot = usize::try_from(cluster % per).unwrap_or(usize::MAX);
+            let first = new.first_counted(*index);
+            for cluster in own.range(first..first + per) {
+                let slot = usize::try_from(cluster.since(first)).unwrap_or(usize::MAX);
                 refcount::set(self.new.refcount_order, &mut bytes, slot, 1);
             }
             storage.announce(Event::REFBLOCK_UPDATE_PART);
-            storage.write_at(at << bits, &bytes).context("Could not write refcount block")?;
+            storage.write_at(new.offset_of(*at), &bytes).context("Could not write refcount block")?;
             let entry = usize::try_from(index * ENTRY).unwrap_or(usize::MAX);
             if let Some(entry) = table.get_mut(entry..).and_then(|rest| rest.first_chunk_mut()) {
-                *entry = (at << bits).to_be_bytes();
+                *entry = new.offset_of(*at).to_be_bytes();
             }
         }
         storage.announce(Event::REFTABLE_UPDATE);
-        storage.write_at(self.table.0 << bits, &table).context("Could not write refcount table")?;
+        storage.write_at(new.offset_of(self.table.0), &table).context("Could not write refcount table")?;
         storage.flush().context("Could not flush")
     }
 }
@@ -192,15 +191,15 @@ impl Qcow2Driver {
         self.settle(alloc)?;
         let new = Geometry { refcount_order: order, ..self.geometry };
         let (blocks, old) = (BTreeMap::new(), BTreeSet::new());
-        let mut plan = NewRefcounts { driver: self, new, blocks, table: (0, 0), old, next: 0 };
+        let mut plan =
+            NewRefcounts { driver: self, new, blocks, table: (ClusterIndex(0), 0), old, next: ClusterIndex(0) };
         plan.find_old()?;
         let needed = plan.find_needed(progress)?;
         plan.place(needed)?;
         plan.write(progress)?;
         let clusters = u32::try_from(plan.table.1).map_err(|_| Error::invalid("File too large"))?;
-        let bits = new.cluster_bits;
         self.update_header(|header| {
-            header.fields.refcount_table_offset = plan.table.0 << bits;
+            header.fields.refcount_table_offset = new.offset_of(plan.table.0);
             header.fields.refcount_table_clusters = clusters;
             change(header);
         })?;
@@ -209,7 +208,7 @@ impl Qcow2Driver {
         storage.flush().context("Could not write qcow2 header")?;
         storage.announce(Event::CLUSTER_FREE);
         for cluster in &plan.old {
-            storage.discard(cluster << bits, 1 << bits).context("Could not discard clusters")?;
+            storage.discard(new.offset_of(*cluster), new.cluster_size()).context("Could not discard clusters")?;
         }
         progress(1, 1);
         Ok(())

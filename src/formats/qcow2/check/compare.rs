@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use crate::block::Result;
 use crate::block::error::Context;
 
+use super::super::geometry::ClusterIndex;
 use super::super::layout;
 use super::super::layout::REFCOUNT_OFFSET_MASK;
 use super::super::refcount;
@@ -64,16 +65,15 @@ impl Checker<'_> {
     }
 
     /// A cluster's refcount; `None` if its block cannot be read.
-    pub(super) fn refcount_of(&mut self, refcounts: &mut Refcounts, cluster: u64) -> Result<Option<u64>> {
-        let per_block = self.geometry.refcounts_per_block();
-        let index = cluster / per_block;
+    pub(super) fn refcount_of(&mut self, refcounts: &mut Refcounts, cluster: ClusterIndex) -> Result<Option<u64>> {
+        let (index, at) = self.geometry.refcount_of(cluster);
         let slot = match refcounts.last {
             Some((last, slot)) if last == index => slot,
             _ => self.block_slot(refcounts, index)?,
         };
         refcounts.last = Some((index, slot));
         let block = refcounts.blocks.get(slot).and_then(Option::as_ref);
-        let at = usize::try_from(cluster % per_block).unwrap_or(usize::MAX);
+        let at = usize::try_from(at).unwrap_or(usize::MAX);
         Ok(block.map(|block| refcount::get(self.geometry.refcount_order, block, at)))
     }
 
@@ -111,11 +111,11 @@ impl Checker<'_> {
         let (order, per_block) = (self.geometry.refcount_order, self.geometry.refcounts_per_block());
         let clusters = self.clusters_in_use(references);
         let (mut block, mut counts) = (Vec::new(), Vec::new());
-        let mut highest = 0;
-        let mut first = 0;
+        let mut highest = ClusterIndex(0);
+        let mut first = ClusterIndex(0);
         while first < clusters {
-            let end = clusters.min(first.saturating_add(per_block));
-            let index = first / per_block;
+            let end = clusters.min(first + per_block);
+            let (index, _) = self.geometry.refcount_of(first);
             let place = self.block_place(&refcounts, index);
             match place {
                 BlockPlace::Misplaced(at) => {
@@ -127,9 +127,9 @@ impl Checker<'_> {
                 BlockPlace::At(at) => self.read(at, self.geometry.cluster_size(), &mut block)?,
             }
             counts.clear();
-            counts.resize(usize::try_from(end - first).unwrap_or(0), 0u32);
+            counts.resize(usize::try_from(end.since(first)).unwrap_or(0), 0u32);
             for (cluster, count) in references.range(first, end) {
-                if let Some(slot) = usize::try_from(cluster - first).ok().and_then(|at| counts.get_mut(at)) {
+                if let Some(slot) = usize::try_from(cluster.since(first)).ok().and_then(|at| counts.get_mut(at)) {
                     *slot = count;
                 }
             }
@@ -153,12 +153,12 @@ impl Checker<'_> {
             }
             first = end;
         }
-        self.report.image_end = (highest + 1) << self.geometry.cluster_bits;
+        self.report.image_end = self.geometry.offset_of(highest + 1);
         Ok(())
     }
 
     /// Tells of a refcount that is wrong, and whether it is put right.
-    fn settle(&mut self, cluster: u64, is: u64, should: u64, settling: Settling) -> bool {
+    fn settle(&mut self, cluster: ClusterIndex, is: u64, should: u64, settling: Settling) -> bool {
         let leak = is > should;
         let mend = match settling {
             Settling::Tell => false,
@@ -192,9 +192,9 @@ impl Checker<'_> {
         }
     }
 
-    fn unreadable(&mut self, first: u64, end: u64, at: u64, index: u64) {
+    fn unreadable(&mut self, first: ClusterIndex, end: ClusterIndex, at: u64, index: u64) {
         self.misplaced(at, index);
-        for cluster in first..end {
+        for cluster in first.run(end.since(first)) {
             self.report.check_errors += 1;
             self.tell(&format!("Can't get refcount for cluster {cluster}: Input/output error"));
         }

@@ -6,6 +6,7 @@ use crate::block::error::Context;
 use crate::block::{CompressedUnit, Error, GuestOffset, HostPlace, Result};
 
 use super::super::bitmap::is_table_entry;
+use super::super::geometry::ClusterIndex;
 use super::super::layout::{
     self, COMPRESSED, COPIED, ENTRY, L1_RESERVED, L2_RESERVED, MAX_L1_BYTES, OFFSET_MASK, REFCOUNT_OFFSET_MASK,
     REFCOUNT_RESERVED, ZERO,
@@ -73,7 +74,7 @@ impl Checker<'_> {
         let limit = self.clusters() + 1;
         let mut tally = Tally {
             references: References::new(limit, self.geometry.refcount_max()),
-            beyond: References::new(u64::MAX, u64::from(u32::MAX)),
+            beyond: References::new(ClusterIndex::MAX, u64::from(u32::MAX)),
             dangling: 0,
             all_marked: true,
             sound: References::new(limit, 1),
@@ -102,13 +103,13 @@ impl Checker<'_> {
         Ok(Count { references, beyond, all_marked })
     }
 
-    /// The clusters that the file has, the last one perhaps in part.
-    pub(super) fn clusters(&self) -> u64 {
-        self.file.div_ceil(self.geometry.cluster_size())
+    /// The cluster behind the last one that the file has, perhaps in part.
+    pub(super) fn clusters(&self) -> ClusterIndex {
+        ClusterIndex(self.file.div_ceil(self.geometry.cluster_size()))
     }
 
     /// The same, with the one behind them if anything reaches into it.
-    pub(super) fn clusters_in_use(&self, references: &References) -> u64 {
+    pub(super) fn clusters_in_use(&self, references: &References) -> ClusterIndex {
         let clusters = self.clusters();
         clusters + u64::from(references.get(clusters) > 0)
     }
@@ -118,7 +119,7 @@ impl Checker<'_> {
         if len == 0 {
             return;
         }
-        let (cluster, bits) = (self.geometry.cluster_size(), self.geometry.cluster_bits);
+        let (geometry, cluster) = (self.geometry, self.geometry.cluster_size());
         let end = at.saturating_add(len);
         if end.saturating_sub(self.file) >= cluster {
             for _ in 0..times {
@@ -127,9 +128,9 @@ impl Checker<'_> {
                      offset {at:#x} size {len:#x}"
                 ));
             }
-            let first = (at >> bits).max(self.clusters());
-            let last = (end - 1) >> bits;
-            let more = last.saturating_sub(first).saturating_add(1);
+            let first = geometry.cluster_of(at).max(self.clusters());
+            let last = geometry.cluster_of(end - 1);
+            let more = last.since(first).saturating_add(1);
             if tally.dangling.saturating_add(more) <= MOST_BEYOND {
                 tally.dangling += more;
                 tally.beyond.add(first, last, times);
@@ -137,9 +138,10 @@ impl Checker<'_> {
             return;
         }
         let (findings, mut full) = (self.findings, 0);
-        tally.references.add_each(at >> bits, (end - 1) >> bits, times, &mut |cluster| {
+        let (first, last) = (geometry.cluster_of(at), geometry.cluster_of(end - 1));
+        tally.references.add_each(first, last, times, &mut |cluster| {
             full += 1;
-            findings.line(&format!("ERROR: overflow cluster offset={:#x}", cluster << bits));
+            findings.line(&format!("ERROR: overflow cluster offset={:#x}", geometry.offset_of(cluster)));
             findings.line(
                 "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy \
                  if the image cannot be opened for writing",
@@ -207,7 +209,7 @@ impl Checker<'_> {
             return Ok(());
         }
         let aligned = self.geometry.in_cluster(at) == 0;
-        let cluster = at >> self.geometry.cluster_bits;
+        let cluster = self.geometry.cluster_of(at);
         // In a narrow count a table that comes again may be what is too much.
         let roomy = self.geometry.refcount_order >= 4 || tally.repeated.len() as u64 > 4096;
         let known = tally.damaged.get(&at).copied().unwrap_or(0);
@@ -422,7 +424,7 @@ impl Checker<'_> {
 
     fn refcount_blocks(&mut self, tally: &mut Tally, mend: bool) -> Result<()> {
         let table = self.driver.refcount_table();
-        let (cluster, bits) = (self.geometry.cluster_size(), self.geometry.cluster_bits);
+        let cluster = self.geometry.cluster_size();
         self.each_word(table.at, table.len / ENTRY, |checker, index, word| {
             let at = word & REFCOUNT_OFFSET_MASK;
             if word & REFCOUNT_RESERVED != 0 {
@@ -437,7 +439,8 @@ impl Checker<'_> {
                 checker.rebuild = true;
                 return Ok(());
             }
-            if at >> bits >= checker.clusters_in_use(&tally.references) {
+            let own = checker.geometry.cluster_of(at);
+            if own >= checker.clusters_in_use(&tally.references) {
                 // It holds nothing: new refcounts do without.
                 let word = if mend { "Repairing" } else { "ERROR" };
                 checker.wrong(&format!("{word} refcount block {index} is outside image"));
@@ -445,7 +448,7 @@ impl Checker<'_> {
                 return Ok(());
             }
             checker.table(tally, "Refcount block", at, cluster);
-            let times = tally.references.get(at >> bits);
+            let times = tally.references.get(own);
             if times != 1 {
                 checker.wrong(&format!("ERROR refcount block {index} refcount={times}"));
                 checker.rebuild = true;

@@ -30,7 +30,7 @@ impl Checker<'_> {
                 return Ok(());
             }
             // A table whose own refcount cannot be read is left alone, with all that it names.
-            let Some(count) = checker.refcount_of(&mut refcounts, l2 >> checker.geometry.cluster_bits)? else {
+            let Some(count) = checker.refcount_of(&mut refcounts, checker.geometry.cluster_of(l2))? else {
                 return Ok(());
             };
             if let Some(word) = checker.l1_mark(count, index, word, mend) {
@@ -79,7 +79,7 @@ impl Checker<'_> {
             // A data file has no refcounts: each of its clusters is one entry's.
             let count = match self.driver.external {
                 true => Some(1),
-                false => self.refcount_of(refcounts, offset >> geometry.cluster_bits)?,
+                false => self.refcount_of(refcounts, geometry.cluster_of(offset))?,
             };
             let Some(count) = count.filter(|count| (*count == 1) != (word & COPIED != 0)) else { continue };
             self.wrong_or_mended(mend, &format!("OFLAG_COPIED data cluster: l2_entry={word:x} refcount={count}"));

@@ -197,9 +197,9 @@ impl Checker<'_> {
             header.fields.nb_snapshots = count;
         })?;
         self.flush()?;
-        let (bits, old) = (self.geometry.cluster_bits, &self.snapshots);
+        let (geometry, old) = (self.geometry, &self.snapshots);
         if old.bytes > 0 && old.at.saturating_add(old.bytes) <= self.file {
-            driver.lower(old.at >> bits, old.bytes.div_ceil(self.geometry.cluster_size()))?;
+            driver.lower(geometry.cluster_of(old.at), old.bytes.div_ceil(geometry.cluster_size()))?;
             driver.tables.write_back()?;
         }
         self.flush()
