@@ -1,15 +1,16 @@
 //! Starting the write-back of new files while they are still being written, so that bringing them to stable storage
 //! at the end waits for little; and counting what is written to them, so that the end knows how much that is.
 //!
-//! Each file that is to be written back early gathers what is written into runs ([`Track`]); a thread of its own, made once there is more than
-//! [`LITTLE`], has the kernel write them (`sync_file_range(2)`), a few at a time, and counts what is done. Where no
-//! thread can be had nothing is started early: everything is waited for at the end.
+//! Each file that is to be written back early gathers what is written into runs ([`Track`]). One thread for all files,
+//! made once more than [`LITTLE`] was written to them, has the kernel write the runs (`sync_file_range(2)`), a few at a
+//! time, and counts what is done. Where no thread can be had, or the kernel cannot be asked, nothing more is started
+//! early: it is waited for at the end.
 //!
-//! Invariants: whether anything is started early changes neither what is written nor where; a failure that the kernel
-//! reports here is not reported again by a later sync, so it is kept and told by [`Writeback::finish`]; after that no
-//! file is held open from here.
+//! Invariants: whether anything is started early changes neither what is written nor where; a loss that the kernel
+//! reports here is not reported again by a later sync, so it is kept and told by [`Writeback::finish`]; after that only
+//! tracks hold files open.
 //!
-//! Lock order: a track's `run`, then `queue`; neither is held across a system call.
+//! Lock order: a track's `run` and `queue` are never held together, and neither while the kernel writes.
 
 use std::collections::VecDeque;
 use std::fs::File;

@@ -15,7 +15,8 @@ pub const PADDING: usize = 16;
 /// Bits of a hash of four bytes, and of three.
 const BITS4: u32 = 13;
 const BITS3: u32 = 11;
-/// Positions are kept as if there were so many bytes before the first: what was never set is then too far away.
+/// Positions are kept as if there were so many bytes before the first: in the first 60 KiB of what is encoded, a place that
+/// was never set is too far away. Further on it may seem to be near, and comparing bytes finds out.
 const BEFORE: usize = WINDOW + 1;
 
 /// A reference: `len` bytes as they lie `dist` back. None if `dist` is 0.
