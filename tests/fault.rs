@@ -8,8 +8,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
+use vimg::block::driver::NewSnapshot;
 use vimg::block::io::Scratch as Buffers;
-use vimg::block::{Format, GuestOffset, Node, Result, format};
+use vimg::block::{Error, Format, GuestOffset, Node, Result, format};
 use vimg::formats::FORMATS;
 use vimg::storage::fault::{Fault, Faulty, FaultyOperation};
 use vimg::storage::memory::Memory;
@@ -93,18 +94,15 @@ impl Case {
         files
     }
 
-    /// Does the work on a copy of the image with a fault; returns what was done, whether it went well, and the files.
-    fn run(&self, files: &Files, faulty: impl Fn(Arc<dyn Storage>) -> Faulty) -> (Faulty, bool, Files) {
+    /// Does the work on a copy of the image with a fault; returns what was done, what came of it, and the files.
+    fn run(&self, files: &Files, faulty: impl Fn(Arc<dyn Storage>) -> Faulty) -> (Faulty, Result<()>, Files) {
         let plain = files.copy();
         let first = faulty(plain.get(NAME).expect("image"));
         let wrapped = Files::default();
         for name in plain.names() {
             wrapped.put(&name, Arc::new(first.beside(plain.get(&name).expect("file"))));
         }
-        let worked = match inside::open(&wrapped, find(self.format), NAME, true, None) {
-            Ok(node) => (self.work)(&node).is_ok(),
-            Err(_) => false,
-        };
+        let worked = inside::open(&wrapped, find(self.format), NAME, true, None).and_then(|node| (self.work)(&node));
         (first, worked, plain)
     }
 
@@ -114,7 +112,7 @@ impl Case {
         let (recorded, worked, after) = self.run(&files, Faulty::recording);
         let (operations, label) = (recorded.operations(), format!("{} {}", self.format, self.options));
         let count = operations.len();
-        assert!(worked, "{label}: fails without a fault");
+        assert!(worked.is_ok(), "{label}: fails without a fault");
         assert!(count >= floor, "{label}: only {count} operations");
         let mut judge = Judge::default();
         judge.judged(self, &after, &label);
@@ -129,7 +127,7 @@ impl Case {
                 // To give space back is an offer: that it is refused is no failure of the work.
                 let offer = matches!(operation, FaultyOperation::Discard { .. });
                 let must_tell = *fault != Fault::Stop && !offer;
-                assert!(!(worked && must_tell), "{what}: the failure is not reported");
+                assert!(!(worked.is_ok() && must_tell), "{what}: the failure is not reported");
                 judge.judged(self, &after, &what);
             }
         }
@@ -140,7 +138,7 @@ impl Case {
         let files = self.prepared();
         let (recorded, worked, whole) = self.run(&files, Faulty::recording);
         let (count, label) = (recorded.reads(), format!("{} {}", self.format, self.options));
-        assert!(worked && count >= 1, "{label}: {count} reads");
+        assert!(worked.is_ok() && count >= 1, "{label}: {count} reads");
         let content = |files: &Files| {
             let node = inside::open(files, find(self.format), NAME, false, None).expect("open");
             let mut bytes = vec![0xee; usize::try_from(node.virtual_size()).expect("small")];
@@ -153,12 +151,20 @@ impl Case {
         for at in 0..count {
             let what = format!("{label}: read {at} of {count} fails");
             let (_, worked, after) = self.run(&files, |inner| Faulty::failing_read(inner, at));
-            reported += usize::from(!worked);
-            assert!(!worked || content(&after) == wanted, "{what}: not reported");
+            reported += usize::from(worked.is_err());
+            assert!(worked.is_err() || content(&after) == wanted, "{what}: not reported");
             judge.judged(self, &after, &what);
         }
         assert!(reported > 0, "{label}: none of {count} failures is reported");
     }
+}
+
+/// Whether an error says in which of these files it happened, and where: within `range`, if that is known.
+fn has_place(error: &Error, files: &Files, range: Option<Range<u64>>) -> bool {
+    error.place().is_some_and(|place| {
+        let at = place.host.map(|at| at.get());
+        files.names().contains(&place.file) && at.is_some_and(|at| range.is_none_or(|range| range.contains(&at)))
+    })
 }
 
 /// The judge, who looks at the same files once.
@@ -394,4 +400,67 @@ fn a_table_that_cannot_be_read_is_told_with_its_place() {
         let out = crate::common::vimg(&["convert", "-O", "raw", &tree, "o"]).dir(scratch.path()).fails(1);
         assert!(out.stderr.contains(&format!(": {told}: Input/output error")), "{out:?}");
     }
+}
+
+/// Snapshots that come and go, bitmaps that are read, that follow what is written, and that get longer.
+fn snapshots_and_bitmaps(node: &Node) -> Result<()> {
+    let (driver, mut bits) = (node.driver(), [0; 4]);
+    driver.bitmaps().expect("bitmaps").read(0, 0, &mut bits)?;
+    node.write(GuestOffset(1_000_000), &pattern(3, 90_000), &mut Buffers::default())?;
+    driver.flush()?;
+    let snapshots = driver.snapshots().expect("snapshots");
+    snapshots.create(&NewSnapshot { name: "t".to_owned(), date_sec: 7, date_nsec: 0 })?;
+    snapshots.delete(0)?;
+    grow(node)
+}
+
+#[test]
+fn what_cannot_be_read_or_written_is_told_with_its_file_and_place() {
+    let mut cases: Vec<(Case, Files)> = Vec::new();
+    let split = "subformat=twoGbMaxExtentSparse";
+    for (format, options) in
+        [("qcow2", ""), ("vdi", ""), ("vpc", ""), ("vpc", "subformat=fixed"), ("vmdk", ""), ("vmdk", split)]
+    {
+        let writing = Case::new(format, options, write_a_lot);
+        let files = writing.prepared();
+        for case in [writing, Case::new(format, options, grow), Case::shrinking(format, options)] {
+            cases.push((case, files.copy()));
+        }
+    }
+    let case = Case::new("qcow2", "", snapshots_and_bitmaps);
+    let (scratch, files) = (Scratch::new(), case.prepared());
+    files.save(scratch.path());
+    scratch.judge(&["snapshot", "-c", "s", NAME]);
+    scratch.judge(&["bitmap", "--add", NAME, "b"]);
+    scratch.qemu_io("qcow2", NAME, &["write -P 9 0 64k"]);
+    files.put(NAME, Arc::new(Memory::new(std::fs::read(scratch.file(NAME)).expect("image"))));
+    cases.push((case, files));
+    let mut without: Vec<String> = Vec::new();
+    for (case, files) in cases {
+        let label = format!("{} {}", case.format, case.options);
+        let (recorded, worked, _) = case.run(&files, Faulty::recording);
+        worked.unwrap_or_else(|error| panic!("{label}: {}", error.message()));
+        for (n, operation) in recorded.operations().into_iter().enumerate() {
+            let FaultyOperation::Write { at, len } = operation else { continue };
+            let (_, worked, _) = case.run(&files, |inner| Faulty::new(inner, n, Fault::Fail(Errno::EIO)));
+            match worked {
+                Err(error) if !has_place(&error, &files, Some(at..at + len)) => {
+                    without.push(format!("{label}: write at {at}: {}", error.message()));
+                }
+                _ => {}
+            }
+        }
+        for n in 0..recorded.reads() {
+            let (_, worked, _) = case.run(&files, |inner| Faulty::failing_read(inner, n));
+            match worked {
+                Err(error) if !has_place(&error, &files, None) => {
+                    without.push(format!("{label}: read {n}: {}", error.message()));
+                }
+                _ => {}
+            }
+        }
+    }
+    without.sort_unstable();
+    without.dedup_by_key(|text| text.rsplit(": ").take(2).map(str::to_owned).collect::<Vec<_>>());
+    assert!(without.is_empty(), "{without:#?}");
 }

@@ -219,6 +219,11 @@ impl Error {
         Self { place: Some(Box::new(place.clone())), ..self.context(place.to_string()) }
     }
 
+    /// Notes where it happened; the text stays what it is.
+    pub fn placed(self, place: Place) -> Self {
+        Self { place: Some(Box::new(place)), ..self }
+    }
+
     /// Puts the file's name before an error that does not say where it happened.
     pub fn naming(self, file: &str) -> Self {
         if self.place().is_some() { self } else { self.context(file) }

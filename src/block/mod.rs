@@ -25,6 +25,7 @@ pub mod keys;
 mod last_unit;
 pub mod layering;
 pub mod measure;
+pub mod metadata;
 pub mod name;
 pub mod nearest;
 pub mod node;

@@ -6,9 +6,9 @@
 
 use std::collections::HashMap;
 
-use crate::block::Result;
 use crate::block::error::{Context, Operation, Place};
-use crate::storage::{self, Event, Storage};
+use crate::block::{Result, metadata};
+use crate::storage::{Event, Storage};
 
 /// Bytes of one cached page.
 pub const PAGE: usize = 4096;
@@ -219,14 +219,14 @@ impl TableCache {
     }
 }
 
-/// Copies bytes within a file (the ranges do not overlap), with a small buffer.
-pub fn copy(storage: &dyn Storage, from: u64, to: u64, len: u64) -> storage::Result<()> {
+/// Copies what is called `what` within a file (the ranges do not overlap), with a small buffer.
+pub fn copy(storage: &dyn Storage, file: &str, what: &'static str, from: u64, to: u64, len: u64) -> Result<()> {
     let mut buffer = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(1 << 20)];
     let mut done = 0;
     while done < len {
         let n = usize::try_from(len - done).unwrap_or(usize::MAX).min(buffer.len());
-        storage.read_at(from.saturating_add(done), &mut buffer[..n])?;
-        storage.write_at(to.saturating_add(done), &buffer[..n])?;
+        metadata::read(storage, file, what, from.saturating_add(done), &mut buffer[..n])?;
+        metadata::write(storage, file, what, to.saturating_add(done), &buffer[..n])?;
         done += n as u64;
     }
     Ok(())

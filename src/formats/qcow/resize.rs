@@ -48,7 +48,7 @@ fn move_l1(state: &mut QcowState, storage: &dyn Storage, size: u64) -> Result<u6
     let had = state.l1_entries() * 8;
     let bytes = state.header.l1_entries(size).unwrap_or(0) * 8;
     let (at, fresh) = state.append(storage, bytes.next_multiple_of(512), 512)?;
-    crate::formats::table::copy(storage, state.header.l1_offset(), at, had).context("Could not move the L1 table")?;
+    crate::formats::table::copy(storage, state.l1.file(), "L1 table", state.header.l1_offset(), at, had)?;
     let rest = bytes.next_multiple_of(512) - had;
     if fresh {
         storage.set_len(at + had + rest, Preallocation::Off).context("Could not extend the file")?;

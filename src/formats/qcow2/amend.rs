@@ -20,7 +20,7 @@ use crate::storage::Preallocation;
 use super::Qcow2Driver;
 use super::header::Qcow2Header;
 use super::layout::{self, CRYPT_LUKS, CRYPT_NONE, MAX_REFCOUNT_ORDER, SNAPSHOT_EXTRA, V2_REFCOUNT_ORDER};
-use super::snapshot::{Snapshot, table_bytes};
+use super::snapshot::{SNAPSHOT_TABLE, Snapshot, table_bytes};
 
 /// In the order in which they are looked at.
 pub const OPTIONS: &[OptionSpec] = &[
@@ -238,7 +238,7 @@ impl Qcow2Driver {
         if lacking {
             self.before_resize(&mut alloc)?;
             let bytes = table_bytes(&list, old.size)?;
-            header.fields.snapshots_offset = self.put_bytes(&mut alloc, &bytes)?;
+            header.fields.snapshots_offset = self.put_bytes(&mut alloc, SNAPSHOT_TABLE, &bytes)?;
             self.settle(&mut alloc)?;
             self.set_snapshot_list(list.iter().map(|one| one.completed(old.size)).collect::<Result<_>>()?);
         }

@@ -12,7 +12,7 @@ use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
 use super::alloc::Allocator;
-use super::bitmap::{self, ALL_SET, Bitmap, MAX_BYTES};
+use super::bitmap::{self, ALL_SET, BITMAP, BITMAP_TABLE, Bitmap, DIRECTORY, MAX_BYTES};
 use super::layout::{
     self, BITMAP_AUTO, BITMAP_ENTRY, BITMAP_IN_USE, BitmapFields, BitmapsExtension, ENTRY, OFFSET_MASK,
 };
@@ -117,7 +117,7 @@ impl Qcow2Driver {
     fn bitmap_table(&self, fields: &BitmapFields) -> Result<Vec<u64>> {
         let len = u64::from(fields.table_size) * ENTRY;
         let mut bytes = vec![0; usize::try_from(len).map_err(|_| Error::corrupt("A bitmap's table is too long"))?];
-        self.file().storage.read_at(fields.table_offset, &mut bytes).context("Could not read a bitmap table")?;
+        self.file().read_metadata(BITMAP_TABLE, fields.table_offset, &mut bytes)?;
         Ok(layout::words(&bytes).collect())
     }
 
@@ -142,7 +142,7 @@ impl Qcow2Driver {
                 WantedBits::Made(bits) => {
                     let table = self.put_bits(alloc, bits, disk.div_ceil(1 << one.granularity_bits), taken)?;
                     let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-                    let table_offset = self.put(alloc, &bytes)?;
+                    let table_offset = self.put(alloc, BITMAP_TABLE, &bytes)?;
                     taken.push((table_offset, bytes.len() as u64));
                     self.add_bitmap_table(table_offset, bytes.len() as u64);
                     let fields = BitmapFields {
@@ -163,7 +163,7 @@ impl Qcow2Driver {
             return Ok((list, None));
         }
         let bytes = bitmap::directory(&list)?;
-        let directory_offset = self.put(alloc, &bytes)?;
+        let directory_offset = self.put(alloc, DIRECTORY, &bytes)?;
         taken.push((directory_offset, bytes.len() as u64));
         let count = u32::try_from(list.len()).unwrap_or(u32::MAX);
         let directory_size = bytes.len() as u64;
@@ -190,7 +190,7 @@ impl Qcow2Driver {
                 } else if part.len() == step && part.iter().all(|byte| *byte == 0xff) {
                     ALL_SET
                 } else {
-                    let host = self.put(alloc, part)?;
+                    let host = self.put(alloc, BITMAP, part)?;
                     taken.push((host, cluster));
                     host
                 });

@@ -4,8 +4,7 @@
 
 use std::collections::HashSet;
 
-use crate::block::{Error, Result};
-use crate::storage::Storage;
+use crate::block::{Child, Error, Result};
 
 use super::Qcow2Driver;
 use super::geometry::Geometry;
@@ -24,6 +23,13 @@ pub struct Bitmap {
     pub disk: u64,
 }
 
+/// What errors call the directory.
+pub(super) const DIRECTORY: &str = "the bitmap directory";
+/// What they call a bitmap's table.
+pub(super) const BITMAP_TABLE: &str = "a bitmap table";
+/// What they call its bits.
+pub(super) const BITMAP: &str = "a bitmap";
+
 /// Largest bitmap table that the reference takes, in entries.
 pub(super) const MAX_TABLE: u32 = 0x0800_0000;
 /// Largest bitmap that the reference takes, in bytes.
@@ -31,7 +37,7 @@ pub(super) const MAX_BYTES: u64 = 0x2000_0000;
 
 /// Reads the directory, if the image has one that is consistent. The texts of the refusals are the reference's.
 /// With `tables`, the tables of those that were saved are looked at too.
-pub fn read_directory(storage: &dyn Storage, header: &Qcow2Header, tables: bool) -> Result<Vec<Bitmap>> {
+pub fn read_directory(file: &Child, header: &Qcow2Header, tables: bool) -> Result<Vec<Bitmap>> {
     let Some(place) = header.bitmaps.filter(|_| header.fields.autoclear & layout::BITMAPS != 0) else {
         return Ok(Vec::new());
     };
@@ -42,7 +48,7 @@ pub fn read_directory(storage: &dyn Storage, header: &Qcow2Header, tables: bool)
     if !header.geometry().places(place.directory_offset, place.directory_size) {
         return Err(Error::corrupt("Failed to read bitmap directory: Input/output error"));
     }
-    let mut window = Window::new(storage, place.directory_offset);
+    let mut window = Window::new(file, DIRECTORY, place.directory_offset);
     let mut left = place.directory_size;
     let mut found = Vec::new();
     let mut names = HashSet::new();
@@ -78,7 +84,7 @@ pub fn read_directory(storage: &dyn Storage, header: &Qcow2Header, tables: bool)
             return Err(unreadable(bitmap, "Input/output error"));
         }
         if tables {
-            check_table(storage, &header.geometry(), bitmap)?;
+            check_table(file, &header.geometry(), bitmap)?;
         }
         check_length(&bitmap.fields, &bitmap.name, &header.geometry(), header.fields.size)?;
     }
@@ -120,11 +126,11 @@ fn check_length(fields: &BitmapFields, name: &str, geometry: &Geometry, disk: u6
 }
 
 /// Refuses a bitmap that was saved and whose table cannot be. The text is the reference's.
-fn check_table(storage: &dyn Storage, geometry: &Geometry, bitmap: &Bitmap) -> Result<()> {
+fn check_table(file: &Child, geometry: &Geometry, bitmap: &Bitmap) -> Result<()> {
     if bitmap.fields.flags & layout::BITMAP_IN_USE != 0 {
         return Ok(());
     }
-    let mut window = Window::new(storage, bitmap.fields.table_offset);
+    let mut window = Window::new(file, BITMAP_TABLE, bitmap.fields.table_offset);
     for _ in 0..bitmap.fields.table_size {
         if !is_table_entry(geometry, layout::word(window.take(ENTRY)?, 0).unwrap_or(0)) {
             return Err(unreadable(bitmap, "Invalid argument"));

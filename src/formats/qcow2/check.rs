@@ -198,7 +198,7 @@ impl<'a> Checker<'a> {
         buf.clear();
         buf.resize(usize::try_from(len).map_err(|_| Error::corrupt("a table is too large"))?, 0);
         if at < self.file {
-            self.storage().read_at(at, buf).context("Could not read a table")?;
+            self.driver.file().read_metadata("a table", at, buf)?;
         }
         Ok(())
     }

@@ -4,13 +4,11 @@
 //! encryption". Compressed clusters are not encrypted. With LUKS a sector is encrypted by its number in the file that it
 //! lies in, with the encryption of old by that on the guest's disk.
 
-use crate::block::error::Context;
 use crate::block::{Child, Error, FileEnd, OptionTree, Purpose, Result, SecretBytes, Secrets};
 use crate::crypto::luks::{HEADER, LuksHeader, NewVolume};
 use crate::formats::encryption::{self, KEY_SECRET};
 use crate::formats::luks_header;
 use crate::formats::sector_cipher::ImageCipher;
-use crate::storage::Storage;
 
 use super::geometry::Geometry;
 use super::header::Qcow2Header;
@@ -50,7 +48,7 @@ pub fn unlock(
         let cipher = key.map(|key| ImageCipher::legacy_aes(&key)).transpose()?;
         return Ok(Unlocked { luks: None, key: None, cipher });
     };
-    let volume = LuksClusters { storage: &*file.storage, at: place.0, len: place.1, end: FileEnd::default() };
+    let volume = LuksClusters { file, at: place.0, len: place.1, end: FileEnd::default() };
     let luks = volume.header()?;
     let key = key.map(|passphrase| volume.unlock(secrets, &luks, &passphrase)).transpose()?;
     let cipher = key.as_ref().map(|key| luks.cipher(key.get())).transpose()?.map(ImageCipher::by_host);
@@ -59,7 +57,7 @@ pub fn unlock(
 
 /// The clusters of a LUKS header: so many bytes from there on.
 struct LuksClusters<'a> {
-    storage: &'a dyn Storage,
+    file: &'a Child,
     at: u64,
     len: u64,
     end: FileEnd,
@@ -72,8 +70,8 @@ impl LuksClusters<'_> {
             return Err(Error::corrupt("Request for data outside of extension header"));
         }
         let place = self.at.saturating_add(at);
-        self.end.require(self.storage, "the LUKS header", place, len)?;
-        self.storage.read_at(place, buf).context("Unable to read encryption header")
+        self.end.require(&*self.file.storage, "the LUKS header", place, len)?;
+        self.file.read_metadata("the LUKS header", place, buf)
     }
 
     fn header(&self) -> Result<LuksHeader> {

@@ -5,12 +5,11 @@
 //!
 //! Source: specification, section "Bitmaps".
 
-use crate::block::error::Context;
 use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
 use super::alloc::Allocator;
-use super::bitmap::{ALL_SET, MAX_BYTES, MAX_TABLE, directory};
+use super::bitmap::{ALL_SET, BITMAP, BITMAP_TABLE, DIRECTORY, MAX_BYTES, MAX_TABLE, directory};
 use super::layout::{self, BitmapFields, BitmapsExtension, ENTRY, OFFSET_MASK};
 
 impl Qcow2Driver {
@@ -26,14 +25,13 @@ impl Qcow2Driver {
         }
         let directory = directory(&list)?;
         self.set_bitmap_list(list);
-        let directory_offset = self.put(alloc, &directory)?;
+        let directory_offset = self.put(alloc, DIRECTORY, &directory)?;
         self.free_bytes(alloc, place.directory_offset, place.directory_size);
         Ok(Some(BitmapsExtension { directory_offset, directory_size: directory.len() as u64, ..place }))
     }
 
     fn fit_bitmap(&self, alloc: &mut Allocator, old: &BitmapFields, from: u64, to: u64) -> Result<BitmapFields> {
         let cluster = self.geometry.cluster_size();
-        let storage = &self.file().storage;
         let bits = to.div_ceil(1 << old.granularity_bits);
         let clusters = bits.div_ceil(cluster * 8);
         let short = |n: u64| usize::try_from(n).map_err(|_| Error::unsupported("The bitmap would be too long"));
@@ -41,7 +39,7 @@ impl Qcow2Driver {
             return Err(Error::unsupported("The bitmap would be too long"));
         }
         let mut bytes = vec![0; short(u64::from(old.table_size) * ENTRY)?];
-        storage.read_at(old.table_offset, &mut bytes).context("Could not read a bitmap table")?;
+        self.file().read_metadata(BITMAP_TABLE, old.table_offset, &mut bytes)?;
         let mut table: Vec<u64> = layout::words(&bytes).collect();
         let kept = short(clusters)?;
         for entry in table.iter().skip(kept) {
@@ -60,37 +58,37 @@ impl Qcow2Driver {
             match (at, *last & ALL_SET) {
                 (0, ALL_SET) => bytes.fill(0xff),
                 (0, _) => {}
-                _ => storage.read_at(at, &mut bytes).context("Could not read a bitmap")?,
+                _ => self.file().read_metadata(BITMAP, at, &mut bytes)?,
             }
             let whole = short(rest / 8)?;
             bytes[whole] &= (1u8 << (rest % 8)) - 1;
             bytes[whole + 1..].fill(0);
-            *last = self.put(alloc, &bytes)?;
+            *last = self.put(alloc, BITMAP, &bytes)?;
             self.check_data(at, u64::from(at != 0))?;
             self.free_bytes(alloc, at, cluster);
         }
         let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-        let table_offset = self.put(alloc, &bytes)?;
+        let table_offset = self.put(alloc, BITMAP_TABLE, &bytes)?;
         self.add_bitmap_table(table_offset, bytes.len() as u64);
         self.free_bytes(alloc, old.table_offset, u64::from(old.table_size) * ENTRY);
         let table_size = u32::try_from(table.len()).map_err(|_| Error::unsupported("The bitmap would be too long"))?;
         Ok(BitmapFields { table_offset, table_size, ..*old })
     }
 
-    /// Writes bytes to new clusters, filled up with zeros.
-    pub(super) fn put(&self, alloc: &mut Allocator, bytes: &[u8]) -> Result<u64> {
+    /// Writes what errors call `what` to new clusters, filled up with zeros.
+    pub(super) fn put(&self, alloc: &mut Allocator, what: &'static str, bytes: &[u8]) -> Result<u64> {
         let cluster = self.geometry.cluster_size();
         let clusters = (bytes.len() as u64).div_ceil(cluster).max(1);
         let mut whole = bytes.to_vec();
         whole.resize(usize::try_from(clusters * cluster).unwrap_or(bytes.len()), 0);
-        self.put_bytes(alloc, &whole)
+        self.put_bytes(alloc, what, &whole)
     }
 
-    /// Writes bytes to new clusters; what is behind them stays what it is.
-    pub(super) fn put_bytes(&self, alloc: &mut Allocator, bytes: &[u8]) -> Result<u64> {
+    /// The same; what is behind it stays what it is.
+    pub(super) fn put_bytes(&self, alloc: &mut Allocator, what: &'static str, bytes: &[u8]) -> Result<u64> {
         let clusters = (bytes.len() as u64).div_ceil(self.geometry.cluster_size()).max(1);
         let at = self.geometry.offset_of(self.allocate(alloc, clusters)?);
-        self.file().storage.write_at(at, bytes).context("Could not write a bitmap")?;
+        self.file().write_metadata(what, at, bytes)?;
         Ok(at)
     }
 

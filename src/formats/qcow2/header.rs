@@ -6,12 +6,21 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
-use crate::block::error::Context;
-use crate::block::{BackingRef, Error, Result};
-use crate::storage::Storage;
+use crate::block::error::{Context, Operation, Place};
+use crate::block::{BackingRef, Child, Error, Result};
 
 use super::geometry::Geometry;
 use super::layout::{self, BitmapsExtension, HEADER_FULL, HEADER_V2, HEADER_V3, HeaderFields};
+
+/// What errors call it.
+pub const HEADER: &str = "the qcow2 header";
+
+/// Reads the start of an image. The text of the error is the reference's.
+fn read_head(file: &Child, head: &mut [u8]) -> Result<()> {
+    let place = || Place::of_table(Operation::Read, &file.name, HEADER, 0);
+    let read = file.storage.read_at(0, head).context("Could not read qcow2 header");
+    read.map_err(|error| error.placed(place()))
+}
 
 /// The header with its extensions and the backing file's name.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -39,19 +48,19 @@ pub struct Qcow2Header {
 
 impl Qcow2Header {
     /// Reads and checks everything that lies in the first cluster. The texts of the refusals are the reference's.
-    pub fn read(storage: &dyn Storage) -> Result<Self> {
-        Self::read_with(storage, false)
+    pub fn read(file: &Child) -> Result<Self> {
+        Self::read_with(file, false)
     }
 
     /// The same for a check, which has its own words for a refcount table and a snapshot table that cannot be.
-    pub fn read_damaged(storage: &dyn Storage) -> Result<Self> {
-        Self::read_with(storage, true)
+    pub fn read_damaged(file: &Child) -> Result<Self> {
+        Self::read_with(file, true)
     }
 
-    fn read_with(storage: &dyn Storage, damaged: bool) -> Result<Self> {
-        let length = storage.len().context("Could not read qcow2 header")?;
+    fn read_with(file: &Child, damaged: bool) -> Result<Self> {
+        let length = file.storage.len().context("Could not read qcow2 header")?;
         let mut start = [0; HEADER_FULL];
-        storage.read_at(0, &mut start).context("Could not read qcow2 header")?;
+        read_head(file, &mut start)?;
         if layout::word32(&start, 0) != Some(layout::MAGIC) {
             return Err(Error::invalid("Image is not in qcow2 format"));
         }
@@ -80,7 +89,7 @@ impl Qcow2Header {
         }
         let head = usize::try_from(cluster).map_err(|_| Error::corrupt("qcow2 header exceeds cluster size"))?;
         let mut head = vec![0; head];
-        storage.read_at(0, &mut head).context("Could not read qcow2 header")?;
+        read_head(file, &mut head)?;
         Self::parse(fields, &head, damaged)
     }
 

@@ -65,7 +65,6 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, OnceLock, RwLock, RwLockReadGuard};
 
 use crate::block::driver::{Amend, Bitmaps};
-use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
     BackingChange, BackingRef, BlockDriver, Check, Child, Cipher, CompressedUnit, Create, Emptying, Extent, Format,
@@ -273,7 +272,7 @@ impl Qcow2Driver {
         // Nothing of a longer one may stay behind it.
         let old = header.to_bytes().map_or(0, |old| old.len());
         bytes.resize(bytes.len().max(old), 0);
-        self.file().storage.write_at(0, &bytes).context("Could not update qcow2 header")?;
+        self.file().write_metadata(header::HEADER, 0, &bytes)?;
         *header = changed;
         Ok(())
     }

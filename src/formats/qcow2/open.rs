@@ -20,8 +20,7 @@ use super::{Qcow2Driver, bitmap, check, snapshot};
 pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     let OpenRequest { file, options, purpose, secrets, related, .. } = request;
     let checks = matches!(purpose, Purpose::Check | Purpose::Repair);
-    let mut header =
-        if checks { Qcow2Header::read_damaged(&*file.storage) } else { Qcow2Header::read(&*file.storage) }?;
+    let mut header = if checks { Qcow2Header::read_damaged(&file) } else { Qcow2Header::read(&file) }?;
     let geometry = header.geometry();
     if !purpose.bears_damage() && header.fields.incompatible & layout::CORRUPT != 0 {
         return Err(Error::corrupt("qcow2: Image is corrupt; cannot be opened read/write"));
@@ -44,8 +43,8 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     }
     let storage = &files[0].storage;
     let snapshots = match checks {
-        true => check::readable_snapshots(&**storage, &header),
-        false => snapshot::read_table(&**storage, &header)?,
+        true => check::readable_snapshots(&files[0], &header),
+        false => snapshot::read_table(&files[0], &header)?,
     };
     if header.bitmaps.is_some() && header.fields.autoclear & layout::BITMAPS == 0 {
         let text = match header.fields.version {
@@ -59,7 +58,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         let text = "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.";
         related.notice(Notice::Line(text.to_owned()));
     }
-    let bitmaps = bitmap::read_directory(&**storage, &header, checks)?;
+    let bitmaps = bitmap::read_directory(&files[0], &header, checks)?;
     // The guest's disk has whole sectors; what a header says beyond them is not there.
     header.fields.size -= header.fields.size % layout::SECTOR;
     let backing = header.backing_file.as_ref().map(|name| BackingRef {

@@ -299,14 +299,14 @@ fn write_elsewhere(
             refcount::set(geometry.refcount_order, &mut block, at, u64::from(count));
         }
         let block_at = geometry.offset_of(*cluster);
-        storage.write_at(block_at, &block).context(FAILED)?;
+        driver.file().write_metadata("refcount block", block_at, &block)?;
         let at = usize::try_from(index * ENTRY).map_err(too_large)?;
         if let Some(entry) = table.get_mut(at..at + 8) {
             entry.copy_from_slice(&block_at.to_be_bytes());
         }
     }
     let at = geometry.offset_of(table_cluster);
-    storage.write_at(at, &table).context(FAILED)?;
+    driver.file().write_metadata("refcount table", at, &table)?;
     storage.flush().context(FAILED)?;
     let clusters = u32::try_from(table_clusters).map_err(too_large)?;
     driver.update_header(|header| {

@@ -8,8 +8,7 @@ use std::sync::PoisonError;
 use crate::block::driver::{NewSnapshot, SnapshotKey};
 use crate::block::error::Context;
 use crate::block::info::SnapshotInfo;
-use crate::block::{BlockDriver, Error, ErrorKind, Result, Snapshots};
-use crate::storage::Storage;
+use crate::block::{BlockDriver, Child, Error, ErrorKind, Result, Snapshots};
 
 use super::Qcow2Driver;
 use super::header::{Qcow2Header, c_string};
@@ -100,10 +99,13 @@ impl Snapshot {
     }
 }
 
+/// What errors call the table.
+pub(super) const SNAPSHOT_TABLE: &str = "the snapshot table";
+
 /// Reads the table that the header names (whose count it has checked).
-pub fn read_table(storage: &dyn Storage, header: &Qcow2Header) -> Result<Vec<Snapshot>> {
+pub fn read_table(file: &Child, header: &Qcow2Header) -> Result<Vec<Snapshot>> {
     let fields = &header.fields;
-    let mut window = Window::new(storage, fields.snapshots_offset);
+    let mut window = Window::new(file, SNAPSHOT_TABLE, fields.snapshots_offset);
     let mut found = Vec::new();
     let mut total = 0u64;
     for n in 0..fields.nb_snapshots {
@@ -291,7 +293,7 @@ impl Qcow2Driver {
         self.check_l1(at, entries)?;
         let len = usize::try_from(u64::from(entries) * ENTRY).map_err(|_| Error::corrupt("L1 table too large"))?;
         let mut bytes = vec![0; len];
-        self.file().storage.read_at(at, &mut bytes).context("Could not read L1 table")?;
+        self.file().read_metadata("L1 table", at, &mut bytes)?;
         Ok(layout::words(&bytes).collect())
     }
 }

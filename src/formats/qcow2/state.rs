@@ -25,7 +25,7 @@ use super::geometry::{ClusterIndex, Geometry};
 use super::layout::{COMPRESSED, COPIED, ENTRY, MAX_REFCOUNT_TABLE_BYTES, OFFSET_MASK};
 use super::refcount;
 use super::references::References;
-use super::snapshot::{Snapshot, table_bytes};
+use super::snapshot::{SNAPSHOT_TABLE, Snapshot, table_bytes};
 use super::space::ClusterSpace;
 use super::tables::{Table, TableKind};
 
@@ -321,18 +321,18 @@ impl Qcow2Driver {
             l1.push(if own { at | COPIED } else { at });
         }
         let l1 = bytes_of(&l1);
-        let mut writes: Vec<(u64, Vec<u8>)> = Vec::new();
+        let mut writes: Vec<(&'static str, u64, Vec<u8>)> = Vec::new();
         if let Some(snapshot) = copy {
             let at = change.take_bytes(l1.len() as u64)?;
             snapshot.fields.l1_table_offset = at;
             // What its entries refer to is the disk's as well: they have no marks either.
-            writes.push((at, l1.clone()));
+            writes.push(("L1 table", at, l1.clone()));
         }
         let old = self.l1();
         change.give(old.at, old.len, 1);
         let l1_at = change.take_bytes(l1.len() as u64)?;
         let l1_size = u32::try_from(l1.len() as u64 / ENTRY).map_err(|_| Error::invalid("File too large"))?;
-        writes.push((l1_at, l1));
+        writes.push(("L1 table", l1_at, l1));
         let mut directory = None;
         if let Some(snapshots) = &mut snapshots {
             for one in snapshots.iter_mut() {
@@ -346,7 +346,7 @@ impl Qcow2Driver {
             let at = change.take_bytes(bytes.len() as u64)?;
             let count = u32::try_from(snapshots.len()).map_err(|_| Error::invalid("File too large"))?;
             directory = Some((at, count));
-            writes.push((at, bytes));
+            writes.push((SNAPSHOT_TABLE, at, bytes));
         }
         let (blocks, (table_at, table_clusters)) = change.place_counts()?;
         let table_clusters = u32::try_from(table_clusters).map_err(|_| Error::invalid("File too large"))?;
@@ -355,12 +355,12 @@ impl Qcow2Driver {
         for (old, new) in &moved {
             let bytes = change.l2_bytes(*old)?;
             storage.announce(Event::L2_UPDATE);
-            storage.write_at(*new, &bytes).context("Could not write L2 table")?;
+            self.file().write_metadata("L2 table", *new, &bytes)?;
         }
         for (index, at) in &blocks {
             let bytes = change.block_bytes(*index)?;
             storage.announce(Event::REFBLOCK_UPDATE_PART);
-            storage.write_at(*at, &bytes).context("Could not write refcount block")?;
+            self.file().write_metadata("refcount block", *at, &bytes)?;
         }
         let old = self.refcount_table();
         let entries = u64::from(table_clusters) * cluster / ENTRY;
@@ -372,10 +372,10 @@ impl Qcow2Driver {
                 None => 0,
             });
         }
-        writes.push((table_at, bytes_of(&table)));
-        for (at, mut bytes) in writes.into_iter().filter(|(_, bytes)| !bytes.is_empty()) {
+        writes.push(("refcount table", table_at, bytes_of(&table)));
+        for (what, at, mut bytes) in writes.into_iter().filter(|(_, _, bytes)| !bytes.is_empty()) {
             bytes.resize(bytes.len().next_multiple_of(usize::try_from(cluster).unwrap_or(1)), 0);
-            storage.write_at(at, &bytes).context("Could not write tables")?;
+            self.file().write_metadata(what, at, &bytes)?;
         }
         storage.flush().context("Could not flush")?;
         self.update_header(|header| {

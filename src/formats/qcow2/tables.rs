@@ -49,7 +49,8 @@ pub enum TableKind {
 impl TableKind {
     const ALL: [TableKind; 4] = [TableKind::RefcountBlock, TableKind::RefcountTable, TableKind::L2, TableKind::L1];
 
-    fn name(self) -> &'static str {
+    /// What errors call it.
+    pub fn name(self) -> &'static str {
         match self {
             TableKind::RefcountBlock => "refcount block",
             TableKind::RefcountTable => "refcount table",

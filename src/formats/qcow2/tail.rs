@@ -5,7 +5,7 @@
 //! read as zeros before the header has the new size, and once more after it has a smaller one, for programs that do
 //! not look when they grow an image.
 
-use crate::block::error::Context;
+use crate::block::error::{Context, Operation, Place, PlacePart};
 use crate::block::io::{clear_stored, read_stored, read_unit, write_stored};
 use crate::block::{BlockDriver, CompressedUnit, Error, GuestOffset, HostOffset, HostPlace, Result};
 use crate::storage::Zeroing;
@@ -231,7 +231,12 @@ impl Qcow2Driver {
         let end = file.storage.len().context("Could not get file size")?.min(at.saturating_add(len));
         let mut from = at;
         while from < end {
-            let extent = file.storage.extent(from, end - from).context("Could not get block status")?;
+            let at_guest = PlacePart::Guest(GuestOffset(guest + (from - at)));
+            let asking = || {
+                let (file, host) = (file.name.clone(), Some(HostOffset(from)));
+                Place { operation: Operation::Status, file, part: at_guest, host }
+            };
+            let extent = file.storage.extent(from, end - from).at(asking)?;
             let run = extent.len.clamp(1, end - from);
             // Zeros of the host are no zeros of an encrypted disk.
             if !extent.is_zero() || self.cipher().is_some() {

@@ -15,7 +15,7 @@ use crate::block::{Error, Result};
 
 use super::Qcow2Driver;
 use super::alloc::Allocator;
-use super::bitmap::{self, ALL_SET, Bitmap};
+use super::bitmap::{self, ALL_SET, BITMAP, BITMAP_TABLE, Bitmap, DIRECTORY};
 use super::dirty::{Dirty, MOST_RUNS};
 use super::layout::{self, BITMAP_ENTRY, BitmapFields, BitmapsExtension, ENTRY, OFFSET_MASK};
 
@@ -109,8 +109,7 @@ impl Qcow2Driver {
     }
 
     fn set_in_cluster(&self, alloc: &mut Allocator, fields: &BitmapFields, at: u64, bits: &[u8]) -> Result<()> {
-        const FAILED: &str = "Could not write a bitmap";
-        let storage = &self.file().storage;
+        let file = self.file();
         let cluster = self.geometry.cluster_size();
         let (index, within) = (at / cluster, at % cluster);
         if index >= u64::from(fields.table_size) {
@@ -118,7 +117,7 @@ impl Qcow2Driver {
         }
         let place = fields.table_offset + index * ENTRY;
         let mut entry = [0; ENTRY as usize];
-        storage.read_at(place, &mut entry).context("Could not read a bitmap table")?;
+        file.read_metadata(BITMAP_TABLE, place, &mut entry)?;
         let entry = u64::from_be_bytes(entry);
         let host = entry & OFFSET_MASK;
         if host == 0 && entry & ALL_SET != 0 {
@@ -130,23 +129,23 @@ impl Qcow2Driver {
             } else {
                 let mut whole = vec![0; usize::try_from(within).map_err(|_| too_long())?];
                 whole.extend_from_slice(bits);
-                let host = self.put(alloc, &whole)?;
+                let host = self.put(alloc, BITMAP, &whole)?;
                 self.tables.write_back()?;
-                storage.flush().context(FAILED)?;
+                file.flush()?;
                 host
             };
-            return storage.write_at(place, &entry.to_be_bytes()).context(FAILED);
+            return file.write_metadata(BITMAP_TABLE, place, &entry.to_be_bytes());
         }
         self.check_data(host, cluster)?;
         if self.geometry.in_cluster(host) != 0 || self.refcount(self.geometry.cluster_of(host))? != 1 {
             return Err(self.corrupt(format!("Bitmap data offset {host:#x} is wrong (table index: {index:#x})")));
         }
         let mut now = vec![0; bits.len()];
-        storage.read_at(host + within, &mut now).context("Could not read a bitmap")?;
+        file.read_metadata(BITMAP, host + within, &mut now)?;
         for (byte, more) in now.iter_mut().zip(bits) {
             *byte |= more;
         }
-        storage.write_at(host + within, &now).context(FAILED)
+        file.write_metadata(BITMAP, host + within, &now)
     }
 
     /// At the end: all bits in the file, then the marks taken back, or a new directory with what was added.
@@ -169,17 +168,15 @@ impl Qcow2Driver {
 
     /// Writes the flags of the bitmaps that follow, with `more`, where they are in the directory.
     fn write_flags(&self, list: &[Bitmap], more: u32) -> Result<()> {
-        const FAILED: &str = "Could not update bitmap directory";
         let Some(place) = self.header().bitmaps else { return Ok(()) };
-        let storage = &self.file().storage;
         let mut at = place.directory_offset;
         for bitmap in list {
             if follows(bitmap) {
-                storage.write_at(at + 12, &(bitmap.fields.flags | more).to_be_bytes()).context(FAILED)?;
+                self.file().write_metadata(DIRECTORY, at + 12, &(bitmap.fields.flags | more).to_be_bytes())?;
             }
             at += (BITMAP_ENTRY as u64 + u64::from(bitmap.fields.name_size)).next_multiple_of(8);
         }
-        storage.flush().context(FAILED)
+        self.file().storage.flush().context("Could not update bitmap directory")
     }
 
     /// A directory of all bitmaps in a new place.
@@ -187,7 +184,7 @@ impl Qcow2Driver {
         let list = self.bitmap_list();
         let bytes = bitmap::directory(&list)?;
         let old = self.header().bitmaps.filter(|_| self.header().fields.autoclear & layout::BITMAPS != 0);
-        let directory_offset = self.put_bytes(alloc, &bytes)?;
+        let directory_offset = self.put_bytes(alloc, DIRECTORY, &bytes)?;
         self.settle(alloc)?;
         self.file().storage.flush().context("Could not flush")?;
         let count = u32::try_from(list.len()).unwrap_or(u32::MAX);
@@ -228,14 +225,14 @@ impl Bitmaps for Qcow2Driver {
 
     fn read(&self, index: usize, at: u64, bits: &mut [u8]) -> Result<u64> {
         let fields = self.bitmap(index)?;
-        let (cluster, storage) = (self.geometry.cluster_size(), &self.file().storage);
+        let cluster = self.geometry.cluster_size();
         let first = at / cluster;
         let entries = at.saturating_add(bits.len() as u64).div_ceil(cluster).saturating_sub(first);
         let mut table = vec![0; usize::try_from(entries * ENTRY).map_err(|_| too_long())?];
         if first + entries > u64::from(fields.table_size) {
             return Err(Error::corrupt("A bitmap's table is too short"));
         }
-        storage.read_at(fields.table_offset + first * ENTRY, &mut table).context("Could not read a bitmap table")?;
+        self.file().read_metadata(BITMAP_TABLE, fields.table_offset + first * ENTRY, &mut table)?;
         let (mut within, mut rest, mut read) = (at % cluster, bits, 0);
         for entry in layout::words(&table) {
             let room = usize::try_from(cluster - within).unwrap_or(rest.len());
@@ -244,7 +241,7 @@ impl Bitmaps for Qcow2Driver {
                 (0, ALL_SET) => part.fill(0xff),
                 (0, _) => part.fill(0),
                 (host, _) => {
-                    storage.read_at(host.saturating_add(within), part).context("Could not read a bitmap")?;
+                    self.file().read_metadata(BITMAP, host.saturating_add(within), part)?;
                     read += part.len() as u64;
                 }
             }
@@ -278,7 +275,7 @@ impl Bitmaps for Qcow2Driver {
             };
             bitmap::check(&fields, &info.name, &self.geometry, disk)?;
             let table = vec![0; usize::try_from(u64::from(table_size) * ENTRY).map_err(|_| too_long())?];
-            fields.table_offset = self.put(&mut alloc, &table)?;
+            fields.table_offset = self.put(&mut alloc, BITMAP_TABLE, &table)?;
             self.add_bitmap_table(fields.table_offset, table.len() as u64);
             list.push(Bitmap { fields, name: info.name.clone(), disk });
         }

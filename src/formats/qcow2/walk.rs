@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 
 use crate::block::Result;
-use crate::block::error::Context;
+use crate::block::error::{Context, Operation, Place};
 
 use super::Qcow2Driver;
 use super::bitmap::Bitmap;
@@ -300,7 +300,9 @@ impl Qcow2Driver {
 
     /// The words of a table that are not zero, piece by piece, without a lock; a hole is passed over.
     pub(super) fn each_word(&self, table: Table, mut look: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
-        let extent = self.file().storage.extent(table.at, table.len.max(1)).context("Could not get block status")?;
+        let file = self.file();
+        let place = || Place::of_table(Operation::Status, &file.name, table.kind.name(), table.at);
+        let extent = file.storage.extent(table.at, table.len.max(1)).at(place)?;
         if extent.is_zero() && extent.len >= table.len && !self.tables.is_dirty() {
             return Ok(());
         }

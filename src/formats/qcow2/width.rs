@@ -165,14 +165,14 @@ impl NewRefcounts<'_> {
                 refcount::set(self.new.refcount_order, &mut bytes, slot, 1);
             }
             storage.announce(Event::REFBLOCK_UPDATE_PART);
-            storage.write_at(new.offset_of(*at), &bytes).context("Could not write refcount block")?;
+            self.driver.file().write_metadata("refcount block", new.offset_of(*at), &bytes)?;
             let entry = usize::try_from(index * ENTRY).unwrap_or(usize::MAX);
             if let Some(entry) = table.get_mut(entry..).and_then(|rest| rest.first_chunk_mut()) {
                 *entry = new.offset_of(*at).to_be_bytes();
             }
         }
         storage.announce(Event::REFTABLE_UPDATE);
-        storage.write_at(new.offset_of(self.table.0), &table).context("Could not write refcount table")?;
+        self.driver.file().write_metadata("refcount table", new.offset_of(self.table.0), &table)?;
         storage.flush().context("Could not flush")
     }
 }

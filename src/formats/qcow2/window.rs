@@ -1,15 +1,15 @@
 //! A directory of entries of various lengths, read a window at a time: the snapshot table, the bitmap directory.
 
-use crate::block::error::Context;
-use crate::block::{Error, Result};
-use crate::storage::Storage;
+use crate::block::{Child, Error, Result};
 
 const WINDOW: u64 = 64 << 10;
 
 /// A cursor over a range of a file that never holds more than one entry and a window of it.
 #[derive(Debug)]
 pub struct Window<'a> {
-    storage: &'a dyn Storage,
+    file: &'a Child,
+    /// What errors call it.
+    what: &'static str,
     at: u64,
     /// What was read, from `from` on.
     bytes: Vec<u8>,
@@ -17,9 +17,9 @@ pub struct Window<'a> {
 }
 
 impl<'a> Window<'a> {
-    /// Starts at that byte of the file.
-    pub fn new(storage: &'a dyn Storage, at: u64) -> Self {
-        Self { storage, at, bytes: Vec::new(), from: at }
+    /// Starts at that byte of the file, with what is called `what`.
+    pub fn new(file: &'a Child, what: &'static str, at: u64) -> Self {
+        Self { file, what, at, bytes: Vec::new(), from: at }
     }
 
     /// Passes over `len` bytes.
@@ -35,7 +35,7 @@ impl<'a> Window<'a> {
             let room = usize::try_from(len.max(WINDOW)).map_err(|_| Error::corrupt("a directory is too long"))?;
             self.bytes.resize(room, 0);
             self.from = self.at;
-            self.storage.read_at(self.at, &mut self.bytes).context("Could not read a directory")?;
+            self.file.read_metadata(self.what, self.at, &mut self.bytes)?;
         }
         let start = usize::try_from(self.at - self.from).unwrap_or(usize::MAX);
         self.at = end;

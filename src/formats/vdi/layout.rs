@@ -11,6 +11,8 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 
 use crate::block::{Error, Result};
 
+/// What errors call the header.
+pub const HEADER: &str = "the VDI header";
 /// Bytes of the header that are read and written at once.
 pub const HEADER_BYTES: usize = 512;
 /// The largest virtual size: that of a map with [`MAX_BLOCKS`] entries.

@@ -1,8 +1,8 @@
 //! The block map in memory, and which blocks of the file are in use.
 
-use super::layout::{ALLOCATED_AT, HEADER_BYTES, HostBlock, MapEntry, VdiHeader};
+use super::layout::{ALLOCATED_AT, HEADER, HEADER_BYTES, HostBlock, MapEntry, VdiHeader};
 use crate::block::error::Context;
-use crate::block::{Error, HostOffset, Result};
+use crate::block::{Error, HostOffset, Result, metadata};
 use crate::formats::one_file::Tables;
 use crate::formats::table::{PAGE, TableCache};
 use crate::storage::{Preallocation, Storage};
@@ -116,6 +116,11 @@ impl VdiState {
     pub fn new(header: VdiHeader, file: &str) -> Self {
         let layered = header.link().is_some();
         Self { header, map: TableCache::new(CACHE, file, "block map"), map_is_there: false, layered, space: None }
+    }
+
+    /// The file's name.
+    pub fn file(&self) -> &str {
+        self.map.file()
     }
 
     fn block(&self) -> u64 {
@@ -264,7 +269,7 @@ impl VdiState {
     pub fn write_counter(&mut self, storage: &dyn Storage, blocks: u64) -> Result<()> {
         let blocks = u32::try_from(blocks).map_err(|_| Error::corrupt("too many blocks"))?;
         storage.flush().context("Could not flush")?;
-        storage.write_at(ALLOCATED_AT as u64, &blocks.to_le_bytes()).context("Could not write the VDI header")?;
+        metadata::write(storage, self.map.file(), HEADER, ALLOCATED_AT as u64, &blocks.to_le_bytes())?;
         self.header.set_allocated(blocks);
         self.map.forget();
         storage.flush().context("Could not flush")
@@ -285,7 +290,7 @@ impl VdiState {
     pub fn replace_header(&mut self, storage: &dyn Storage, header: VdiHeader) -> Result<()> {
         self.write_tables(storage)?;
         storage.flush().context("Could not flush")?;
-        storage.write_at(0, header.bytes()).context("Could not write the VDI header")?;
+        metadata::write(storage, self.map.file(), HEADER, 0, header.bytes())?;
         storage.flush().context("Could not flush")?;
         self.header = header;
         self.map.forget();

@@ -18,11 +18,10 @@ mod resize;
 
 use std::ops::Deref;
 
-use self::layout::{HEADER_BYTES, HostBlock, MapEntry, STATIC, VdiHeader};
+use self::layout::{HEADER, HEADER_BYTES, HostBlock, MapEntry, STATIC, VdiHeader};
 use self::map::VdiState;
 use self::parent::VdiParent;
 use crate::block::driver::ZeroedRoom;
-use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::io::punch;
 use crate::block::{
@@ -52,7 +51,7 @@ impl Format for Vdi {
         let OpenRequest { file, purpose, related, .. } = request;
         let write = purpose.writes();
         let mut head = [0; HEADER_BYTES];
-        file.storage.read_at(0, &mut head).context("Could not read the VDI header")?;
+        file.read_metadata(HEADER, 0, &mut head)?;
         let header = VdiHeader::parse(head)?;
         let state = VdiState::new(header.clone(), &file.name);
         Ok(Box::new(VdiDriver {

@@ -14,7 +14,7 @@ use super::layout::{HostBlock, MAX_BLOCKS, MAX_SIZE, MapEntry, VdiHeader, too_la
 use super::map::VdiState;
 use crate::block::error::Context;
 use crate::block::io::move_stored;
-use crate::block::{Error, GuestOffset, HostPlace, Resize, Result};
+use crate::block::{Error, GuestOffset, HostPlace, Resize, Result, metadata};
 use crate::formats::one_file::{Tables, clear_last_unit};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
@@ -213,7 +213,7 @@ fn write_map(
             let end = at + range.end * 4;
             bytes.resize(bytes.len() + usize::try_from(end.next_multiple_of(512) - end).unwrap_or(0), 0);
         }
-        storage.write_at(at + start * 4, &bytes).context("Could not write the VDI block map")?;
+        metadata::write(storage, state.file(), "block map", at + start * 4, &bytes)?;
     }
     Ok(())
 }

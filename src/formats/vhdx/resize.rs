@@ -140,7 +140,7 @@ fn grow(state: &mut VhdxState, storage: &dyn Storage, new: Shape, all_there: Opt
         top += needed / MIB;
         extend(storage, top * MIB, Preallocation::Off)?;
         storage.zero(bat.offset, bat.length, Zeroing::Punch).context("Could not clear the new VHDX BAT")?;
-        copy(storage, state.bat.offset, bat.offset, old.entries() * ENTRY).context("Could not move the VHDX BAT")?;
+        copy(storage, state.file(), "block allocation table", state.bat.offset, bat.offset, old.entries() * ENTRY)?;
     }
     if let Some(fill) = all_there {
         let unit = new.block / MIB;

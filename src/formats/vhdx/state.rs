@@ -62,6 +62,11 @@ impl VhdxState {
         Self { headers, metadata, bat, table, bitmaps, space: None, freed: Vec::new(), marked: false }
     }
 
+    /// The file's name.
+    pub fn file(&self) -> &str {
+        self.table.file()
+    }
+
     /// What kind of disk it is.
     pub fn shape(&self) -> Shape {
         self.metadata.shape

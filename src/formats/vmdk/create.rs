@@ -160,12 +160,12 @@ fn parent_cid(request: &CreateRequest<'_>, name: &OsStr) -> Result<u32> {
     let not_vmdk = || Error::invalid("backing_file must be a vmdk image");
     let child = request.related.open("backing", name)?;
     let mut head = vec![0; 512];
-    child.storage.read_at(0, &mut head).context("Could not read the backing file")?;
+    child.read_metadata("the header", 0, &mut head)?;
     let text = if head.starts_with(MAGIC) {
         let sparse = Sparse::open(&child.name, child.storage.clone(), &head).map_err(|_| not_vmdk())?;
         embedded(&sparse, &head)?.map(|(_, _, text)| text)
     } else {
-        Some(read_text(&*child.storage, 0, MAX_DESCRIPTOR)?).filter(|text| descriptor::is_one(text))
+        Some(read_text(&*child.storage, &child.name, 0, MAX_DESCRIPTOR)?).filter(|text| descriptor::is_one(text))
     };
     Ok(Descriptor::parse(&text.ok_or_else(not_vmdk)?).map_err(|_| not_vmdk())?.cid)
 }

@@ -5,7 +5,7 @@
 use zerocopy::IntoBytes;
 
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{Error, Result, metadata};
 use crate::codec;
 use crate::codec::deflate::{self, How, Wrap};
 
@@ -56,7 +56,7 @@ pub fn read_whole(file: &ExtentFile, sector: Sectors) -> Result<(Vec<u8>, u64)> 
     }
     let (mut input, mut plain) = (buffer(size)?, buffer(file.shape.grain)?);
     let at = sector.bytes() + size_of::<GrainMarker>() as u64;
-    file.storage.read_at(at, &mut input).with_context(failed)?;
+    metadata::read(&*file.storage, &file.name, "a compressed grain", at, &mut input)?;
     let done = decode(&input, &mut plain).with_context(failed)?;
     Ok((plain, done as u64))
 }

@@ -17,7 +17,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::block::check::Tally;
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{Error, Result, metadata};
 use crate::formats::claims::Claims;
 use crate::storage::Preallocation;
 
@@ -95,7 +95,7 @@ impl<'a> InspectedExtent<'a> {
             }
             None => {
                 let mut head = [0; SECTOR as usize];
-                storage.read_at(0, &mut head).with_context(failed)?;
+                metadata::read(storage, &sparse.name, "the header", 0, &mut head)?;
                 let head = CowdHeader::read_from_prefix(&head);
                 head.map_err(|_| Error::corrupt("Truncated COWD header"))?.0.gd_at.get().into()
             }
@@ -412,7 +412,7 @@ impl<'a> InspectedExtent<'a> {
                 // None is named, or none that could be written.
             } else if *own == 0 {
                 let place = sector32(end)?;
-                storage.write_at(end.bytes(), &entry_bytes(&wanted)).with_context(failed)?;
+                self.sparse.write("a grain table", end.bytes(), &entry_bytes(&wanted))?;
                 end += self.sparse.shape.table_sectors();
                 storage.set_len(end.bytes(), Preallocation::Off).with_context(failed)?;
                 storage.flush().with_context(failed)?;
@@ -420,11 +420,11 @@ impl<'a> InspectedExtent<'a> {
             } else if !matches!(self.table(*own)?, TableCopy::Entries(entries) if entries == wanted) {
                 let mut wanted = wanted;
                 wanted.resize(usize::try_from(self.sparse.shape.gtes).unwrap_or(0), 0);
-                storage.write_at(Sectors::from(*own).bytes(), &entry_bytes(&wanted)).with_context(failed)?;
+                self.sparse.write("a grain table", Sectors::from(*own).bytes(), &entry_bytes(&wanted))?;
             }
             if mended.get(index) != Some(&*own) {
                 let at = mended_at.bytes() + index as u64 * 4;
-                storage.write_at(at, own.as_bytes()).with_context(failed)?;
+                self.sparse.write("the grain directory", at, own.as_bytes())?;
             }
         }
         storage.flush().with_context(failed)?;

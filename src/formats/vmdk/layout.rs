@@ -14,8 +14,7 @@ use std::mem::{offset_of, size_of};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::block::error::{Context, Operation, Place};
-use crate::block::{Error, Result};
+use crate::block::{Error, Result, metadata};
 use crate::storage::Storage;
 
 pub use crate::formats::sectors::{SECTOR, Sectors};
@@ -328,7 +327,7 @@ pub fn read<T: FromBytes + IntoBytes + FromZeros>(
     at: u64,
 ) -> Result<T> {
     let mut value = T::new_zeroed();
-    storage.read_at(at, value.as_mut_bytes()).at(|| Place::of_table(Operation::Read, file, what, at))?;
+    metadata::read(storage, file, what, at, value.as_mut_bytes())?;
     Ok(value)
 }
 

@@ -104,7 +104,6 @@ fn hide_backing(file: &ExtentFile, state: &mut VmdkState, from: u64, to: u64) ->
 
 /// Writes the header's sector with the new length, and the directories' new places if they moved.
 fn put_capacity(file: &ExtentFile, state: &mut VmdkState, len: u64, moved: Option<&Directories>) -> Result<()> {
-    let failed = || format!("{}: could not write the header", file.name);
     let Some(mut header) = state.header else { return Err(Error::unsupported("not a hosted sparse extent")) };
     header.capacity = Sectors::within(len).into();
     if let Some(moved) = moved {
@@ -114,7 +113,7 @@ fn put_capacity(file: &ExtentFile, state: &mut VmdkState, len: u64, moved: Optio
     if state.stream.is_some() {
         first.gd_at = GD_AT_END.into();
     }
-    file.storage.write_at(0, first.as_bytes()).with_context(failed)?;
+    file.write("the header", 0, first.as_bytes())?;
     state.capacity = Sectors::within(len);
     state.header = Some(header);
     Ok(())
@@ -133,7 +132,8 @@ fn grow_stream(file: &ExtentFile, state: &mut VmdkState, old: &SparseHeader, len
     let directory = state.gd.clone();
     let put = |at: Sectors| -> Result<u64> {
         let tail = tail(&new, at, &directory);
-        file.storage.write_at(at.bytes(), &tail).and_then(|()| file.storage.flush()).with_context(failed)?;
+        file.write("the grain directory and the footer", at.bytes(), &tail)?;
+        file.storage.flush().with_context(failed)?;
         Ok(at.bytes() + tail.len() as u64)
     };
     put(behind)?;
@@ -192,7 +192,7 @@ impl Directories {
         let failed = || format!("{}: could not write the grain directory", file.name);
         for (directory, at) in [(Some(&self.gd), self.gd_at), (self.rgd.as_ref(), self.rgd_at)] {
             if let Some(directory) = directory {
-                storage.write_at(at.bytes(), &entry_bytes(directory)).with_context(failed)?;
+                file.write("the grain directory", at.bytes(), &entry_bytes(directory))?;
             }
         }
         storage.flush().with_context(failed)

@@ -8,7 +8,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use crate::block::error::Context;
-use crate::block::{BackingRef, Child, Error, ErrorKind, GuestOffset, HostOffset, OpenRequest, Related, Result};
+use crate::block::{
+    BackingRef, Child, Error, ErrorKind, GuestOffset, HostOffset, OpenRequest, Related, Result, metadata,
+};
 use crate::storage::Storage;
 
 use super::descriptor::{self, Descriptor, ExtentAccess, ExtentLine, ExtentType};
@@ -25,7 +27,7 @@ impl VmdkDriver {
         let OpenRequest { file, purpose, related, .. } = request;
         let (write, look_only) = (purpose.writes(), purpose.only_looks());
         let mut head = vec![0; 512];
-        file.storage.read_at(0, &mut head).context("Could not read the header")?;
+        file.read_metadata("the header", 0, &mut head)?;
         let mut files = vec![file];
         let (descriptor, text_at, parts) = if head.starts_with(MAGIC) {
             open_alone(&files[0], &head)?
@@ -94,7 +96,7 @@ pub(super) fn embedded(sparse: &Sparse, head: &[u8]) -> Result<Option<(u64, u64,
     places.push((SECTOR, DESCRIPTOR_SECTORS.bytes()));
     places.dedup();
     for (at, len) in places {
-        let text = read_text(&*sparse.storage, at, len)?;
+        let text = read_text(&*sparse.storage, &sparse.name, at, len)?;
         if descriptor::is_one(&text) {
             return Ok(Some((at, len, text)));
         }
@@ -103,10 +105,10 @@ pub(super) fn embedded(sparse: &Sparse, head: &[u8]) -> Result<Option<(u64, u64,
 }
 
 /// The bytes of a descriptor that is at most `len` long.
-pub(super) fn read_text(storage: &dyn Storage, at: u64, len: u64) -> Result<Vec<u8>> {
+pub(super) fn read_text(storage: &dyn Storage, file: &str, at: u64, len: u64) -> Result<Vec<u8>> {
     let len = len.min(MAX_DESCRIPTOR).min(storage.len().context("Could not get the length")?.saturating_sub(at));
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-    storage.read_at(at, &mut bytes).context("Could not read the descriptor")?;
+    metadata::read(storage, file, "the descriptor", at, &mut bytes)?;
     Ok(bytes)
 }
 
@@ -121,7 +123,7 @@ fn open_row(
     if len == 0 {
         return Err(Error::corrupt("File is too small, not a valid image"));
     }
-    let text = read_text(&*main, 0, len)?;
+    let text = read_text(&*main, &files[0].name, 0, len)?;
     if !descriptor::is_one(&text) {
         return Err(Error::corrupt("invalid VMDK image descriptor"));
     }
@@ -198,7 +200,7 @@ fn open_extent(
         return Ok(Body::SeSparse { file, sparse: Box::new(SeSparse::open(&name, storage)?) });
     }
     let mut head = vec![0; 512];
-    storage.read_at(0, &mut head).with_context(|| format!("{name}: could not read the header"))?;
+    metadata::read(&*storage, &name, "the header", 0, &mut head)?;
     let sparse = Sparse::open(&name, storage, &head)?;
     Ok(Body::Sparse { file, sparse: Box::new(sparse) })
 }

@@ -283,8 +283,7 @@ impl VmdkState {
             let sectors = extent.shape.table_sectors();
             let mut bytes = Marker::new(MARKER_TABLE, sectors).as_bytes().to_vec();
             bytes.extend_from_slice(&entry_bytes(&entries));
-            let failed = || format!("{}: could not write a grain table", extent.name);
-            extent.storage.write_at(self.next.bytes(), &bytes).with_context(failed)?;
+            extent.write("a grain table", self.next.bytes(), &bytes)?;
             let slot = usize::try_from(table).ok().and_then(|i| self.gd.get_mut(i));
             *slot.ok_or_else(|| Error::corrupt("grain beyond the directory"))? = sector32(self.next + Sectors(1))?;
             self.next += Sectors(1) + sectors;
@@ -302,7 +301,7 @@ impl VmdkState {
         let tail = tail(&header, self.next, &self.gd);
         let at = self.next.bytes();
         let failed = || format!("{}: could not write the footer", extent.name);
-        extent.storage.write_at(at, &tail).with_context(failed)?;
+        extent.write("the grain directory and the footer", at, &tail)?;
         extent.storage.set_len(at + tail.len() as u64, Preallocation::Off).with_context(failed)?;
         if let Some(stream) = &mut self.stream {
             stream.tail_at = self.next;

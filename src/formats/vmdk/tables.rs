@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::block::error::{Context, Operation, Place};
-use crate::block::{Error, FileEnd, Result};
+use crate::block::{Error, FileEnd, Result, metadata};
 use crate::storage::Storage;
 
 use super::layout::*;
@@ -81,6 +81,13 @@ pub struct ExtentFile {
     pub shape: GrainShape,
 }
 
+impl ExtentFile {
+    /// Writes a part of what is called `what`.
+    pub fn write(&self, what: &'static str, at: u64, bytes: &[u8]) -> Result<()> {
+        metadata::write(&*self.storage, &self.name, what, at, bytes)
+    }
+}
+
 /// The tables, and where the next grain goes.
 #[derive(Debug)]
 pub struct VmdkState {
@@ -110,7 +117,7 @@ struct CachedTable {
 pub fn read_entries(storage: &dyn Storage, file: &str, what: &'static str, at: u64, entries: u64) -> Result<Vec<u32>> {
     let entries = usize::try_from(entries).map_err(|_| Error::corrupt("table too long"))?;
     let mut bytes = vec![0; entries * 4];
-    storage.read_at(at, &mut bytes).at(|| Place::of_table(Operation::Read, file, what, at))?;
+    metadata::read(storage, file, what, at, &mut bytes)?;
     Ok(bytes.as_chunks().0.iter().map(|entry| u32::from_le_bytes(*entry)).collect())
 }
 
@@ -191,7 +198,7 @@ impl VmdkState {
                 let host = extent
                     .storage
                     .extent(at, u64::MAX / 2 - at)
-                    .with_context(|| format!("{}: could not read a grain table", extent.name))?;
+                    .at(|| Place::of_table(Operation::Status, &extent.name, "a grain table", at))?;
                 if !host.is_zero() || host.len < bytes {
                     break;
                 }
@@ -296,10 +303,7 @@ impl VmdkState {
 
 fn write_run(extent: &ExtentFile, run: Option<(u64, Vec<u8>)>) -> Result<()> {
     match run {
-        Some((at, bytes)) => extent
-            .storage
-            .write_at(at, &bytes)
-            .at(|| Place::of_table(Operation::Write, &extent.name, "grain tables", at)),
+        Some((at, bytes)) => extent.write("grain tables", at, &bytes),
         None => Ok(()),
     }
 }

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use crate::block::error::Context;
-use crate::block::{Error, ResizeFiles, Result};
+use crate::block::{Error, ResizeFiles, Result, metadata};
 use crate::storage::{Preallocation, Storage};
 
 use super::descriptor::{self, NO_PARENT};
@@ -53,7 +53,7 @@ impl VmdkDriver {
             Some(room) => room,
             None => storage.len().context("Could not get the length of the descriptor")?,
         };
-        let old = read_text(&*storage, at, len)?;
+        let old = read_text(&*storage, &self.files[0].name, at, len)?;
         let mut new = descriptor::encoded(&change(&descriptor::text(&old)), &old);
         if room.is_none() {
             new.resize(new.len().next_multiple_of(512), 0);
@@ -72,15 +72,16 @@ impl VmdkDriver {
     pub(super) fn rewrite_text(&self, change: impl FnOnce(&str) -> String) -> Result<()> {
         let ((old, new), (at, _)) = (self.changed(change)?, self.text_at);
         let storage = self.text_file();
-        let name = || format!("{}: could not write the descriptor", self.files[0].name);
+        let file = &self.files[0].name;
         let same = new.iter().zip(&old).take_while(|(a, b)| a == b).count();
         let is_old = |index: usize| old.get(index) == new.get(index);
         let end = (same..new.len()).rev().find(|index| !is_old(*index)).map_or(same, |last| last + 1);
         if let Some(bytes) = new.get(same..end).filter(|bytes| !bytes.is_empty()) {
-            storage.write_at(at + same as u64, bytes).with_context(name)?;
+            metadata::write(&*storage, file, "the descriptor", at + same as u64, bytes)?;
         }
         if new.len() < old.len() {
-            storage.set_len(new.len() as u64, Preallocation::Off).with_context(name)?;
+            let failed = || format!("{file}: could not shorten the descriptor");
+            storage.set_len(new.len() as u64, Preallocation::Off).with_context(failed)?;
         }
         Ok(())
     }

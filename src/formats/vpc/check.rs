@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 
 use super::dynamic::Dynamic;
 use super::fixed::Fixed;
-use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, HEADER_BYTES};
+use super::layout::{self, DynamicHeader, FOOTER_BYTES, Footer, HEADER, HEADER_BYTES};
 use super::table::VpcState;
 use crate::block::check::Tally;
 use crate::block::error::Context;
@@ -84,7 +84,7 @@ impl Dynamic {
         let mut look = VpcLook::default();
         self.look_at_footers(state, length, &mut look, tally)?;
         let mut raw = [0; HEADER_BYTES];
-        storage.read_at(state.footer.data_offset(), &mut raw).context("Error reading dynamic VHD header")?;
+        self.files[0].read_metadata(HEADER, state.footer.data_offset(), &mut raw)?;
         if !DynamicHeader::parse(raw).is_some_and(|header| header.is_sound()) {
             tally.wrong("checksum of the dynamic header is wrong");
         }
@@ -104,7 +104,7 @@ impl Dynamic {
         let footer_at = |at: Option<u64>| -> Result<Option<Footer>> {
             let Some(at) = at else { return Ok(None) };
             let mut raw = [0; FOOTER_BYTES];
-            storage.read_at(at, &mut raw).context("Could not read the VHD footer")?;
+            self.files[0].read_metadata(layout::FOOTER, at, &mut raw)?;
             Ok(Footer::parse(raw))
         };
         let sound = |footer: &Option<Footer>| footer.as_ref().is_some_and(Footer::is_sound);

@@ -13,6 +13,12 @@ use super::geometry::{ChsGeometry, SizeRule};
 /// What block allocation table and bitmaps count.
 pub use crate::formats::sectors::{SECTOR, Sectors};
 
+/// What errors call a footer.
+pub const FOOTER: &str = "the VHD footer";
+/// What they call a block's bitmap.
+pub const BITMAP: &str = "the bitmap of a block";
+/// What they call the dynamic header.
+pub const HEADER: &str = "the dynamic VHD header";
 /// Bytes of a footer.
 pub const FOOTER_BYTES: usize = 512;
 /// Bytes of a dynamic header.

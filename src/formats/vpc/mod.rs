@@ -22,12 +22,12 @@ use serde_json::Value;
 
 use self::geometry::SizeRule;
 use self::layout::{
-    DIFFERENCING, DynamicHeader, FIXED, FOOTER_BYTES, Footer, HEADER_BYTES, MAX_OFFSET, MAX_SIZE, SECTOR,
+    DIFFERENCING, DynamicHeader, FIXED, FOOTER, FOOTER_BYTES, Footer, HEADER, HEADER_BYTES, MAX_OFFSET, MAX_SIZE,
+    SECTOR,
 };
 use self::parent::VpcParent;
 use crate::block::error::Context;
-use crate::block::{BlockDriver, Create, Error, Format, OpenRequest, OptionTree, Result, Trailer};
-use crate::storage::Storage;
+use crate::block::{BlockDriver, Child, Create, Error, Format, OpenRequest, OptionTree, Result, Trailer};
 
 /// The format.
 #[derive(Debug)]
@@ -64,9 +64,8 @@ impl Format for Vpc {
         let OpenRequest { file, options, purpose, .. } = request;
         let write = purpose.writes();
         let rule = size_rule(options)?;
-        let storage = &*file.storage;
-        let length = storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
-        let (footer, fixed_end) = find_footer(storage, length)?;
+        let length = file.storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
+        let (footer, fixed_end) = find_footer(&file, length)?;
         if !footer.is_sound() {
             return Err(Error::corrupt("Incorrect header checksum"));
         }
@@ -80,9 +79,9 @@ impl Format for Vpc {
             // With nothing before it, a footer is none of a disk's, though it says so.
             return if end < SECTOR && size > 0 { Err(fixed.too_short()) } else { Ok(Box::new(fixed)) };
         }
-        let header = read_header(storage, &footer)?;
+        let header = read_header(&file, &footer)?;
         let differencing = footer.kind() == DIFFERENCING;
-        let parent = differencing.then(|| VpcParent::read(storage, &header)).transpose()?;
+        let parent = differencing.then(|| VpcParent::read(&file, &header)).transpose()?;
         Ok(Box::new(dynamic::Dynamic::open(file, footer, header, parent, size, purpose)?))
     }
 
@@ -106,9 +105,9 @@ fn size_rule(options: &mut OptionTree) -> Result<Option<SizeRule>> {
     }
 }
 
-fn read_footer(storage: &dyn Storage, at: u64) -> Result<Option<Footer>> {
+fn read_footer(file: &Child, at: u64) -> Result<Option<Footer>> {
     let mut raw = [0; FOOTER_BYTES];
-    storage.read_at(at, &mut raw).context("Could not read the VHD footer")?;
+    file.read_metadata(FOOTER, at, &mut raw)?;
     Ok(Footer::parse(raw))
 }
 
@@ -116,12 +115,12 @@ fn read_footer(storage: &dyn Storage, at: u64) -> Result<Option<Footer>> {
 ///
 /// A dynamic disk has a copy at the start ("Dynamic Hard Disk Image"); the one at the end is asked only where
 /// that one is damaged.
-fn find_footer(storage: &dyn Storage, length: u64) -> Result<(Footer, Option<u64>)> {
+fn find_footer(file: &Child, length: u64) -> Result<(Footer, Option<u64>)> {
     let invalid = || match length {
         0 => Error::corrupt("File too small for a VHD header"),
         _ => Error::corrupt("invalid VPC image"),
     };
-    let front = read_footer(storage, 0)?;
+    let front = read_footer(file, 0)?;
     if let Some(front) = &front
         && front.is_sound()
         && !(front.kind() == FIXED && front.data_offset() == u64::MAX)
@@ -130,11 +129,11 @@ fn find_footer(storage: &dyn Storage, length: u64) -> Result<(Footer, Option<u64
     }
     let mut found = None;
     if let Some(at) = length.checked_sub(FOOTER_BYTES as u64) {
-        found = read_footer(storage, at)?.map(|footer| (footer, at));
+        found = read_footer(file, at)?.map(|footer| (footer, at));
     }
     // Virtual PC before 2004 wrote one byte less.
     if let (None, Some(at)) = (&found, length.checked_sub(FOOTER_BYTES as u64 - 1)) {
-        found = read_footer(storage, at)?.map(|footer| (footer, at));
+        found = read_footer(file, at)?.map(|footer| (footer, at));
     }
     match (found, front) {
         (Some((footer, at)), None) if footer.kind() == FIXED => Ok((footer, Some(at))),
@@ -147,13 +146,12 @@ fn find_footer(storage: &dyn Storage, length: u64) -> Result<(Footer, Option<u64
     }
 }
 
-fn read_header(storage: &dyn Storage, footer: &Footer) -> Result<DynamicHeader> {
+fn read_header(file: &Child, footer: &Footer) -> Result<DynamicHeader> {
     let at = footer.data_offset();
     let mut raw = [0; HEADER_BYTES];
-    let reading = "Error reading dynamic VHD header";
     if at > MAX_OFFSET - HEADER_BYTES as u64 {
-        return Err(Error::corrupt(reading));
+        return Err(Error::corrupt("Error reading dynamic VHD header"));
     }
-    storage.read_at(at, &mut raw).context(reading)?;
+    file.read_metadata(HEADER, at, &mut raw)?;
     DynamicHeader::parse(raw).ok_or_else(|| Error::corrupt("Invalid header magic"))
 }

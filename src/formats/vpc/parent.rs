@@ -7,10 +7,8 @@
 use std::ops::Range;
 
 use super::layout::{DynamicHeader, Locator, SECTOR};
-use crate::block::error::Context;
-use crate::block::{BackingRef, Error, Result};
+use crate::block::{BackingRef, Child, Error, Result};
 use crate::formats::windows_path::backing_of;
-use crate::storage::Storage;
 
 /// The longest path that is taken.
 const LONGEST: u32 = 64 << 10;
@@ -28,7 +26,7 @@ pub struct VpcParent {
 
 impl VpcParent {
     /// What the header and its locators say.
-    pub fn read(storage: &dyn Storage, header: &DynamicHeader) -> Result<Self> {
+    pub fn read(file: &Child, header: &DynamicHeader) -> Result<Self> {
         let (mut paths, mut locators): ([Option<String>; 4], _) = (Default::default(), Vec::new());
         for locator in header.locators() {
             let Some(text) = text_of(&locator.code) else { continue };
@@ -40,7 +38,7 @@ impl VpcParent {
             let space = u64::from(space).min(u64::from(LONGEST) / SECTOR) * SECTOR;
             locators.push(offset..offset + space.max(u64::from(length)));
             let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
-            storage.read_at(offset, &mut bytes).context("Could not read a parent locator")?;
+            file.read_metadata("a parent locator", offset, &mut bytes)?;
             if let (which, Some(path)) = (text.place, (text.decode)(&bytes)) {
                 paths[which].get_or_insert(path);
             }

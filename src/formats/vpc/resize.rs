@@ -11,14 +11,14 @@ use std::sync::atomic::Ordering;
 use super::dynamic::Dynamic;
 use super::fixed::Fixed;
 use super::geometry::{ChsGeometry, SizeRule};
-use super::layout::{FOOTER_BYTES, Footer, MAX_SIZE, MAX_TABLE, SECTOR};
+use super::layout::{BITMAP, FOOTER, FOOTER_BYTES, Footer, HEADER, MAX_SIZE, MAX_TABLE, SECTOR};
 use super::table::{VpcState, can_name, overlap};
 use crate::block::error::Context;
 use crate::block::io::move_stored;
-use crate::block::{Error, GuestOffset, HostOffset, HostPlace, Resize, Result};
+use crate::block::{Child, Error, GuestOffset, HostOffset, HostPlace, Resize, Result};
 use crate::formats::one_file::{Tables, clear_last_unit};
 use crate::formats::table;
-use crate::storage::{Preallocation, Storage, Zeroing};
+use crate::storage::{Preallocation, Zeroing};
 
 const LONG_FOOTER: u64 = FOOTER_BYTES as u64;
 const RESIZING: &str = "Failed to resize underlying file";
@@ -74,7 +74,7 @@ impl Resize for Fixed {
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
         self.check(size, fill)?;
         let file = FixedFile {
-            storage: &*self.files[0].storage,
+            file: &self.files[0],
             old: self.size.load(Ordering::Relaxed),
             end: self.end.load(Ordering::Relaxed),
         };
@@ -93,7 +93,7 @@ impl Resize for Fixed {
 /// A fixed disk on its way to another size. What a reader goes by is the footer that ends the file, so it alone
 /// makes the old disk the new one, by the write of its sector; before that it says the old size wherever it is.
 struct FixedFile<'a> {
-    storage: &'a dyn Storage,
+    file: &'a Child,
     /// The virtual size.
     old: u64,
     /// Where the footer is: at the virtual size, or (on a device, or after a resize was stopped) behind it.
@@ -105,14 +105,14 @@ impl FixedFile<'_> {
     fn marked(&self, footer: &Footer) -> Footer {
         let mut footer = footer.clone();
         // On a device there always are some.
-        footer.set_unfinished(!self.storage.facts().fixed_len);
+        footer.set_unfinished(!self.file.storage.facts().fixed_len);
         footer
     }
 
     fn write_footer(&self, at: u64, footer: &Footer) -> Result<()> {
-        self.storage.flush().context("Could not flush")?;
-        self.storage.write_at(at, footer.bytes()).context("Could not write the VHD footer")?;
-        self.storage.flush().context("Could not flush")
+        self.file.storage.flush().context("Could not flush")?;
+        self.file.write_metadata(FOOTER, at, footer.bytes())?;
+        self.file.storage.flush().context("Could not flush")
     }
 
     /// Gives the disk its new size; returns where the footer is then.
@@ -149,7 +149,7 @@ impl FixedFile<'_> {
     /// Makes all from the old disk's end to `end` zeros, but for what is new in the file and so reads as zeros.
     fn clear(&self, end: u64, how: Zeroing) -> Result<()> {
         let len = end.saturating_sub(self.old);
-        self.storage.zero(self.old, len, how).context(RESIZING)
+        self.file.storage.zero(self.old, len, how).context(RESIZING)
     }
 
     /// Gives a disk its new size that ends where the footer is, or before it.
@@ -164,7 +164,7 @@ impl FixedFile<'_> {
     /// Cuts off what lies behind the new disk, once the footer at the file's end tells its size.
     fn cut(&self, size: u64, new: &Footer) -> Result<u64> {
         // Where the two would overlap, a stop between would leave none that is whole.
-        if self.storage.facts().fixed_len || size.saturating_add(LONG_FOOTER) > self.end {
+        if self.file.storage.facts().fixed_len || size.saturating_add(LONG_FOOTER) > self.end {
             return Ok(self.end);
         }
         self.write_footer(size, new)?;
@@ -174,8 +174,8 @@ impl FixedFile<'_> {
 
     /// Makes a footer at that place the last thing in the file.
     fn set_end(&self, footer: u64) -> Result<()> {
-        self.storage.set_len(footer + LONG_FOOTER, Preallocation::Off).context(RESIZING)?;
-        self.storage.flush().context("Could not flush")
+        self.file.storage.set_len(footer + LONG_FOOTER, Preallocation::Off).context(RESIZING)?;
+        self.file.storage.flush().context("Could not flush")
     }
 }
 
@@ -218,10 +218,11 @@ fn entries_for(state: &VpcState, size: u64) -> Result<u32> {
     u32::try_from(entries).map_err(|_| Error::unsupported("the block allocation table would be too long"))
 }
 
-fn write_header(state: &VpcState, storage: &dyn Storage) -> Result<()> {
+fn write_header(state: &VpcState, file: &Child) -> Result<()> {
+    let storage = &file.storage;
     storage.flush().context("Could not flush")?;
     let at = state.footer.data_offset();
-    storage.write_at(at, state.header.bytes()).context("Could not write the dynamic disk header")?;
+    file.write_metadata(HEADER, at, state.header.bytes())?;
     storage.flush().context("Could not flush")
 }
 
@@ -237,7 +238,7 @@ fn grow(state: &mut VpcState, image: &Dynamic, old: u64, size: u64) -> Result<()
         // Entries that the header does not count yet, and the rest of their sector.
         let from = state.header.table() + u64::from(had) * 4;
         let bytes = vec![0xff; usize::try_from(table_end - from).unwrap_or(0)];
-        storage.write_at(from, &bytes).context("Could not write the block allocation table")?;
+        image.files[0].write_metadata("block allocation table", from, &bytes)?;
         state.forget_table();
     }
     for block in first..had.min(wanted) {
@@ -246,7 +247,7 @@ fn grow(state: &mut VpcState, image: &Dynamic, old: u64, size: u64) -> Result<()
     state.write_tables(storage)?;
     if wanted > had {
         state.header.set_entries(wanted);
-        write_header(state, storage)?;
+        write_header(state, &image.files[0])?;
     }
     set_size(&mut state.footer, size);
     state.write_front(storage)?;
@@ -283,7 +284,7 @@ fn make_way(state: &mut VpcState, image: &Dynamic, end: u64) -> Result<()> {
 /// Copies a block, its bitmap first, to where nothing is.
 fn move_block(state: &VpcState, image: &Dynamic, block: u64, from: HostOffset, to: HostOffset) -> Result<()> {
     let bitmap = state.bitmap();
-    table::copy(image.storage(), from.get(), to.get(), bitmap).context("Could not move the bitmap of a block")?;
+    table::copy(image.storage(), &image.files[0].name, BITMAP, from.get(), to.get(), bitmap)?;
     let [from, to] = [from, to].map(|at| HostPlace { file: 0, at: at + bitmap });
     let guest = GuestOffset(block.saturating_mul(state.block()));
     move_stored(image, from, to, guest, state.block()).context("Could not move a block")
@@ -319,7 +320,7 @@ fn shrink(state: &mut VpcState, image: &Dynamic, size: u64) -> Result<()> {
     }
     state.write_tables(storage)?;
     state.header.set_entries(wanted);
-    write_header(state, storage)?;
+    write_header(state, &image.files[0])?;
 
     // Close the gaps from the end.
     kept.sort_unstable();

@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
-use super::layout::{DynamicHeader, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, Sectors, UNALLOCATED};
+use super::layout::{
+    BITMAP, DynamicHeader, FOOTER, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, Sectors, UNALLOCATED,
+};
 use crate::block::error::{Context, Operation, Place};
-use crate::block::{Child, Error, HostOffset, Purpose, Result};
+use crate::block::{Child, Error, HostOffset, Purpose, Result, metadata};
 use crate::formats::one_file::Tables;
 use crate::formats::runs::Runs;
 use crate::formats::table::TableCache;
@@ -43,7 +45,7 @@ impl Tables for VpcState {
     /// Writes what waits: the last footer, then the table.
     fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
         if self.footer_moved {
-            storage.write_at(self.free.get(), self.footer.bytes()).context("Could not write the VHD footer")?;
+            metadata::write(storage, self.table.file(), FOOTER, self.free.get(), self.footer.bytes())?;
             let end = self.free + FOOTER_BYTES as u64;
             self.fresh = self.fresh.max(end);
             let length = storage.len().context("Could not get the size of the file")?;
@@ -276,7 +278,7 @@ impl VpcState {
     }
 
     fn in_bitmap(&self, operation: Operation, at: u64) -> Place {
-        Place::of_table(operation, self.table.file(), "the bitmap of a block", at)
+        Place::of_table(operation, self.table.file(), BITMAP, at)
     }
 
     /// Notes in the file that sectors of a block are written.
@@ -346,7 +348,7 @@ impl VpcState {
         self.check_apart(storage)?;
         // The last footer is about to be overwritten: the copy has to be whole.
         let mut front = [0; FOOTER_BYTES];
-        storage.read_at(0, &mut front).context("Could not read the VHD footer")?;
+        metadata::read(storage, self.table.file(), FOOTER, 0, &mut front)?;
         if front != *self.footer.bytes() {
             self.write_front(storage)?;
         }
@@ -357,7 +359,7 @@ impl VpcState {
     /// Writes the footer's copy at the start, between two flushes.
     pub fn write_front(&self, storage: &dyn Storage) -> Result<()> {
         storage.flush().context("Could not flush")?;
-        storage.write_at(0, self.footer.bytes()).context("Could not write the VHD footer")?;
+        metadata::write(storage, self.table.file(), FOOTER, 0, self.footer.bytes())?;
         storage.flush().context("Could not flush")
     }
 

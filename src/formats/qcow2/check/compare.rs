@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
 use crate::block::Result;
-use crate::block::error::Context;
 
 use super::super::geometry::ClusterIndex;
 use super::super::layout;
@@ -149,7 +148,7 @@ impl Checker<'_> {
                 // Whole sectors, for those are written or not.
                 let (from, to) = (from / 512 * 512, to.next_multiple_of(512).min(block.len()));
                 let part = block.get(from..to).unwrap_or(&[]);
-                self.storage().write_at(at + from as u64, part).context("Could not write a refcount block")?;
+                self.driver.file().write_metadata("refcount block", at + from as u64, part)?;
             }
             first = end;
         }

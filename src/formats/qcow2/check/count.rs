@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use crate::block::error::Context;
 use crate::block::{CompressedUnit, Error, GuestOffset, HostPlace, Result};
 
 use super::super::bitmap::is_table_entry;
@@ -368,7 +367,7 @@ impl Checker<'_> {
             self.may_write_l2(table_at)?;
             // It goes on reading as zeros, without a place.
             let word = if geometry.extended { 0 } else { ZERO };
-            self.storage().write_at(entry_at, &word.to_be_bytes()).context("Could not write an L2 entry")?;
+            self.driver.file().write_metadata("L2 table", entry_at, &word.to_be_bytes())?;
         }
         Ok(!pass.mend)
     }

@@ -3,7 +3,6 @@
 //! The active tables alone: those of snapshots are never written through, so nobody looks at their marks.
 
 use crate::block::check::Fix;
-use crate::block::error::Context;
 use crate::block::{Error, Result};
 
 use super::super::guard::Survey;
@@ -35,7 +34,7 @@ impl Checker<'_> {
             };
             if let Some(word) = checker.l1_mark(count, index, word, mend) {
                 let at = l1 + index * ENTRY;
-                checker.storage().write_at(at, &word.to_be_bytes()).context("Could not write an L1 entry")?;
+                checker.driver.file().write_metadata("L1 table", at, &word.to_be_bytes())?;
             }
             checker.l2_marks(&mut refcounts, l2, mend, &mut table)
         })?;
@@ -91,7 +90,7 @@ impl Checker<'_> {
         let Some((from, to)) = changed else { return Ok(()) };
         self.may_write_l2(at)?;
         let part = table.get(from..to).unwrap_or(&[]);
-        self.storage().write_at(at + from as u64, part).context("Could not write an L2 table")
+        self.driver.file().write_metadata("L2 table", at + from as u64, part)
     }
 
     /// Refuses to write an L2 table where another one lies: a mark there would be a change to that.

@@ -1,13 +1,12 @@
 //! The snapshot table, read entry by entry whatever is wrong with it, and written anew.
 
-use crate::block::{Error, Result};
-use crate::storage::Storage;
+use crate::block::{Child, Error, Result};
 
 use super::super::header::{Qcow2Header, c_string};
 use super::super::layout::{
     MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, SNAPSHOT_ENTRY, SnapshotFields,
 };
-use super::super::snapshot::Snapshot;
+use super::super::snapshot::{SNAPSHOT_TABLE, Snapshot};
 use super::super::window::Window;
 use super::Checker;
 
@@ -45,8 +44,8 @@ fn read_entry(window: &mut Window<'_>, start: u64) -> Result<(Snapshot, u32, u64
 }
 
 /// The snapshots of an image that may be damaged, as far as they can be read.
-pub fn readable(storage: &dyn Storage, header: &Qcow2Header) -> Vec<Snapshot> {
-    let mut window = Window::new(storage, header.fields.snapshots_offset);
+pub fn readable(file: &Child, header: &Qcow2Header) -> Vec<Snapshot> {
+    let mut window = Window::new(file, SNAPSHOT_TABLE, header.fields.snapshots_offset);
     let (mut found, mut at) = (Vec::new(), 0u64);
     for _ in 0..header.fields.nb_snapshots.min(MAX_SNAPSHOTS) {
         match read_entry(&mut window, at.next_multiple_of(8)) {
@@ -80,8 +79,7 @@ impl Checker<'_> {
         if !self.geometry.places(fields.snapshots_offset, u64::from(count) * SNAPSHOT_ENTRY as u64) {
             return Err(self.refuse("ERROR snapshot table offset invalid", None, "Invalid argument"));
         }
-        let storage = self.storage();
-        let mut window = Window::new(storage, fields.snapshots_offset);
+        let mut window = Window::new(self.driver.file(), SNAPSHOT_TABLE, fields.snapshots_offset);
         for n in 0..count {
             let start = self.snapshots.bytes.next_multiple_of(8);
             let (entry, stored, end) = read_entry(&mut window, start)?;
@@ -189,7 +187,7 @@ impl Checker<'_> {
         let mut alloc = driver.lock_alloc();
         driver.learn_metadata()?;
         alloc.learned = true;
-        let at = if bytes.is_empty() { 0 } else { driver.put(&mut alloc, &bytes)? };
+        let at = if bytes.is_empty() { 0 } else { driver.put(&mut alloc, SNAPSHOT_TABLE, &bytes)? };
         driver.tables.write_back()?;
         self.flush()?;
         driver.update_header(|header| {
