@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::super::last_unit::LastUnit;
 use super::*;
-use crate::block::driver::Write;
+use crate::block::driver::{Action, Placed, Write};
 use crate::block::info::ImageInfo;
 use crate::block::{BlockDriver, Child, Cipher, Extent};
 use crate::storage::memory::Memory;
+use crate::storage::offload::Offload;
 
 /// Bytes of a cluster, and of a sector of the cipher.
 const CLUSTER: u64 = 4096;

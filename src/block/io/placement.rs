@@ -1,0 +1,281 @@
+//! Writes to a layer: room that the driver gives, filled and then published; and steps of which those that are adjacent
+//! go out in one write.
+
+use crate::block::driver::{Action, Placed, Store};
+use crate::block::error::{Context, Operation};
+use crate::block::{ExtentKind, GuestOffset, HostPlace, Mapping, Node, Result};
+use crate::storage::offload::{Offload, offload};
+use crate::storage::{Event, Zeroing};
+
+use super::{Scratch, ZEROS, back, forth, length};
+
+/// Room in an image that is not visible yet: fill it, then publish it; dropped, it is given back.
+#[derive(Debug)]
+pub struct Placement<'a> {
+    pub(super) node: &'a Node,
+    pub(super) placed: Placed,
+    pub(super) open: bool,
+}
+
+impl Placement<'_> {
+    /// How many guest bytes of the range asked for it covers.
+    pub fn len(&self) -> usize {
+        usize::try_from(self.placed.len).unwrap_or(usize::MAX)
+    }
+
+    /// Never: a placement covers at least a byte.
+    pub fn is_empty(&self) -> bool {
+        self.placed.len == 0
+    }
+
+    /// What the driver said.
+    pub fn placed(&self) -> &Placed {
+        &self.placed
+    }
+
+    fn start(&self) -> GuestOffset {
+        self.placed.start
+    }
+
+    fn end(&self) -> GuestOffset {
+        self.placed.start + self.placed.len
+    }
+
+    /// Where the range goes and how many bytes around it have to be filled: what the driver says, and what a cipher
+    /// cannot write alone.
+    fn target(&self) -> Option<(HostPlace, u64, u64)> {
+        let Action::Write { place, before, after } = self.placed.action else { return None };
+        let Some((head, tail)) = self.partial_sectors(before, after) else { return Some((place, before, after)) };
+        Some((place, before.saturating_add(head), after.saturating_add(tail)))
+    }
+
+    /// How much more has to be written before and after, so that it is whole sectors of the cipher.
+    fn partial_sectors(&self, before: u64, after: u64) -> Option<(u64, u64)> {
+        let sector = u64::from(self.node.driver().cipher()?.sector().get());
+        let head = self.start().get().saturating_sub(before) % sector;
+        let end = (self.end() + after).get();
+        Some((head, end.checked_next_multiple_of(sector).map_or(0, |whole| whole - end)))
+    }
+
+    /// Writes guest data (exactly the range's length) and fills the rest of a new unit from the chain.
+    pub fn write(&self, data: &[u8], scratch: &mut Scratch) -> Result<()> {
+        let Some((place, before, after)) = self.target() else { return Ok(()) };
+        if before == 0 && after == 0 {
+            return self.node.put(place, self.start(), data, scratch);
+        }
+        let (head, tail) = (length(before)?, length(after)?);
+        let mut whole = vec![0; head + data.len() + tail];
+        let start = GuestOffset(self.start().get().saturating_sub(before));
+        self.node.announce(Event::COW_READ);
+        self.node.read(start, &mut whole[..head], scratch)?;
+        whole[head..head + data.len()].copy_from_slice(data);
+        self.node.read(self.end(), &mut whole[head + data.len()..], scratch)?;
+        self.node.announce(Event::COW_WRITE);
+        self.node.put(back(place, before)?, start, &whole, scratch)
+    }
+
+    /// Writes the encoded bytes of a [`Store::Compressed`] placement.
+    pub fn write_encoded(&self, encoded: &[u8]) -> Result<()> {
+        let Action::Write { place, .. } = self.placed.action else { return Ok(()) };
+        self.node.put_encoded(place, self.start(), encoded)
+    }
+
+    /// Does what a [`Store::Zero`] placement asks of the files.
+    pub fn zero(&self) -> Result<()> {
+        let scratch = &mut Scratch::default();
+        let sealed = self.node.driver().cipher().is_some();
+        match self.placed.action {
+            Action::Nothing => Ok(()),
+            Action::Zero { place } if sealed => {
+                let (before, after) = self.partial_sectors(0, 0).unwrap_or_default();
+                self.write_zeros(place, before, after, scratch)
+            }
+            Action::Zero { place } => {
+                let how = match self.placed.store {
+                    Store::Zero { unmap: true } => Zeroing::Punch,
+                    _ => Zeroing::Allocate,
+                };
+                self.zero_bytes(place, how)
+            }
+            Action::Write { place, before, after } if sealed => {
+                let (head, tail) = self.partial_sectors(before, after).unwrap_or_default();
+                self.write_zeros(place, before.saturating_add(head), after.saturating_add(tail), scratch)
+            }
+            Action::Write { place, before, after } => {
+                let fill = |place: HostPlace, guest: GuestOffset, bytes: u64, scratch: &mut Scratch| -> Result<()> {
+                    let mut around = vec![0; length(bytes)?];
+                    self.node.read(guest, &mut around, scratch)?;
+                    self.node.put(place, guest, &around, scratch)
+                };
+                if before > 0 {
+                    let start = GuestOffset(self.start().get().saturating_sub(before));
+                    fill(back(place, before)?, start, before, scratch)?;
+                }
+                self.zero_bytes(place, Zeroing::Write)?;
+                if after > 0 {
+                    fill(forth(place, self.placed.len), self.end(), after, scratch)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn zero_bytes(&self, place: HostPlace, how: Zeroing) -> Result<()> {
+        let child = self.node.child(place)?;
+        let done = child.storage.zero(place.at.get(), self.placed.len, how);
+        done.at(|| child.doing(Operation::Write, self.start(), place.at))
+    }
+
+    /// Writes zeros through the cipher, and what lies around them as it reads now.
+    fn write_zeros(&self, place: HostPlace, before: u64, after: u64, scratch: &mut Scratch) -> Result<()> {
+        let (from, to) = (self.start().get().saturating_sub(before), (self.end() + after).get());
+        let mut place = back(place, before)?;
+        let mut at = from;
+        while at < to {
+            let len = (to - at).min(ZEROS);
+            let mut bytes = vec![0; length(len)?];
+            let head = self.start().get().saturating_sub(at).min(len);
+            let tail = (at + len).saturating_sub(self.end().get()).min(len);
+            self.node.read(GuestOffset(at), &mut bytes[..length(head)?], scratch)?;
+            self.node.read(GuestOffset(at + len - tail), &mut bytes[length(len - tail)?..], scratch)?;
+            self.node.put(place, GuestOffset(at), &bytes, scratch)?;
+            (at, place) = (at + len, forth(place, len));
+        }
+        Ok(())
+    }
+
+    /// Where the range's bytes go, if they can be written there with nothing around them to fill.
+    fn spot(&self) -> Option<HostPlace> {
+        self.target().filter(|(_, before, after)| (*before, *after) == (0, 0)).map(|(place, ..)| place)
+    }
+
+    /// Makes it visible before its bytes are there: only for images that nobody else can see yet. The tables are
+    /// then the same whatever the order in which the writes end.
+    pub fn publish_early(&mut self) -> Result<()> {
+        self.open = false;
+        self.node.writing()?.publish(&self.placed)
+    }
+
+    /// Makes it visible, unless it is.
+    pub fn publish(mut self) -> Result<()> {
+        if self.open { self.publish_early() } else { Ok(()) }
+    }
+}
+
+impl Drop for Placement<'_> {
+    fn drop(&mut self) {
+        if self.open
+            && let Some(writing) = self.node.driver().writing()
+        {
+            writing.withdraw(&self.placed);
+        }
+    }
+}
+
+/// A placement, and where its bytes are in the caller's buffer.
+#[derive(Debug)]
+pub struct Step<'a> {
+    /// Where it goes.
+    pub placement: Placement<'a>,
+    /// Where its bytes start in the buffer.
+    pub from: usize,
+    /// How many there are.
+    pub len: usize,
+    /// Whether they are in the buffer of encoded bytes.
+    pub encoded: bool,
+    /// How many of the first ones are in their place already.
+    pub done: usize,
+}
+
+impl Step<'_> {
+    /// Lets the host give the next bytes of the step those of the start of that run, up to `len`, without their passing
+    /// through this program. False where it has no way to, or where the bytes are not the same in both files. What was
+    /// not done then, or lies differently in the blocks of the two files, is left to be written.
+    pub fn offload(&mut self, source: &Mapping<'_>, len: u64, how: Offload) -> Result<bool> {
+        let (Some(to), ExtentKind::Data(from)) = (self.placement.spot(), source.kind) else { return Ok(true) };
+        let node = self.placement.node;
+        if node.driver().cipher().is_some() || source.node.driver().cipher().is_some() {
+            return Ok(false);
+        }
+        // Reading tells what is missing.
+        if self.encoded || source.there()? < len {
+            return Ok(true);
+        }
+        let (there, here, to) = (source.node.child(from)?, node.child(to)?, forth(to, self.done as u64));
+        let moved = offload(&*there.storage, from.at.get(), &*here.storage, to.at.get(), len, how)
+            .at(|| here.doing(Operation::Write, self.placement.start(), to.at))?;
+        self.done += length(moved.unwrap_or(0))?;
+        Ok(moved.is_some())
+    }
+
+    fn bytes<'b>(&self, plain: &'b [u8], encoded: &'b [u8]) -> &'b [u8] {
+        bytes_of(plain, encoded, self.encoded, self.from, self.len)
+    }
+}
+
+fn bytes_of<'b>(plain: &'b [u8], encoded: &'b [u8], is_encoded: bool, from: usize, len: usize) -> &'b [u8] {
+    let bytes = if is_encoded { encoded } else { plain };
+    from.checked_add(len).and_then(|end| bytes.get(from..end)).unwrap_or_default()
+}
+
+/// A write that may still grow.
+struct WriteRun<'a> {
+    node: &'a Node,
+    place: HostPlace,
+    guest: GuestOffset,
+    from: usize,
+    len: usize,
+    encoded: bool,
+}
+
+impl WriteRun<'_> {
+    fn write(&self, plain: &[u8], encoded: &[u8], scratch: &mut Scratch) -> Result<()> {
+        let bytes = bytes_of(plain, encoded, self.encoded, self.from, self.len);
+        if self.encoded {
+            return self.node.put_encoded(self.place, self.guest, bytes);
+        }
+        self.node.put(self.place, self.guest, bytes, scratch)
+    }
+
+    /// Whether that step's bytes follow, in the file and in the buffer.
+    fn reaches(&self, step: &Step<'_>, place: HostPlace, from: usize) -> bool {
+        self.encoded == step.encoded
+            && std::ptr::eq(self.node, step.placement.node)
+            && self.place.file == place.file
+            && self.place.at.checked_add(self.len as u64) == Some(place.at)
+            && self.from + self.len == from
+    }
+}
+
+/// Writes all steps; what is adjacent in the file and in the buffer goes out in one write.
+pub fn write_steps(steps: &[Step<'_>], plain: &[u8], encoded: &[u8], scratch: &mut Scratch) -> Result<()> {
+    let mut run: Option<WriteRun<'_>> = None;
+    for step in steps.iter().filter(|step| step.done < step.len) {
+        let place = match (&step.placement.placed.action, step.encoded) {
+            // Encoded bytes are whole units.
+            (Action::Write { place, .. }, true) => Some(*place),
+            _ => step.placement.spot(),
+        };
+        let Some(place) = place else {
+            // It shares a new unit with what lies beside it: nothing of it is done.
+            if let Some(run) = run.take() {
+                run.write(plain, encoded, scratch)?;
+            }
+            step.placement.write(step.bytes(plain, encoded), scratch)?;
+            continue;
+        };
+        let (place, from, len) = (forth(place, step.done as u64), step.from + step.done, step.len - step.done);
+        if let Some(run) = &mut run
+            && run.reaches(step, place, from)
+        {
+            run.len += len;
+            continue;
+        }
+        let (node, guest) = (step.placement.node, step.placement.start() + step.done as u64);
+        let next = WriteRun { node, place, guest, from, len, encoded: step.encoded };
+        if let Some(run) = run.replace(next) {
+            run.write(plain, encoded, scratch)?;
+        }
+    }
+    run.map_or(Ok(()), |run| run.write(plain, encoded, scratch))
+}
