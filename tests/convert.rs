@@ -277,6 +277,43 @@ fn a_full_disk_says_which_file_and_leaves_nothing() {
 }
 
 #[test]
+fn a_full_disk_leaves_no_leaks_in_an_image_that_was_there() {
+    need_root("mounting a small tmpfs");
+    let scratch = Scratch::new();
+    fs::create_dir(scratch.file("full")).unwrap();
+    fs::write(scratch.file("data"), pattern(1, 6 << 20)).unwrap();
+    scratch.sh("qemu-img create -q -f raw empty 6M; qemu-img convert -f raw -O qcow2 data top");
+    scratch.sh("mount -t tmpfs -o size=4m none full");
+    let rebase = "create -q -f FMT -b ../data -F raw full/image";
+    let fresh = "create -q -f FMT full/image 6M";
+    let commit = "rebase -u -b full/image -F FMT top";
+    // Alone where space is taken at the end of the file only: what others placed behind it keeps it there.
+    let cases = [
+        ("qcow2", &[rebase][..], "rebase -b ../empty -F raw full/image"),
+        ("qcow2", &[rebase], "rebase -b  full/image"),
+        ("qcow2", &[fresh, commit], "commit top"),
+        ("qcow2", &[fresh], "convert -n -f raw -O qcow2 data full/image"),
+        ("qcow2", &[fresh], "convert -c -n -f raw -O qcow2 data full/image"),
+        ("qed", &[fresh], "convert -m 1 -n -f raw -O qed data full/image"),
+    ];
+    let mut outcomes = Vec::new();
+    for (format, before, line) in cases {
+        for line in before {
+            judge(&line.replace("FMT", format).split(' ').collect::<Vec<_>>()).dir(scratch.path()).ok();
+        }
+        let out = vimg(&line.split(' ').collect::<Vec<_>>()).dir(scratch.path()).run();
+        let check = judge(&["check", "-f", format, "full/image"]).dir(scratch.path()).run();
+        outcomes.push((format, line, out, check));
+    }
+    scratch.sh("umount full");
+    for (format, line, out, check) in outcomes {
+        assert_eq!(out.code, Some(1), "{format}, {line}: {out:?}");
+        assert!(out.stderr.ends_with(": No space left on device\n"), "{format}, {line}: {out:?}");
+        assert_eq!(check.code, Some(0), "{format}, {line}: {}", check.stdout);
+    }
+}
+
+#[test]
 fn a_lack_of_room_is_told_before_anything_is_written() {
     need_root("mounting a small tmpfs");
     let scratch = Scratch::new();

@@ -11,9 +11,13 @@ use crate::block::{
 use super::Qcow2Driver;
 use super::alloc::Allocator;
 use super::entry::{L1Entry, L2Entry};
+use super::geometry::ClusterIndex;
 use super::guard;
 use super::layout::{self, ENTRY, SUBCLUSTERS};
 use super::tables::Table;
+
+/// What hosts give back at least, in bytes.
+const HOST_BLOCK: u64 = 4096;
 
 /// How a cluster can be written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -205,6 +209,20 @@ impl Qcow2Driver {
         })
     }
 
+    /// The bytes of free clusters, with those around them that are free too up to whole blocks of the host: it gives back
+    /// no less. Where they start, and how many they are.
+    fn free_around(&self, first: ClusterIndex, count: u64) -> (u64, u64) {
+        let per_block = HOST_BLOCK.div_ceil(self.geometry.cluster_size());
+        let all_free = |from: u64, to: u64| {
+            (from..to).all(|cluster| self.refcount(ClusterIndex(cluster)).is_ok_and(|count| count == 0))
+        };
+        let (first, end) = (first.0, (first + count).0);
+        let (from, to) = (first / per_block * per_block, end.next_multiple_of(per_block));
+        let from = if all_free(from, first) { from } else { first };
+        let to = if all_free(end, to) { to } else { end };
+        (self.geometry.offset_of(ClusterIndex(from)), (to - from) << self.geometry.cluster_bits)
+    }
+
     /// The marks of the subclusters of guest cluster `first` that a range covers.
     fn marks(&self, first: u64, start: u64, end: u64) -> u64 {
         let unit = self.geometry.subcluster_size();
@@ -370,6 +388,9 @@ impl Write for Qcow2Driver {
         // If this fails the clusters are leaked, no more.
         if let Ok(free) = self.lower(first, n) {
             for (first, count) in free {
+                // On a disk that is full the tables may need that space.
+                let (at, len) = self.free_around(first, count);
+                let _ = self.file().storage.discard(at, len);
                 self.freed(&mut alloc, first, count);
             }
         }

@@ -6,6 +6,9 @@
 //!
 //! refcount blocks → refcount table → L2 → L1, with a flush of the file between two kinds that both had changes.
 //!
+//! New tables, of whatever kind, come before all of these, for nothing in the file points to them yet; and so does the
+//! space of old ones that are a hole. Where there is no space, nothing has been counted as used yet either.
+//!
 //! Rules for those who change tables (all of them hold the allocator's lock meanwhile, see `mod.rs`):
 //! * raise a refcount before the entry that needs it is set, fill a new table before it is pointed to;
 //! * lower refcounts only after `write_back` has written the entries that no longer point there, and give the
@@ -28,7 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use crate::block::error::{Context, Operation, Place};
 use crate::block::{Error, FileEnd, Result};
-use crate::storage::{Event, Storage};
+use crate::storage::{Event, HostKind, Storage, Zeroing};
 
 use super::geometry::Geometry;
 use super::layout::word;
@@ -111,6 +114,8 @@ struct Slice {
     at: u64,
     len: u64,
     dirty: AtomicBool,
+    /// Nothing in the file points to it, and it was never written.
+    fresh: AtomicBool,
     used: AtomicU64,
     /// `None` until it has been read.
     bytes: RwLock<Option<Box<[u8]>>>,
@@ -223,6 +228,7 @@ impl Tables {
             let slice = self.slice(table, from);
             let mut bytes = slice.bytes.write().unwrap_or_else(|e| e.into_inner());
             *bytes = Some(vec![0; index(slice.len)?].into_boxed_slice());
+            slice.fresh.store(true, Ordering::Release);
             self.mark_dirty(&slice);
             from += SLICE;
         }
@@ -263,29 +269,53 @@ impl Tables {
     pub fn write_back(&self) -> Result<()> {
         let mut wrote = false;
         for kind in TableKind::ALL {
-            let mut slices = self.dirty_slices(kind);
+            let slices = self.dirty_slices(|slice| slice.kind == kind && slice.fresh.load(Ordering::Acquire));
+            self.write_slices(&slices)?;
+            wrote |= !slices.is_empty();
+        }
+        self.reserve(&self.dirty_slices(|slice| slice.kind != TableKind::L2))?;
+        for kind in TableKind::ALL {
+            let slices = self.dirty_slices(|slice| slice.kind == kind);
             if slices.is_empty() {
                 continue;
             }
-            if wrote {
+            // Refcounts can be in the file before or after new tables.
+            if wrote && kind != TableKind::RefcountBlock {
                 self.storage.flush().with_context(|| format!("flush before {}", kind.name()))?;
             }
-            slices.sort_unstable_by_key(|slice| slice.at);
             self.write_slices(&slices)?;
             wrote = true;
         }
         Ok(())
     }
 
-    fn dirty_slices(&self, kind: TableKind) -> Vec<Arc<Slice>> {
+    /// Those of the dirty ones that are wanted, in the order of the file.
+    fn dirty_slices(&self, wanted: impl Fn(&Slice) -> bool) -> Vec<Arc<Slice>> {
         let mut found = Vec::new();
         for shard in &self.shards {
             let shard = lock(shard);
-            found.extend(
-                shard.slices.values().filter(|s| s.kind == kind && s.dirty.load(Ordering::Acquire)).map(Arc::clone),
-            );
+            let dirty = shard.slices.values().filter(|slice| slice.dirty.load(Ordering::Acquire) && wanted(slice));
+            found.extend(dirty.map(Arc::clone));
         }
+        found.sort_unstable_by_key(|slice| slice.at);
         found
+    }
+
+    /// Takes the space of tables that are holes of the file, as they are in a new image.
+    fn reserve(&self, slices: &[Arc<Slice>]) -> Result<()> {
+        for slice in slices {
+            let place = || Place::of_table(Operation::Write, &self.file, slice.kind.name(), slice.at);
+            let (mut at, end) = (slice.at, slice.at.saturating_add(slice.len));
+            while at < end {
+                let extent = self.storage.extent(at, end - at).at(place)?;
+                let len = extent.len.clamp(1, end - at);
+                if extent.kind == HostKind::Hole {
+                    self.storage.zero(at, len, Zeroing::Allocate).at(place)?;
+                }
+                at += len;
+            }
+        }
+        Ok(())
     }
 
     /// Writes neighbours in one go.
@@ -308,6 +338,7 @@ impl Tables {
                 .write_at(at, &batch)
                 .at(|| Place::of_table(Operation::Write, &self.file, slice.kind.name(), at))?;
             for slice in part {
+                slice.fresh.store(false, Ordering::Release);
                 if slice.dirty.swap(false, Ordering::AcqRel) {
                     self.dirty.fetch_sub(slice.len + OVERHEAD, Ordering::AcqRel);
                 }
@@ -378,7 +409,8 @@ impl Tables {
 
 impl Slice {
     fn new(kind: TableKind, at: u64, len: u64, now: u64) -> Self {
-        Self { kind, at, len, dirty: AtomicBool::new(false), used: AtomicU64::new(now), bytes: RwLock::default() }
+        let (dirty, fresh) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { kind, at, len, dirty, fresh, used: AtomicU64::new(now), bytes: RwLock::default() }
     }
 }
 

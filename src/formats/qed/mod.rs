@@ -242,7 +242,12 @@ impl Write for QedDriver {
 
     fn withdraw(&self, placed: &Placed) {
         match placed.ticket {
-            Ticket::New { unit, count, entry } => self.state().give_back(unit, entry, count),
+            Ticket::New { unit, count, entry } => {
+                let mut state = self.state();
+                // What is placed behind it keeps it in the file; the disk, which may be full, gets it back.
+                let _ = self.storage().discard(entry, count * self.cluster);
+                state.give_back(unit, entry, count);
+            }
             Ticket::Zeros { unit, .. } => self.state().give_back(unit, 0, 0),
             _ => {}
         }

@@ -8,7 +8,7 @@ use crate::block::{Error, Result};
 use crate::formats::one_file::Tables;
 use crate::formats::runs::Runs;
 use crate::formats::table::TableCache;
-use crate::storage::{Event, Preallocation, Storage};
+use crate::storage::{Event, Preallocation, Storage, Zeroing};
 
 /// Working set of the L2 tables: 32 MiB map 256 GiB in clusters of 64 KiB.
 const L2_CACHE: usize = 32 << 20;
@@ -44,13 +44,16 @@ pub struct QedState {
     prepared: bool,
     /// Whether the mark that the tables need a check is ours.
     marked: bool,
-    /// Whether room was given back that the file may have already.
+    /// Room that was given back and lies before the end: where it starts and ends.
+    holes: Vec<(u64, u64)>,
+    /// Whether room at the end was given back that the file may have already.
     gave_back: bool,
 }
 
 impl Tables for QedState {
     /// Writes what waits: length of the file, L2 tables, L1 table, in this order.
     fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
+        self.cut(storage)?;
         if !self.l2.is_changed() && !self.l1.is_changed() {
             return Ok(());
         }
@@ -85,6 +88,7 @@ impl QedState {
             length: 0,
             prepared: false,
             marked: false,
+            holes: Vec::new(),
             gave_back: false,
         }
     }
@@ -288,19 +292,25 @@ impl QedState {
 
     /// Takes the mark back if it is ours, once all is written.
     pub fn unmark(&mut self, storage: &dyn Storage) -> Result<()> {
-        if std::mem::take(&mut self.gave_back)
-            && let Some(end) = self.end
-            && self.pending.is_empty()
-            && !storage.facts().fixed_len
-            && storage.len().context("Could not get the size of the file")? > end
-        {
-            storage.set_len(end, Preallocation::Off).context("Could not shorten the file")?;
-        }
+        self.cut(storage)?;
         if self.marked {
             let mut header = self.header.clone();
             header.set_needs_check(false);
             self.replace_header(storage, header)?;
             self.marked = false;
+        }
+        Ok(())
+    }
+
+    /// Takes room off the file that was given back: nothing names it, or is about to.
+    fn cut(&mut self, storage: &dyn Storage) -> Result<()> {
+        if std::mem::take(&mut self.gave_back)
+            && let Some(end) = self.end
+            && !storage.facts().fixed_len
+            && storage.len().context("Could not get the size of the file")? > end
+        {
+            storage.set_len(end, Preallocation::Off).context("Could not shorten the file")?;
+            self.length = self.length.min(end);
         }
         Ok(())
     }
@@ -330,19 +340,34 @@ impl QedState {
     pub fn take(&mut self, storage: &dyn Storage, index: u64, clusters: u64) -> Result<(u64, bool)> {
         self.mark(storage)?;
         storage.announce(Event::CLUSTER_ALLOC);
-        let (at, fresh) = self.append(storage, clusters * self.header.cluster())?;
-        let number = index / self.entries();
+        let bytes = clusters * self.header.cluster();
+        let (at, fresh) = self.append(storage, bytes)?;
+        let table = self.take_table(storage, index / self.entries());
+        if table.is_err() {
+            self.shorten(at, bytes);
+        }
+        table.map(|()| (at, fresh))
+    }
+
+    /// Room for an L2 table if there is none. The file gets it at once: what the table will name is not to be lost
+    /// because data took the last of the disk.
+    fn take_table(&mut self, storage: &dyn Storage, number: u64) -> Result<()> {
         if let Some(pending) = self.pending.get_mut(&number) {
             pending.waiting += 1;
         } else if self.l2_table(storage, number)? == 0 {
             let bytes = self.header.table_bytes();
-            let (table, _) = self.append(storage, bytes)?;
-            self.pending.insert(number, Pending { at: table, waiting: 1 });
+            let (at, _) = self.append(storage, bytes)?;
+            let taken = storage.zero(at, bytes, Zeroing::Allocate).context("Could not take room for an L2 table");
+            if taken.is_err() {
+                self.shorten(at, bytes);
+            }
+            taken?;
+            self.pending.insert(number, Pending { at, waiting: 1 });
         }
-        Ok((at, fresh))
+        Ok(())
     }
 
-    /// Takes back what [`QedState::take`] gave, if nothing was given since.
+    /// Takes back what [`QedState::take`] gave.
     pub fn give_back(&mut self, index: u64, at: u64, clusters: u64) {
         let number = index / self.entries();
         if let Some(pending) = self.pending.get_mut(&number) {
@@ -356,9 +381,14 @@ impl QedState {
         self.shorten(at, clusters * self.header.cluster());
     }
 
+    /// Gives back room at the end, and what was given back just before it.
     fn shorten(&mut self, at: u64, bytes: u64) {
-        if bytes > 0 && self.end == Some(at.saturating_add(bytes)) {
-            self.end = Some(at);
+        if bytes == 0 {
+            return;
+        }
+        self.holes.push((at, at.saturating_add(bytes)));
+        while let Some(last) = self.holes.iter().position(|(_, end)| self.end == Some(*end)) {
+            self.end = Some(self.holes.swap_remove(last).0);
             self.gave_back = true;
         }
     }
