@@ -44,7 +44,7 @@ fn open(files: &Files) -> Node {
 pub fn amend_node(node: &Node, text: &str, secrets: &Secrets, force: bool) -> vimg::block::Result<()> {
     let format = named(node.driver().format());
     let options = inside::given(CreateOptions::new(&[format.amend_options()]), text);
-    amend::amend(node, &AmendRequest { options: &options, secrets, force, progress: &|_, _| {} })
+    amend::amend(node, &AmendRequest { options: &options, secrets, force, progress: &|_, _| Ok(()) })
 }
 
 /// What is done to an image.

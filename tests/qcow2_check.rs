@@ -197,6 +197,28 @@ fn random_damage_is_found_and_mended_as_by_qemu_img() {
     assert!(failures.is_empty(), "{} of {count}:\n{}", failures.len(), failures.join("\n"));
 }
 
+#[test]
+fn leaked_clusters_are_given_back_to_the_host_as_by_qemu_img() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 image 4M; qemu-io -c 'write -P 1 0 4M' image");
+    let mut bytes = fs::read(scratch.file("image")).unwrap();
+    let l2 = damage::get(&bytes, damage::get(&bytes, 40, 8), 8) & 0x00ff_ffff_ffff_fe00;
+    // In the middle and at the end.
+    for cluster in (20..24).chain(60..64) {
+        damage::put(&mut bytes, l2 + 8 * cluster, 8, 0);
+    }
+    for fix in ["leaks", "all"] {
+        let map = |ours: bool| {
+            fs::write(scratch.file("image"), &bytes).unwrap();
+            assert_eq!(check(ours, &scratch, "image", Some(fix)).code, Some(0));
+            scratch.judge(&["map", "-f", "raw", "--output=json", "image"]).stdout
+        };
+        let (ours, theirs) = (map(true), map(false));
+        assert_eq!(theirs.matches("\"data\": false").count(), 2, "{theirs}");
+        assert_eq!(ours, theirs, "-r {fix}");
+    }
+}
+
 /// One whose entries lead past the end of the file is counted nowhere. qemu-img empties it.
 #[test]
 fn a_snapshot_table_taken_for_leaked_keeps_its_bytes() {

@@ -1,6 +1,7 @@
 //! SIGUSR1 asks a conversion how far it is: one line on standard error, in qemu-img's form. A signal that ends a change
 //! in place ends it where the image is consistent.
 
+use crate::common::trace::terminated_at;
 use crate::common::{Scratch, vimg_path, write_pattern};
 
 #[test]
@@ -40,4 +41,37 @@ fn a_signal_ends_a_commit_where_the_images_are_consistent() {
     let info = scratch.judge(&["info", "-f", "qcow2", "--output=json", "base"]).json();
     let flags = &info["format-specific"]["data"]["bitmaps"][0]["flags"];
     assert_eq!(flags, &serde_json::json!(["auto"]), "the bitmap can be trusted");
+}
+
+#[test]
+fn a_signal_at_any_point_of_a_change_leaves_the_image_consistent() {
+    let scratch = Scratch::new();
+    let folder = scratch.file("in");
+    std::fs::create_dir(&folder).unwrap();
+    scratch.sh("qemu-img create -q -f raw base 4M; \
+         qemu-img create -q -f qcow2 -o cluster_size=4k,refcount_bits=16 -b base -F raw image 4M; \
+         qemu-io -c 'write -P 1 0 1M' -c 'write -z 1M 64k' -c 'write -z 2560k 64k' image; \
+         qemu-img snapshot -c one image; qemu-io -c 'write -z 256k 64k' image; \
+         qemu-img convert -O raw image shown; qemu-img convert -l one -O raw image one");
+    let changes = [
+        &["amend", "-o", "compat=0.10", "../changed"][..],
+        &["amend", "-o", "refcount_bits=64", "../changed"],
+        &["bitmap", "--add", "--disable", "../changed", "map"],
+        &["snapshot", "-c", "two", "../changed"],
+        &["snapshot", "-d", "one", "../changed"],
+        &["resize", "-q", "../changed", "4M"],
+    ];
+    for change in changes {
+        let (mut calls, mut ended) = (40, 0);
+        loop {
+            std::fs::copy(scratch.file("image"), scratch.file("changed")).unwrap();
+            let Some(by_signal) = terminated_at(&folder, change, calls) else { break };
+            ended += usize::from(by_signal);
+            let check = scratch.judge(&["check", "-f", "qcow2", "changed"]).stdout;
+            assert!(check.starts_with("No errors were found"), "{change:?}, call {calls}: {check}");
+            scratch.assert_same_content("qcow2", "changed", "raw", "shown");
+            calls += 29;
+        }
+        assert!(ended > 5, "{change:?}: {ended} of those up to {calls}");
+    }
 }

@@ -525,6 +525,9 @@ pub trait MakeBits {
     fn fill(&self, at: u64, bits: &mut [u8]) -> Result<()>;
 }
 
+/// Hears how much of how much is done; what it fails with ends the work, where the image is consistent.
+pub type AmendProgress<'a> = &'a dyn Fn(u64, u64) -> Result<()>;
+
 /// What shall be otherwise in an image that is there.
 pub struct AmendRequest<'a> {
     /// All `-o` options, checked against [`super::Format::amend_options`].
@@ -533,8 +536,8 @@ pub struct AmendRequest<'a> {
     pub secrets: &'a Secrets,
     /// What makes all data unreadable is done too.
     pub force: bool,
-    /// Hears how much of how much is done.
-    pub progress: &'a dyn Fn(u64, u64),
+    /// How far it is.
+    pub progress: AmendProgress<'a>,
 }
 
 /// Able to change options that an image was made with. Its size is one of them in some formats, and is changed, as in any

@@ -4,12 +4,13 @@ use std::ffi::OsString;
 
 use super::common::Common;
 use super::exit::Exit;
+use super::interrupt::Interrupt;
 use super::options::Pairs;
 use super::progress::{Progress, ProgressArgs};
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, options};
 use crate::block::driver::AmendRequest;
-use crate::block::{CreateOptions, Error, Format, OpenHow, Purpose, Result, Secrets, format};
+use crate::block::{CreateOptions, Error, ErrorKind, Format, OpenHow, Purpose, Result, Secrets, format};
 use crate::ops::amend;
 use crate::storage::CacheMode;
 
@@ -83,6 +84,7 @@ impl AmendArgs {
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::target)?;
         let source = ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
         source.check()?;
+        let interrupt = Interrupt::catch();
         let (image, how) = source.image(program, name)?;
         let node = opener.open(&image, &OpenHow { purpose: Purpose::Write, cache, ..how });
         program.notices(&opener);
@@ -98,9 +100,12 @@ impl AmendArgs {
             false => error,
         })?;
         let shown = progress.insert(self.progress.start(self.common.quiet, "amend")?);
-        let report = |done: u64, total: u64| shown.report(done, total);
+        let report = |done: u64, total: u64| {
+            shown.report(done, total);
+            if interrupt.is_caught() { Err(Error::new(ErrorKind::Cancelled, "Interrupted")) } else { Ok(()) }
+        };
         let request = AmendRequest { options: &options, secrets, force: self.force, progress: &report };
-        let done = amend::amend(&node, &request);
+        let done = interrupt.during(|| amend::amend(&node, &request));
         shown.report(1, 1);
         Ok(done?)
     }

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
 use super::exit::Exit;
+use super::interrupt::Interrupt;
 use super::passphrase::PassphraseArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, object, size};
@@ -108,6 +109,7 @@ impl Subcommand for BitmapArgs {
         };
         let source = ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
         source.check()?;
+        let interrupt = Interrupt::catch();
         let (image, how) = source.image(program, name)?;
         let opener = program.opener(&secrets);
         // Bitmaps are a layer's own: what lies below it need not be there.
@@ -121,7 +123,7 @@ impl Subcommand for BitmapArgs {
             merged
         });
         let merged = merged.transpose()?;
-        bitmap::change(&node, &bitmap.to_string_lossy(), &actions, merged.as_deref())?;
+        interrupt.during(|| bitmap::change(&node, &bitmap.to_string_lossy(), &actions, merged.as_deref()))?;
         Ok(Exit::Success)
     }
 }

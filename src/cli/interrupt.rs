@@ -44,6 +44,14 @@ impl Interrupt {
         Self { caught, begun }
     }
 
+    /// Does work that is short, or looks itself whether a signal came.
+    pub fn during<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.begin();
+        let done = work();
+        self.end();
+        done
+    }
+
     /// The work begins.
     pub fn begin(&self) {
         self.begun.store(true, Ordering::SeqCst);

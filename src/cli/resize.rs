@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::common::Common;
 use super::exit::Exit;
+use super::interrupt::Interrupt;
 use super::output::ResultArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand};
@@ -69,6 +70,8 @@ impl Subcommand for ResizeArgs {
         let fill = self.preallocation.unwrap_or_default();
         let source = ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
         source.check()?;
+        // Room that is reserved or written may take long: there a signal has its usual effect.
+        let interrupt = matches!(fill, Preallocation::Off | Preallocation::Metadata).then(Interrupt::catch);
         let (image, how) = source.image(program, name)?;
         let opener = program.opener(&secrets);
         let node = opener.open(&image, &OpenHow { purpose: Purpose::Write, ..how });
@@ -84,7 +87,10 @@ impl Subcommand for ResizeArgs {
                 program.warn(SHRINK_WARNING);
                 return Ok(Exit::Failure);
             }
-            Decision::Resize(size) => resize::resize(&node, size, fill)?,
+            Decision::Resize(size) => {
+                let work = || resize::resize(&node, size, fill);
+                interrupt.as_ref().map_or_else(work, |interrupt| interrupt.during(work))?;
+            }
         }
         if !self.common.quiet && !program.tells_results() {
             program.println("Image resized.");

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::common::Common;
 use super::exit::Exit;
+use super::interrupt::Interrupt;
 use super::output::ResultArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, human};
@@ -64,13 +65,14 @@ impl Subcommand for SnapshotArgs {
             ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
         source.check()?;
         let (image, how) = source.image(program, name)?;
+        let interrupt = change.is_some().then(Interrupt::catch);
         let purpose = if change.is_some() { Purpose::Write } else { how.purpose };
         let opener = program.opener(&secrets);
         let node = opener.open(&image, &OpenHow { purpose, ..how });
         program.notices(&opener);
         let node = node?;
-        if let Some(change) = change {
-            snapshot::change(&node, &change)?;
+        if let (Some(change), Some(interrupt)) = (change, interrupt) {
+            interrupt.during(|| snapshot::change(&node, &change))?;
             let (done, name) = match &change {
                 SnapshotChange::Create(name) => ("create", name),
                 SnapshotChange::Apply(name) => ("apply", name),

@@ -1,6 +1,6 @@
 //! Changing options of an image that is there.
 
-use super::resize;
+use super::{resize, written};
 use crate::block::driver::{Amend, AmendRequest};
 use crate::block::{Error, Node, OptionValue, Result};
 use crate::storage::Preallocation;
@@ -26,6 +26,5 @@ fn amend_unnamed(node: &Node, request: &AmendRequest<'_>) -> Result<()> {
     {
         resize::resize(node, *size, Preallocation::Off)?;
     }
-    amending(node)?.finish(request)?;
-    node.driver().close()
+    written::close(node, amending(node)?.finish(request))
 }

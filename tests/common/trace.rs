@@ -35,6 +35,19 @@ pub fn killed_at(folder: &Path, args: &[&str], n: usize) -> Ended {
     if killed { Ended::Killed } else { Ended::Done(calls) }
 }
 
+/// Runs vimg and sends it SIGTERM when it enters or leaves a system call for the `n`th time. Nothing if it made fewer
+/// calls; else whether the signal ended it.
+pub fn terminated_at(folder: &Path, args: &[&str], n: usize) -> Option<bool> {
+    let (code, calls) = traced(folder, args, |calls, pid| {
+        if calls == n {
+            kill(pid, Signal::SIGTERM).expect("kill");
+        }
+        true
+    });
+    assert!(code.is_none_or(|code| code == 0), "{args:?}: {code:?}");
+    (calls >= n).then_some(code.is_none())
+}
+
 /// Runs vimg and does something else when it enters or leaves a system call for the `n`th time. Gives its exit code
 /// and what it said, or nothing if it made fewer calls.
 pub fn disturbed_at(folder: &Path, args: &[&str], n: usize, disturb: impl FnOnce()) -> Option<(i32, String)> {
@@ -53,7 +66,7 @@ pub fn disturbed_at(folder: &Path, args: &[&str], n: usize, disturb: impl FnOnce
 
 /// Runs vimg in that folder, with its standard error in the file `stderr` of the folder above, and calls `at_call` with
 /// the number of its system calls so far at each of them until that gives false: it has killed it. Gives its exit
-/// code, if it ended so, and the number of its calls.
+/// code, unless a signal ended it, and the number of its calls.
 fn traced(folder: &Path, args: &[&str], mut at_call: impl FnMut(usize, Pid) -> bool) -> (Option<i32>, usize) {
     let program = vimg_path();
     let line = ["-c", "kill -STOP $$; exec \"$@\" 2>../stderr", "sh", program.to_str().expect("a path")];
@@ -87,9 +100,12 @@ fn traced(folder: &Path, args: &[&str], mut at_call: impl FnMut(usize, Pid) -> b
                 go_on(None);
             }
             WaitStatus::Exited(_, code) if who == pid => return (Some(code), calls.unwrap_or_default()),
+            WaitStatus::Signaled(_, Signal::SIGTERM, _) if who == pid => return (None, calls.unwrap_or_default()),
             WaitStatus::Signaled(_, signal, _) if who == pid => panic!("{args:?} was ended by {signal}"),
             WaitStatus::Exited(..) | WaitStatus::Signaled(..) => {}
-            WaitStatus::Stopped(_, signal @ (Signal::SIGCHLD | Signal::SIGBUS)) => go_on(Some(signal)),
+            WaitStatus::Stopped(_, signal @ (Signal::SIGCHLD | Signal::SIGBUS | Signal::SIGTERM)) => {
+                go_on(Some(signal))
+            }
             _ => go_on(None),
         }
     }

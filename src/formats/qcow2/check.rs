@@ -59,6 +59,8 @@ struct Checker<'a> {
     /// Lines told so far.
     lines: u64,
     snapshots: SnapshotTable,
+    /// Clusters that leaked and are free now, as runs: the first, and how many.
+    freed: Vec<(u64, u64)>,
     /// Where tables are, once that had to be known.
     places: Option<Survey<'a>>,
 }
@@ -76,6 +78,7 @@ impl<'a> Checker<'a> {
             rebuild: false,
             lines: 0,
             snapshots: SnapshotTable::default(),
+            freed: Vec::new(),
             places: None,
         })
     }
@@ -91,7 +94,22 @@ impl<'a> Checker<'a> {
         self.write_snapshots()?;
         self.clear_flags()?;
         self.driver.tables.forget(0, u64::MAX);
+        self.give_back()?;
         Ok(self.report)
+    }
+
+    /// Gives the host the space of what leaked. Not where anything else was wrong: it may be what is missing there.
+    fn give_back(&mut self) -> Result<()> {
+        if self.freed.is_empty() || !self.is_clean() || self.report.corruptions_fixed > 0 {
+            return Ok(());
+        }
+        self.flush()?;
+        let bits = self.geometry.cluster_bits;
+        for (first, count) in std::mem::take(&mut self.freed) {
+            // An offer, which the host need not take.
+            let _ = self.storage().discard(first << bits, count << bits);
+        }
+        Ok(())
     }
 
     /// Compares the refcounts with the counts, and mends them as far as that is asked for.

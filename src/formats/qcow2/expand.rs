@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::block::driver::AmendProgress;
 use crate::block::error::Context;
 use crate::block::io::clear_stored;
 use crate::block::{Error, GuestOffset, HostPlace, Result};
@@ -63,24 +64,31 @@ impl Qcow2Driver {
         Ok(false)
     }
 
-    /// See the module. Not for images with subclusters or a data file.
-    pub(super) fn expand_zeros(&self, alloc: &mut Allocator, progress: &dyn Fn(u64, u64)) -> Result<()> {
+    /// See the module. Not for images with subclusters or a data file. Ended early, it has done some of the tables.
+    pub(super) fn expand_zeros(&self, alloc: &mut Allocator, progress: AmendProgress<'_>) -> Result<()> {
         self.before_state(alloc)?;
         let tables = self.all_l2_tables()?;
         let total = tables.len() as u64;
-        let mut unused = Vec::new();
+        let (mut unused, mut wanted) = (Vec::new(), Ok(()));
         for (n, (at, index)) in (0..).zip(&tables) {
-            progress(n, total);
+            wanted = progress(n, total);
+            if wanted.is_err() {
+                break;
+            }
             self.expand_table(alloc, *at, *index, &mut unused)?;
         }
-        progress(1, 1);
+        if wanted.is_ok() {
+            wanted = progress(1, 1);
+        }
         if unused.is_empty() {
-            return self.settle(alloc);
+            self.settle(alloc)?;
+            return wanted;
         }
         let fields = self.header().fields;
         let l1 = self.l1_words(fields.l1_table_offset, fields.l1_size)?;
         let size = fields.size;
-        self.change_state(alloc, NewState { l1, size, snapshots: None, gains: None, loses: None, unused })
+        self.change_state(alloc, NewState { l1, size, snapshots: None, gains: None, loses: None, unused })?;
+        wanted
     }
 
     /// What is not to be used by it any more is added to `unused`, once for each reference.

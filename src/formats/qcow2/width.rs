@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::block::driver::AmendProgress;
 use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::storage::Event;
@@ -60,13 +61,13 @@ impl NewRefcounts<'_> {
     }
 
     /// Looks at every count that there is. What is left is the blocks that have something to count.
-    fn find_needed(&self, progress: &dyn Fn(u64, u64)) -> Result<BTreeSet<u64>> {
+    fn find_needed(&self, progress: AmendProgress<'_>) -> Result<BTreeSet<u64>> {
         let (driver, order, most) = (self.driver, self.driver.geometry.refcount_order, self.new.refcount_max());
         let old = driver.geometry;
         let entries = driver.refcount_table().len / ENTRY;
         let mut needed = BTreeSet::new();
         for index in 0..entries {
-            progress(index, entries * 2);
+            progress(index, entries * 2)?;
             let Some(bytes) = self.old_block(index)? else { continue };
             for (slot, cluster) in (0..).zip(old.first_counted(index).run(old.refcounts_per_block())) {
                 let count = refcount::get(order, &bytes, slot);
@@ -149,7 +150,7 @@ impl NewRefcounts<'_> {
     }
 
     /// Writes all of it, and flushes.
-    fn write(&self, progress: &dyn Fn(u64, u64)) -> Result<()> {
+    fn write(&self, progress: AmendProgress<'_>) -> Result<()> {
         let storage = &self.driver.file().storage;
         let (new, per) = (self.new, self.new.refcounts_per_block());
         let own: BTreeSet<ClusterIndex> = self.blocks.values().copied().chain(self.table.0.run(self.table.1)).collect();
@@ -157,7 +158,7 @@ impl NewRefcounts<'_> {
         let (mut from, mut table) = (None, vec![0; usize::try_from(bytes).unwrap_or(0)]);
         let total = self.blocks.len() as u64;
         for (n, (index, at)) in (0..).zip(&self.blocks) {
-            progress(total + n, total * 2);
+            progress(total + n, total * 2)?;
             let mut bytes = self.counts_of(*index, &mut from)?;
             let first = new.first_counted(*index);
             for cluster in own.range(first..first + per) {
@@ -184,7 +185,7 @@ impl Qcow2Driver {
         &self,
         alloc: &mut Allocator,
         order: u32,
-        progress: &dyn Fn(u64, u64),
+        progress: AmendProgress<'_>,
         change: impl FnOnce(&mut Qcow2Header),
     ) -> Result<()> {
         self.before_resize(alloc)?;
@@ -210,7 +211,8 @@ impl Qcow2Driver {
         for cluster in &plan.old {
             storage.discard(new.offset_of(*cluster), new.cluster_size()).context("Could not discard clusters")?;
         }
-        progress(1, 1);
+        // It is done, whatever is wanted by now.
+        let _ = progress(1, 1);
         Ok(())
     }
 }

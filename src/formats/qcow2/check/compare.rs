@@ -46,6 +46,9 @@ pub(super) struct Refcounts {
 /// What a window of refcount blocks holds at most, in bytes.
 const WINDOW: u64 = 16 << 20;
 
+/// Runs of clusters that are given back to the host at most.
+const MOST_FREED: usize = 1 << 20;
+
 impl Checker<'_> {
     pub(super) fn refcounts(&self) -> Result<Refcounts> {
         let place = self.driver.refcount_table();
@@ -172,6 +175,13 @@ impl Checker<'_> {
             (false, false) => (&mut report.corruptions, "ERROR"),
         };
         *count += 1;
+        if leak && mend && should == 0 {
+            match self.freed.last_mut() {
+                Some((first, n)) if *first + *n == cluster => *n += 1,
+                _ if self.freed.len() < MOST_FREED => self.freed.push((cluster, 1)),
+                _ => {}
+            }
+        }
         self.tell(&format!("{word} cluster {cluster} refcount={is} reference={should}"));
         mend
     }
