@@ -31,7 +31,7 @@ use crate::block::{Error, Result};
 use crate::storage::Storage;
 
 use super::Qcow2Driver;
-use super::geometry::Geometry;
+use super::geometry::{ClusterIndex, Geometry};
 use super::guard::Survey;
 use super::layout::{self, ENTRY};
 use super::references::References;
@@ -60,7 +60,7 @@ struct Checker<'a> {
     lines: u64,
     snapshots: SnapshotTable,
     /// Clusters that leaked and are free now, as runs: the first, and how many.
-    freed: Vec<(u64, u64)>,
+    freed: Vec<(ClusterIndex, u64)>,
     /// Where tables are, once that had to be known.
     places: Option<Survey<'a>>,
 }
@@ -104,10 +104,9 @@ impl<'a> Checker<'a> {
             return Ok(());
         }
         self.flush()?;
-        let bits = self.geometry.cluster_bits;
         for (first, count) in std::mem::take(&mut self.freed) {
             // An offer, which the host need not take.
-            let _ = self.storage().discard(first << bits, count << bits);
+            let _ = self.storage().discard(self.geometry.offset_of(first), count << self.geometry.cluster_bits);
         }
         Ok(())
     }

@@ -176,9 +176,10 @@ impl Checker<'_> {
         };
         *count += 1;
         if leak && mend && should == 0 {
+            let has_room = self.freed.len() < MOST_FREED;
             match self.freed.last_mut() {
                 Some((first, n)) if *first + *n == cluster => *n += 1,
-                _ if self.freed.len() < MOST_FREED => self.freed.push((cluster, 1)),
+                _ if has_room => self.freed.push((cluster, 1)),
                 _ => {}
             }
         }
