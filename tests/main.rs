@@ -51,6 +51,7 @@ mod signals;
 mod simg;
 mod snapshot;
 mod storage;
+mod stores;
 mod streams;
 mod truncated;
 mod untrusted;

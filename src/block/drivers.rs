@@ -111,7 +111,6 @@ impl Drivers {
             let plain = plain_path(name);
             let error = Error::invalid(format!("Unknown protocol '{prefix}'"));
             error.advise(match &*prefix {
-                "gs" | "az" => "name the object by its https:// URL, signed if need be".to_owned(),
                 "ssh" | "sftp" => "mount the folder with sshfs, or serve the image there over nbd".to_owned(),
                 _ => format!("a file of that name is written '{}'", plain.display()),
             })

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::options::{CreateOptions, OptionSpec};
 use super::{OptionTree, Result, Secrets};
+use crate::storage::outgoing::Outgoing;
 use crate::storage::staging::Staging;
 use crate::storage::{CacheMode, Storage};
 
@@ -96,8 +97,19 @@ pub trait Protocol: Sync + fmt::Debug {
     /// Opens it.
     fn open(&self, request: FileRequest<'_>) -> Result<OpenedFile>;
 
+    /// Able to take whole files from front to back, and no other way.
+    fn sending(&self) -> Option<&'static dyn SendFile> {
+        None
+    }
+
     /// Able to make new files under that name.
     fn creating(&self, path: &Path) -> Option<&'static dyn CreateFile>;
+}
+
+/// Able to take whole files from front to back.
+pub trait SendFile: Sync + fmt::Debug {
+    /// Takes a file of so many bytes; it is there when it is complete. `options` are what its name says.
+    fn send(&self, options: &OptionTree, len: u64) -> Result<Box<dyn Outgoing>>;
 }
 
 /// Able to make new files.

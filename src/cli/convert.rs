@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -11,6 +11,7 @@ use super::console::ConsoleObserver;
 use super::digest::DigestArgs;
 use super::exit::Exit;
 use super::ids::IdArgs;
+use super::interrupt::Interrupt;
 use super::output::ResultArgs;
 use super::passphrase::{PassphraseArgs, TargetPassphraseArgs};
 use super::progress::ProgressArgs;
@@ -18,13 +19,13 @@ use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, help, human, object, options, size};
 use crate::block::driver::SnapshotKey;
 use crate::block::keys::parse_list;
-use crate::block::{Effort, Error, ImageRef, Node, OpenHow, Opener, name};
+use crate::block::{Effort, ImageRef, Node, OpenHow, Opener, name};
 use crate::crypto::Digest;
 use crate::ops::convert::room::{self, LackOfRoom};
-use crate::ops::convert::{Conversion, ConvertRequest, Job, Proof};
+use crate::ops::convert::{Conversion, ConvertRequest, Job, Proof, WayOut};
 use crate::ops::copy::{CopyOptions, MOST_THREADS};
 use crate::ops::create::{NewImage, Target};
-use crate::storage::{CacheMode, pipe};
+use crate::storage::CacheMode;
 
 /// The options.
 #[derive(Debug, clap::Args)]
@@ -212,10 +213,12 @@ impl Subcommand for ConvertArgs {
         let Some((name, sources)) = self.operands.split_last().filter(|(_, sources)| !sources.is_empty()) else {
             return Err(Complaint::value("Must specify image file name").into());
         };
-        let to_pipe = !self.no_create && pipe::is_pipe(Path::new(name));
-        if to_pipe {
-            self.check_pipe(name)?;
+        let way = if self.no_create { None } else { WayOut::find(opener.drivers(), name) };
+        if let Some(way) = &way {
+            self.check_way(name, way)?;
         }
+        // What a store has taken so far is given up.
+        let interrupt = way.as_ref().filter(|way| !way.is_pipe()).map(|_| Interrupt::catch());
         let source_cache = self.source_cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
         let progress = self.progress.start(self.quiet, "convert")?;
         let sources = request.at_snapshot(self.sources(program, &opener, sources, source_cache)?)?;
@@ -234,12 +237,19 @@ impl Subcommand for ConvertArgs {
         let observer = ConsoleObserver {
             progress: &progress,
             name: (!self.quiet).then(|| program.name().to_owned()),
-            interrupt: None,
+            interrupt: interrupt.as_ref(),
         };
         let job = Job { conversion: &conversion, cache, observer: &observer };
         let done = match &conversion.new {
-            Some(new) if to_pipe => job.to_pipe(new, pipe::open_sink(Path::new(name)).map_err(Error::from)?, &opener),
-            Some(new) => job.to_new(new, &opener),
+            Some(new) => match &way {
+                Some(way) => {
+                    interrupt.iter().for_each(Interrupt::begin);
+                    let done = job.away(new, way, &opener);
+                    interrupt.iter().for_each(Interrupt::end);
+                    done
+                }
+                None => job.to_new(new, &opener),
+            },
             None => {
                 let (image, how) = self.existing_image(program, name)?;
                 job.to_existing(&image, &how, &opener)
@@ -262,19 +272,20 @@ impl Subcommand for ConvertArgs {
 }
 
 impl ConvertArgs {
-    /// Refuses what makes no sense with a pipe as the target.
-    fn check_pipe(&self, name: &OsStr) -> Result<(), Complaint> {
+    /// Refuses what makes no sense with a target that is written from front to back.
+    fn check_way(&self, name: &OsStr, way: &WayOut) -> Result<(), Complaint> {
         let shown = name.to_string_lossy();
+        let what = if way.is_pipe() { "a pipe" } else { "written from front to back" };
         let given = !self.target_format_options.is_empty();
         let same = |path: &str| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
         match () {
             () if self.target_format() == "raw" && given => {
-                Err(Complaint::value(format!("'{shown}' is a pipe: the options of a new raw file mean nothing to it")))
+                Err(Complaint::value(format!("'{shown}' is {what}: the options of a new raw file mean nothing to it")))
             }
             () if self.verify => {
-                Err(Complaint::value(format!("'{shown}' is a pipe: it cannot be read back (--verify)")))
+                Err(Complaint::value(format!("'{shown}' is {what}: it cannot be read back (--verify)")))
             }
-            () if self.progress.ends_line(self.quiet) && same("/dev/stdout") == same(&shown) => {
+            () if way.is_pipe() && self.progress.ends_line(self.quiet) && same("/dev/stdout") == same(&shown) => {
                 Err(Complaint::value(format!("'{shown}' is where -p prints to")))
             }
             () => Ok(()),
@@ -365,7 +376,10 @@ impl ConvertArgs {
 
     /// The new image as typed: what follows from the sources is not filled in yet.
     fn new_image(&self, opener: &Opener<'_>, name: &OsStr, given: &options::Pairs) -> anyhow::Result<NewImage> {
-        let target = Target::find(opener.drivers(), self.target_format(), Some(name))?;
+        // What is sent whole is no file of its protocol's making.
+        let sent = WayOut::find(opener.drivers(), name).is_some_and(|way| !way.is_pipe());
+        let place = if sent { None } else { Some(name) };
+        let target = Target::find(opener.drivers(), self.target_format(), place)?;
         let mut options = target.options();
         options::apply(given, &mut options)?;
         Ok(NewImage { name: name.to_owned(), format: target.format, size: 0, options, ids: self.ids.choice() })

@@ -1,14 +1,17 @@
 //! Ways to bytes by name. A protocol is one file (or folder) here with its `Protocol` and, unless it gives a file of the
 //! host, its `Storage` (as in `null`); its `mod` line; and one line of [`PROTOCOLS`].
 
+mod az;
 mod file;
 mod ftp;
+mod gs;
 mod host_device;
 mod http;
 mod nbd;
 mod null;
 mod ranged;
 mod s3;
+mod store;
 mod tftp;
 mod url;
 mod vvfat;
@@ -25,6 +28,8 @@ pub const PROTOCOLS: &[&dyn Protocol] = &[
     &ftp::FTPS,
     &tftp::TFTP,
     &s3::S3,
+    &gs::GS,
+    &az::AZ,
     &nbd::Nbd,
     &null::CO,
     &null::AIO,

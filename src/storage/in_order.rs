@@ -1,4 +1,4 @@
-//! What takes bytes from front to back alone, such as a pipe, as a storage: whoever writes further on waits for what
+//! What takes bytes from front to back alone ([`Outgoing`]) as a storage: whoever writes further on waits for what
 //! comes before.
 //!
 //! Writers have to see to it that the one whose bytes come next never waits for another, and to say
@@ -7,43 +7,43 @@
 //! Lock order: `state` is a leaf, held while bytes are put: they go one after the other anyway.
 
 use std::fmt;
-use std::io::Write;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
+use super::outgoing::Outgoing;
 use super::{Event, Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
 
 /// Zeros that are put at once.
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
 /// See the module.
-pub struct InOrder<W> {
+pub struct InOrder {
     len: u64,
-    state: Mutex<State<W>>,
+    state: Mutex<State>,
     changed: Condvar,
 }
 
-struct State<W> {
-    sink: W,
+struct State {
+    sink: Box<dyn Outgoing>,
     /// So much was put.
     at: u64,
     given_up: bool,
 }
 
-impl<W> fmt::Debug for InOrder<W> {
+impl fmt::Debug for InOrder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("InOrder").field("len", &self.len).finish_non_exhaustive()
     }
 }
 
-impl<W: Write> InOrder<W> {
+impl InOrder {
     /// Takes `len` bytes.
-    pub fn new(sink: W, len: u64) -> Self {
+    pub fn new(sink: Box<dyn Outgoing>, len: u64) -> Self {
         Self { len, state: Mutex::new(State { sink, at: 0, given_up: false }), changed: Condvar::new() }
     }
 
-    fn state(&self) -> MutexGuard<'_, State<W>> {
+    fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -53,13 +53,17 @@ impl<W: Write> InOrder<W> {
         self.changed.notify_all();
     }
 
-    /// Whether all of it was put.
-    pub fn is_complete(&self) -> bool {
-        self.state().at == self.len
+    /// Shows the file, if all of it was put; `false` if not.
+    pub fn complete(&self) -> Result<bool> {
+        let mut state = self.state();
+        if state.at != self.len || state.given_up {
+            return Ok(false);
+        }
+        state.sink.complete().map(|()| true)
     }
 
     /// Waits until `at` comes next, and has `put` done.
-    fn in_turn(&self, at: u64, len: u64, put: impl FnOnce(&mut W) -> std::io::Result<()>) -> Result<()> {
+    fn in_turn(&self, at: u64, len: u64, put: impl FnOnce(&mut dyn Outgoing) -> Result<()>) -> Result<()> {
         if at.checked_add(len).is_none_or(|end| end > self.len) {
             return Err(Errno::EFBIG.into());
         }
@@ -74,7 +78,7 @@ impl<W: Write> InOrder<W> {
             // It has gone.
             return Err(Errno::ESPIPE.into());
         }
-        put(&mut state.sink)?;
+        put(&mut *state.sink)?;
         state.at += len;
         drop(state);
         self.changed.notify_all();
@@ -82,7 +86,7 @@ impl<W: Write> InOrder<W> {
     }
 }
 
-impl<W: Write + Send> Storage for InOrder<W> {
+impl Storage for InOrder {
     fn len(&self) -> Result<u64> {
         Ok(self.len)
     }
@@ -92,7 +96,7 @@ impl<W: Write + Send> Storage for InOrder<W> {
     }
 
     fn write_at(&self, at: u64, buf: &[u8]) -> Result<()> {
-        self.in_turn(at, buf.len() as u64, |sink| sink.write_all(buf))
+        self.in_turn(at, buf.len() as u64, |sink| sink.put(buf))
     }
 
     fn extent(&self, at: u64, max: u64) -> Result<HostExtent> {
@@ -105,7 +109,7 @@ impl<W: Write + Send> Storage for InOrder<W> {
             let mut left = len;
             while left > 0 {
                 let n = usize::try_from(left).map_or(ZEROS.len(), |left| left.min(ZEROS.len()));
-                sink.write_all(&ZEROS[..n])?;
+                sink.put(&ZEROS[..n])?;
                 left -= n as u64;
             }
             Ok(())
@@ -121,7 +125,7 @@ impl<W: Write + Send> Storage for InOrder<W> {
     }
 
     fn flush(&self) -> Result<()> {
-        Ok(self.state().sink.flush()?)
+        Ok(())
     }
 
     fn allocated(&self) -> Result<Option<u64>> {
@@ -141,11 +145,29 @@ impl<W: Write + Send> Storage for InOrder<W> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+
+    #[derive(Debug, Default, Clone)]
+    struct Kept(Arc<Mutex<(Vec<u8>, bool)>>);
+
+    impl Outgoing for Kept {
+        fn put(&mut self, bytes: &[u8]) -> Result<()> {
+            self.0.lock().unwrap().0.extend_from_slice(bytes);
+            Ok(())
+        }
+
+        fn complete(&mut self) -> Result<()> {
+            self.0.lock().unwrap().1 = true;
+            Ok(())
+        }
+    }
 
     #[test]
     fn bytes_go_from_front_to_back_whoever_comes_first() {
-        let sink = InOrder::new(Vec::new(), 400_000);
+        let kept = Kept::default();
+        let sink = InOrder::new(Box::new(kept.clone()), 400_000);
         std::thread::scope(|scope| {
             for n in (0..4u64).rev() {
                 let sink = &sink;
@@ -156,22 +178,24 @@ mod tests {
                 });
             }
         });
-        assert!(sink.is_complete());
-        let seen = &sink.state().sink;
+        assert!(sink.complete().unwrap());
+        let (seen, complete) = &*kept.0.lock().unwrap();
         let want = |at: usize| if at % 100_000 < 50_000 { (at / 100_000) as u8 + 1 } else { 0 };
         assert!(seen.len() == 400_000 && seen.iter().enumerate().all(|(at, byte)| *byte == want(at)));
+        assert!(*complete);
     }
 
     #[test]
     fn nobody_waits_for_what_will_not_come() {
-        let sink = InOrder::new(Vec::new(), 100);
+        let kept = Kept::default();
+        let sink = InOrder::new(Box::new(kept.clone()), 100);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| sink.write_at(50, &[1; 10]));
             sink.give_up();
             assert_eq!(waiting.join().unwrap().unwrap_err().errno(), Some(Errno::ECANCELED));
         });
-        assert!(sink.write_at(0, &[1]).is_err() && !sink.is_complete());
-        let sink = InOrder::new(Vec::new(), 100);
+        assert!(sink.write_at(0, &[1]).is_err() && !sink.complete().unwrap() && !kept.0.lock().unwrap().1);
+        let sink = InOrder::new(Box::new(Kept::default()), 100);
         sink.write_at(0, &[1; 10]).unwrap();
         assert_eq!(sink.write_at(0, &[1]).unwrap_err().errno(), Some(Errno::ESPIPE));
         assert_eq!(sink.write_at(99, &[1; 2]).unwrap_err().errno(), Some(Errno::EFBIG));

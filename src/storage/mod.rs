@@ -22,6 +22,7 @@ mod kind;
 pub mod lock;
 pub mod memory;
 pub mod offload;
+pub mod outgoing;
 pub mod pages;
 pub mod pieces;
 pub mod pipe;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 /// What was asked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Request {
     /// How many requests came before it.
     pub number: usize,
@@ -19,6 +19,8 @@ pub struct Request {
     pub range: Option<(u64, u64)>,
     /// The headers, as they came.
     pub headers: Vec<String>,
+    /// What came along.
+    pub body: Vec<u8>,
 }
 
 impl Request {
@@ -177,10 +179,17 @@ fn serve(stream: TcpStream, seen: &Seen, answer: &Answering) -> std::io::Result<
             let (from, to) = line.strip_prefix("range: bytes=")?.split_once('-')?;
             Some((from.parse().ok()?, to.parse().unwrap_or(u64::MAX)))
         });
+        let len = head.iter().find_map(|line| {
+            let (key, value) = line.split_once(':')?;
+            key.eq_ignore_ascii_case("Content-Length").then(|| value.trim().parse().ok())?
+        });
+        let mut body = vec![0; len.unwrap_or(0)];
+        lines.read_exact(&mut body)?;
         let request = {
             let mut requests = seen.requests.lock().unwrap_or_else(|e| e.into_inner());
-            let request = Request { number: requests.len(), line, path, range, headers: head };
-            requests.push(request.clone());
+            let request = Request { number: requests.len(), line, path, range, headers: head, body };
+            // What was sent is looked at by whoever answers.
+            requests.push(Request { body: Vec::new(), ..request.clone() });
             request
         };
         if request.line.starts_with("CONNECT ") {

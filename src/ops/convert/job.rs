@@ -3,10 +3,11 @@
 //! Invariant: nothing is changed before everything that can be refused has been refused.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Conversion, bitmaps};
+use super::{Conversion, WayOut, bitmaps};
 use crate::block::error::{Context, Operation, Place, PlacePart};
 use crate::block::{
     Error, ErrorKind, GuestOffset, ImageRef, MadeFiles, Node, OpenHow, Opener, OptionTree, Purpose, Result,
@@ -17,6 +18,7 @@ use crate::ops::copy::{self, Above, CopyOptions, GuestDigest, Joined, Observer, 
 use crate::ops::create::NewImage;
 use crate::ops::staged::StagedTarget;
 use crate::storage::in_order::InOrder;
+use crate::storage::outgoing::Outgoing;
 use crate::storage::temporary::large_file;
 use crate::storage::{self, CacheMode, Identity};
 
@@ -47,10 +49,17 @@ fn above(sources: &[Arc<Node>], target: &Node, blank: bool) -> Option<Above> {
     Some(Above { layers, backing_len: backing.virtual_size(), blank_past: blank })
 }
 
+/// What is read at once from a temporary file.
+const PIECE: usize = 1 << 20;
+
+fn writing(new: &NewImage) -> String {
+    format!("{}: error while writing", new.name.to_string_lossy())
+}
+
 /// Sees to it that nobody waits at a sink for one who has failed.
 struct Ending<'a> {
     observer: &'a dyn Observer,
-    sink: &'a InOrder<File>,
+    sink: &'a InOrder,
 }
 
 impl Observer for Ending<'_> {
@@ -104,11 +113,11 @@ impl Job<'_> {
         Ok(digest)
     }
 
-    /// To a pipe, from front to back: a raw disk at once, what has another order by way of a temporary file.
-    pub fn to_pipe(&self, new: &NewImage, pipe: File, opener: &Opener<'_>) -> Result<Option<Digest>> {
+    /// From front to back: a raw disk at once, what has another order by way of a temporary file.
+    pub fn away(&self, new: &NewImage, way: &WayOut, opener: &Opener<'_>) -> Result<Option<Digest>> {
         let shown = new.name.to_string_lossy();
         if new.format.name() == "raw" {
-            return self.raw_to_pipe(new, pipe, opener);
+            return self.raw_away(new, way, opener);
         }
         let name = large_file().map_err(storage::Error::from);
         let name = name.with_context(|| format!("Could not keep what goes to '{shown}' in a temporary file"))?;
@@ -118,21 +127,38 @@ impl Job<'_> {
         let target = StagedTarget::make(&kept, self.cache, opener, NewImage::converting)?;
         let done = match target.node().driver().files().len() {
             1 => target.facts().and_then(|facts| self.run(target.node(), facts)),
-            _ => Err(Error::unsupported(format!("'{shown}' is a pipe, and the image would have several files"))),
+            _ => Err(Error::unsupported(format!("'{shown}' takes one file, and the image would have several"))),
         };
         let (done, digest) = match done {
             Ok(digest) => (Ok(()), digest),
             Err(error) => (Err(error), None),
         };
         target.finish(done)?;
-        let mut pipe = pipe;
-        let sent = File::open(path).and_then(|mut file| std::io::copy(&mut file, &mut pipe));
-        sent.map_err(storage::Error::from).with_context(|| format!("{shown}: error while writing"))?;
+        let file = File::open(path).map_err(storage::Error::from)?;
+        let len = file.metadata().map_err(storage::Error::from)?.len();
+        let mut sink = way.open(len).with_context(|| writing(new))?;
+        self.send(&file, len, &mut *sink).with_context(|| writing(new))?;
         Ok(digest)
     }
 
-    fn raw_to_pipe(&self, new: &NewImage, pipe: File, opener: &Opener<'_>) -> Result<Option<Digest>> {
-        let sink = Arc::new(InOrder::new(pipe, new.size));
+    /// What a file holds.
+    fn send(&self, file: &File, len: u64, sink: &mut dyn Outgoing) -> Result<()> {
+        let (mut at, mut piece) = (0, vec![0; PIECE]);
+        while at < len {
+            if self.observer.is_cancelled() {
+                return Err(Error::new(ErrorKind::Io, "it was ended"));
+            }
+            let n = usize::try_from(len - at).map_or(PIECE, |left| left.min(PIECE));
+            file.read_exact_at(&mut piece[..n], at).map_err(storage::Error::from)?;
+            sink.put(&piece[..n])?;
+            at += n as u64;
+        }
+        Ok(sink.complete()?)
+    }
+
+    fn raw_away(&self, new: &NewImage, way: &WayOut, opener: &Opener<'_>) -> Result<Option<Digest>> {
+        let sink = way.open(new.size).with_context(|| writing(new))?;
+        let sink = Arc::new(InOrder::new(sink, new.size));
         let (path, options) = (new.name.clone(), OptionTree::new());
         let made = MadeFiles { main: sink.clone(), protocol: "file", path, beside: Vec::new(), options };
         let how = OpenHow {
@@ -148,8 +174,10 @@ impl Job<'_> {
         let digest = self.digest();
         let source = Joined::new(&self.conversion.sources, None);
         copy::copy_with(&source, &target, &options, TargetFacts::default(), &ending, digest.as_ref())?;
-        match sink.is_complete() {
-            true => self.checked(digest),
+        // What was expected is known before anybody can see it.
+        let digest = self.checked(digest)?;
+        match sink.complete().with_context(|| writing(new))? {
+            true => Ok(digest),
             false => Err(Error::new(ErrorKind::Io, format!("{}: not all of it was written", new.name.display()))),
         }
     }

@@ -6,6 +6,8 @@ pub mod bitmaps;
 pub mod decide;
 pub mod job;
 pub mod room;
+pub mod way_out;
 
 pub use decide::{Conversion, ConvertRequest, Proof};
 pub use job::Job;
+pub use way_out::WayOut;

@@ -23,9 +23,9 @@ use super::url::{ByUrl, Login, Remote, Wanted, Wishes};
 use crate::storage::{Error, Result};
 
 /// Without encryption.
-pub const FTP: ByUrl = ByUrl { name: "ftp", open };
+pub const FTP: ByUrl = ByUrl { name: "ftp", open, send: None };
 /// Over TLS.
-pub const FTPS: ByUrl = ByUrl { name: "ftps", open };
+pub const FTPS: ByUrl = ByUrl { name: "ftps", open, send: None };
 
 /// Sessions at once: servers allow an address but a few.
 const PARALLEL: u32 = 4;

@@ -5,19 +5,18 @@
 use std::io::Read;
 use std::sync::OnceLock;
 
-use chrono::Utc;
 use ureq::http::header::{
     ACCEPT_RANGES, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, COOKIE, ETAG, LAST_MODIFIED,
     LOCATION, RANGE, RETRY_AFTER,
 };
-use ureq::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use ureq::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode};
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use ureq::{Agent, BodyReader};
 use zeroize::Zeroizing;
 
 use super::proxy::proxy_for;
 use crate::codec::base64;
-use crate::protocols::s3::Signer;
+use crate::protocols::store::{Sign, Unsigned};
 use crate::protocols::url::address::Address;
 use crate::protocols::url::{Login, Wishes};
 use crate::storage::error::strerror;
@@ -29,7 +28,7 @@ const IDLE: usize = 16;
 #[derive(Debug)]
 pub struct Client {
     wishes: Wishes,
-    signer: Option<Signer>,
+    signer: Option<Box<dyn Sign>>,
     /// Redirects may not lead elsewhere.
     pub untrusted: bool,
     /// Without TLS, and with it: made when they are needed first.
@@ -55,7 +54,7 @@ pub struct NoAnswer {
 
 impl Client {
     /// With these wishes.
-    pub fn new(wishes: Wishes, signer: Option<Signer>, untrusted: bool) -> Self {
+    pub fn new(wishes: Wishes, signer: Option<Box<dyn Sign>>, untrusted: bool) -> Self {
         Self { wishes, signer, untrusted, agents: Default::default() }
     }
 
@@ -72,13 +71,44 @@ impl Client {
         if let Some(cookie) = self.wishes.cookie.as_ref().filter(|_| ours) {
             request = request.header(COOKIE, secret_header(cookie.get())?);
         }
-        if let Some(signer) = self.signer.as_ref().filter(|_| ours) {
-            for (name, value) in signer.headers(&at.uri, &range, Utc::now()) {
-                request = request.header(name, secret_header(value.as_bytes())?);
+        if ours {
+            let range = [("range", range.clone())];
+            let unsigned = Unsigned { method: &Method::GET, uri: &at.uri, headers: &range, body: &[] };
+            for (name, value) in self.signed(&unsigned)? {
+                request = request.header(name, value);
             }
         }
         let (parts, body) = request.call().map_err(|error| no_answer(at, &error))?.into_parts();
         Ok(Answer { status: parts.status, headers: parts.headers, body: body.into_reader() })
+    }
+
+    /// Sends something, signed.
+    pub fn send(
+        &self,
+        at: &Address,
+        method: &Method,
+        body: &[u8],
+        headers: &[(&'static str, String)],
+    ) -> Result<Answer, NoAnswer> {
+        let unsigned = Unsigned { method, uri: &at.uri, headers, body };
+        let mut request = Request::builder().method(method).uri(at.uri.clone());
+        for (name, value) in headers {
+            request = request.header(*name, value);
+        }
+        for (name, value) in self.signed(&unsigned)? {
+            request = request.header(name, value);
+        }
+        let request = request.body(body).map_err(|error| NoAnswer { text: error.to_string(), passing: false })?;
+        let answer = self.agent(at)?.run(request).map_err(|error| no_answer(at, &error))?;
+        let (parts, body) = answer.into_parts();
+        Ok(Answer { status: parts.status, headers: parts.headers, body: body.into_reader() })
+    }
+
+    /// The headers by which a store sees who asks.
+    fn signed(&self, request: &Unsigned<'_>) -> Result<Vec<(&'static str, HeaderValue)>, NoAnswer> {
+        let Some(signer) = &self.signer else { return Ok(Vec::new()) };
+        let headers = signer.headers(request).map_err(|text| NoAnswer { text, passing: false })?;
+        headers.into_iter().map(|(name, value)| Ok((name, secret_header(value.as_bytes())?))).collect()
     }
 
     fn agent(&self, at: &Address) -> Result<&Agent, NoAnswer> {
@@ -159,6 +189,20 @@ impl Answer {
     pub fn version(&self) -> Option<String> {
         let tag = self.header(ETAG).filter(|tag| !tag.starts_with("W/"));
         tag.or_else(|| self.header(LAST_MODIFIED)).map(str::to_owned)
+    }
+
+    /// The entity tag, as the server writes it.
+    pub fn tag(&self) -> Option<&str> {
+        self.header(ETAG)
+    }
+
+    /// The body, if it is text of so many bytes at most.
+    pub fn text(&mut self, most: u64) -> Result<String, NoAnswer> {
+        let mut text = String::new();
+        match self.body.by_ref().take(most).read_to_string(&mut text) {
+            Ok(_) => Ok(text),
+            Err(error) => Err(passing(&broken(&error))),
+        }
     }
 
     /// Seconds after which to ask again.

@@ -3,20 +3,20 @@
 //! `client` sends one request, `proxy` decides what it goes through, `file` keeps to one version of the file, follows
 //! redirects and tries again.
 
-mod client;
+pub mod client;
 mod file;
 mod proxy;
 
 use self::client::Client;
 use self::file::HttpFile;
-use super::s3::Signer;
+use super::store::Sign;
 use super::url::{ByUrl, Remote, Wanted, Wishes};
 use crate::storage::Result;
 
 /// Without encryption.
-pub const HTTP: ByUrl = ByUrl { name: "http", open };
+pub const HTTP: ByUrl = ByUrl { name: "http", open, send: None };
 /// Over TLS.
-pub const HTTPS: ByUrl = ByUrl { name: "https", open };
+pub const HTTPS: ByUrl = ByUrl { name: "https", open, send: None };
 
 /// Requests under way at once.
 const PARALLEL: u32 = 16;
@@ -26,7 +26,7 @@ fn open(wanted: &Wanted<'_>, wishes: Wishes) -> Result<Remote> {
 }
 
 /// Opens a file of a server that wants requests signed.
-pub fn open_signed(wanted: &Wanted<'_>, wishes: Wishes, signer: Option<Signer>) -> Result<Remote> {
+pub fn open_signed(wanted: &Wanted<'_>, wishes: Wishes, signer: Option<Box<dyn Sign>>) -> Result<Remote> {
     let client = Client::new(wishes, signer, wanted.untrusted);
     let (file, start) = HttpFile::open(client, wanted.url, wanted.start)?;
     let len = file.len();

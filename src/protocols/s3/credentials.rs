@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use crate::block::SecretBytes;
+use crate::protocols::store::Environment;
 
 /// What a request is signed with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,26 +18,17 @@ pub struct Credentials {
     pub token: Option<SecretBytes>,
 }
 
-/// What there is under a name.
-type Lookup<'a> = Box<dyn Fn(&str) -> Option<String> + 'a>;
+/// Where the store is, and who asks.
+pub struct Settings<'a>(Environment<'a>);
 
-/// Variables, and files.
-pub struct Environment<'a> {
-    variable: Lookup<'a>,
-    read: Lookup<'a>,
-}
-
-impl<'a> Environment<'a> {
-    /// Those of this process.
-    pub fn of_process() -> Self {
-        Self {
-            variable: Box::new(|name| std::env::var(name).ok().filter(|value| !value.is_empty())),
-            read: Box::new(|path| std::fs::read_to_string(path).ok()),
-        }
+impl<'a> Settings<'a> {
+    /// As it says.
+    pub fn of(environment: Environment<'a>) -> Self {
+        Self(environment)
     }
 
     fn get(&self, name: &str) -> Option<String> {
-        (self.variable)(name)
+        self.0.get(name)
     }
 
     /// Where the store is, unless it is Amazon's own.
@@ -74,7 +66,7 @@ impl<'a> Environment<'a> {
         let path = self.get(variable).map(PathBuf::from);
         let path = path.or_else(|| Some(PathBuf::from(self.get("HOME")?).join(".aws").join(file)))?;
         let profile = self.get("AWS_PROFILE").unwrap_or_else(|| "default".to_owned());
-        value(&(self.read)(path.to_str()?)?, &profile, key)
+        value(&self.0.read(path.to_str()?)?, &profile, key)
     }
 }
 
@@ -106,16 +98,16 @@ fn value(text: &str, profile: &str, key: &str) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn environment<'a>(set: &'a [(&'a str, &'a str)], files: &'a [(&'a str, &'a str)]) -> Environment<'a> {
+    fn environment<'a>(set: &'a [(&'a str, &'a str)], files: &'a [(&'a str, &'a str)]) -> Settings<'a> {
         let find = |list: &'a [(&'a str, &'a str)]| {
             move |name: &str| list.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
         };
-        Environment { variable: Box::new(find(set)), read: Box::new(find(files)) }
+        Settings::of(Environment::new(find(set), find(files)))
     }
 
     #[test]
     fn the_environment_and_files_say_who_asks() {
-        let id = |environment: Environment<'_>| environment.credentials().map(|found| found.map(|found| found.id));
+        let id = |settings: Settings<'_>| settings.credentials().map(|found| found.map(|found| found.id));
         let file = "[default]\naws_access_key_id = D\naws_secret_access_key=d\n# c\n[w]\naws_access_key_id=W\n aws_secret_access_key=no\naws_secret_access_key=w\naws_session_token=t\n[x]\naws_access_key_id=X";
         let files = [("/h/.aws/credentials", file), ("/c", "[profile w]\nregion = eu-north-1\n")];
         let home = ("HOME", "/h");

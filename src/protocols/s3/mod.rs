@@ -1,4 +1,4 @@
-//! `s3`: objects of stores that speak Amazon's protocol, `s3://bucket/key`, read by ranges over HTTP, and not written.
+//! `s3`: objects of stores that speak Amazon's protocol, `s3://bucket/key`, read by ranges over HTTP, and written whole.
 //!
 //! `credentials` is who asks, as the environment and the usual files say; `signature` shows it to the store. Without
 //! credentials requests are not signed, which is enough for public objects.
@@ -6,14 +6,26 @@
 mod credentials;
 mod signature;
 
-use self::credentials::{Credentials, Environment};
-pub use self::signature::Signer;
+use self::credentials::{Credentials, Settings};
+use self::signature::Signer;
+use super::http::client::Client;
 use super::http::open_signed;
+
+use super::store::multipart::Multipart;
+use super::store::upload::Upload;
+use super::store::{Environment, Sign, bucket_and_key, encoded};
 use super::url::{ByUrl, Remote, Wanted, Wishes};
+use crate::block::protocol::SendFile;
+use crate::block::{self, OptionTree};
+use crate::storage::outgoing::Outgoing;
 use crate::storage::{Error, Result};
 
 /// The protocol.
-pub const S3: ByUrl = ByUrl { name: "s3", open };
+pub const S3: ByUrl = ByUrl { name: "s3", open, send: Some(&Objects) };
+
+/// Objects that are written.
+#[derive(Debug)]
+struct Objects;
 
 /// The region, where nothing says which.
 const REGION: &str = "us-east-1";
@@ -22,46 +34,43 @@ fn open(wanted: &Wanted<'_>, wishes: Wishes) -> Result<Remote> {
     if wishes.login.is_some() {
         return Err(Error::Other("s3 takes no 'username': AWS_ACCESS_KEY_ID and AWS_PROFILE say who asks".to_owned()));
     }
-    let environment = Environment::of_process();
-    let region = environment.region().unwrap_or_else(|| REGION.to_owned());
-    let url = place(wanted.url, &region, environment.endpoint().as_deref());
-    let url = url.ok_or_else(|| Error::Other(format!("'{}' names no object: s3://BUCKET/KEY does", wanted.url)))?;
-    let credentials = environment.credentials().map_err(Error::Other)?;
-    let signer = credentials.map(|credentials: Credentials| Signer::new(credentials, region));
+    let (url, signer) = find(wanted.url)?;
     open_signed(&Wanted { url: &url, ..*wanted }, wishes, signer)
+}
+
+impl SendFile for Objects {
+    fn send(&self, options: &OptionTree, len: u64) -> block::Result<Box<dyn Outgoing>> {
+        let url = options.get("url").and_then(|url| url.as_str()).unwrap_or_default();
+        let (url, signer) = find(url)?;
+        let client = Client::new(Wishes::sending(), signer, false);
+        Ok(Box::new(Upload::new(Box::new(Multipart::new(client, url)), len)))
+    }
+}
+
+/// The URL of an object over HTTP, and who asks for it.
+fn find(url: &str) -> Result<(String, Option<Box<dyn Sign>>)> {
+    let settings = Settings::of(Environment::of_process());
+    let region = settings.region().unwrap_or_else(|| REGION.to_owned());
+    let place = place(url, &region, settings.endpoint().as_deref());
+    let place = place.ok_or_else(|| Error::Other(format!("'{url}' names no object: s3://BUCKET/KEY does")))?;
+    let credentials = settings.credentials().map_err(Error::Other)?;
+    let signer = |credentials: Credentials| -> Box<dyn Sign> { Box::new(Signer::new(credentials, region)) };
+    Ok((place, credentials.map(signer)))
 }
 
 /// The URL of an object over HTTP: below the endpoint, if one is named, or else at Amazon's for that region.
 fn place(url: &str, region: &str, endpoint: Option<&str>) -> Option<String> {
-    let (bucket, key) = url.strip_prefix("s3://")?.split_once('/')?;
-    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
-    if bucket.is_empty()
-        || key.is_empty()
-        || !bucket.chars().all(good)
-        || region.is_empty()
-        || !region.chars().all(good)
-    {
+    let (bucket, key) = bucket_and_key(url, "s3")?;
+    if region.is_empty() || !region.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
         return None;
     }
-    let key = encoded(key);
+    let key = encoded(key, "/");
     Some(match endpoint {
         Some(endpoint) => format!("{}/{bucket}/{key}", endpoint.trim_end_matches('/')),
         // A certificate for all buckets is for none with a dot.
         None if bucket.contains(['.', '_']) => format!("https://s3.{region}.amazonaws.com/{bucket}/{key}"),
         None => format!("https://{bucket}.s3.{region}.amazonaws.com/{key}"),
     })
-}
-
-/// A key as it stands in a URL: all but the unreserved characters (RFC 3986, section 2.3) and slashes is encoded.
-fn encoded(key: &str) -> String {
-    let mut out = String::with_capacity(key.len());
-    for byte in key.bytes() {
-        match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => out.push(char::from(byte)),
-            other => out.push_str(&format!("%{other:02X}")),
-        }
-    }
-    out
 }
 
 #[cfg(test)]

@@ -3,23 +3,17 @@
 use chrono::{DateTime, Utc};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
-use ureq::http::Uri;
 use zeroize::Zeroizing;
 
 use super::credentials::Credentials;
+use crate::protocols::store::{Header, Sign, Unsigned};
 
-/// The hash of no bytes: requests to read have no body.
-const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
-
-/// Signs requests to read.
+/// See the module.
 #[derive(Debug)]
 pub struct Signer {
     credentials: Credentials,
     region: String,
 }
-
-/// A header: its name, in small letters, and its value.
-pub type Header = (&'static str, Zeroizing<String>);
 
 impl Signer {
     /// With these credentials.
@@ -27,28 +21,32 @@ impl Signer {
         Self { credentials, region }
     }
 
-    /// The headers that a request to read gets, beside `range`, which it has.
-    pub fn headers(&self, uri: &Uri, range: &str, now: DateTime<Utc>) -> Vec<Header> {
+    /// The headers that a request gets at that time, beside those that it has.
+    fn headers_at(&self, request: &Unsigned<'_>, now: DateTime<Utc>) -> Vec<Header> {
+        let uri = request.uri;
         let host = uri.authority().map_or("", |authority| authority.as_str());
+        let body = hex(&Sha256::digest(request.body));
         let time = now.format("%Y%m%dT%H%M%SZ").to_string();
         let day = now.format("%Y%m%d").to_string();
         let scope = format!("{day}/{}/s3/aws4_request", self.region);
         let mut headers = vec![
             ("host", Zeroizing::new(host.to_owned())),
-            ("range", Zeroizing::new(range.to_owned())),
-            ("x-amz-content-sha256", Zeroizing::new(EMPTY.to_owned())),
+            ("x-amz-content-sha256", Zeroizing::new(body.clone())),
             ("x-amz-date", Zeroizing::new(time.clone())),
         ];
+        headers.extend(request.headers.iter().map(|(name, value)| (*name, Zeroizing::new(value.clone()))));
         if let Some(token) = &self.credentials.token {
             let token = String::from_utf8_lossy(token.get()).into_owned();
             headers.push(("x-amz-security-token", Zeroizing::new(token)));
         }
+        headers.sort_by_key(|(name, _)| *name);
         let names = headers.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(";");
-        let mut canonical = Zeroizing::new(format!("GET\n{}\n{}\n", uri.path(), uri.query().unwrap_or_default()));
+        let mut canonical =
+            Zeroizing::new(format!("{}\n{}\n{}\n", request.method, uri.path(), uri.query().unwrap_or_default()));
         for (name, value) in &headers {
             canonical.push_str(&format!("{name}:{}\n", value.trim()));
         }
-        canonical.push_str(&format!("\n{names}\n{EMPTY}"));
+        canonical.push_str(&format!("\n{names}\n{body}"));
         let hash = hex(&Sha256::digest(canonical.as_bytes()));
         let to_sign = format!("AWS4-HMAC-SHA256\n{time}\n{scope}\n{hash}");
         let secret = Zeroizing::new([b"AWS4", self.credentials.secret.get()].concat());
@@ -58,9 +56,15 @@ impl Signer {
         let signature = hex(&mac(&key, to_sign.as_bytes()));
         let id = &self.credentials.id;
         let shown = format!("AWS4-HMAC-SHA256 Credential={id}/{scope},SignedHeaders={names},Signature={signature}");
-        headers.retain(|(name, _)| !matches!(*name, "host" | "range"));
+        headers.retain(|(name, _)| *name != "host" && request.headers.iter().all(|(own, _)| own != name));
         headers.push(("authorization", Zeroizing::new(shown)));
         headers
+    }
+}
+
+impl Sign for Signer {
+    fn headers(&self, request: &Unsigned<'_>) -> Result<Vec<Header>, String> {
+        Ok(self.headers_at(request, Utc::now()))
     }
 }
 
@@ -77,6 +81,8 @@ fn hex(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use ureq::http::{Method, Uri};
+
     use super::*;
 
     /// "Example: GET Object" of the API Reference.
@@ -89,7 +95,9 @@ mod tests {
         };
         let uri: Uri = "https://examplebucket.s3.amazonaws.com/test.txt".parse().unwrap();
         let now = "2013-05-24T00:00:00Z".parse().unwrap();
-        let headers = Signer::new(credentials, "us-east-1".to_owned()).headers(&uri, "bytes=0-9", now);
+        let range = [("range", "bytes=0-9".to_owned())];
+        let request = Unsigned { method: &Method::GET, uri: &uri, headers: &range, body: &[] };
+        let headers = Signer::new(credentials, "us-east-1".to_owned()).headers_at(&request, now);
         let shown = &headers.iter().find(|(name, _)| *name == "authorization").unwrap().1;
         assert_eq!(
             shown.as_str(),

@@ -121,7 +121,7 @@ fn without_dots(path: &str) -> String {
 }
 
 /// Without percent-encoding.
-fn decoded(text: &str) -> Vec<u8> {
+pub fn decoded(text: &str) -> Vec<u8> {
     let mut out = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((first, more)) = rest.split_first() {

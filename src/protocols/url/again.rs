@@ -100,11 +100,20 @@ impl Persistence {
 }
 
 /// Opens a file by `ask`, with fewer tries: a user waits who may have mistyped it.
-pub fn open<T>(mut ask: impl FnMut() -> std::result::Result<T, Trouble>) -> Result<T> {
+pub fn open<T>(ask: impl FnMut() -> std::result::Result<T, Trouble>) -> Result<T> {
+    try_so_often(TRIES / 2, ask)
+}
+
+/// Does what can be done again from its start.
+pub fn repeat<T>(ask: impl FnMut() -> std::result::Result<T, Trouble>) -> Result<T> {
+    try_so_often(TRIES, ask)
+}
+
+fn try_so_often<T>(most: u32, mut ask: impl FnMut() -> std::result::Result<T, Trouble>) -> Result<T> {
     let mut tries = 0;
     loop {
         match ask() {
-            Err(trouble) if trouble.kind != TroubleKind::Lasting && tries + 1 < TRIES / 2 => pause(tries, &trouble),
+            Err(trouble) if trouble.kind != TroubleKind::Lasting && tries + 1 < most => pause(tries, &trouble),
             other => return Ok(other?),
         }
         tries += 1;

@@ -13,7 +13,7 @@ use serde_json::Map;
 
 use super::ranged::{Fetch, Ranged, block_size};
 use crate::block::keys::{take_number, take_size, take_switch, take_text};
-use crate::block::protocol::{CreateFile, FileRequest, OpenedFile, Protocol, Spelt};
+use crate::block::protocol::{CreateFile, FileRequest, OpenedFile, Protocol, SendFile, Spelt};
 use crate::block::{Error, OptionTree, Result, SecretBytes, Secrets};
 use crate::storage;
 
@@ -24,6 +24,8 @@ pub struct ByUrl {
     pub name: &'static str,
     /// Opens a file.
     pub open: fn(&Wanted<'_>, Wishes) -> storage::Result<Remote>,
+    /// Sends one, where that can be done.
+    pub send: Option<&'static dyn SendFile>,
 }
 
 /// What is to be opened.
@@ -55,6 +57,8 @@ const READ_AHEAD: u64 = 256 << 10;
 /// Seconds to wait, if nothing else is said, and the most that can be.
 const TIMEOUT: u64 = 5;
 const LONGEST_TIMEOUT: u64 = 10_000;
+/// A store that has taken a part may think for a while.
+const SENDING_TIMEOUT: u64 = 120;
 
 /// Options without which it would not be the same file.
 const STRONG: [&str; 8] = [
@@ -114,6 +118,10 @@ impl Protocol for ByUrl {
         Ok(OpenedFile { storage, path, based: true, strong, locking: false })
     }
 
+    fn sending(&self) -> Option<&'static dyn SendFile> {
+        self.send
+    }
+
     fn creating(&self, _path: &Path) -> Option<&'static dyn CreateFile> {
         None
     }
@@ -158,6 +166,18 @@ pub struct Wishes {
 }
 
 impl Wishes {
+    /// What is taken for a file that is sent, of which options say nothing.
+    pub fn sending() -> Self {
+        Self {
+            read_ahead: READ_AHEAD,
+            timeout: Some(Duration::from_secs(SENDING_TIMEOUT)),
+            verify: true,
+            cookie: None,
+            login: None,
+            proxy_login: None,
+        }
+    }
+
     fn take(options: &mut OptionTree, secrets: &Secrets) -> Result<Self> {
         let read_ahead = take_size(options, "readahead")?.unwrap_or(READ_AHEAD);
         if !read_ahead.is_multiple_of(512) {
