@@ -264,6 +264,64 @@ fn a_cut_backing_file_is_an_error_too() {
     assert!(!scratch.file("o").exists());
 }
 
+/// What commit would move to the layer below is not all there: it moves nothing, and the overlay keeps what it has.
+#[test]
+fn a_cut_overlay_is_not_committed() {
+    for (make, cut_file) in [
+        ("qemu-img create -q -f qcow2 -b base -F qcow2 i", "i"),
+        ("qemu-img create -q -f qcow2 -o extended_l2=on -b base -F qcow2 i", "i"),
+        ("qemu-img create -q -f qcow2 -o data_file=d -b base -F qcow2 i", "d"),
+        ("qemu-img create -q -f qed -b base -F qcow2 i", "i"),
+    ] {
+        let scratch = Scratch::new();
+        scratch.sh(&format!("qemu-img create -q -f qcow2 base 4M; {make}; qemu-io -c 'write -P 9 0 4M' i"));
+        let file = scratch.file(cut_file);
+        cut(&file, 2 << 20);
+        let (before, base) = (fs::read(&file).unwrap(), fs::read(scratch.file("base")).unwrap());
+        let out = vimg(&["commit", "i"]).dir(scratch.path()).fails(1);
+        assert!(out.stderr.contains("the file is truncated") && out.stdout.is_empty(), "{make}: {out:?}");
+        assert!(fs::read(&file).unwrap() == before, "{make}");
+        scratch.judge(&["check", "-q", "base"]);
+        if make.contains("qed") {
+            assert!(fs::read(scratch.file("base")).unwrap() == base);
+        }
+        // Nor is it rebased, which looks at what lies below, and writes what differs behind the end.
+        let out = vimg(&["rebase", "-b", "", "i"]).dir(scratch.path()).run();
+        assert!(out.code == Some(1) || fs::metadata(&file).unwrap().len() <= before.len() as u64, "{make}: {out:?}");
+    }
+}
+
+/// What is placed behind the end of a cut file would make it as long as it was, and nobody could tell any more.
+#[test]
+fn nothing_is_placed_behind_the_end_of_a_cut_qcow2() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 whole 4M; qemu-io -c 'write -P 9 0 3M' whole");
+    let change: [&[&str]; 6] = [
+        &["snapshot", "-c", "a", "i"],
+        &["bitmap", "--add", "i", "b"],
+        &["resize", "i", "8G"],
+        &["amend", "-o", "refcount_bits=64", "i"],
+        &["convert", "-n", "-f", "raw", "-O", "qcow2", "s", "i"],
+        &["bench", "-w", "-c", "1", "-o", "3M", "i"],
+    ];
+    fs::write(scratch.file("s"), pattern(3, 4 << 20)).unwrap();
+    for len in [2 << 20, 4 << 16] {
+        for args in change {
+            fs::copy(scratch.file("whole"), scratch.file("i")).unwrap();
+            cut(&scratch.file("i"), len);
+            let out = vimg(args).dir(scratch.path()).fails(1);
+            assert!(out.stderr.contains("the file is truncated"), "{args:?}: {out:?}");
+            assert_eq!(fs::metadata(scratch.file("i")).unwrap().len(), len, "{args:?}");
+            vimg(&["convert", "-O", "raw", "i", "o"]).dir(scratch.path()).fails(1);
+        }
+        // The reference's check finds it too, and does not mend it. What is there can be had.
+        let out = vimg(&["check", "-r", "all", "i"]).dir(scratch.path()).run();
+        assert_eq!(out.code, judge(&["check", "-r", "all", "i"]).dir(scratch.path()).run().code, "{out:?}");
+        scratch.vimg(&["convert", "--salvage", "-O", "qcow2", "i", "saved"]);
+        vimg(&["snapshot", "-c", "a", "saved"]).dir(scratch.path()).ok();
+    }
+}
+
 /// A source that somebody cuts short while it is converted, at any time: an error that names it and where it ends, and
 /// no target; never a crash (the source's pages are mapped), and never zeros in place of what is gone.
 #[test]

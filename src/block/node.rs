@@ -44,7 +44,7 @@ pub struct WriteManner {
 pub struct Layer {
     driver: Box<dyn BlockDriver>,
     last_unit: LastUnit,
-    /// Of each file, where the layer is not written to.
+    /// Of each file, where nothing is placed in it.
     ends: Box<[FileEnd]>,
     manner: WriteManner,
     /// It was taken for raw because nothing else fits.
@@ -54,9 +54,20 @@ pub struct Layer {
 impl Layer {
     /// What that driver has opened.
     pub fn new(driver: Box<dyn BlockDriver>) -> Self {
-        let files = if driver.writing().is_some() { 0 } else { driver.files().len() };
-        let ends = (0..files).map(|_| FileEnd::default()).collect();
-        Self { driver, last_unit: LastUnit::default(), ends, manner: WriteManner::default(), probed_raw: false }
+        let layer = Self {
+            driver,
+            last_unit: LastUnit::default(),
+            ends: Box::default(),
+            manner: WriteManner::default(),
+            probed_raw: false,
+        };
+        if layer.driver.writing().is_some() { layer } else { layer.only_read() }
+    }
+
+    /// It is written to when its disk has been read to the end, if at all: till then its files end where they do.
+    pub fn only_read(self) -> Self {
+        let ends = self.driver.files().iter().map(|_| FileEnd::default()).collect();
+        Self { ends, ..self }
     }
 
     /// To be written in that manner.
@@ -233,6 +244,11 @@ impl Node {
     pub(super) fn file_end(&self, place: HostPlace, wanted: u64) -> Result<Option<u64>> {
         let Some(end) = self.layer.ends.get(place.file) else { return Ok(None) };
         end.reach(&*self.child(place)?.storage, wanted).map(|end| Some(end).filter(|end| *end < wanted))
+    }
+
+    /// Whether its files end where they do: nothing is placed in them.
+    pub fn is_only_read(&self) -> bool {
+        !self.layer.ends.is_empty()
     }
 
     pub(super) fn last_unit(&self) -> &LastUnit {

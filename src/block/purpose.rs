@@ -31,7 +31,7 @@ impl Purpose {
     }
 
     /// An image that says of itself that it is damaged is opened all the same.
-    pub fn bears_damage(self) -> bool {
+    pub fn takes_damaged(self) -> bool {
         matches!(self, Self::Look | Self::Read | Self::Check | Self::Repair)
     }
 

@@ -16,7 +16,7 @@ use crate::block::name::{self, first_key, take_below};
 use crate::block::node::Origin;
 use crate::block::protocol::{FileRequest, Protocol, Spelt};
 use crate::block::{
-    BlockDriver, Child, Driver, Error, ErrorKind, Layer, Named, Node, Notice, OpenRequest, OptionTree, Result,
+    BlockDriver, Child, Driver, Error, ErrorKind, Layer, Named, Node, Notice, OpenRequest, OptionTree, Purpose, Result,
 };
 use crate::storage::Identity;
 use crate::storage::lock::Access;
@@ -247,8 +247,9 @@ impl Opener<'_> {
             return Err(Error::invalid(text));
         }
         settings.may_write()?;
-        let layer = Arc::new(Layer::new(driver).with_manner(settings.manner()).with_probed_raw(probed_raw));
-        Ok(OpenedLayer::new(layer, key, origin, settings, own).above(below, given, how))
+        let layer = Layer::new(driver).with_manner(settings.manner()).with_probed_raw(probed_raw);
+        let layer = if settings.purpose == Purpose::Commit { layer.only_read() } else { layer };
+        Ok(OpenedLayer::new(Arc::new(layer), key, origin, settings, own).above(below, given, how))
     }
 
     /// Takes what is said of the layer below.

@@ -117,8 +117,9 @@ impl Qcow2Driver {
     }
 
     /// Looks up where tables are, once, before the first change. Refuses an image in which a table that is going to
-    /// be changed lies in the place of another kind: a change to one would be a change to the other; and one whose
-    /// refcount blocks cannot be what they are said to be.
+    /// be changed lies in the place of another kind: a change to one would be a change to the other; one whose refcount
+    /// blocks cannot be what they are said to be; and one of which clusters are missing, though it was closed: what is
+    /// placed behind them would make the file long enough to hold them, and nobody could tell any more.
     pub(super) fn learn_metadata(&self) -> Result<()> {
         self.bitmaps_apart()?;
         let mut survey = Survey::new(self, DEEP)?;
@@ -128,6 +129,9 @@ impl Qcow2Driver {
         }
         if let Some(text) = survey.refcounts_wrong {
             return Err(self.corrupt(text));
+        }
+        if let Some((at, what)) = survey.missing.filter(|_| !self.unclean) {
+            return Err(Error::truncated(what, at, survey.file));
         }
         for at in survey.blocks() {
             let count = self.refcount(self.geometry.cluster_of(at))?;
@@ -217,6 +221,8 @@ pub(super) struct Survey<'a> {
     pub refcounts_wrong: Option<String>,
     /// The table in which guest data lies.
     pub data_clash: Option<&'static str>,
+    /// Something that lies past the end of the file: where, and what.
+    pub missing: Option<(u64, &'static str)>,
     /// Bytes of the file, from the first to the second, in which nothing but guest data lies. Guest data is seen when
     /// all else has been, and most of it lies close together: few looks tell that it is apart.
     gap: (u64, u64),
@@ -237,6 +243,7 @@ impl<'a> Survey<'a> {
             refcounts_clash: None,
             refcounts_wrong: None,
             data_clash: None,
+            missing: None,
             gap: (0, 0),
         };
         let table = MetadataPart::RefcountTable.name();
@@ -301,6 +308,9 @@ impl<'a> Survey<'a> {
         if let Some(what) = self.placed(at, len).or(run.filter(|_| found.active)) {
             self.clashes(what == MetadataPart::RefcountTable.name(), what);
         }
+        if at >= self.file {
+            self.missing.get_or_insert((at, "an L2 table"));
+        }
         if self.driver.geometry.in_cluster(at) == 0 {
             self.places.clusters.insert(at | mark);
         }
@@ -329,6 +339,12 @@ impl<'a> Survey<'a> {
     fn data(&mut self, found: &Found) {
         let start = found.at - self.driver.geometry.in_cluster(found.at);
         let end = self.driver.whole(found.at, found.len);
+        // A cluster that reads as zeros need not be there; of subclusters the entry's other word tells.
+        let may_lack = found.part == MetadataPart::Data
+            && (self.driver.geometry.extended || found.entry.is_some_and(|entry| entry.word & layout::ZERO != 0));
+        if start >= self.file && !may_lack {
+            self.missing.get_or_insert((start, "guest data"));
+        }
         if self.gap.0 <= start && end <= self.gap.1 {
             return;
         }

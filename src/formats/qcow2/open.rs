@@ -22,7 +22,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     let checks = matches!(purpose, Purpose::Check | Purpose::Repair);
     let mut header = if checks { Qcow2Header::read_damaged(&file) } else { Qcow2Header::read(&file) }?;
     let geometry = header.geometry();
-    if !purpose.bears_damage() && header.fields.incompatible & layout::CORRUPT != 0 {
+    if !purpose.takes_damaged() && header.fields.incompatible & layout::CORRUPT != 0 {
         return Err(Error::corrupt("qcow2: Image is corrupt; cannot be opened read/write"));
     }
     let cache_bytes = cache_bytes(options, &header)?;
@@ -66,6 +66,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         format: header.backing_format.clone(),
         elsewhere: Vec::new(),
     });
+    let incompatible = header.fields.incompatible;
     let driver = Qcow2Driver {
         tables: Tables::new(storage.clone(), &files[0].name, cache_bytes),
         files,
@@ -84,6 +85,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         backing,
         keeps_zeros: AtomicBool::new(false),
         write: purpose.writes(),
+        unclean: incompatible & layout::DIRTY != 0,
         host_holes: OnceLock::new(),
         told_corrupt: AtomicBool::new(false),
     };
@@ -130,6 +132,7 @@ impl Qcow2Driver {
             backing: self.backing.clone(),
             keeps_zeros: AtomicBool::new(false),
             write: false,
+            unclean: self.unclean,
             host_holes: OnceLock::new(),
             told_corrupt: AtomicBool::new(false),
         }

@@ -127,7 +127,10 @@ impl Job<'_> {
         let target = StagedTarget::make(&kept, self.cache, opener, NewImage::converting)?;
         let done = match target.node().driver().files().len() {
             1 => target.facts().and_then(|facts| self.run(target.node(), facts)),
-            _ => Err(Error::unsupported(format!("'{shown}' takes one file, and the image would have several"))),
+            _ => {
+                let what = if way.is_pipe() { "is a pipe" } else { "is written from front to back" };
+                Err(Error::unsupported(format!("'{shown}' {what}, and the image would have several files")))
+            }
         };
         let (done, digest) = match done {
             Ok(digest) => (Ok(()), digest),

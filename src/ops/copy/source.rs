@@ -135,7 +135,7 @@ impl Joined {
         let below = |node| std::iter::successors(Some(node), |node: &&Node| node.backing().map(|below| &**below));
         let mut lengths = Vec::new();
         // Those of a layer that is written to are that writer's to change.
-        for node in self.nodes().flat_map(below).filter(|node| node.driver().writing().is_none()) {
+        for node in self.nodes().flat_map(below).filter(|node| node.is_only_read()) {
             // Where the disk ends with its file, it has the length that the file had.
             let disk = if node.driver().short_unit().is_none() { node.virtual_size() } else { 0 };
             let mut least = disk.saturating_sub(SECTOR - 1);
