@@ -52,7 +52,7 @@ enum Source {
     /// It is one.
     Given(SecretBytes),
     /// A service account's key.
-    Key { email: String, key: RsaKeyPair, url: String },
+    Key { email: String, key: Box<RsaKeyPair>, url: String },
     /// A user's leave.
     Refresh { form: Zeroizing<String>, url: String },
 }
@@ -84,7 +84,7 @@ impl Tokens {
         let url = member("token_uri").unwrap_or(TOKEN_URL).to_owned();
         match member("type") {
             Some("service_account") => {
-                let key = private_key(must("private_key")?)?;
+                let key = Box::new(private_key(must("private_key")?)?);
                 Ok(Self::from(Source::Key { email: must("client_email")?.to_owned(), key, url }))
             }
             Some("authorized_user") => {
