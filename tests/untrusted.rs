@@ -288,6 +288,9 @@ fn confined_commands_work() {
     fs::write(scratch.file("pw"), "secret").unwrap();
     fs::create_dir(scratch.file("sub")).unwrap();
     symlink("sub/real", scratch.file("link")).unwrap();
+    // A base of several files that grows by one.
+    scratch.sh("qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse b.vmdk 1M \
+         && qemu-img create -q -f qcow2 -b b.vmdk -F vmdk over.vmdk 3G");
     for line in [
         "convert -O qcow2 base sub/o",
         "convert -O qcow2 base sub/o",
@@ -313,12 +316,15 @@ fn confined_commands_work() {
         "measure -O qcow2 sub/o",
         "info --image-opts driver=qcow2,file.filename=sub/o",
         "bench -c 5 sub/o",
+        "generate gen/er/ated",
+        "commit -q --allow b.vmdk --allow b-s001.vmdk over.vmdk",
     ] {
         let args: Vec<&str> =
             ["--untrusted"].into_iter().chain(line.split(' ').map(|word| word.trim_matches('\''))).collect();
         let out = own(&args).dir(scratch.path()).run();
         assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""), "{line}: {out:?}");
     }
+    assert!(scratch.file("b-s002.vmdk").exists() && scratch.file("gen/er/ated/man/vimg.1").exists());
     assert!(scratch.file("sub/real").exists() && scratch.file("link").is_symlink());
     let pipe = format!("'{}' convert --untrusted -O raw base /dev/stdout | cat > piped", vimg_path().display());
     assert_eq!(sh(&pipe).dir(scratch.path()).ok().stderr, "");

@@ -50,12 +50,14 @@ pub struct OptionSpec {
     pub own: bool,
     /// It says how data is encoded, and the image does not keep it.
     pub encoding: bool,
+    /// It names a file that is made with the image.
+    pub makes_file: bool,
 }
 
 impl OptionSpec {
     /// An option without a shown default.
     pub const fn new(name: &'static str, kind: OptionKind, help: &'static str) -> Self {
-        Self { name, kind, help, default: None, own: false, encoding: false }
+        Self { name, kind, help, default: None, own: false, encoding: false, makes_file: false }
     }
 
     /// The same with a default.
@@ -67,6 +69,12 @@ impl OptionSpec {
     /// The same as an option that the reference does not have.
     pub const fn own(mut self) -> Self {
         self.own = true;
+        self
+    }
+
+    /// The same as one that names a file that is made with the image.
+    pub const fn makes_file(mut self) -> Self {
+        self.makes_file = true;
         self
     }
 
@@ -183,6 +191,11 @@ impl CreateOptions {
     /// The first option given that says how to encode; the reference has none of them.
     pub fn given_encoding(&self) -> Option<&'static str> {
         self.specs.iter().find(|spec| spec.encoding && self.given(spec.name).is_some()).map(|spec| spec.name)
+    }
+
+    /// Whether a file was named that is made with the image.
+    pub fn makes_file(&self) -> bool {
+        self.specs.iter().any(|spec| spec.makes_file && self.given(spec.name).is_some())
     }
 
     /// The text given, or the default.

@@ -3,7 +3,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
@@ -89,6 +89,16 @@ pub trait Protocol: Sync + fmt::Debug {
 
     /// What a name says that does not start with the protocol's, given to it by `-f` or `driver`.
     fn plain(&self, name: &OsStr) -> Result<Spelt>;
+
+    /// Whether it makes connections.
+    fn is_remote(&self) -> bool {
+        false
+    }
+
+    /// Files of this host that it reads without being told by a name: who asks. Where there are none, they are not read.
+    fn credentials(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
 
     /// Takes the name from where it stands: `path`, or an option. Refused here, before options that all nodes have
     /// are judged, where there must be one.

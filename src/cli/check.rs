@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::arguments::Makes;
 use super::common::Common;
 use super::exit::Exit;
 use super::output::OutputForm;
@@ -64,6 +65,7 @@ impl Subcommand for CheckArgs {
         "[--output human|json] [--object OBJDEF] FILENAME",
     ];
     const EXAMPLE: &'static str = "vimg check -r all disk.qcow2";
+    const MAKES: &'static [Makes] = &[Makes::Files("repair_to")];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };

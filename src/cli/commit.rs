@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use serde_json::json;
 
+use super::arguments::Makes;
 use super::common::Common;
 use super::console::ConsoleObserver;
 use super::convert::rate;
@@ -55,6 +56,8 @@ impl Subcommand for CommitArgs {
     const USAGE: &'static [&'static str] =
         &["[-f FMT | --image-opts] [-t CACHE] [-b BASE_IMG] [-d] [-r RATE]", "[--object OBJDEF] [-p] [-q] FILENAME"];
     const EXAMPLE: &'static str = "vimg commit overlay.qcow2";
+    // A base of several files that grows may get another one.
+    const MAKES: &'static [Makes] = &[Makes::Files("base"), Makes::Files("allow")];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };

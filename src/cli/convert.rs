@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use super::arguments::Makes;
 use super::console::ConsoleObserver;
 use super::digest::DigestArgs;
 use super::exit::Exit;
@@ -195,6 +196,7 @@ impl Subcommand for ConvertArgs {
         "[--object OBJDEF] [-p] [-q] SRC_FILENAME [SRC_FILENAME2...] TGT_FILENAME",
     ];
     const EXAMPLE: &'static str = "vimg convert -p -f raw -O qcow2 -c disk.raw disk.qcow2";
+    const MAKES: &'static [Makes] = &[Makes::Last("operands")];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };

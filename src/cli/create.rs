@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use anyhow::Context;
 use serde_json::{Map, Value, json};
 
+use super::arguments::Makes;
 use super::common::Common;
 use super::exit::Exit;
 use super::ids::IdArgs;
@@ -54,6 +55,7 @@ impl Subcommand for CreateArgs {
         "[--object OBJDEF] [-u] [-q] FILENAME [SIZE[bkKMGTPE]]",
     ];
     const EXAMPLE: &'static str = "vimg create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2";
+    const MAKES: &'static [Makes] = &[Makes::Files("name")];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use super::arguments::Makes;
 use super::exit::Exit;
 use super::passphrase::PassphraseArgs;
 use super::source::ImageArgs;
@@ -86,6 +87,7 @@ impl Subcommand for DdArgs {
         "[bs=BLOCK_SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT",
     ];
     const EXAMPLE: &'static str = "vimg dd bs=1M skip=1 count=3 if=disk.raw of=part.raw";
+    const MAKES: &'static [Makes] = &[Makes::Behind("operands", "of=")];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };

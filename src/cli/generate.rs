@@ -9,6 +9,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Arg, Command, ValueHint};
 use clap_complete::Shell;
 
+use super::arguments::{Makes, Takes, known};
 use super::exit::Exit;
 use super::{Complaint, Program, Subcommand, help, rows, trust};
 use crate::drivers::DRIVERS;
@@ -24,22 +25,13 @@ pub struct GenerateArgs {
 /// What completes for each shell, and the name that it looks for.
 const SHELLS: [(Shell, &str); 3] = [(Shell::Bash, "vimg"), (Shell::Zsh, "_vimg"), (Shell::Fish, "vimg.fish")];
 
-/// Options that take the name of a format.
-const FORMATS: &[&str] =
-    &["format", "target_format", "backing_format", "a_format", "b_format", "source_format", "output_format"];
-
-/// Options that take a cache mode.
-const CACHES: &[&str] = &["cache", "source_cache", "target_cache", "backing_cache"];
-
-/// Options that take `key=value` of a format.
-const LISTS: &[&str] = &["options", "target_format_options"];
-
 impl Subcommand for GenerateArgs {
     const NAME: &'static str = "generate";
     const ABOUT: &'static str = "";
     const USAGE: &'static [&'static str] = &["DIR"];
     const EXAMPLE: &'static str = "vimg generate target/packaging";
     const OWN: bool = true;
+    const MAKES: &'static [Makes] = &[Makes::Folder("operands")];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let [folder] = &self.operands[..] else { return Err(Complaint::usage("Expecting one folder").into()) };
@@ -92,28 +84,26 @@ fn described(program: &Program) -> Command {
 
 /// An option with the values that it takes.
 fn completed(arg: Arg) -> Arg {
-    let id = arg.get_id().as_str().to_owned();
-    let is = |ids: &[&str]| ids.contains(&id.as_str());
-    let values: Vec<&'static str> = match () {
-        () if is(&["target_format"]) => {
+    let values: Vec<&'static str> = match known(&arg).takes {
+        Takes::NewFormat => {
             let made = DRIVERS.formats.iter().filter(|format| format.creating().is_some());
             let mut names: Vec<_> = made.map(|format| format.name()).collect();
             names.sort_unstable();
             names
         }
-        () if is(FORMATS) => DRIVERS.names(),
-        () if is(CACHES) => ["none", "writeback", "unsafe", "directsync", "writethrough"].to_vec(),
-        () if is(&["output"]) => ["human", "json"].to_vec(),
-        () if is(&["preallocation"]) => ["off", "metadata", "falloc", "full"].to_vec(),
-        () if is(LISTS) => {
+        Takes::Driver => DRIVERS.names(),
+        Takes::Cache => ["none", "writeback", "unsafe", "directsync", "writethrough"].to_vec(),
+        Takes::Output => ["human", "json"].to_vec(),
+        Takes::Preallocation => ["off", "metadata", "falloc", "full"].to_vec(),
+        Takes::CreateOptions => {
             let creators = DRIVERS.formats.iter().filter_map(|format| format.creating());
             let mut keys: Vec<_> = creators.flat_map(|create| create.options()).map(|option| option.name).collect();
             keys.sort_unstable();
             keys.dedup();
             keys
         }
-        () if arg.is_positional() => return arg.value_hint(ValueHint::FilePath),
-        () => return arg,
+        Takes::File => return arg.value_hint(ValueHint::FilePath),
+        Takes::Plain | Takes::Object => return arg,
     };
     arg.value_parser(PossibleValuesParser::new(values))
 }

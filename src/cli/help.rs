@@ -2,6 +2,7 @@
 
 use clap::{Arg, ArgAction, Command};
 
+use super::arguments::{Group, known};
 use super::{Program, Row, getopt, rows, trust};
 use crate::drivers::DRIVERS;
 
@@ -115,64 +116,11 @@ pub fn print_subcommand(program: &Program, row: &Row, command: &Command, long: b
     Ok(())
 }
 
-/// The groups of options, in their order; what is in none of them is about how the work is done.
-const GROUPS: &[(&str, &[&str])] = &[
-    (
-        "Target",
-        &[
-            "target_format",
-            "target_format_options",
-            "target_image_opts",
-            "target_cache",
-            "backing",
-            "no_create",
-            "backing_format",
-            "target_is_zero",
-            "compress",
-            "target_passphrase_file",
-            "backing_unsafe",
-            "backing_cache",
-            "ids",
-            "reproducible",
-            "uuid",
-            "cid",
-            "repair_to",
-        ],
-    ),
-    ("What is shown", &["progress", "quiet", "output", "digest", "help"]),
-    ("Images that are not trusted", &["untrusted", "allow", "max-size", "max-output"]),
-    (
-        "Image",
-        &[
-            "format",
-            "image_opts",
-            "source_cache",
-            "cache",
-            "snapshot",
-            "force_share",
-            "object",
-            "passphrase_file",
-            "a_format",
-            "b_format",
-            "source_file",
-            "source_format",
-            "options",
-        ],
-    ),
-];
-
-const WORK: &str = "How it is done";
-
-/// Operands first, then the groups, each with what is in it; empty ones are left out.
+/// The groups, each with what is in it; empty ones are left out.
 fn grouped(command: &Command) -> Vec<(&'static str, Vec<&Arg>)> {
     let shown: Vec<&Arg> = command.get_arguments().filter(|arg| !arg.is_hide_set() || is_trust(arg)).collect();
-    let of = |arg: &Arg| match GROUPS.iter().find(|(_, ids)| ids.contains(&arg.get_id().as_str())) {
-        _ if arg.is_positional() => "Operands",
-        Some((group, _)) => *group,
-        None => WORK,
-    };
-    let order = ["Operands", "Image", "Target", WORK, "What is shown", "Images that are not trusted"];
-    let groups = order.map(|group| (group, shown.iter().copied().filter(|arg| of(arg) == group).collect::<Vec<_>>()));
+    let of = |group: Group| shown.iter().copied().filter(|arg| known(arg).group == group).collect::<Vec<_>>();
+    let groups = Group::ALL.map(|group| (group.title(), of(group)));
     groups.into_iter().filter(|(_, args)| !args.is_empty()).collect()
 }
 

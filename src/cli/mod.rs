@@ -4,6 +4,7 @@
 //! [`Subcommand::run`] that reads like its manual page. Nothing below this stratum prints or exits.
 
 pub mod amend;
+mod arguments;
 pub mod bench;
 pub mod bitmap;
 pub mod cache;
@@ -48,6 +49,7 @@ use std::process::ExitCode;
 
 use clap::{ArgMatches, Command};
 
+use arguments::Makes;
 use exit::Exit;
 use getopt::{Style, Words};
 pub use program::Program;
@@ -69,6 +71,8 @@ pub trait Subcommand: clap::Args {
     const SIGNED_OPERANDS: bool = false;
     /// True if it is none of the reference's, and so none where we are called by another name.
     const OWN: bool = false;
+    /// The files that it makes: a process that is confined may make no others.
+    const MAKES: &'static [Makes] = &[];
 
     /// Does it.
     fn run(self, program: &Program) -> anyhow::Result<Exit>;
@@ -86,6 +90,7 @@ pub struct Row {
     pub example: &'static str,
     signed_operands: bool,
     own: bool,
+    makes: &'static [Makes],
     command: fn() -> Command,
     run: fn(&ArgMatches, &Program) -> anyhow::Result<Exit>,
 }
@@ -119,6 +124,7 @@ const fn row<S: Subcommand>() -> Row {
         example: S::EXAMPLE,
         signed_operands: S::SIGNED_OPERANDS,
         own: S::OWN,
+        makes: S::MAKES,
         command: || S::augment_args(help::subcommand(S::NAME)),
         run: |matches, program| S::from_arg_matches(matches)?.run(program),
     }
@@ -186,7 +192,7 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
             trust::apply(program, &matches)?;
             program.check_trust()?;
             if program.is_untrusting() {
-                trust::confine(&(row.command)(), &[&before, &matches])?;
+                trust::confine(&(row.command)(), row.makes, &[&before, &matches])?;
             }
             (row.run)(&matches, program)
         }
@@ -201,6 +207,11 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
 pub(crate) fn rows(program: &Program) -> impl Iterator<Item = &'static Row> {
     let own = program.is_vimg();
     SUBCOMMANDS.iter().filter(move |row| own || !row.own)
+}
+
+#[cfg(test)]
+fn arguments_of(row: &Row) -> Vec<String> {
+    (row.command)().get_arguments().map(|arg| arg.get_id().to_string()).collect()
 }
 
 fn find(program: &Program, name: &str) -> Option<&'static Row> {

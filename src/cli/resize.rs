@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use serde_json::json;
 
+use super::arguments::Makes;
 use super::common::Common;
 use super::exit::Exit;
 use super::interrupt::Interrupt;
@@ -57,6 +58,7 @@ impl Subcommand for ResizeArgs {
     ];
     const EXAMPLE: &'static str = "vimg resize disk.qcow2 +10G";
     const SIGNED_OPERANDS: bool = true;
+    const MAKES: &'static [Makes] = &[Makes::Files("name")];
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };

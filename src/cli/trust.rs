@@ -11,32 +11,15 @@ use anyhow::Context;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use serde_json::Value;
 
+use super::arguments::{Makes, Takes, known};
 use super::{Complaint, Program, size};
+use crate::block::Named;
 use crate::block::keys::{self, Dialect, Item};
 use crate::block::name;
+use crate::block::protocol::Protocol;
+use crate::drivers::DRIVERS;
 use crate::storage::confine::Confinement;
 use crate::storage::host;
-
-/// Options whose values name files.
-const FILES: &[&str] = &["backing", "base", "source_file", "repair_to", "passphrase_file", "target_passphrase_file"];
-
-/// Options whose values are lists in which files are named.
-const LISTS: &[&str] = &["object", "options", "target_format_options"];
-
-/// Which of the files that a subcommand names it makes, in its folder: the values of one argument, and which of them.
-const MADE: &[(&str, &str, Which)] = &[
-    ("create", "name", Which::Any),
-    ("convert", "operands", Which::Last),
-    ("dd", "operands", Which::Any),
-    ("check", "repair_to", Which::Any),
-    ("resize", "name", Which::Any),
-];
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Which {
-    Any,
-    Last,
-}
 
 /// The options: before the subcommand, or behind it.
 pub fn args() -> [Arg; 4] {
@@ -83,8 +66,8 @@ pub fn apply(program: &mut Program, matches: &ArgMatches) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// Leaves this process nothing but what the command line names.
-pub fn confine(command: &Command, matches: &[&ArgMatches]) -> anyhow::Result<()> {
+/// Leaves this process nothing but what the command line names, and what is made beside it.
+pub fn confine(command: &Command, makes: &[Makes], matches: &[&ArgMatches]) -> anyhow::Result<()> {
     let mut typed = Typed::default();
     let values = |id: &str| -> Vec<OsString> {
         let raw = matches.iter().filter_map(|matches| matches.try_get_raw(id).ok().flatten());
@@ -93,18 +76,26 @@ pub fn confine(command: &Command, matches: &[&ArgMatches]) -> anyhow::Result<()>
     for arg in command.get_arguments() {
         let id = arg.get_id().as_str();
         for value in values(id) {
-            match () {
-                () if id == "allow" => typed.allowed.push(value.into()),
-                () if arg.is_positional() || FILES.contains(&id) => typed.name(&value),
-                () if LISTS.contains(&id) => typed.list(&value),
-                () => {}
+            match known(arg).takes {
+                Takes::File if id == "allow" => typed.allowed.push(value.into()),
+                Takes::File => typed.name(&value),
+                Takes::Object | Takes::CreateOptions => typed.list(&value),
+                Takes::Driver | Takes::NewFormat => typed.driver(&value.to_string_lossy()),
+                Takes::Plain | Takes::Cache | Takes::Output | Takes::Preallocation => {}
             }
         }
     }
-    for (_, id, which) in MADE.iter().filter(|(name, ..)| *name == command.get_name()) {
-        let named = values(id);
-        let skip = if *which == Which::Last { named.len().saturating_sub(1) } else { 0 };
-        named.iter().skip(skip).for_each(|word| typed.makes(word));
+    for how in makes {
+        let named = values(how.argument());
+        match how {
+            Makes::Files(_) => named.iter().for_each(|word| typed.makes(word)),
+            Makes::Last(_) => named.iter().rev().take(1).for_each(|word| typed.makes(word)),
+            Makes::Behind(_, letters) => {
+                let rest = named.iter().filter_map(|word| word.as_bytes().strip_prefix(letters.as_bytes()));
+                rest.for_each(|word| typed.makes(OsStr::from_bytes(word)));
+            }
+            Makes::Folder(_) => typed.folders.extend(named.iter().map(|word| existing(Path::new(word)))),
+        }
     }
     typed.confinement().apply().context("Landlock cannot be set up")?;
     Ok(())
@@ -118,6 +109,8 @@ struct Typed {
     /// Folders in which files are made.
     folders: Vec<PathBuf>,
     network: bool,
+    /// What protocols read that are named.
+    credentials: Vec<PathBuf>,
 }
 
 /// The folder that a path is in.
@@ -128,15 +121,23 @@ fn folder(path: &Path) -> PathBuf {
     }
 }
 
+/// The folder, or the nearest above it that is there.
+fn existing(path: &Path) -> PathBuf {
+    let found = path.ancestors().find(|path| path.is_dir());
+    found.unwrap_or(Path::new(".")).to_owned()
+}
+
+/// Whether a new image's option of that name is a file that is made with it.
+fn is_made(key: &str) -> bool {
+    let creators = DRIVERS.formats.iter().filter_map(|format| format.creating());
+    creators.flat_map(|create| create.options()).any(|option| option.makes_file && option.name == key)
+}
+
 impl Typed {
     /// A file that is made: in its folder, or in that of the file that a link of its name leads to.
     fn makes(&mut self, word: &OsStr) {
-        let bytes = word.as_bytes().strip_prefix(b"of=").unwrap_or(word.as_bytes());
-        let bytes = bytes.strip_prefix(b"file:").unwrap_or(bytes);
-        if bytes.starts_with(b"if=") {
-            return;
-        }
-        let path = PathBuf::from(OsStr::from_bytes(bytes));
+        let bytes = word.as_bytes();
+        let path = PathBuf::from(OsStr::from_bytes(bytes.strip_prefix(b"file:").unwrap_or(bytes)));
         // A device or a pipe that is there is written to where it is.
         if std::fs::metadata(&path).is_ok_and(|found| !found.is_file()) {
             return;
@@ -147,29 +148,42 @@ impl Typed {
 
     /// A word that is a name: a path, with protocols before it or not, a tree, a list of options.
     fn name(&mut self, word: &OsStr) {
-        // `dd` says which is which in the word.
-        let bytes = word.as_bytes();
-        let bytes = bytes.strip_prefix(b"if=").or_else(|| bytes.strip_prefix(b"of=")).unwrap_or(bytes);
-        let word = OsStr::from_bytes(bytes);
-        self.names.push(word.into());
         if let Some(text) = name::json_text(word) {
-            self.network = true;
-            return self.tree(&serde_json::from_str(&text).unwrap_or_default());
+            return self.tree("", &serde_json::from_str(&text).unwrap_or_default());
         }
+        self.path(word);
+        if let Some(at) = word.as_bytes().iter().position(|byte| *byte == b'=') {
+            // The operand of a key (`if=NAME`), or a list.
+            self.path(OsStr::from_bytes(word.as_bytes().get(at + 1..).unwrap_or_default()));
+            self.list(word);
+        }
+    }
+
+    /// A path, with protocols before it or not.
+    fn path(&mut self, word: &OsStr) {
+        self.names.push(word.into());
         let mut rest = word;
         while let Some((_, below)) = name::protocol(rest) {
-            self.network |= below.as_bytes().starts_with(b"//") || rest.as_bytes().starts_with(b"nbd:");
+            if let Ok(Named::Protocol(protocol, _)) = DRIVERS.of_name(rest) {
+                self.protocol(protocol);
+            }
             let config = below.as_bytes().split(|byte| *byte == b':').next().unwrap_or_default();
             self.names.push(OsString::from_vec(config.to_vec()).into());
             self.names.push(below.into());
-            rest = match below.as_bytes().iter().position(|byte| *byte == b':') {
-                Some(_) if below.len() < rest.len() => below,
-                _ => break,
-            };
+            rest = below;
         }
-        if bytes.contains(&b'=') {
-            self.list(word);
+    }
+
+    /// The name of a driver.
+    fn driver(&mut self, name: &str) {
+        if let Some(protocol) = DRIVERS.protocol(name) {
+            self.protocol(protocol);
         }
+    }
+
+    fn protocol(&mut self, protocol: &dyn Protocol) {
+        self.network |= protocol.is_remote();
+        self.credentials.extend(protocol.credentials());
     }
 
     fn list(&mut self, word: &OsStr) {
@@ -179,28 +193,31 @@ impl Typed {
         };
         for item in keys::items(text, Dialect::Words) {
             match item {
-                Item::Pair(key, value) => {
-                    if key == "data_file" {
-                        // It is made with the image.
-                        self.makes(OsStr::new(&value));
-                    }
-                    self.network |= key.ends_with("host") || key.ends_with("path") || value.contains("://");
-                    if key == "dir" {
-                        // Certificates, and the key to one.
-                        self.allowed.push((&value).into());
-                    }
-                    self.names.push(value.into());
-                }
+                Item::Pair(key, value) => self.value(&key, &value),
                 Item::Word(word) => self.names.push(word.into()),
             }
         }
     }
 
-    fn tree(&mut self, tree: &Value) {
+    /// What a key is given.
+    fn value(&mut self, key: &str, value: &str) {
+        if is_made(key) {
+            self.makes(OsStr::new(value));
+        }
+        match key.rsplit('.').next() {
+            Some("driver") => self.driver(value),
+            // Certificates, and the key to one.
+            Some("dir") => self.allowed.push(value.into()),
+            _ => {}
+        }
+        self.path(OsStr::new(value));
+    }
+
+    fn tree(&mut self, key: &str, tree: &Value) {
         match tree {
-            Value::Object(members) => members.values().for_each(|value| self.tree(value)),
-            Value::Array(list) => list.iter().for_each(|value| self.tree(value)),
-            Value::String(text) => self.names.push(text.into()),
+            Value::Object(members) => members.iter().for_each(|(key, value)| self.tree(key, value)),
+            Value::Array(list) => list.iter().for_each(|value| self.tree(key, value)),
+            Value::String(text) => self.value(key, text),
             _ => {}
         }
     }
@@ -208,25 +225,20 @@ impl Typed {
     /// Files that are there, as they are named from here and from where files are made; the folders of those that are made;
     /// of other folders the names alone.
     fn confinement(self) -> Confinement {
-        let Self { names, allowed, folders, network } = self;
+        let Self { names, allowed, folders, network, credentials } = self;
         let beside = folders.iter().flat_map(|folder| names.iter().map(|name| folder.join(name)));
         let files: Vec<PathBuf> = names.iter().cloned().chain(beside).collect();
         let listed = names.iter().map(|name| folder(name)).filter(|folder| folder.is_dir()).collect();
         // A pipe that has no name of its own (`/dev/stdout`) is nothing that the kernel could forbid.
         let files = files.into_iter().filter(|name| name.canonicalize().is_ok_and(|name| !name.is_dir()));
-        let environment = if network { of_environment(&names) } else { Vec::new() };
-        Confinement { usable: files.chain(allowed).chain(folders).chain(environment).collect(), listed, network }
+        let trusted = if network { authorities() } else { Vec::new() };
+        let read = credentials.into_iter().chain(trusted).filter(|path| path.exists());
+        Confinement { usable: files.chain(allowed).chain(folders).chain(read).collect(), listed, network }
     }
 }
 
-/// What the variables of those who start us name that is read for a connection: whom to trust, and who asks a store.
-fn of_environment(names: &[PathBuf]) -> Vec<PathBuf> {
+/// Whom to trust, where the variables of those who start us say so.
+fn authorities() -> Vec<PathBuf> {
     let named = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let at_home = |file: &str| Some(named("HOME")?.join(".aws").join(file));
-    let mut found = vec![named("SSL_CERT_FILE"), named("SSL_CERT_DIR")];
-    if names.iter().any(|name| name.as_os_str().as_bytes().starts_with(b"s3:")) {
-        found.push(named("AWS_SHARED_CREDENTIALS_FILE").or_else(|| at_home("credentials")));
-        found.push(named("AWS_CONFIG_FILE").or_else(|| at_home("config")));
-    }
-    found.into_iter().flatten().filter(|path| path.exists()).collect()
+    ["SSL_CERT_FILE", "SSL_CERT_DIR"].into_iter().filter_map(named).collect()
 }

@@ -57,7 +57,7 @@ const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("compat", OptionKind::Text, "Compatibility level (v2 [0.10] or v3 [1.1])"),
     OptionSpec::new("backing_file", OptionKind::Name, "File name of a base image"),
     OptionSpec::new("backing_fmt", OptionKind::Text, "Image format of the base image"),
-    OptionSpec::new("data_file", OptionKind::Name, "File name of an external data file"),
+    OptionSpec::new("data_file", OptionKind::Name, "File name of an external data file").makes_file(),
     OptionSpec::new("data_file_raw", OptionKind::Switch, "The external data file must stay valid as a raw image"),
     OptionSpec::new("lazy_refcounts", OptionKind::Switch, "Postpone refcount updates").or("off"),
     OptionSpec::new("refcount_bits", OptionKind::Number, "Width of a reference count entry in bits").or("16"),

@@ -23,9 +23,9 @@ use super::url::{ByUrl, Login, Remote, Wanted, Wishes};
 use crate::storage::{Error, Result};
 
 /// Without encryption.
-pub const FTP: ByUrl = ByUrl { name: "ftp", open, send: None };
+pub const FTP: ByUrl = ByUrl { name: "ftp", open, send: None, credentials: Vec::new };
 /// Over TLS.
-pub const FTPS: ByUrl = ByUrl { name: "ftps", open, send: None };
+pub const FTPS: ByUrl = ByUrl { name: "ftps", open, send: None, credentials: Vec::new };
 
 /// Sessions at once: servers allow an address but a few.
 const PARALLEL: u32 = 4;

@@ -6,6 +6,7 @@
 //! who needs one waits for it.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ use crate::protocols::store::{Environment, Header, Sign, Unsigned, encoded};
 const SCOPE: &str = "https://www.googleapis.com/auth/devstorage.read_write";
 /// Where tokens are had, if a key does not say.
 const TOKEN_URL: &str = "https://oauth2.googleapis.com/token";
+/// The variable that names the file that says who asks.
+const VARIABLE: &str = "GOOGLE_APPLICATION_CREDENTIALS";
 /// Where `gcloud` leaves what it was given, below the home folder.
 const GCLOUD: &str = ".config/gcloud/application_default_credentials.json";
 /// How long a claim is good, in seconds: the longest that is taken.
@@ -33,6 +36,16 @@ const EARLY: i64 = 120;
 /// The longest answer.
 const LONGEST: u64 = 1 << 16;
 const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The file that says who asks: where the variable says, or where `gcloud` leaves it.
+fn file(environment: &Environment<'_>) -> Option<String> {
+    environment.get(VARIABLE).or_else(|| Some(format!("{}/{GCLOUD}", environment.get("HOME")?)))
+}
+
+/// Where the file is that this process would read.
+pub fn files() -> Vec<PathBuf> {
+    file(&Environment::of_process()).map(PathBuf::from).into_iter().collect()
+}
 
 /// See the module.
 pub struct Tokens {
@@ -63,12 +76,11 @@ impl Tokens {
         if let Some(token) = environment.get("GOOGLE_OAUTH_ACCESS_TOKEN") {
             return Ok(Some(Self::from(Source::Given(token.into_bytes().into()))));
         }
-        let named = environment.get("GOOGLE_APPLICATION_CREDENTIALS");
-        let path = named.clone().or_else(|| Some(format!("{}/{GCLOUD}", environment.get("HOME")?)));
-        let Some(path) = path else { return Ok(None) };
+        let named = environment.get(VARIABLE);
+        let Some(path) = file(environment) else { return Ok(None) };
         match (environment.read(&path), named) {
             (Some(text), _) => Self::from_file(&text).map(Some).map_err(|why| format!("{path}: {why}")),
-            (None, Some(_)) => Err(format!("{path}, which GOOGLE_APPLICATION_CREDENTIALS names, cannot be read")),
+            (None, Some(_)) => Err(format!("{path}, which {VARIABLE} names, cannot be read")),
             (None, None) => Ok(None),
         }
     }

@@ -62,6 +62,10 @@ impl Protocol for Nbd {
         false
     }
 
+    fn is_remote(&self) -> bool {
+        true
+    }
+
     fn spelt(&self, rest: &OsStr) -> Result<Spelt> {
         let mut name = OsString::from("nbd:");
         name.push(rest);

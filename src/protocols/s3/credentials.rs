@@ -7,6 +7,16 @@ use std::path::PathBuf;
 use crate::block::SecretBytes;
 use crate::protocols::store::Environment;
 
+/// The files: the variable that names it, and its name where that is not set.
+const CONFIG: (&str, &str) = ("AWS_CONFIG_FILE", "config");
+const CREDENTIALS: (&str, &str) = ("AWS_SHARED_CREDENTIALS_FILE", "credentials");
+
+/// Where the files are that this process would read.
+pub fn files() -> Vec<PathBuf> {
+    let settings = Settings::of(Environment::of_process());
+    [CONFIG, CREDENTIALS].into_iter().filter_map(|file| settings.file(file)).collect()
+}
+
 /// What a request is signed with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Credentials {
@@ -34,13 +44,13 @@ impl<'a> Settings<'a> {
     /// Where the store is, unless it is Amazon's own.
     pub fn endpoint(&self) -> Option<String> {
         let named = self.get("AWS_ENDPOINT_URL_S3").or_else(|| self.get("AWS_ENDPOINT_URL"));
-        named.or_else(|| self.of_profile("AWS_CONFIG_FILE", "config", "endpoint_url"))
+        named.or_else(|| self.of_profile(CONFIG, "endpoint_url"))
     }
 
     /// The region.
     pub fn region(&self) -> Option<String> {
         let named = self.get("AWS_REGION").or_else(|| self.get("AWS_DEFAULT_REGION"));
-        named.or_else(|| self.of_profile("AWS_CONFIG_FILE", "config", "region"))
+        named.or_else(|| self.of_profile(CONFIG, "region"))
     }
 
     /// Who asks; nothing where nobody is named. An error says what is missing.
@@ -50,7 +60,7 @@ impl<'a> Settings<'a> {
             let secret = secret.ok_or("AWS_ACCESS_KEY_ID is set, and AWS_SECRET_ACCESS_KEY is not")?;
             return Ok(Some(whole(id, secret, self.get("AWS_SESSION_TOKEN"))));
         }
-        let of = |key| self.of_profile("AWS_SHARED_CREDENTIALS_FILE", "credentials", key);
+        let of = |key| self.of_profile(CREDENTIALS, key);
         match (of("aws_access_key_id"), of("aws_secret_access_key")) {
             (Some(id), Some(secret)) => Ok(Some(whole(id, secret, of("aws_session_token")))),
             (Some(_), None) => Err("the credentials file has an aws_access_key_id without its secret".to_owned()),
@@ -61,10 +71,15 @@ impl<'a> Settings<'a> {
         }
     }
 
-    /// A value of the profile that is used, from one of the files.
-    fn of_profile(&self, variable: &str, file: &str, key: &str) -> Option<String> {
+    /// One of the files: where the variable says, or in its usual place.
+    fn file(&self, (variable, file): (&str, &str)) -> Option<PathBuf> {
         let path = self.get(variable).map(PathBuf::from);
-        let path = path.or_else(|| Some(PathBuf::from(self.get("HOME")?).join(".aws").join(file)))?;
+        path.or_else(|| Some(PathBuf::from(self.get("HOME")?).join(".aws").join(file)))
+    }
+
+    /// A value of the profile that is used, from one of the files.
+    fn of_profile(&self, file: (&str, &str), key: &str) -> Option<String> {
+        let path = self.file(file)?;
         let profile = self.get("AWS_PROFILE").unwrap_or_else(|| "default".to_owned());
         value(&self.0.read(path.to_str()?)?, &profile, key)
     }

@@ -5,7 +5,7 @@ pub mod address;
 pub mod again;
 
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +26,8 @@ pub struct ByUrl {
     pub open: fn(&Wanted<'_>, Wishes) -> storage::Result<Remote>,
     /// Sends one, where that can be done.
     pub send: Option<&'static dyn SendFile>,
+    /// The files that say who asks, as [`Protocol::credentials`] does.
+    pub credentials: fn() -> Vec<PathBuf>,
 }
 
 /// What is to be opened.
@@ -79,6 +81,14 @@ impl Protocol for ByUrl {
 
     fn takes(&self, _path: &Path) -> bool {
         false
+    }
+
+    fn is_remote(&self) -> bool {
+        true
+    }
+
+    fn credentials(&self) -> Vec<PathBuf> {
+        (self.credentials)()
     }
 
     fn spelt(&self, rest: &OsStr) -> Result<Spelt> {
