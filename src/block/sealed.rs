@@ -13,7 +13,7 @@ pub fn open(key: &[u8; 32], iv: &[u8; BLOCK], data: &SecretBytes) -> Result<Secr
         return Err(Error::invalid(format!("Length {length} must be a multiple of block size {BLOCK}")));
     }
     let mut plain = data.clone();
-    let opened = decrypt_cbc(CipherAlgorithm::Aes256, key, iv, plain.get_mut());
+    let opened = decrypt_cbc(CipherAlgorithm::AES_256, key, iv, plain.get_mut());
     opened.map_err(|error| Error::invalid(error.to_string()))?;
     let padding = plain.get().last().copied().map_or(0, usize::from);
     if padding > BLOCK {

@@ -16,7 +16,8 @@ pub mod spec;
 
 pub use digest::{Digest, DigestKind, Hasher};
 pub use hash::HashAlgorithm;
-pub use sectors::{SECTOR, SectorCipher, decrypt_cbc, encrypt_cbc};
+pub use modes::SECTOR;
+pub use sectors::{SectorCipher, decrypt_cbc, encrypt_cbc};
 pub use spec::{CipherAlgorithm, CipherMode, CipherSpec, IvGenerator};
 
 /// Key bytes, wiped when they are dropped.

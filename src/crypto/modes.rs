@@ -9,8 +9,10 @@ use cipher::consts::U16;
 use cipher::{Block, BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use zeroize::ZeroizeOnDrop;
 
-use super::sectors::SECTOR;
 use super::{CryptoError, Result};
+
+/// Bytes that are encrypted on their own, under a vector of their own.
+pub const SECTOR: usize = 512;
 
 /// What a cipher's crate offers.
 pub trait BlockCipher:
@@ -108,8 +110,8 @@ fn batches<N: ArraySize>(
 }
 
 /// [`CipherMode::Ecb`](super::CipherMode::Ecb).
-pub struct Ecb<C> {
-    pub data: C,
+struct Ecb<C> {
+    data: C,
 }
 
 impl<C: BlockCipher> SectorMode for Ecb<C> {
@@ -123,9 +125,9 @@ impl<C: BlockCipher> SectorMode for Ecb<C> {
 }
 
 /// [`CipherMode::Cbc`](super::CipherMode::Cbc).
-pub struct Cbc<C> {
-    pub data: C,
-    pub ivs: Ivs,
+struct Cbc<C> {
+    data: C,
+    ivs: Ivs,
 }
 
 impl<C: BlockCipher> SectorMode for Cbc<C> {
@@ -160,6 +162,62 @@ impl<C: BlockCipher> SectorMode for Cbc<C> {
     }
 }
 
+/// A cipher with its key in a mode.
+type Keyed = Option<Box<dyn SectorMode>>;
+/// What is done to one chain of whole blocks, with a key and a vector.
+type Chain = fn(&[u8], &[u8], &mut [u8]) -> Result<()>;
+
+/// What computes a cipher in each mode. `None` for a key of a length that it cannot have.
+pub struct CipherFunctions {
+    /// [`CipherMode::Ecb`](super::CipherMode::Ecb).
+    pub ecb: fn(&[u8]) -> Keyed,
+    /// [`CipherMode::Cbc`](super::CipherMode::Cbc).
+    pub cbc: fn(&[u8], Ivs) -> Keyed,
+    /// [`CipherMode::Ctr`](super::CipherMode::Ctr).
+    pub ctr: fn(&[u8], Ivs) -> Keyed,
+    /// What wants blocks of 16 bytes; none where they are shorter.
+    pub wide: Option<WideFunctions>,
+    /// Encrypts one chain of whole blocks.
+    pub cbc_encrypt: Chain,
+    /// Decrypts one chain of whole blocks.
+    pub cbc_decrypt: Chain,
+}
+
+/// The same for what wants blocks of 16 bytes.
+pub struct WideFunctions {
+    /// [`CipherMode::Xts`](super::CipherMode::Xts), with a key for data and one for the tweak.
+    pub xts: fn(&[u8], &[u8], Ivs) -> Keyed,
+    /// For initialization vectors.
+    pub encipher: fn(&[u8]) -> Option<Box<dyn Encipher>>,
+}
+
+fn keyed<C: BlockCipher>(key: &[u8]) -> Option<C> {
+    C::new_from_slice(key).ok()
+}
+
+impl CipherFunctions {
+    /// Those of a cipher with blocks of any length.
+    pub const fn narrow<C: BlockCipher>() -> Self {
+        Self {
+            ecb: |key| Some(Box::new(Ecb::<C> { data: keyed(key)? })),
+            cbc: |key, ivs| Some(Box::new(Cbc::<C> { data: keyed(key)?, ivs })),
+            ctr: |key, ivs| Some(Box::new(Ctr::<C> { data: keyed(key)?, ivs })),
+            wide: None,
+            cbc_encrypt: cbc_encrypt::<C>,
+            cbc_decrypt: cbc_decrypt::<C>,
+        }
+    }
+
+    /// Those of a cipher with blocks of 16 bytes.
+    pub const fn wide<C: BlockCipher<BlockSize = U16>>() -> Self {
+        let wide = WideFunctions {
+            xts: |data, tweak, ivs| Some(Box::new(Xts::<C> { data: keyed(data)?, tweak: keyed(tweak)?, ivs })),
+            encipher: |key| Some(Box::new(keyed::<C>(key)?)),
+        };
+        Self { wide: Some(wide), ..Self::narrow::<C>() }
+    }
+}
+
 fn set<C: BlockCipher>(key: &[u8], iv: &[u8]) -> Result<(C, Block<C>)> {
     let cipher = C::new_from_slice(key).map_err(|_| CryptoError::Length(key.len()))?;
     let iv = Array::try_from(iv).map_err(|_| CryptoError::Length(iv.len()))?;
@@ -167,7 +225,7 @@ fn set<C: BlockCipher>(key: &[u8], iv: &[u8]) -> Result<(C, Block<C>)> {
 }
 
 /// One chain of whole blocks.
-pub fn cbc_encrypt<C: BlockCipher>(key: &[u8], iv: &[u8], bytes: &mut [u8]) -> Result<()> {
+fn cbc_encrypt<C: BlockCipher>(key: &[u8], iv: &[u8], bytes: &mut [u8]) -> Result<()> {
     let (cipher, mut chain) = set::<C>(key, iv)?;
     for block in blocks::<C::BlockSize>(bytes) {
         xor(block, &chain);
@@ -178,7 +236,7 @@ pub fn cbc_encrypt<C: BlockCipher>(key: &[u8], iv: &[u8], bytes: &mut [u8]) -> R
 }
 
 /// One chain of whole blocks.
-pub fn cbc_decrypt<C: BlockCipher>(key: &[u8], iv: &[u8], bytes: &mut [u8]) -> Result<()> {
+fn cbc_decrypt<C: BlockCipher>(key: &[u8], iv: &[u8], bytes: &mut [u8]) -> Result<()> {
     let (cipher, mut chain) = set::<C>(key, iv)?;
     for block in blocks::<C::BlockSize>(bytes) {
         let next = block.clone();
@@ -190,9 +248,9 @@ pub fn cbc_decrypt<C: BlockCipher>(key: &[u8], iv: &[u8], bytes: &mut [u8]) -> R
 }
 
 /// [`CipherMode::Ctr`](super::CipherMode::Ctr).
-pub struct Ctr<C> {
-    pub data: C,
-    pub ivs: Ivs,
+struct Ctr<C> {
+    data: C,
+    ivs: Ivs,
 }
 
 impl<C: BlockCipher> Ctr<C> {
@@ -225,10 +283,10 @@ impl<C: BlockCipher> SectorMode for Ctr<C> {
 }
 
 /// [`CipherMode::Xts`](super::CipherMode::Xts).
-pub struct Xts<C> {
-    pub data: C,
-    pub tweak: C,
-    pub ivs: Ivs,
+struct Xts<C> {
+    data: C,
+    tweak: C,
+    ivs: Ivs,
 }
 
 /// Blocks of a sector in [`Xts`].

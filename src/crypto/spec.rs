@@ -3,30 +3,17 @@
 //! Names are those of the reference's options. In a LUKS header (LUKS On-Disk Format Specification 1.2.3, table 4 and
 //! following) a cipher's name stands without its key size: see [`CipherAlgorithm::family`].
 
+use std::fmt;
+
+use super::modes::CipherFunctions;
 use super::{CryptoError, HashAlgorithm, Result};
 
-/// A block cipher with its key size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum CipherAlgorithm {
-    Aes128,
-    Aes192,
-    Aes256,
-    Des,
-    TripleDes,
-    Cast5,
-    Serpent128,
-    Serpent192,
-    Serpent256,
-    Twofish128,
-    Twofish192,
-    Twofish256,
-    Sm4,
-}
+/// A block cipher with its key size: a row of the table.
+#[derive(Clone, Copy)]
+pub struct CipherAlgorithm(&'static CipherFacts);
 
 /// What is known of a cipher.
 struct CipherFacts {
-    cipher: CipherAlgorithm,
     name: &'static str,
     /// In a LUKS header; `None` where the reference has none for it.
     family: Option<&'static str>,
@@ -34,74 +21,112 @@ struct CipherFacts {
     title: &'static str,
     key: usize,
     block: usize,
+    /// `None` where it is known by name alone.
+    functions: Option<CipherFunctions>,
 }
 
 const fn row(
-    cipher: CipherAlgorithm,
     name: &'static str,
     family: Option<&'static str>,
     title: &'static str,
-    key: usize,
-    block: usize,
+    [key, block]: [usize; 2],
+    functions: Option<CipherFunctions>,
 ) -> CipherFacts {
-    CipherFacts { cipher, name, family, title, key, block }
+    CipherFacts { name, family, title, key, block, functions }
 }
 
 const CIPHERS: &[CipherFacts] = &[
-    row(CipherAlgorithm::Aes128, "aes-128", Some("aes"), "AES", 16, 16),
-    row(CipherAlgorithm::Aes192, "aes-192", Some("aes"), "AES", 24, 16),
-    row(CipherAlgorithm::Aes256, "aes-256", Some("aes"), "AES", 32, 16),
-    row(CipherAlgorithm::Des, "des", None, "DES", 8, 8),
-    row(CipherAlgorithm::TripleDes, "3des", None, "3DES", 24, 8),
-    row(CipherAlgorithm::Cast5, "cast5-128", Some("cast5"), "CAST5", 16, 8),
-    row(CipherAlgorithm::Serpent128, "serpent-128", Some("serpent"), "Serpent", 16, 16),
-    row(CipherAlgorithm::Serpent192, "serpent-192", Some("serpent"), "Serpent", 24, 16),
-    row(CipherAlgorithm::Serpent256, "serpent-256", Some("serpent"), "Serpent", 32, 16),
-    row(CipherAlgorithm::Twofish128, "twofish-128", Some("twofish"), "Twofish", 16, 16),
-    row(CipherAlgorithm::Twofish192, "twofish-192", Some("twofish"), "Twofish", 24, 16),
-    row(CipherAlgorithm::Twofish256, "twofish-256", Some("twofish"), "Twofish", 32, 16),
-    row(CipherAlgorithm::Sm4, "sm4", None, "SM4", 16, 16),
+    row("aes-128", Some("aes"), "AES", [16, 16], Some(CipherFunctions::wide::<aes::Aes128>())),
+    row("aes-192", Some("aes"), "AES", [24, 16], Some(CipherFunctions::wide::<aes::Aes192>())),
+    row("aes-256", Some("aes"), "AES", [32, 16], Some(CipherFunctions::wide::<aes::Aes256>())),
+    row("des", None, "DES", [8, 8], None),
+    row("3des", None, "3DES", [24, 8], None),
+    row("cast5-128", Some("cast5"), "CAST5", [16, 8], Some(CipherFunctions::narrow::<cast5::Cast5>())),
+    row("serpent-128", Some("serpent"), "Serpent", [16, 16], Some(CipherFunctions::wide::<serpent::Serpent>())),
+    row("serpent-192", Some("serpent"), "Serpent", [24, 16], Some(CipherFunctions::wide::<serpent::Serpent>())),
+    row("serpent-256", Some("serpent"), "Serpent", [32, 16], Some(CipherFunctions::wide::<serpent::Serpent>())),
+    row("twofish-128", Some("twofish"), "Twofish", [16, 16], Some(CipherFunctions::wide::<twofish::Twofish>())),
+    row("twofish-192", Some("twofish"), "Twofish", [24, 16], Some(CipherFunctions::wide::<twofish::Twofish>())),
+    row("twofish-256", Some("twofish"), "Twofish", [32, 16], Some(CipherFunctions::wide::<twofish::Twofish>())),
+    row("sm4", None, "SM4", [16, 16], None),
 ];
 
+impl fmt::Debug for CipherAlgorithm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Names are unique.
+impl PartialEq for CipherAlgorithm {
+    fn eq(&self, other: &Self) -> bool {
+        self.name() == other.name()
+    }
+}
+
+impl Eq for CipherAlgorithm {}
+
+/// The row with that name, which is there.
+const fn named(name: &str) -> CipherAlgorithm {
+    let mut n = 0;
+    while !same(CIPHERS[n].name.as_bytes(), name.as_bytes()) {
+        n += 1;
+    }
+    CipherAlgorithm(&CIPHERS[n])
+}
+
+const fn same(a: &[u8], b: &[u8]) -> bool {
+    let mut n = 0;
+    while n < a.len() && n < b.len() && a[n] == b[n] {
+        n += 1;
+    }
+    n == a.len() && n == b.len()
+}
+
 impl CipherAlgorithm {
+    /// AES with a key of 128 bits.
+    pub const AES_128: Self = named("aes-128");
+    /// AES with a key of 256 bits.
+    pub const AES_256: Self = named("aes-256");
+
     /// All of them, those too that are known by name alone.
     pub fn all() -> impl Iterator<Item = Self> {
-        CIPHERS.iter().map(|facts| facts.cipher)
+        CIPHERS.iter().map(Self)
     }
 
     /// The cipher with that name: `aes-256`.
     pub fn parse(name: &str) -> Option<Self> {
-        CIPHERS.iter().find(|facts| facts.name == name).map(|facts| facts.cipher)
+        Self::all().find(|cipher| cipher.name() == name)
     }
 
     /// The cipher that a LUKS header means: `aes` and the bytes of a key.
     pub fn of_family(family: &str, key: usize) -> Option<Self> {
-        CIPHERS.iter().find(|facts| facts.family == Some(family) && facts.key == key).map(|facts| facts.cipher)
+        Self::all().find(|cipher| cipher.0.family == Some(family) && cipher.0.key == key)
     }
 
-    fn facts(self) -> &'static CipherFacts {
-        // The table has a row for each, in their order.
-        &CIPHERS[self as usize]
+    /// What computes it; refused where nothing does.
+    pub(super) fn functions(self) -> Result<&'static CipherFunctions> {
+        self.0.functions.as_ref().ok_or(CryptoError::Unsupported(self.0.name))
     }
 
     /// Its name: `aes-256`.
     pub fn name(self) -> &'static str {
-        self.facts().name
+        self.0.name
     }
 
     /// Its name in a LUKS header, `aes`; refused where there is none.
     pub fn family(self) -> Result<&'static str> {
-        self.facts().family.ok_or(CryptoError::Unsupported(self.name()))
+        self.0.family.ok_or(CryptoError::Unsupported(self.name()))
     }
 
     /// Bytes of a key.
     pub fn key_bytes(self) -> usize {
-        self.facts().key
+        self.0.key
     }
 
     /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
-        self.facts().block
+        self.0.block
     }
 }
 
@@ -195,7 +220,7 @@ pub struct CipherSpec {
 impl CipherSpec {
     /// The reference's legacy encryption of qcow and qcow2: the passphrase is the key, cut or filled with zeros.
     pub const LEGACY_AES: Self =
-        Self { cipher: CipherAlgorithm::Aes128, mode: CipherMode::Cbc, iv: IvGenerator::Plain64 };
+        Self { cipher: CipherAlgorithm::AES_128, mode: CipherMode::Cbc, iv: IvGenerator::Plain64 };
 
     /// Bytes of a key: two keys of the cipher for [`CipherMode::Xts`].
     pub fn key_bytes(&self) -> usize {
@@ -216,7 +241,7 @@ impl CipherSpec {
 
     /// The cipher that encrypts initialization vectors: of the same family, with a key as long as what the hash gives.
     pub fn essiv_cipher(&self) -> Result<CipherAlgorithm> {
-        let facts = self.cipher.facts();
+        let facts = self.cipher.0;
         let Some(hash) = self.iv.hash().filter(|_| facts.block == 16) else {
             return Err(CryptoError::Generator { cipher: facts.name, generator: self.iv.name() });
         };
@@ -229,14 +254,14 @@ impl CipherSpec {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_tables_are_in_the_order_of_what_they_list() {
-        for (n, facts) in CIPHERS.iter().enumerate() {
-            assert_eq!(facts.cipher as usize, n);
-            assert_eq!(CipherAlgorithm::parse(facts.name), Some(facts.cipher));
+    fn names_lead_to_what_they_name() {
+        for cipher in CipherAlgorithm::all() {
+            assert_eq!(CipherAlgorithm::parse(cipher.name()), Some(cipher));
         }
         for mode in CipherMode::all() {
             assert_eq!(CipherMode::parse(mode.name()), Some(mode));
@@ -245,23 +270,23 @@ mod tests {
 
     #[test]
     fn what_does_not_go_together_is_refused_in_the_references_words() {
-        use CipherAlgorithm::{Aes128, Aes256, Cast5, Serpent256, Sm4, TripleDes};
         use HashAlgorithm::{Sha1, Sha256};
         let check = |cipher, mode, iv| {
+            let cipher = CipherAlgorithm::parse(cipher).unwrap();
             CipherSpec { cipher, mode, iv }.check().map_or_else(|error| error.to_string(), |()| String::new())
         };
-        assert_eq!(check(Aes128, CipherMode::Cbc, IvGenerator::Essiv(Sha256)), "");
-        assert_eq!(check(TripleDes, CipherMode::Cbc, IvGenerator::Plain), "Algorithm '3des' not supported");
-        assert_eq!(check(Sm4, CipherMode::Cbc, IvGenerator::Plain), "Algorithm 'sm4' not supported");
-        assert_eq!(check(Cast5, CipherMode::Xts, IvGenerator::Plain64), "Unsupported cipher mode xts");
+        assert_eq!(check("aes-128", CipherMode::Cbc, IvGenerator::Essiv(Sha256)), "");
+        assert_eq!(check("3des", CipherMode::Cbc, IvGenerator::Plain), "Algorithm '3des' not supported");
+        assert_eq!(check("sm4", CipherMode::Cbc, IvGenerator::Plain), "Algorithm 'sm4' not supported");
+        assert_eq!(check("cast5-128", CipherMode::Xts, IvGenerator::Plain64), "Unsupported cipher mode xts");
         assert_eq!(
-            check(Cast5, CipherMode::Xts, IvGenerator::Essiv(Sha256)),
+            check("cast5-128", CipherMode::Xts, IvGenerator::Essiv(Sha256)),
             "Cipher cast5-128 not supported with essiv"
         );
         assert_eq!(
-            check(Serpent256, CipherMode::Cbc, IvGenerator::Essiv(Sha1)),
+            check("serpent-256", CipherMode::Cbc, IvGenerator::Essiv(Sha1)),
             "No Serpent cipher with key size 20 available"
         );
-        assert_eq!(check(Aes256, CipherMode::Xts, IvGenerator::Plain64), "");
+        assert_eq!(check("aes-256", CipherMode::Xts, IvGenerator::Plain64), "");
     }
 }

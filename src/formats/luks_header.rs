@@ -93,7 +93,7 @@ pub fn luks_plan(options: &CreateOptions, prefix: &str) -> Result<LuksPlan> {
     let essiv_hash = iv_hash.or(Some(HashAlgorithm::Sha256));
     let iv = generator.and_then(|name| IvGenerator::parse(name, essiv_hash)).unwrap_or(IvGenerator::Plain64);
     let spec =
-        CipherSpec { cipher: cipher.unwrap_or(CipherAlgorithm::Aes256), mode: mode.unwrap_or(CipherMode::Xts), iv };
+        CipherSpec { cipher: cipher.unwrap_or(CipherAlgorithm::AES_256), mode: mode.unwrap_or(CipherMode::Xts), iv };
     Ok(LuksPlan {
         spec,
         idle_hash: iv_hash,

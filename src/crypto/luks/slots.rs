@@ -228,10 +228,10 @@ mod tests {
     #[test]
     fn a_new_header_opens_with_its_passphrase_alone() {
         for (cipher, mode, payload) in [
-            (CipherAlgorithm::Aes256, CipherMode::Xts, 4040),
-            (CipherAlgorithm::Aes128, CipherMode::Cbc, 1032),
-            (CipherAlgorithm::Aes192, CipherMode::Cbc, 1544),
-            (CipherAlgorithm::Cast5, CipherMode::Ecb, 1032),
+            (CipherAlgorithm::AES_256, CipherMode::Xts, 4040),
+            (CipherAlgorithm::AES_128, CipherMode::Cbc, 1032),
+            (CipherAlgorithm::parse("aes-192").unwrap(), CipherMode::Cbc, 1544),
+            (CipherAlgorithm::parse("cast5-128").unwrap(), CipherMode::Ecb, 1032),
         ] {
             let new = plan(cipher, mode).make(UUID, b"open sesame").unwrap();
             assert_eq!(new.header.payload(), payload * SECTOR);
@@ -248,7 +248,7 @@ mod tests {
 
     #[test]
     fn any_slot_opens_and_an_erased_one_does_not() {
-        let new = plan(CipherAlgorithm::Aes128, CipherMode::Xts).make(UUID, b"first").unwrap();
+        let new = plan(CipherAlgorithm::AES_128, CipherMode::Xts).make(UUID, b"first").unwrap();
         let mut volume = Volume::of(&new);
         let (key, mut header) = (volume.unlock(b"first").unwrap(), volume.header().unwrap());
         let material = header.fill_slot(7, &key, b"last", 1000).unwrap();
@@ -261,7 +261,7 @@ mod tests {
 
     #[test]
     fn a_slot_that_would_take_hours_is_left_out() {
-        let new = plan(CipherAlgorithm::Aes128, CipherMode::Cbc).make(UUID, b"first").unwrap();
+        let new = plan(CipherAlgorithm::AES_128, CipherMode::Cbc).make(UUID, b"first").unwrap();
         let mut volume = Volume::of(&new);
         let (key, mut header) = (volume.unlock(b"first").unwrap(), volume.header().unwrap());
         header.fields.slots[0].iterations = u32::MAX.into();
