@@ -63,8 +63,9 @@ fn no_backing() -> Error {
 pub fn commit(opener: &Opener<'_>, top: &Arc<Node>, commit: &Commit, observer: &dyn Observer) -> Result<()> {
     layer(top, commit.depth.max(1))?;
     let mut chain = opener.open_lower(top, commit.depth, commit.cache)?;
-    if grow(&chain, commit.depth).context(FAILED)? {
-        // It may have got further files.
+    if let Some(made) = grow(&chain, commit.depth).context(FAILED)? {
+        // It may have got further files, which it may name from now on.
+        made.iter().for_each(|path| opener.allow_made(path));
         drop(chain);
         chain = opener.open_lower(top, commit.depth, commit.cache)?;
     }
@@ -76,16 +77,15 @@ pub fn commit(opener: &Opener<'_>, top: &Arc<Node>, commit: &Commit, observer: &
 
 const FAILED: &str = "Block job failed";
 
-/// Makes the lower layer as long as the top one. False if it is.
-pub fn grow(chain: &Arc<Node>, depth: usize) -> Result<bool> {
+/// Makes the lower layer as long as the top one, and gives the names of the files that it got for that. Nothing if it is.
+pub fn grow(chain: &Arc<Node>, depth: usize) -> Result<Option<Vec<PathBuf>>> {
     let (base, size) = (layer(chain, depth)?, chain.virtual_size());
     if base.virtual_size() >= size {
-        return Ok(false);
+        return Ok(None);
     }
     let resizing = base.driver().resizing().ok_or_else(|| Error::unsupported("Operation not supported"))?;
     resizing.check(size, Preallocation::Off)?;
-    resize::resize(base, size, Preallocation::Off)?;
-    Ok(true)
+    resize::resize_naming(base, size, Preallocation::Off).map(Some)
 }
 
 /// Moves the data to the lower layer, which is open for writing and long enough, and empties the top one.

@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::error::Context;
 use crate::block::io::Scratch;
@@ -63,6 +63,11 @@ fn resizing(node: &Node) -> Result<&dyn Resize> {
 /// Gives the disk that many bytes. New ones read as zeros, whatever a longer backing file holds there; where the format
 /// encrypts all that it holds (luks), as whatever zeros of the file are decrypted to.
 pub fn resize(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
+    resize_naming(node, size, fill).map(drop)
+}
+
+/// The same; gives the names of the files that the image has got beside those that it had.
+pub fn resize_naming(node: &Node, size: u64, fill: Preallocation) -> Result<Vec<PathBuf>> {
     resize_unnamed(node, size, fill).map_err(|error| naming_file(node, error))
 }
 
@@ -78,16 +83,18 @@ pub(super) fn naming_file(node: &Node, error: Error) -> Error {
     }
 }
 
-fn resize_unnamed(node: &Node, size: u64, fill: Preallocation) -> Result<()> {
+fn resize_unnamed(node: &Node, size: u64, fill: Preallocation) -> Result<Vec<PathBuf>> {
     let old = node.virtual_size();
     own_the_end(node, old, size, fill)?;
-    resizing(node)?.resize_with(size, fill, &FilesBeside { node, staging: Mutex::default() })?;
+    let files = FilesBeside { node, staging: Mutex::default(), made: Mutex::default() };
+    resizing(node)?.resize_with(size, fill, &files)?;
     let covered = node.backing().map_or(0, |below| below.virtual_size()).min(size);
     if covered > old {
         node.write_zeroes(GuestOffset(old), covered - old, false, &mut Scratch::default())
             .context("Failed to zero out the new area")?;
     }
-    node.driver().close()
+    node.driver().close()?;
+    Ok(files.made.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// Where a longer backing file shows in the unit in which the disk ends, that unit gets a place of its own: the driver
@@ -111,6 +118,8 @@ struct FilesBeside<'a> {
     node: &'a Node,
     /// What has no name yet.
     staging: Mutex<Option<Staging>>,
+    /// The names of the files beside.
+    made: Mutex<Vec<PathBuf>>,
 }
 
 impl FilesBeside<'_> {
@@ -147,10 +156,12 @@ impl ResizeFiles for FilesBeside<'_> {
             return Err(Error::invalid(text).hint(advice));
         }
         let how = CreateHow { secondary: true, ..CreateHow::default() };
-        Ok(self
+        let made = self
             .staging()
             .get_or_insert_with(|| Staging::new(CacheMode::Writeback, Durability::Always))
-            .create_with(&path, &how)?)
+            .create_with(&path, &how)?;
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).push(path);
+        Ok(made)
     }
 
     fn commit(&self, main: &[u8]) -> Result<Option<Arc<dyn Storage>>> {

@@ -20,8 +20,8 @@ mod settings;
 mod side;
 
 use std::ffi::OsStr;
-use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use held::HeldLayers;
 use layer::Ask;
@@ -59,6 +59,8 @@ pub struct OpenHow {
 pub struct Opener<'a> {
     pub(super) drivers: &'a Drivers,
     policy: Policy,
+    /// Files that were made for images, which may name them.
+    made: Mutex<Vec<PathBuf>>,
     /// The largest disk that is opened.
     largest: Option<u64>,
     secrets: &'a Secrets,
@@ -104,7 +106,8 @@ fn lock(storage: &dyn Storage, access: Access, instead: &[Arc<dyn Storage>]) -> 
 impl<'a> Opener<'a> {
     /// An opener that knows these drivers and these secrets.
     pub fn new(drivers: &'a Drivers, policy: Policy, secrets: &'a Secrets) -> Self {
-        Self { drivers, policy, largest: None, secrets, notices: Mutex::default(), held: HeldLayers::default() }
+        let (made, notices) = (Mutex::default(), Mutex::default());
+        Self { drivers, policy, made, largest: None, secrets, notices, held: HeldLayers::default() }
     }
 
     /// The drivers it knows.
@@ -126,6 +129,12 @@ impl<'a> Opener<'a> {
     pub fn allowing(mut self, path: &Path) -> Self {
         self.policy.allow_typed(path);
         self
+    }
+
+    /// Images may name that file from now on: it was made for one of them.
+    pub fn allow_made(&self, path: &Path) {
+        let path = std::fs::canonicalize(path);
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).extend(path);
     }
 
     /// The same, but no disk that is larger is read or written.

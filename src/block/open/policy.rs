@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 
 use super::Opener;
 use crate::block::error::Context;
@@ -33,17 +34,8 @@ impl Allowed {
         Ok(())
     }
 
-    fn holds(&self, path: &Path) -> bool {
-        std::fs::canonicalize(path).is_ok_and(|path| self.covers(&path))
-    }
-
     fn covers(&self, resolved: &Path) -> bool {
         self.resolved.iter().any(|allowed| resolved.starts_with(allowed))
-    }
-
-    /// The same of a file that is open: what a name leads to can change after it was looked at.
-    fn holds_open(&self, file: &HostFile) -> bool {
-        file.whereabouts().is_ok_and(|path| self.covers(&path))
     }
 }
 
@@ -65,18 +57,29 @@ impl Opener<'_> {
 
     /// The same for a name that is never taken for a protocol.
     pub fn may_open_file(&self, image: &str, named: &str, path: Option<&OsStr>) -> Result<()> {
-        let Policy::Refuse(allowed) = &self.policy else { return Ok(()) };
-        if path.map(Path::new).is_some_and(|path| allowed.holds(path)) {
-            return Ok(());
+        let allowed = || path.is_some_and(|path| std::fs::canonicalize(path).is_ok_and(|path| self.allows(&path)));
+        if self.policy == Policy::Follow || allowed() { Ok(()) } else { Err(forbidden(image, named)) }
+    }
+
+    /// Whether images may name a file.
+    fn allows(&self, resolved: &Path) -> bool {
+        let made = || self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        match &self.policy {
+            Policy::Follow => true,
+            Policy::Refuse(allowed) => allowed.covers(resolved) || made().iter().any(|made| made == resolved),
         }
-        Err(forbidden(image, named))
+    }
+
+    /// The same of a file that is open: what a name leads to can change after it was looked at.
+    fn allows_open(&self, file: &HostFile) -> bool {
+        file.whereabouts().is_ok_and(|path| self.allows(&path))
     }
 
     /// Refuses, where the policy says so, what was opened for an image: its name was allowed, but may have led
     /// elsewhere by then.
     pub(super) fn may_keep(&self, image: &str, named: &str, storage: &dyn Storage) -> Result<()> {
         match &self.policy {
-            Policy::Refuse(allowed) if !storage.host().is_some_and(|file| allowed.holds_open(file)) => {
+            Policy::Refuse(_) if !storage.host().is_some_and(|file| self.allows_open(file)) => {
                 Err(forbidden(image, named))
             }
             _ => Ok(()),
@@ -98,6 +101,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
+    use crate::block::{Drivers, NO_SECRETS};
     use crate::storage::file::FileHow;
 
     #[test]
@@ -110,8 +114,10 @@ mod tests {
         }
         let mut allowed = Allowed::default();
         allowed.add(&at("in")).unwrap();
-        let opens = |name: &str| allowed.holds_open(&HostFile::open(&at(name), &FileHow::default()).unwrap());
-        assert!(allowed.holds(&at("in/base")) && opens("in/base"));
+        let drivers = Drivers { formats: &[], protocols: &[], filters: &[] };
+        let opener = Opener::new(&drivers, Policy::Refuse(allowed), &NO_SECRETS);
+        let opens = |name: &str| opener.allows_open(&HostFile::open(&at(name), &FileHow::default()).unwrap());
+        assert!(opener.may_open_file("image", "base", Some(at("in/base").as_os_str())).is_ok() && opens("in/base"));
         // Between the look and the opening it becomes a link to something else.
         std::fs::remove_file(at("in/base")).unwrap();
         symlink(at("out"), at("in/base")).unwrap();
