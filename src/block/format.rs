@@ -113,6 +113,18 @@ pub trait Create: Sync {
         false
     }
 
+    /// Whether all data of an image with these options is stored compressed, asked for or not.
+    fn always_compresses(&self, options: &CreateOptions) -> bool {
+        let _ = options;
+        false
+    }
+
+    /// Whether an image with these options is encrypted.
+    fn encrypts(&self, options: &CreateOptions) -> bool {
+        let _ = options;
+        false
+    }
+
     /// How the options say that data is to be encoded, which the image itself does not keep. `compress` says whether
     /// compression was asked for; options that would have no effect are refused.
     fn effort(&self, options: &CreateOptions, compress: bool) -> Result<Effort> {
@@ -125,7 +137,8 @@ pub trait Create: Sync {
         None
     }
 
-    /// Makes the image: complete, closed, all zeros or all backing file.
+    /// Makes the image's files: complete, all zeros or all backing file. They stay open, and [`Format::open`] opens the image in
+    /// them.
     fn create(&self, request: &CreateRequest<'_>) -> Result<()>;
 
     /// The options by which an image that was made with these is opened: where its key is.

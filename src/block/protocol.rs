@@ -130,6 +130,12 @@ pub trait CreateFile: Sync {
     /// Refuses, before anything is made, what cannot be. `preallocates`: `preallocation` is the format's to do.
     fn check(&self, path: &Path, options: &CreateOptions, preallocates: bool) -> Result<()>;
 
+    /// Whether a new file may share blocks with others, where the host can.
+    fn may_share(&self, options: &CreateOptions) -> bool {
+        let _ = options;
+        true
+    }
+
     /// Makes an empty file, or takes what can only be there already. `secondary`: not the one that the image is
     /// named by.
     fn create(

@@ -39,6 +39,11 @@ pub fn open_options(options: &CreateOptions) -> OptionTree {
     OptionTree::from_iter(id.map(|id| (KEY_SECRET.to_owned(), id.into())))
 }
 
+/// Whether an image with these options is to be encrypted, be they right or not.
+pub fn is_asked_for(options: &CreateOptions) -> bool {
+    options.switch("encryption") || options.text("encrypt.format").is_some()
+}
+
 /// Refuses two words for the same.
 pub fn check_alias(options: &CreateOptions) -> Result<()> {
     match options.switch("encryption") && options.text("encrypt.format").is_some() {

@@ -209,6 +209,11 @@ pub fn path_of_new(drivers: &Drivers, name: &OsStr) -> Option<PathBuf> {
     place(drivers, name).ok().map(|place| place.path).filter(|path| !path.as_os_str().is_empty())
 }
 
+/// Whether the main file of a new image may share blocks with others.
+pub fn may_share(drivers: &Drivers, new: &NewImage) -> bool {
+    place(drivers, &new.name).is_ok_and(|place| place.maker.may_share(&new.options))
+}
+
 /// Which file a name stands for, if it is a regular one that is there.
 fn identity(drivers: &Drivers, name: &OsStr) -> Option<Identity> {
     let Named::Protocol(_, spelt) = drivers.of_name(name).ok()? else { return None };
@@ -278,8 +283,7 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
             format!("Unsupported preallocation mode: {mode} (this kind of {format} image grows as it is written to)");
         return Err(Error::unsupported(text));
     }
-    let encrypts = format == "luks" || new.options.switch("encryption") || new.options.text("encrypt.format").is_some();
-    if new.ids.reproducible && encrypts {
+    if new.ids.reproducible && create.encrypts(&new.options) {
         return Err(Error::invalid("an encrypted image is not reproducible: its keys have to be random"));
     }
     let ids = ImageIds::of(&shown, new.size, new.ids);

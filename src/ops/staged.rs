@@ -34,7 +34,7 @@ impl StagedTarget {
         let (node, files) = create::create_open(new, &staging, opener, mode, doing)?;
         // Space that was asked for is its own.
         let own = new.options.text("preallocation").is_some_and(|mode| matches!(mode, "falloc" | "full"));
-        let shares = !own && !new.options.switch("nocow");
+        let shares = !own && create::may_share(opener.drivers(), new);
         Ok(Self { staging, node, files, cache: mode, name: new.shown(), shares })
     }
 

@@ -19,10 +19,13 @@ use crate::storage::{self, FileKind, Preallocation, Storage};
 #[derive(Debug)]
 pub struct File;
 
+/// The option for a file that is written over in place on file systems that else do not.
+const NOCOW: &str = "nocow";
+
 /// What a regular file takes beside the format's own options.
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionSpec::new("nocow", OptionKind::Switch, "Turn off copy-on-write (valid only on btrfs)"),
+    OptionSpec::new(NOCOW, OptionKind::Switch, "Turn off copy-on-write (valid only on btrfs)"),
     OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off, falloc, full)"),
     OptionSpec::new("extent_size_hint", OptionKind::Size, "Extent size hint for the image file, 0 to disable"),
 ];
@@ -74,6 +77,10 @@ impl CreateFile for File {
         }
     }
 
+    fn may_share(&self, options: &CreateOptions) -> bool {
+        !options.switch(NOCOW)
+    }
+
     fn create(
         &self,
         path: &Path,
@@ -81,11 +88,8 @@ impl CreateFile for File {
         secondary: bool,
         staging: &Staging,
     ) -> Result<Arc<dyn Storage>> {
-        let how = CreateHow {
-            nocow: options.switch("nocow"),
-            extent_size_hint: options.number("extent_size_hint"),
-            secondary,
-        };
+        let how =
+            CreateHow { nocow: options.switch(NOCOW), extent_size_hint: options.number("extent_size_hint"), secondary };
         Ok(staging.create_with(path, &how)?)
     }
 }

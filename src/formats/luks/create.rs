@@ -38,6 +38,10 @@ impl Create for Luks {
         !options.switch(DETACHED)
     }
 
+    fn encrypts(&self, _options: &CreateOptions) -> bool {
+        true
+    }
+
     fn open_options(&self, options: &CreateOptions) -> OptionTree {
         OptionTree::from_iter(options.text(KEY_SECRET).map(|id| (KEY_SECRET.to_owned(), id.into())))
     }

@@ -75,6 +75,10 @@ impl Create for Qcow {
         true
     }
 
+    fn encrypts(&self, options: &CreateOptions) -> bool {
+        encryption::is_asked_for(options)
+    }
+
     fn open_options(&self, options: &CreateOptions) -> OptionTree {
         encryption::open_options(options)
     }

@@ -98,6 +98,10 @@ impl Create for Qcow2 {
         super::codec::effort(options, compress)
     }
 
+    fn encrypts(&self, options: &CreateOptions) -> bool {
+        encryption::is_asked_for(options)
+    }
+
     fn open_options(&self, options: &CreateOptions) -> OptionTree {
         encryption::open_options(options)
     }

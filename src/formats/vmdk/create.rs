@@ -301,9 +301,13 @@ impl Create for Vmdk {
         true
     }
 
+    fn always_compresses(&self, options: &CreateOptions) -> bool {
+        subformat(options).is_ok_and(|subformat| subformat.compressed)
+    }
+
     fn effort(&self, options: &CreateOptions, _compress: bool) -> Result<Effort> {
         // Streams are always compressed, others never.
-        if options.text("subformat") != Some("streamOptimized") {
+        if !self.always_compresses(options) {
             effort::refuse(options, "unless the subformat is streamOptimized")?;
         }
         Ok(Effort { level: effort::level(options, deflate::Stream::Zlib.levels())?, wide: true })

@@ -205,10 +205,10 @@ impl ConvertRequest {
 
 fn check_compression(new: &NewImage) -> Result<()> {
     let preallocates = |options: &CreateOptions| options.text("preallocation").is_some_and(|mode| mode != "off");
-    if !new.format.creating().is_some_and(|create| create.compresses()) {
+    let Some(create) = new.format.creating().filter(|create| create.compresses()) else {
         return refuse("Compression not supported for this file format");
-    }
-    if new.options.switch("encryption") || new.options.text("encrypt.format").is_some() {
+    };
+    if create.encrypts(&new.options) {
         return refuse("Compression and encryption not supported at the same time");
     }
     if preallocates(&new.options) {

@@ -42,8 +42,8 @@ pub struct LackOfRoom {
 /// What is lacking for the new image, if that is plain.
 pub fn lacking(conversion: &Conversion, new: &NewImage, drivers: &Drivers) -> Option<LackOfRoom> {
     let options = &new.options;
-    let packed = conversion.copy.compress || options.text("subformat") == Some("streamOptimized");
-    if packed || conversion.backed || options.name("data_file").is_some() {
+    let always = new.format.creating().is_some_and(|create| create.always_compresses(options));
+    if conversion.copy.compress || always || conversion.backed || options.makes_file() {
         return None;
     }
     let (folder, held) = folder_of(&path_of_new(drivers, &new.name)?)?;
