@@ -6,13 +6,13 @@
 //!
 //! ```text
 //! cli       what the user typed and what the user sees: clap, anyhow, text, JSON, exit codes, progress
-//! ops       what is done: check, compare, convert, create, dd, info, map, measure, resize, snapshot; no printing, no exit
+//! ops       what is done: convert, check, commit, rebase, ..., and copy, the engine that moves guest data; no printing, no exit
 //! drivers   the table of drivers
 //! formats   raw, qcow2, vmdk, ...: each knows its own on-disk layout and nothing of the others
-//! protocols file, host_device, null-co, http, ...: names to bytes
-//! filters   blkdebug: between a format and its file, or over an image
+//! protocols file, host_device, nbd, http, ...: names to bytes
+//! filters   blkdebug, throttle, quorum, ...: between a format and its file, or over an image
 //! block     one vocabulary for every image: BlockDriver, Format, Protocol, Filter, Extent, Node, Opener, options, error
-//! codec     deflate, zstd: bytes in, bytes out; no files
+//! codec     deflate, zstd, bzip2, ...: bytes in, bytes out; no files
 //! crypto    ciphers, hashes, keys under passphrases: likewise
 //! storage   bytes on the host by position: file, block device, memory; sparse files and preallocation
 //! ```
@@ -31,8 +31,10 @@
 //! | a filter | `filters/baz.rs`: a [`Filter`](block::filter::Filter) and its storage over another one | in [`filters::FILTERS`] |
 //! | `check` of a format | `formats/foo/check.rs`: a [`Check`](block::Check) | the driver's [`checking`](block::BlockDriver::checking) |
 //! | another ability: writing, resizing, snapshots | likewise, a file by its name | the driver's accessor of that name |
-//! | encryption of a format | the key, taken where it is opened; the cipher is made by `formats/sector_cipher.rs` | the driver's [`cipher`](block::BlockDriver::cipher) |
-//! | a cipher | `crypto/spec.rs`: a row of its table | in `crypto/sectors.rs`: the type that computes it |
+//! | encryption of a format | options and keys: `formats/encryption.rs`, and `formats/sector_cipher.rs`, which makes the cipher | the driver's [`cipher`](block::BlockDriver::cipher); [`encrypts`](block::Create::encrypts) and [`open_options`](block::Create::open_options) for new images |
+//! | a cipher of LUKS | the crate that computes it | in the table of `crypto/spec.rs` |
+//! | an option `-o` of a new image | `formats/foo/create.rs`: where it is read from the [`CreateOptions`](block::CreateOptions) | in the format's table of [`OptionSpec`](block::OptionSpec)s |
+//! | an option of a subcommand | a field of its arguments | in the table of `cli/arguments.rs`, if its value is a file, a format or the like |
 //! | a subcommand | `cli/qux.rs`: its arguments and what is done with them | in [`cli::SUBCOMMANDS`] |
 //!
 //! # Map, then act
