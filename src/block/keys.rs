@@ -1,9 +1,12 @@
 //! Options as text: lists `key=value,...` in the dialects of the command line, and values taken out of an
 //! [`OptionTree`] as what they must be.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::{OptionTree, Result, number};
+use super::{Result, number};
+
+/// Options of a node: dotted keys, values as the user gave them (`--image-opts` gives text alone).
+pub type OptionTree = Map<String, Value>;
 
 /// How a list of options is written. In each of them `,,` in a value is a comma.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

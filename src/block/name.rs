@@ -10,10 +10,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{Error, Result, jsonish, keys};
-
-/// Options of a node: dotted keys, values as the user gave them (`--image-opts` gives text alone).
-pub type OptionTree = Map<String, Value>;
+use super::keys::{self, OptionTree};
+use super::{Error, Result, jsonish};
 
 /// How an image is named.
 #[derive(Debug, Clone, PartialEq)]

@@ -114,6 +114,11 @@ pub fn key_switch(key: &str, text: &str) -> Result<bool> {
     }
 }
 
+/// A number as the reference shows it with a prefix, which it leaves out before zero.
+pub fn prefixed(number: u64) -> String {
+    if number == 0 { "0".to_owned() } else { format!("{number:#x}") }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use crate::block::error::{Context, Operation, Place};
 use crate::block::{Result, metadata};
-use crate::storage::{Event, Storage};
+use crate::storage::{Event, Preallocation, Storage};
 
 /// Bytes of one cached page.
 pub const PAGE: usize = 4096;
@@ -228,6 +228,33 @@ pub fn copy(storage: &dyn Storage, file: &str, what: &'static str, from: u64, to
         metadata::read(storage, file, what, from.saturating_add(done), &mut buffer[..n])?;
         metadata::write(storage, file, what, to.saturating_add(done), &buffer[..n])?;
         done += n as u64;
+    }
+    Ok(())
+}
+
+/// Has the file be as long as what was given out of it, `end`, if that is known; what was written is flushed.
+pub fn extend(end: Option<u64>, storage: &dyn Storage) -> Result<()> {
+    if let Some(end) = end
+        && !storage.facts().fixed_len
+        && storage.len().context("Could not get the size of the file")? < end
+    {
+        storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
+    }
+    storage.flush().context("Could not flush")
+}
+
+/// Writes what waits: length of the file, as in [`extend`], L2 tables, L1 table, in this order.
+pub fn write_levels(l1: &mut TableCache, l2: &mut TableCache, end: Option<u64>, storage: &dyn Storage) -> Result<()> {
+    if !l2.is_changed() && !l1.is_changed() {
+        return Ok(());
+    }
+    extend(end, storage)?;
+    storage.announce(Event::L2_UPDATE);
+    l2.write_out(storage)?;
+    if l1.is_changed() {
+        storage.flush().context("Could not flush")?;
+        storage.announce(Event::L1_UPDATE);
+        l1.write_out(storage)?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::formats::one_file::Tables;
 use crate::formats::runs::Runs;
-use crate::formats::table::TableCache;
+use crate::formats::table::{TableCache, extend};
 use crate::storage::{Event, Preallocation, Storage};
 
 /// Working set of the BAT: 32 MiB map 8 TiB in clusters of 1 MiB.
@@ -35,13 +35,7 @@ impl Tables for ParallelsState {
         if !self.bat.is_changed() {
             return Ok(());
         }
-        if let Some(end) = self.end
-            && !storage.facts().fixed_len
-            && storage.len().context("Could not get the size of the file")? < end
-        {
-            storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
-        }
-        storage.flush().context("Could not flush")?;
+        extend(self.end, storage)?;
         self.bat.write_out(storage)
     }
 }

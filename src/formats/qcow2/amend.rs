@@ -20,7 +20,7 @@ use crate::storage::Preallocation;
 use super::Qcow2Driver;
 use super::header::Qcow2Header;
 use super::layout::{self, CRYPT_LUKS, CRYPT_NONE, MAX_REFCOUNT_ORDER, SNAPSHOT_EXTRA, V2_REFCOUNT_ORDER};
-use super::snapshot::{SNAPSHOT_TABLE, Snapshot, table_bytes};
+use super::snapshot_table::{SNAPSHOT_TABLE, Snapshot, table_bytes};
 
 /// In the order in which they are looked at.
 pub const OPTIONS: &[OptionSpec] = &[

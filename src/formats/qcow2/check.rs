@@ -253,8 +253,3 @@ struct Settled {
     /// No cluster has two references.
     alone: bool,
 }
-
-/// A number as the reference shows it with a prefix, which it leaves out before zero.
-pub(super) fn prefixed(number: u64) -> String {
-    if number == 0 { "0".to_owned() } else { format!("{number:#x}") }
-}

@@ -4,10 +4,9 @@
 //! longer point there are in the file (`alloc.rs` keeps what waits for that). The caller holds the allocator.
 
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{Error, Result, number};
 
 use super::Qcow2Driver;
-use super::check::prefixed;
 use super::geometry::{ClusterIndex, Geometry};
 use super::guard;
 use super::layout::{self, REFCOUNT_OFFSET_MASK};
@@ -27,9 +26,8 @@ impl Qcow2Driver {
         }
         let at = self.tables.get(table, index)? & REFCOUNT_OFFSET_MASK;
         if self.geometry.in_cluster(at) != 0 {
-            return Err(
-                self.corrupt(format!("Refblock offset {at:#x} unaligned (reftable index: {})", prefixed(index)))
-            );
+            return Err(self
+                .corrupt(format!("Refblock offset {at:#x} unaligned (reftable index: {})", number::prefixed(index))));
         }
         Ok((at != 0).then(|| self.refcount_block(at)))
     }

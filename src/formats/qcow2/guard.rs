@@ -9,10 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{MutexGuard, PoisonError};
 
 use crate::block::error::Context;
-use crate::block::{Error, Result};
+use crate::block::{Error, Result, number};
 
 use super::Qcow2Driver;
-use super::check::prefixed;
 use super::geometry::{ClusterIndex, Geometry};
 use super::layout::{self, ENTRY};
 use super::walk::{Found, MetadataPart, Visitor};
@@ -321,11 +320,13 @@ impl<'a> Survey<'a> {
         let end = at.saturating_add(len);
         let index = found.entry.map_or(0, |entry| entry.index);
         if self.driver.geometry.in_cluster(at) != 0 {
-            let text = format!("Refblock offset {at:#x} unaligned (reftable index: {})", prefixed(index));
+            let text = format!("Refblock offset {at:#x} unaligned (reftable index: {})", number::prefixed(index));
             self.refcounts_wrong.get_or_insert(text);
         } else if at >= self.file {
-            let text =
-                format!("Refblock offset {at:#x} is past the end of the file (reftable index: {})", prefixed(index));
+            let text = format!(
+                "Refblock offset {at:#x} is past the end of the file (reftable index: {})",
+                number::prefixed(index)
+            );
             self.refcounts_wrong.get_or_insert(text);
         } else if let Some(what) = self.placed(at, len).or_else(|| self.places.at(at, end)) {
             self.clashes(true, what);

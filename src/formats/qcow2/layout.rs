@@ -304,8 +304,6 @@ pub const BITMAP_IN_USE: u32 = 1 << 0;
 pub const BITMAP_AUTO: u32 = 1 << 1;
 /// Bitmap flag bit 2: may be used though its extra data is unknown.
 pub const BITMAP_EXTRA_COMPATIBLE: u32 = 1 << 2;
-/// The bitmap flags that there are.
-pub const BITMAP_FLAGS: u32 = BITMAP_IN_USE | BITMAP_AUTO | BITMAP_EXTRA_COMPATIBLE;
 /// The one type of bitmap: dirty tracking.
 pub const BITMAP_DIRTY_TRACKING: u8 = 1;
 

@@ -52,6 +52,7 @@ pub mod references;
 pub mod repair;
 pub mod resize;
 pub mod snapshot;
+mod snapshot_table;
 pub mod space;
 pub mod state;
 pub mod tables;
@@ -138,7 +139,7 @@ pub struct Qcow2Driver {
     /// Where tables are, known from the first change on (see `guard.rs`).
     places: Mutex<guard::Places>,
     /// As they are in the file.
-    snapshots: RwLock<Vec<snapshot::Snapshot>>,
+    snapshots: RwLock<Vec<snapshot_table::Snapshot>>,
     /// As they will be when the image is closed.
     bitmaps: RwLock<Vec<bitmap::Bitmap>>,
     /// The LUKS header.

@@ -14,7 +14,7 @@ use super::crypt::{self, Unlocked};
 use super::header::Qcow2Header;
 use super::layout;
 use super::tables::{Tables, default_bytes};
-use super::{Qcow2Driver, bitmap, check, snapshot};
+use super::{Qcow2Driver, bitmap, check, snapshot_table};
 
 /// Opens a layer.
 pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
@@ -44,7 +44,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
     let storage = &files[0].storage;
     let snapshots = match checks {
         true => check::readable_snapshots(&files[0], &header),
-        false => snapshot::read_table(&files[0], &header)?,
+        false => snapshot_table::read_table(&files[0], &header)?,
     };
     if header.bitmaps.is_some() && header.fields.autoclear & layout::BITMAPS == 0 {
         let text = match header.fields.version {

@@ -70,12 +70,6 @@ impl Cursor {
         Self { next: cluster }
     }
 
-    /// Makes the refcount block for a cluster if there is none.
-    pub fn ensure(&mut self, space: &mut dyn ClusterSpace, cluster: ClusterIndex) -> Result<()> {
-        while !self.cover(space, cluster, cluster + 1)? {}
-        Ok(())
-    }
-
     /// Where the next search starts.
     pub fn position(self) -> ClusterIndex {
         self.next
@@ -101,23 +95,6 @@ impl Cursor {
                 return Ok(start);
             }
             self.freed(start);
-        }
-    }
-
-    /// Gives out as many of the `n` clusters from `start` on as are free, without a gap; 0 if the first is not.
-    pub fn allocate_at(&mut self, space: &mut dyn ClusterSpace, start: ClusterIndex, n: u64) -> Result<u64> {
-        loop {
-            let mut free = 0;
-            while free < n && space.find_free(start + free, 1)? == start + free {
-                free += 1;
-            }
-            if free == 0 {
-                return Ok(0);
-            }
-            if self.cover(space, start, start + free)? {
-                space.take(start, free)?;
-                return Ok(free);
-            }
         }
     }
 

@@ -25,7 +25,7 @@ use super::geometry::{ClusterIndex, Geometry};
 use super::layout::{COMPRESSED, COPIED, ENTRY, MAX_REFCOUNT_TABLE_BYTES, OFFSET_MASK};
 use super::refcount;
 use super::references::References;
-use super::snapshot::{SNAPSHOT_TABLE, Snapshot, table_bytes};
+use super::snapshot_table::{SNAPSHOT_TABLE, Snapshot, table_bytes};
 use super::space::ClusterSpace;
 use super::tables::{Table, TableKind};
 

@@ -16,7 +16,7 @@ use crate::block::error::{Context, Operation, Place};
 use super::Qcow2Driver;
 use super::bitmap::Bitmap;
 use super::layout::{self, COMPRESSED, ENTRY, OFFSET_MASK, REFCOUNT_OFFSET_MASK};
-use super::snapshot::Snapshot;
+use super::snapshot_table::Snapshot;
 use super::tables::{Table, TableKind};
 
 /// What lies at a place of the image file.

@@ -7,7 +7,7 @@ use crate::block::error::Context;
 use crate::block::{Error, Result};
 use crate::formats::one_file::Tables;
 use crate::formats::runs::Runs;
-use crate::formats::table::TableCache;
+use crate::formats::table::{TableCache, write_levels};
 use crate::storage::{Event, Preallocation, Storage, Zeroing};
 
 /// Working set of the L2 tables: 32 MiB map 256 GiB in clusters of 64 KiB.
@@ -51,27 +51,9 @@ pub struct QedState {
 }
 
 impl Tables for QedState {
-    /// Writes what waits: length of the file, L2 tables, L1 table, in this order.
     fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
         self.cut(storage)?;
-        if !self.l2.is_changed() && !self.l1.is_changed() {
-            return Ok(());
-        }
-        if let Some(end) = self.end
-            && !storage.facts().fixed_len
-            && storage.len().context("Could not get the size of the file")? < end
-        {
-            storage.set_len(end, Preallocation::Off).context("Could not extend the file")?;
-        }
-        storage.flush().context("Could not flush")?;
-        storage.announce(Event::L2_UPDATE);
-        self.l2.write_out(storage)?;
-        if self.l1.is_changed() {
-            storage.flush().context("Could not flush")?;
-            storage.announce(Event::L1_UPDATE);
-            self.l1.write_out(storage)?;
-        }
-        Ok(())
+        write_levels(&mut self.l1, &mut self.l2, self.end, storage)
     }
 }
 

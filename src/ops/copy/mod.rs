@@ -7,9 +7,11 @@
 pub mod digest;
 pub mod engine;
 pub mod onto;
+mod piece;
 mod plain;
 pub mod plan;
 mod rate;
+mod segment;
 pub mod source;
 pub mod target;
 mod turn;

@@ -5,8 +5,8 @@
 
 use std::sync::Arc;
 
-use super::source::{Content, Segment, status};
-use super::target::{Piece, PieceKind};
+use super::piece::{Piece, PieceKind};
+use super::segment::{Content, Segment, status};
 use super::zero::is_zero;
 use crate::block::io::Scratch;
 use crate::block::{ExtentKind, GuestOffset, Mapping, Node, Result};

@@ -8,7 +8,7 @@ use crate::storage::pages::Pages;
 use crate::storage::view::{LEAST, Window};
 
 use super::plan::Chunk;
-use super::source::Content;
+use super::segment::Content;
 
 /// A buffer of more bytes is not kept for another time, as a mapping of the next chunk may take its place.
 const LARGE: usize = 8 << 20;

@@ -6,7 +6,8 @@
 //! read and the copy goes on (`--salvage`), there are zeros, as short as a sector.
 
 use super::Observer;
-use super::source::{Content, Joined, Segment};
+use super::segment::{Content, Segment};
+use super::source::Joined;
 use super::zero::SECTOR;
 use crate::block::{Error, ErrorKind, ExtentKind, Result};
 

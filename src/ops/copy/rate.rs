@@ -6,6 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+/// Bytes that were waited for; one test alone makes copies with a limit.
+#[cfg(test)]
+pub static COUNTED: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+
 /// At most this many bytes a second.
 #[derive(Debug)]
 pub struct Rate {
@@ -30,6 +34,8 @@ impl Rate {
 
     /// Waits until `bytes` more may go; gives up when `stop` is set.
     pub fn wait(&self, bytes: u64, stop: &AtomicBool) {
+        #[cfg(test)]
+        COUNTED.fetch_add(bytes, Ordering::Relaxed);
         let at = self.due(bytes, Instant::now());
         while !stop.load(Ordering::Relaxed) {
             let left = at.saturating_duration_since(Instant::now());

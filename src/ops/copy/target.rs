@@ -3,33 +3,12 @@
 //! Invariants: pieces are in guest order and do not overlap; a piece starts and ends at a multiple of the
 //! granule (or the end of the disk), so that no other piece shares one with it.
 
+pub use super::piece::{Piece, PieceKind};
 use super::plan::{Chunk, Zeros};
-use super::source::Content;
+use super::segment::Content;
 use super::zero::{SparsePolicy, is_zero};
 use crate::block::io::{Scratch, Step};
 use crate::block::{GuestOffset, Node, Result, Store};
-
-/// What is done with a piece.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PieceKind {
-    /// It is written.
-    Data,
-    /// It is made to read as zeros.
-    Zero,
-    /// It is left as it is.
-    Keep,
-}
-
-/// A run of a chunk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
-    /// Where it starts on the target.
-    pub at: u64,
-    /// Its length.
-    pub len: u64,
-    /// What is done with it.
-    pub kind: PieceKind,
-}
 
 /// Decides what is done with each part of a chunk whose bytes are in `buf`.
 pub fn decide(chunk: &Chunk<'_>, buf: &[u8], sparse: SparsePolicy, zeros: Zeros, pieces: &mut Vec<Piece>) {

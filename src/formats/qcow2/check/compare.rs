@@ -3,14 +3,14 @@
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
-use crate::block::Result;
+use crate::block::{Result, number};
 
 use super::super::geometry::ClusterIndex;
 use super::super::layout;
 use super::super::layout::REFCOUNT_OFFSET_MASK;
 use super::super::refcount;
 use super::super::references::References;
-use super::{Checker, prefixed};
+use super::Checker;
 
 /// What is done about a refcount that is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -191,7 +191,7 @@ impl Checker<'_> {
     fn misplaced(&mut self, at: u64, index: u64) {
         let aligned = self.geometry.in_cluster(at) == 0;
         if !aligned && !self.driver.told_corrupt.swap(true, Ordering::Relaxed) {
-            let what = format!("Refblock offset {at:#x} unaligned (reftable index: {})", prefixed(index));
+            let what = format!("Refblock offset {at:#x} unaligned (reftable index: {})", number::prefixed(index));
             if self.fix.is_asked_for() {
                 self.mark_corrupt(&what);
             } else {

@@ -6,7 +6,7 @@ use super::super::header::{Qcow2Header, c_string};
 use super::super::layout::{
     MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, SNAPSHOT_ENTRY, SnapshotFields,
 };
-use super::super::snapshot::{SNAPSHOT_TABLE, Snapshot};
+use super::super::snapshot_table::{SNAPSHOT_TABLE, Snapshot};
 use super::super::window::Window;
 use super::Checker;
 
