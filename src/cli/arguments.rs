@@ -130,6 +130,12 @@ pub fn known(arg: &clap::Arg) -> Known {
     }
 }
 
+/// Whether a value follows. None does where none has to: so clap is told of what may stand several times, in an order
+/// that counts.
+pub fn takes_value(arg: &clap::Arg) -> bool {
+    arg.get_action().takes_values() && arg.get_num_args().is_none_or(|values| values.min_values() > 0)
+}
+
 /// Files that a subcommand makes, by the argument that names them.
 #[derive(Debug, Clone, Copy)]
 pub enum Makes {

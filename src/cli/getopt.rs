@@ -9,6 +9,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use clap::{Arg, Command};
 
+use super::arguments::takes_value;
 use super::help;
 use crate::block::nearest::nearest;
 
@@ -170,12 +171,6 @@ fn short(command: &Command, letters: &[u8], rest: &mut Rest<'_>, options: &mut V
         letters = after;
     }
     Ok(())
-}
-
-/// Whether a value follows. None does where none has to: so clap is told of what may stand several times, in an order
-/// that counts.
-pub(super) fn takes_value(arg: &Arg) -> bool {
-    arg.get_action().takes_values() && arg.get_num_args().is_none_or(|values| values.min_values() > 0)
 }
 
 fn may_take_value(arg: &Arg) -> bool {

@@ -2,8 +2,8 @@
 
 use clap::{Arg, ArgAction, Command};
 
-use super::arguments::{Group, known};
-use super::{Program, Row, getopt, rows, trust};
+use super::arguments::{Group, known, takes_value};
+use super::{Program, Row, rows, trust};
 use crate::drivers::DRIVERS;
 
 /// The version of the reference that vimg stands in for: shown by a link of another name, for programs that
@@ -134,7 +134,7 @@ fn spelt(arg: &Arg) -> String {
     let mut names: Vec<String> = arg.get_short().map(|short| format!("-{short}")).into_iter().collect();
     names.extend(arg.get_long().map(|long| format!("--{long}")));
     let names = names.join(", ");
-    match (arg.is_positional(), getopt::takes_value(arg)) {
+    match (arg.is_positional(), takes_value(arg)) {
         (true, _) => value.unwrap_or_default().to_owned(),
         (false, true) => format!("{names} {}", value.unwrap_or("VALUE")),
         (false, false) => names,
