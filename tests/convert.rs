@@ -347,6 +347,13 @@ fn a_lack_of_room_is_told_before_anything_is_written() {
         run("-O qcow2 -B ../data -F raw", "over", "full/new"),
     ];
     let tried = run("-O raw --no-space-check", "data", "full/new");
+    // An older file in whose place it would fit, unless that stays until the new one is complete.
+    fs::write(full.join("older"), pattern(3, 3 << 20)).unwrap();
+    let beside = run("-O raw", "half", "full/older");
+    let linked = {
+        sh("ln older link").dir(&full).ok();
+        run("-O raw", "half", "full/older")
+    };
     sh(&format!("umount {}", full.display())).ok();
     for (options, out, old, count) in lacking {
         assert_eq!((out.code, old, count), (Some(1), b"old".to_vec(), 1), "{options}: {}", out.stderr);
@@ -357,6 +364,12 @@ fn a_lack_of_room_is_told_before_anything_is_written() {
         assert_eq!(out.code, Some(0), "{options}: {}", out.stderr);
     }
     assert!(tried.1.stderr.ends_with(": No space left on device\n"), "{}", tried.1.stderr);
+    for said in
+        ["full/older: not enough room: ", " MiB are needed at least, and 0.996 MiB are free in '", "stays until"]
+    {
+        assert!(beside.1.stderr.contains(said), "{}", beside.1.stderr);
+    }
+    assert_eq!(linked.1.code, Some(0), "{}", linked.1.stderr);
 }
 
 #[test]

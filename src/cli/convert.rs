@@ -175,9 +175,13 @@ pub(super) fn snapshot(text: &str) -> Result<SnapshotArg, Complaint> {
 
 /// Said before anything is written.
 fn no_room(name: &OsStr, lack: &LackOfRoom) -> Complaint {
-    let LackOfRoom { needed, free, folder } = lack;
+    let LackOfRoom { needed, free, folder, without_older } = lack;
+    let older = match without_older {
+        true => "the older file stays until the new one is complete: -n writes to it in place; ",
+        false => "",
+    };
     Complaint::value(format!(
-        "{}: not enough room: {} are needed at least, and {} are free in '{}' (--no-space-check writes all the same)",
+        "{}: not enough room: {} are needed at least, and {} are free in '{}' ({older}--no-space-check writes all the same)",
         name.to_string_lossy(),
         human::size(*needed),
         human::size(*free),

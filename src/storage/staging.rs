@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf, absolute};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use self::head::HeadLast;
+pub use self::make::stays_until_replaced;
 use super::file::HostFile;
 use super::temporary::TemporaryName;
 use super::writeback::{LITTLE, Writeback};

@@ -17,7 +17,7 @@ use crate::block::io::Scratch;
 use crate::block::{Drivers, GuestOffset, MapCursor, Node};
 use crate::ops::copy::zero::is_zero;
 use crate::ops::create::{NewImage, path_of_new};
-use crate::storage::room;
+use crate::storage::{room, staging};
 
 /// Blocks that are read.
 const SAMPLES: u64 = 256;
@@ -37,6 +37,8 @@ pub struct LackOfRoom {
     pub free: u64,
     /// Where.
     pub folder: PathBuf,
+    /// There would be enough were the older file written in place; it stays until the new one is complete.
+    pub without_older: bool,
 }
 
 /// What is lacking for the new image, if that is plain.
@@ -46,10 +48,15 @@ pub fn lacking(conversion: &Conversion, new: &NewImage, drivers: &Drivers) -> Op
     if conversion.copy.compress || always || conversion.backed || options.makes_file() {
         return None;
     }
-    let (folder, held) = folder_of(&path_of_new(drivers, &new.name)?)?;
+    let path = path_of_new(drivers, &new.name)?;
+    let (folder, held) = folder_of(&path)?;
     let room = room::of_folder(&folder)?;
-    let enough = room.free.saturating_add(held);
     let disk: u64 = conversion.sources.iter().map(|source| source.virtual_size()).sum();
+    if disk <= room.free {
+        return None;
+    }
+    let in_place = room.free.saturating_add(held);
+    let enough = if held > 0 && staging::stays_until_replaced(&path) { room.free } else { in_place };
     if disk <= enough {
         return None;
     }
@@ -62,10 +69,11 @@ pub fn lacking(conversion: &Conversion, new: &NewImage, drivers: &Drivers) -> Op
     } else {
         at_least(&conversion.sources, enough)?
     };
-    (needed > enough).then_some(LackOfRoom { needed, free: room.free, folder })
+    let without_older = enough < needed && needed <= in_place;
+    (needed > enough).then_some(LackOfRoom { needed, free: room.free, folder, without_older })
 }
 
-/// Where a new file will lie, and how many bytes of its own it could be written over, should it be there.
+/// Where a new file will lie, and how many bytes an older file of that name has, over which it may be written.
 fn folder_of(path: &Path) -> Option<(PathBuf, u64)> {
     let old = std::fs::symlink_metadata(path).ok().map(|_| std::fs::metadata(path));
     let target = match &old {

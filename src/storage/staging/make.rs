@@ -261,6 +261,16 @@ fn unnamed(target: &Path, cache: CacheMode) -> io::Result<Unnamed> {
     Ok(Unnamed { file: made.0, temporary: Some(made.1) })
 }
 
+/// Whether a file that is there would stay as it is, beside a new one, until that takes its place. It is not locked.
+pub fn stays_until_replaced(path: &Path) -> bool {
+    let cache = CacheMode::Writeback;
+    let (Ok(full), Ok(file)) = (absolute(path), file::open(path, "replace", false, cache)) else { return false };
+    let (Ok(old), Ok(Some(target))) = (HostFile::from_file(file, cache, &path.to_string_lossy()), follow(&full)) else {
+        return false;
+    };
+    replacement(&old, &target, cache).is_ok_and(|new| new.is_some())
+}
+
 /// The file that will replace `old`, with its owner, flags and attributes, and its permissions, unless those are to be
 /// given when it is not hidden any more; `None` if `old` has to be written in place.
 fn replacement(old: &HostFile, target: &Path, cache: CacheMode) -> io::Result<Option<(Unnamed, Option<u32>)>> {
