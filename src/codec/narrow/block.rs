@@ -58,6 +58,14 @@ fn dist_base(code: usize) -> usize {
 #[derive(Debug, Clone, Copy)]
 pub struct Token(u32);
 
+#[cfg(test)]
+impl Token {
+    /// How far back a reference goes; 0 for a literal.
+    pub fn dist(self) -> usize {
+        if self.0 & REFERENCE == 0 { 0 } else { usize::from(self.0 as u16) }
+    }
+}
+
 /// How often each symbol is said.
 #[derive(Debug, Clone)]
 pub struct Counts {
@@ -102,6 +110,42 @@ impl Counts {
             logs.times(all) - sum + 3.0 * used as f32
         };
         of(&self.litlen) + of(&self.dist) + 50.0
+    }
+}
+
+/// About what bytes and references cost, in sixteenths of a bit, where each is said as often as it was before.
+#[derive(Debug)]
+pub struct Prices {
+    literal: [u16; 256],
+    /// The shortest length.
+    short: u16,
+    dist: [u16; DISTS],
+}
+
+impl Prices {
+    /// Before anything was said.
+    pub const UNKNOWN: Prices = Prices { literal: [7 * 16; 256], short: 5 * 16, dist: [15 * 16; DISTS] };
+
+    /// After that was said.
+    #[cold]
+    #[inline(never)]
+    pub fn learn(&mut self, counts: &Counts) {
+        let all = |counts: &[u32]| counts.iter().sum::<u32>() as f32 + 64.0;
+        let price = |all: f32, count: u32| (16.0 * (all / (count as f32 + 1.0)).log2().max(1.0)) as u16;
+        let (litlens, dists) = (all(&counts.litlen), all(&counts.dist));
+        for (price_of, count) in self.literal.iter_mut().zip(counts.litlen) {
+            *price_of = price(litlens, count);
+        }
+        self.short = price(litlens, counts.litlen[END + 1]);
+        for ((price_of, count), code) in self.dist.iter_mut().zip(counts.dist).zip(0..) {
+            *price_of = price(dists, count) + 16 * dist_extra(code) as u16;
+        }
+    }
+
+    /// Whether a reference of the shortest length costs less than the bytes that it stands for.
+    #[inline(always)]
+    pub fn pays(&self, bytes: &[u8], dist: usize) -> bool {
+        bytes.iter().map(|byte| self.literal[usize::from(*byte)]).sum::<u16>() > self.short + self.dist[dist_code(dist)]
     }
 }
 

@@ -1,7 +1,8 @@
 //! Finding what was there before, at most 4 KiB back.
 //!
-//! Four places for each hash of four bytes, the latest first, in one word: to write a position down is one shift, and to
-//! look costs one load. Places are kept to 16 bits; one that means another position is found out by comparing bytes.
+//! For each hash of four bytes the latest place, and for each place the one before it of the same hash: all of it fits in
+//! the processor's nearest cache. Places are kept to 16 bits; one that means another position is found out by comparing
+//! bytes. Those of three bytes are the latest alone.
 
 /// How far back a reference goes at most.
 pub const WINDOW: usize = 4096;
@@ -13,7 +14,7 @@ pub const LONGEST: usize = 258;
 pub const PADDING: usize = 16;
 
 /// Bits of a hash of four bytes, and of three.
-const BITS4: u32 = 13;
+const BITS4: u32 = 14;
 const BITS3: u32 = 11;
 /// Positions are kept as if there were so many bytes before the first: in the first 60 KiB of what is encoded, a place that
 /// was never set is too far away. Further on it may seem to be near, and comparing bytes finds out.
@@ -31,7 +32,7 @@ pub struct Match {
 pub struct Look {
     /// References have to be longer than this.
     pub than: usize,
-    /// Places that are looked at, 4 at most.
+    /// Places that are looked at.
     pub depth: usize,
     /// One of this length ends the search.
     pub nice: usize,
@@ -42,8 +43,10 @@ pub struct Look {
 /// Where bytes were last.
 #[derive(Debug)]
 pub struct Matcher {
-    places4: Box<[u64; 1 << BITS4]>,
+    places4: Box<[u16; 1 << BITS4]>,
     places3: Box<[u16; 1 << BITS3]>,
+    /// The place before each one, of the same hash of four bytes.
+    before: Box<[u16; WINDOW]>,
 }
 
 #[inline(always)]
@@ -79,7 +82,7 @@ fn same(bytes: &[u8], a: usize, b: usize, most: usize) -> usize {
 impl Matcher {
     /// Knows nothing yet.
     pub fn new() -> Self {
-        Self { places4: Box::new([0; 1 << BITS4]), places3: Box::new([0; 1 << BITS3]) }
+        Self { places4: Box::new([0; 1 << BITS4]), places3: Box::new([0; 1 << BITS3]), before: Box::new([0; WINDOW]) }
     }
 
     /// Forgets everything.
@@ -91,8 +94,9 @@ impl Matcher {
     /// Writes a position down.
     #[inline(always)]
     pub fn pass(&mut self, bytes: &[u8], at: usize) {
-        let places = &mut self.places4[hash(word(bytes, at), BITS4)];
-        *places = *places << 16 | u64::from((at + BEFORE) as u16);
+        let place = &mut self.places4[hash(word(bytes, at), BITS4)];
+        self.before[(at + BEFORE) % WINDOW] = *place;
+        *place = (at + BEFORE) as u16;
     }
 
     /// The longest reference that is found for what is at `at`, up to `end`; writes the position down.
@@ -101,9 +105,8 @@ impl Matcher {
         let here = word(bytes, at);
         let now = (at + BEFORE) as u16;
         let place3 = std::mem::replace(&mut self.places3[hash(here << 8, BITS3)], now);
-        let slot = &mut self.places4[hash(here, BITS4)];
-        let mut places = *slot;
-        *slot = places << 16 | u64::from(now);
+        let mut place = std::mem::replace(&mut self.places4[hash(here, BITS4)], now);
+        self.before[usize::from(now) % WINDOW] = place;
         let mut best = Match { len: look.than, dist: 0 };
         let most = LONGEST.min(end - at);
         if most < SHORTEST {
@@ -124,8 +127,8 @@ impl Matcher {
         let tail = |at: usize, len: usize| word(bytes, at + len.max(SHORTEST) - SHORTEST);
         let mut want = tail(at, best.len);
         let mut last = 0;
-        for _ in 0..look.depth.min(4) {
-            let dist = usize::from(now.wrapping_sub(places as u16));
+        for _ in 0..look.depth {
+            let dist = usize::from(now.wrapping_sub(place));
             if dist <= last || dist > furthest {
                 break;
             }
@@ -141,7 +144,7 @@ impl Matcher {
                 }
             }
             last = dist;
-            places >>= 16;
+            place = self.before[usize::from(place) % WINDOW];
         }
         best
     }
