@@ -88,6 +88,12 @@ fn only_tables_are_written() {
         tables("raw to vdi", to("vdi", &[], raw, "a.vdi"));
         tables("vdi to qcow2", to("qcow2", &["-m", "1"], ("vdi", "a.vdi"), "b.qcow2"));
         tables("raw to vmdk", to("vmdk", &[], raw, "a.vmdk"));
+        tables("raw to vhdx", to("vhdx", &[], raw, "a.vhdx"));
+        tables("vhdx to raw", to("raw", &["-m", "1"], ("vhdx", "a.vhdx"), "d.raw"));
+        // Its clusters of 1 MiB are written as a whole, the zeros in them too.
+        let written = to("parallels", &[], raw, "a.hds");
+        assert!(written < DATA * 3 / 4, "{kind}: raw to parallels: {written} bytes");
+        tables("parallels to qcow2", to("qcow2", &["-m", "1"], ("parallels", "a.hds"), "d.qcow2"));
         tables("qcow2 to raw, -C", to("raw", &["-C"], ("qcow2", "a.qcow2"), "c.raw"));
         tables("raw to qcow2, -C", to("qcow2", &["-C"], raw, "c.qcow2"));
         // The same bytes with and without sharing, whatever the number of threads. (Here the file system cannot.)
@@ -110,6 +116,12 @@ fn only_tables_are_written() {
             let written = on.vimg(&args.concat());
             assert!(written > 15 * MIB, "{kind}: {options}: {written} bytes");
             fs::remove_file(on.at.join("own")).expect("remove");
+        }
+        if kind == "btrfs" {
+            let written = on.vimg(&["convert", "-f", "raw", "-O", "raw", "-o", "nocow=on", "small.raw", "own"]);
+            assert!(written > 15 * MIB, "nocow: {written} bytes");
+            assert!(sh("lsattr own").dir(&on.at).ok().stdout.contains('C'));
+            assert_same_bytes(&on.at.join("small.raw"), &on.at.join("own"));
         }
     }
 }
@@ -143,4 +155,15 @@ fn what_is_shared_needs_no_room_and_may_be_killed() {
         ["convert", "--no-space-check", "-f", "raw", "-O", "qcow2", "-o", "preallocation=full", "disk.raw", "new"];
     let out = vimg(&full).dir(&on.at).fails(1);
     assert!(out.stderr.contains("No space left on device") && !on.at.join("new").exists(), "{out:?}");
+    // What can be shared is, then there is no room for what cannot.
+    let line = "yes 'a line' | head -c 60M >text && qemu-img convert -c -f raw -O qcow2 text text.qcow2 && rm text";
+    sh(line).dir(&scratch.file(".")).ok();
+    fs::rename(scratch.file("text.qcow2"), scratch.file("packed")).expect("rename");
+    let packed = scratch.file("packed");
+    let both = ["convert", "-m", "1", "-O", "raw", "whole", packed.to_str().expect("a path"), "new"];
+    let out = vimg(&both).dir(&on.at).fails(1);
+    assert!(out.stderr.contains("No space left on device") && !on.at.join("new").exists(), "{out:?}");
+    judge(&["check", "-q", "-f", "qcow2", "whole"]).dir(&on.at).ok();
+    vimg(&convert("new")).dir(&on.at).ok();
+    assert_same_bytes(&on.at.join("whole"), &on.at.join("new"));
 }

@@ -13,14 +13,16 @@ mod stored;
 
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
 pub use placement::{Placement, Step, write_steps};
 pub use stored::{clear_stored, move_stored, punch, punch_at, read_stored, read_unit, write_stored};
 
 use super::driver::Store;
 use super::error::{Context, Operation};
 use super::{CompressedUnit, Error, ExtentKind, GuestOffset, HostOffset, HostPlace, Mapping, Node, Result};
-use crate::storage::Event;
 use crate::storage::view::Window;
+use crate::storage::{self, Event};
 
 /// Bytes that are moved, or zeros that are encrypted, in one go.
 const ZEROS: u64 = 1 << 20;
@@ -31,6 +33,14 @@ pub struct Scratch {
     encoded: Vec<u8>,
     decoded: Vec<u8>,
     sealed: Vec<u8>,
+}
+
+/// Makes a buffer that long. Lengths are an image's: that there is no memory is an error.
+fn resize(buf: &mut Vec<u8>, len: usize) -> Result<()> {
+    let more = len.saturating_sub(buf.len());
+    buf.try_reserve(more).map_err(|_| Error::from(storage::Error::from(Errno::ENOMEM)))?;
+    buf.resize(len, 0);
+    Ok(())
 }
 
 fn length(n: u64) -> Result<usize> {
@@ -96,7 +106,7 @@ impl Node {
                 placement.zero()?;
                 placement.publish()?;
             } else {
-                let mapping = self.map(GuestOffset(pos), n, usize::MAX)?;
+                let mapping = self.map(GuestOffset(pos), n.min(ZEROS), usize::MAX)?;
                 if !mapping.is_zero() {
                     let zeros = vec![0; usize::try_from(mapping.len).unwrap_or(usize::MAX)];
                     self.write(GuestOffset(pos), &zeros, scratch)?;
@@ -125,7 +135,7 @@ impl Node {
             self.get_bytes(from, start, buf)?;
             return cipher.decrypt(start, from.at, buf);
         }
-        scratch.sealed.resize(len, 0);
+        resize(&mut scratch.sealed, len)?;
         self.get_bytes(from, start, &mut scratch.sealed)?;
         cipher.decrypt(start, from.at, &mut scratch.sealed)?;
         let skip = length(before)?;
@@ -228,13 +238,13 @@ impl Mapping<'_> {
         if there == 0 {
             return Err(self.missing());
         }
-        scratch.encoded.resize(usize::try_from(there).map_err(|_| too_long())?, 0);
+        resize(&mut scratch.encoded, usize::try_from(there).map_err(|_| too_long())?)?;
         self.node.announce(Event::READ_COMPRESSED);
         self.node.get_bytes(unit.place, self.start, &mut scratch.encoded)?;
         if buf.len() == decoded {
             return self.decode(unit, &scratch.encoded, buf);
         }
-        scratch.decoded.resize(decoded, 0);
+        resize(&mut scratch.decoded, decoded)?;
         self.decode(unit, &scratch.encoded, &mut scratch.decoded)?;
         buf.copy_from_slice(&scratch.decoded[skip..end]);
         self.node.last_unit().keep(*unit, Arc::from(scratch.decoded.as_slice()), stored);

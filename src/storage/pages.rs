@@ -8,6 +8,8 @@ use std::ptr::{self, NonNull};
 
 use nix::libc;
 
+use super::Result;
+
 /// See the module. The default has none.
 #[derive(Debug)]
 pub struct Pages {
@@ -19,28 +21,28 @@ pub struct Pages {
 unsafe impl Send for Pages {}
 
 impl Pages {
-    /// `len` bytes, all zeros. As with any other memory, the program ends where there is none.
-    pub fn new(len: usize) -> Self {
+    /// `len` bytes, all zeros.
+    pub fn new(len: usize) -> Result<Self> {
         if len == 0 {
-            return Self::default();
+            return Ok(Self::default());
         }
         let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         // SAFETY: new memory at an address that the kernel chooses.
         let first = unsafe { libc::mmap(ptr::null_mut(), len, access, flags, -1, 0) };
         match NonNull::new(first.cast::<u8>()).filter(|_| first != libc::MAP_FAILED) {
-            Some(first) => Self { first, len },
-            None => std::alloc::handle_alloc_error(std::alloc::Layout::new::<[u8; 4096]>()),
+            Some(first) => Ok(Self { first, len }),
+            None => Err(std::io::Error::last_os_error().into()),
         }
     }
 
     /// The first `len` bytes. If there are fewer it is new memory, and what the old one held is gone.
-    pub fn room(&mut self, len: usize) -> &mut [u8] {
+    pub fn room(&mut self, len: usize) -> Result<&mut [u8]> {
         if self.len < len {
             // Never both at once.
             *self = Self::default();
-            *self = Self::new(len);
+            *self = Self::new(len)?;
         }
-        &mut self[..len]
+        Ok(&mut self[..len])
     }
 }
 
@@ -81,13 +83,15 @@ mod tests {
 
     #[test]
     fn pages_start_at_a_page_and_are_zeros() {
-        let mut pages = Pages::new(10_000);
+        let mut pages = Pages::new(10_000).unwrap();
         assert_eq!((pages.len(), pages.as_ptr() as usize % 4096), (10_000, 0));
         assert!(pages.iter().all(|byte| *byte == 0));
         pages.fill(7);
         assert!(pages.iter().all(|byte| *byte == 7));
-        assert_eq!(pages.room(9_000), [7; 9_000]);
-        assert_eq!(pages.room(11_000), [0; 11_000]);
-        assert!(Pages::default().is_empty() && Pages::new(0).is_empty());
+        assert_eq!(pages.room(9_000).unwrap(), [7; 9_000]);
+        assert_eq!(pages.room(11_000).unwrap(), [0; 11_000]);
+        assert!(Pages::default().is_empty() && Pages::new(0).unwrap().is_empty());
+        assert_eq!(pages.room(usize::MAX / 4).unwrap_err().errno(), Some(nix::errno::Errno::ENOMEM));
+        assert!(pages.is_empty() && pages.room(1).is_ok());
     }
 }

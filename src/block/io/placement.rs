@@ -63,6 +63,9 @@ impl Placement<'_> {
         if before == 0 && after == 0 {
             return self.node.put(place, self.start(), data, scratch);
         }
+        if before.saturating_add(after) > ZEROS && self.node.driver().cipher().is_none() {
+            return self.write_between(place, before, after, data, scratch);
+        }
         let (head, tail) = (length(before)?, length(after)?);
         let mut whole = vec![0; head + data.len() + tail];
         let start = GuestOffset(self.start().get().saturating_sub(before));
@@ -72,6 +75,36 @@ impl Placement<'_> {
         self.node.read(self.end(), &mut whole[head + data.len()..], scratch)?;
         self.node.announce(Event::COW_WRITE);
         self.node.put(back(place, before)?, start, &whole, scratch)
+    }
+
+    /// The same where so much lies around it that it is written apart.
+    fn write_between(
+        &self,
+        place: HostPlace,
+        before: u64,
+        after: u64,
+        data: &[u8],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let start = GuestOffset(self.start().get().saturating_sub(before));
+        self.node.announce(Event::COW_READ);
+        self.fill(back(place, before)?, start, before, scratch)?;
+        self.node.put(place, self.start(), data, scratch)?;
+        self.node.announce(Event::COW_WRITE);
+        self.fill(forth(place, data.len() as u64), self.end(), after, scratch)
+    }
+
+    /// Writes so many bytes that lie beside the range as they read now.
+    fn fill(&self, mut place: HostPlace, mut guest: GuestOffset, bytes: u64, scratch: &mut Scratch) -> Result<()> {
+        let (mut left, mut around) = (bytes, Vec::new());
+        while left > 0 {
+            let len = left.min(ZEROS);
+            around.resize(length(len)?, 0);
+            self.node.read(guest, &mut around, scratch)?;
+            self.node.put(place, guest, &around, scratch)?;
+            (place, guest, left) = (forth(place, len), guest + len, left - len);
+        }
+        Ok(())
     }
 
     /// Writes the encoded bytes of a [`Store::Compressed`] placement.
@@ -102,20 +135,10 @@ impl Placement<'_> {
                 self.write_zeros(place, before.saturating_add(head), after.saturating_add(tail), scratch)
             }
             Action::Write { place, before, after } => {
-                let fill = |place: HostPlace, guest: GuestOffset, bytes: u64, scratch: &mut Scratch| -> Result<()> {
-                    let mut around = vec![0; length(bytes)?];
-                    self.node.read(guest, &mut around, scratch)?;
-                    self.node.put(place, guest, &around, scratch)
-                };
-                if before > 0 {
-                    let start = GuestOffset(self.start().get().saturating_sub(before));
-                    fill(back(place, before)?, start, before, scratch)?;
-                }
+                let start = GuestOffset(self.start().get().saturating_sub(before));
+                self.fill(back(place, before)?, start, before, scratch)?;
                 self.zero_bytes(place, Zeroing::Write)?;
-                if after > 0 {
-                    fill(forth(place, self.placed.len), self.end(), after, scratch)?;
-                }
-                Ok(())
+                self.fill(forth(place, self.placed.len), self.end(), after, scratch)
             }
         }
     }
@@ -206,6 +229,23 @@ impl Step<'_> {
             .at(|| here.doing(Operation::Write, self.placement.start(), to.at))?;
         self.done += length(moved.unwrap_or(0))?;
         Ok(moved.is_some())
+    }
+
+    /// Writes the next bytes of the step, and with the first and the last ones what lies around it in a new unit. Not for
+    /// a layer with a cipher, whose sectors may be larger than that.
+    pub fn write_next(&mut self, bytes: &[u8], scratch: &mut Scratch) -> Result<()> {
+        let done = self.done as u64;
+        self.done += bytes.len();
+        let Some((place, before, after)) = self.placement.target() else { return Ok(()) };
+        let start = self.placement.start();
+        if done == 0 {
+            self.placement.fill(back(place, before)?, GuestOffset(start.get() - before), before, scratch)?;
+        }
+        self.placement.node.put(forth(place, done), start + done, bytes, scratch)?;
+        match self.done == self.len {
+            true => self.placement.fill(forth(place, self.len as u64), self.placement.end(), after, scratch),
+            false => Ok(()),
+        }
     }
 
     fn bytes<'b>(&self, plain: &'b [u8], encoded: &'b [u8]) -> &'b [u8] {

@@ -172,7 +172,7 @@ impl Readers<'_> {
 
     fn hash(&self, chunk: &Chunk<'_>, plain: &mut Plain, scratch: &mut Scratch) -> Result<()> {
         let len = usize::try_from(chunk.len).map_err(|_| Error::invalid("a chunk is too long"))?;
-        let whole = plain.room(len);
+        let whole = plain.room(len)?;
         for segment in &chunk.segments {
             let from = usize::try_from(segment.at - chunk.at).unwrap_or(usize::MAX);
             let to = from.saturating_add(usize::try_from(segment.len).unwrap_or(usize::MAX));

@@ -1,29 +1,39 @@
 //! The workers: read → detect zeros → compress → wait for the turn → place → pass the turn on → write → publish.
 //!
+//! What a worker does with a chunk is here up to its turn; placing and writing are in `store`, and chunks that no worker
+//! holds as a whole in `large`.
+//!
 //! Invariants: the order of placements is the order of the plan, whatever the number of threads, so the target's
-//! bytes are the same; memory is one set of buffers a worker; the first failure stops everybody.
+//! bytes are the same; memory is one set of buffers a worker, each of [`MOST`] bytes or little more; the first failure
+//! stops everybody.
 //!
 //! Lock order: `hashing` alone; `turn` before whatever the target's driver locks; `plan`, `failure` and `rate` are leaves and
 //! never held together.
 
+mod large;
+mod store;
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use nix::errno::Errno;
-
 use super::digest::GuestDigest;
 use super::plain::Plain;
-use super::plan::{Chunk, CopyPlan, PlanShape, Zeros};
+use super::plan::{CHUNK, Chunk, CopyPlan, PlanShape, Zeros};
 use super::rate::Rate;
 use super::source::{self, Content, Joined, Segment};
 use super::target::{self, Piece, PieceKind};
 use super::turn::Turn;
 use super::zero::{self, SECTOR, SparsePolicy};
 use super::{CopyOptions, Observer, TargetFacts};
-use crate::block::error::Operation;
-use crate::block::io::{Scratch, Step, write_steps};
-use crate::block::{Compress, Encoded, Error, ErrorKind, GuestOffset, Node, Result, Store};
+use crate::block::io::{Scratch, Step};
+use crate::block::{Compress, Encoded, Error, ErrorKind, GuestOffset, Node, Result};
 use crate::storage::offload::Offload;
+
+/// Where chunks are cut that need not be whole units.
+const CUT: u64 = 64 << 10;
+
+/// The most bytes of a chunk that a worker holds as a whole, where it need not be held: as much as units of 2 MiB take.
+const MOST: u64 = CHUNK + (4 << 20);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -118,7 +128,6 @@ impl<'a> Engine<'a> {
             (_, false) => Zeros::Make,
         };
         let rate = options.rate.map(Rate::new);
-        let shape = PlanShape { unit, zeros };
         let granule = match zeros {
             // A compressed unit is written as a whole.
             _ if compress.is_some() => unit,
@@ -126,6 +135,10 @@ impl<'a> Engine<'a> {
             _ => writing.fill_unit().max(1),
         };
         let one_by_one = !facts.unnamed && granule < unit && granule > 1;
+        // Where parts of a unit are placed alone, a chunk need not be all of it: its place is known to those that come
+        // after it, as it is published at once or each is finished in its turn. Zeros are made unit by unit.
+        let apart = unit > CUT && CUT.is_multiple_of(granule) && zeros != Zeros::Make && compress.is_none();
+        let shape = PlanShape { unit: if apart { CUT } else { unit }, zeros };
         Ok(Self {
             target,
             options,
@@ -249,6 +262,9 @@ impl<'a> Engine<'a> {
             return self.in_turn(chunk.number, || self.make_zero(at, len));
         }
         self.count(chunk);
+        if self.is_large(chunk) {
+            return self.process_large(worker);
+        }
         let short = |n: u64| usize::try_from(n).map_err(|_| Error::invalid("a chunk is too long"));
         let len = short(chunk.len)?;
         let padded = match self.compress {
@@ -257,19 +273,19 @@ impl<'a> Engine<'a> {
         };
         worker.unread = self.offload() == Some(Offload::ShareOrCopy) && chunk.is_plain();
         if worker.unread {
-            worker.plain.room(0);
+            worker.plain.room(0)?;
             worker.pieces.clear();
             worker.pieces.push(Piece { at: chunk.at, len: chunk.len, kind: PieceKind::Data });
             return self.store(worker, len);
         }
         let read = self.compress.is_some() || self.one_by_one || self.digest.is_some();
-        if read || !worker.plain.see(chunk, self.shape.longest())? {
-            self.fill(worker, len, padded)?;
+        if read || !worker.plain.see(chunk, self.shape.longest().min(MOST))? {
+            self.fill(worker, len, padded, false)?;
         }
         self.hash(&worker.chunk, Some(worker.plain.bytes(len)))?;
         self.decide(worker, len)?;
         if !worker.plain.is_whole() {
-            self.fill(worker, len, padded)?;
+            self.fill(worker, len, padded, false)?;
             self.decide(worker, len)?;
         }
         if self.compress.is_some() {
@@ -282,18 +298,17 @@ impl<'a> Engine<'a> {
     /// `bytes`.
     fn hash(&self, chunk: &Chunk<'_>, bytes: Option<&[u8]>) -> Result<()> {
         let Some(digest) = self.digest else { return Ok(()) };
-        let kept = |segment: &Segment<'_>| matches!(segment.content, Content::Keep);
-        let bytes = bytes.filter(|_| !chunk.segments.iter().any(kept));
+        let bytes = bytes.filter(|_| !chunk.keeps());
         self.hashing.take(chunk.number, true, &self.stop, || match bytes {
             Some(bytes) => digest.bytes(chunk.at, bytes),
-            None => digest.up_to(chunk.at + chunk.len),
+            None => digest.up_to(chunk.end()),
         })
     }
 
-    /// Reads the chunk.
-    fn fill(&self, worker: &mut Worker<'a>, len: usize, padded: usize) -> Result<()> {
+    /// Reads the chunk. What cannot be read is told, unless all of it was read before.
+    fn fill(&self, worker: &mut Worker<'a>, len: usize, padded: usize, again: bool) -> Result<()> {
         let Worker { chunk, plain, scratch, .. } = worker;
-        let whole = plain.room(padded);
+        let whole = plain.room(padded)?;
         whole[len..].fill(0);
         if padded > len && !self.facts.unnamed {
             // An image that is there and is longer keeps what lies behind the sources.
@@ -301,7 +316,7 @@ impl<'a> Engine<'a> {
         }
         for segment in &chunk.segments {
             let from = short_len(segment.at - chunk.at);
-            self.read(segment, &mut whole[from..from + short_len(segment.len)], scratch)?;
+            self.read(segment, &mut whole[from..from + short_len(segment.len)], scratch, again)?;
         }
         Ok(())
     }
@@ -313,7 +328,7 @@ impl<'a> Engine<'a> {
         if self.granule > 1 {
             target::coarsen(chunk.at, chunk.len, self.granule, flags, pieces);
             if !plain.is_seen() {
-                target::fill_kept(chunk, self.target, pieces, plain.room(len), scratch)?;
+                target::fill_kept(chunk, self.target, pieces, plain.room(len)?, scratch)?;
             }
         }
         if let Some(onto) = self.source.new_backing() {
@@ -342,7 +357,12 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn read(&self, segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
+    fn read(&self, segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch, again: bool) -> Result<()> {
+        let warn = |text: &str| {
+            if !again {
+                self.observer.warn(text)
+            }
+        };
         if !self.options.salvage {
             return source::read_told(segment, buf, scratch);
         }
@@ -350,7 +370,7 @@ impl<'a> Engine<'a> {
         if let (crate::block::ErrorKind::Truncated, Content::Stored(_)) = (error.kind, &segment.content) {
             // A compressed unit that is cut off: the plan has seen all else.
             buf.fill(0);
-            self.observer.warn(&format!("{}; it is read as zeros", error.message()));
+            warn(&format!("{}; it is read as zeros", error.message()));
             return Ok(());
         }
         // Sector by sector: whatever cannot be read is zeros.
@@ -358,7 +378,7 @@ impl<'a> Engine<'a> {
         for sector in buf.chunks_mut(SECTOR as usize) {
             if let Err(error) = source::read(&Segment { len: sector.len() as u64, ..rest }, sector, scratch) {
                 sector.fill(0);
-                self.observer.warn(&format!("error while reading offset {}: {}", rest.at, error.cause()));
+                warn(&format!("error while reading offset {}: {}", rest.at, error.cause()));
             }
             if rest.len > sector.len() as u64 {
                 rest = rest.split(sector.len() as u64).1;
@@ -404,117 +424,6 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// Places, writes and publishes what a chunk has come to.
-    fn store(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
-        let Worker { chunk, plain, encoded, units, scratch, pieces, steps, .. } = worker;
-        let plain = plain.bytes(len);
-        let early = self.facts.unnamed;
-        let deferred_zeros = !self.ordered();
-        self.in_turn(chunk.number, || {
-            for piece in pieces.iter() {
-                let from = short_len(piece.at - chunk.at);
-                match piece.kind {
-                    PieceKind::Data if self.one_by_one => {
-                        target::place(self.target, piece, from, false, steps)?;
-                        write_steps(steps, plain, encoded, scratch)?;
-                        steps.drain(..).try_for_each(|step| step.placement.publish())?;
-                    }
-                    PieceKind::Data => target::place(self.target, piece, from, early, steps)?,
-                    PieceKind::Zero if !deferred_zeros => self.make_zero(piece.at, piece.len)?,
-                    _ => {}
-                }
-            }
-            for unit in units.iter() {
-                if unit.encoded {
-                    let store = Store::Compressed { bytes: unit.bytes as u64 };
-                    let mut placement = self.target.place(GuestOffset(unit.at), unit.len, store)?;
-                    if early {
-                        placement.publish_early()?;
-                    }
-                    let step = Step { placement, from: unit.from, len: unit.bytes, encoded: true, done: 0 };
-                    steps.push(step);
-                } else {
-                    let piece = Piece { at: unit.at, len: unit.len, kind: PieceKind::Data };
-                    target::place(self.target, &piece, unit.from, early, steps)?;
-                }
-            }
-            Ok(())
-        })
-        .map_err(|error| self.wrote(error, chunk.at))?;
-        units.clear();
-        if let Some(rate) = &self.rate {
-            rate.wait(steps.iter().map(|step| step.len as u64).sum(), &self.stop);
-        }
-        self.write(worker, len)?;
-        let Worker { chunk, pieces, steps, .. } = worker;
-        if deferred_zeros {
-            for piece in pieces.iter().filter(|piece| piece.kind == PieceKind::Zero) {
-                self.make_zero(piece.at, piece.len)?;
-            }
-        }
-        steps.drain(..).try_for_each(|step| step.placement.publish()).map_err(|error| self.wrote(error, chunk.at))
-    }
-
-    /// What the host may do in place of writing, as long as it can.
-    fn offload(&self) -> Option<Offload> {
-        self.offload.filter(|_| !self.cannot_offload.load(Ordering::Relaxed))
-    }
-
-    /// Has the host do what it can of what has been placed.
-    fn share(&self, worker: &mut Worker<'a>) -> Result<()> {
-        let Some(how) = self.offload() else { return Ok(()) };
-        let Worker { chunk, steps, .. } = worker;
-        for step in steps.iter_mut() {
-            while step.done < step.len {
-                let at = chunk.at + (step.from + step.done) as u64;
-                let next = chunk.segments.partition_point(|segment| segment.end() <= at);
-                let Some(segment) = chunk.segments.get(next) else { break };
-                let Content::Stored(mapping) = &segment.content else { break };
-                let len = (segment.end() - at).min((step.len - step.done) as u64);
-                let before = step.done;
-                if !step.offload(&mapping.after(at - segment.at), len, how)? {
-                    self.cannot_offload.store(true, Ordering::Relaxed);
-                    return Ok(());
-                }
-                if ((step.done - before) as u64) < len {
-                    break;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes what has been placed.
-    fn write(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
-        self.share(worker).map_err(|error| self.wrote(error, worker.chunk.at))?;
-        if worker.unread && worker.steps.iter().any(|step| step.done < step.len) {
-            self.fill(worker, len, len)?;
-        }
-        let Worker { plain, encoded, scratch, steps, .. } = worker;
-        let written = write_steps(steps, plain.bytes(len), encoded, scratch);
-        if !plain.is_seen() || !is_unseen(&written, plain.is_whole()) {
-            return written;
-        }
-        // It is gone, or cannot be read: which of them reading will tell.
-        self.fill(worker, len, len)?;
-        let Worker { plain, encoded, scratch, steps, .. } = worker;
-        write_steps(steps, plain.bytes(len), encoded, scratch)
-    }
-
-    /// Which file, and where: unless that is said already.
-    fn wrote(&self, error: Error, at: u64) -> Error {
-        match error.tells_guest() {
-            true => error,
-            false => error.at(self.target.place_of(Operation::Write, GuestOffset(at))),
-        }
-    }
-
-    fn make_zero(&self, at: u64, len: u64) -> Result<()> {
-        let unmap = self.detect.unwrap_or(true);
-        let done = self.target.write_zeroes(GuestOffset(at), len, unmap, &mut Scratch::default());
-        done.map_err(|error| self.wrote(error, at))
-    }
-
     /// Runs `place` when all chunks before this one have been placed.
     fn in_turn(&self, number: u64, place: impl FnOnce() -> Result<()>) -> Result<()> {
         if !self.ordered() {
@@ -524,27 +433,6 @@ impl<'a> Engine<'a> {
     }
 }
 
-/// Whether what was written from a window may be something else than the file. The kernel says so (`EFAULT`) where it took
-/// the bytes itself; where we took them (a cipher, a part of a unit, an aligned buffer), they are no longer whole. A server
-/// that could not be sent to may have been sent nothing for the same reason.
-fn is_unseen(written: &Result<()>, whole: bool) -> bool {
-    let by_kernel =
-        |error: &Error| error.storage().is_some_and(|host| host.errno().is_none_or(|errno| errno == Errno::EFAULT));
-    !whole || written.as_ref().is_err_and(by_kernel)
-}
-
 fn short_len(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_may_not_have_been_the_file_is_written_again() {
-        let failed = |errno: Errno| Err(Error::from(crate::storage::Error::from(errno)));
-        assert!(!is_unseen(&Ok(()), true) && !is_unseen(&failed(Errno::ENOSPC), true));
-        assert!(is_unseen(&Ok(()), false) && is_unseen(&failed(Errno::EFAULT), true));
-    }
 }

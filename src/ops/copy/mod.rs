@@ -149,7 +149,8 @@ pub fn copy_with(
     engine.run(threads.min(chunks.max(1)))
 }
 
-/// One thread a core, or as many as the storage on either side wants requests in flight: each has one at a time.
+/// One thread a core, or as many as the storage on either side wants requests in flight: each has one at a time. (Where
+/// plain data is written to a file, the second of two cores saves 30 to 40 % of the time for 25 % more CPU time.)
 fn suitable_threads(source: &Joined, target: &Node) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let layers = source

@@ -38,27 +38,27 @@ fn is_worth_it(chunk: &Chunk<'_>) -> bool {
 
 impl Plain {
     /// Room to read `len` bytes into.
-    pub fn room(&mut self, len: usize) -> &mut [u8] {
+    pub fn room(&mut self, len: usize) -> Result<&mut [u8]> {
         self.seen = false;
         if let Some(window) = self.window.as_mut().filter(|_| len > LARGE) {
             window.let_go();
         }
-        self.buffer.room(len)
+        Ok(self.buffer.room(len)?)
     }
 
-    /// The chunk's bytes.
-    pub fn bytes(&mut self, len: usize) -> &[u8] {
-        match &self.window {
-            Some(window) if self.seen => &window.bytes()[..len],
-            _ => self.buffer.room(len),
-        }
+    /// The chunk's bytes; none where it has neither been read nor seen.
+    pub fn bytes(&self, len: usize) -> &[u8] {
+        let all = match &self.window {
+            Some(window) if self.seen => window.bytes(),
+            _ => &self.buffer,
+        };
+        all.get(..len).unwrap_or_default()
     }
 
     /// Tries to see a chunk, of at most `longest` bytes, as it lies in its files. False where it has to be read.
     pub fn see(&mut self, chunk: &Chunk<'_>, longest: u64) -> Result<bool> {
         self.seen = false;
-        let kept = chunk.segments.iter().any(|segment| matches!(segment.content, Content::Keep));
-        if self.blind || kept || !is_worth_it(chunk) {
+        if self.blind || chunk.keeps() || !is_worth_it(chunk) {
             return Ok(false);
         }
         if self.window.is_none() {

@@ -64,7 +64,34 @@ pub struct Chunk<'a> {
     pub segments: Vec<Segment<'a>>,
 }
 
-impl Chunk<'_> {
+impl<'a> Chunk<'a> {
+    /// Where it ends.
+    pub fn end(&self) -> u64 {
+        self.at + self.len
+    }
+
+    /// Makes `part` that part of it.
+    pub fn part(&self, at: u64, len: u64, part: &mut Chunk<'a>) {
+        part.segments.clear();
+        (part.number, part.at, part.len, part.zero) = (self.number, at, len, false);
+        let (first, end) = (self.segments.partition_point(|segment| segment.end() <= at), part.end());
+        for segment in self.segments.iter().skip(first).take_while(|segment| segment.at < end) {
+            let mut inside = *segment;
+            if inside.at < at {
+                inside = inside.split(at - inside.at).1;
+            }
+            if inside.end() > end {
+                inside = inside.split(end - inside.at).0;
+            }
+            part.segments.push(inside);
+        }
+    }
+
+    /// Whether some of it is to be what the target has already.
+    pub fn keeps(&self) -> bool {
+        self.segments.iter().any(|segment| matches!(segment.content, Content::Keep))
+    }
+
     /// Whether all of it is stored as it is.
     pub fn is_plain(&self) -> bool {
         let plain = |segment: &Segment<'_>| match &segment.content {
@@ -203,7 +230,8 @@ impl<'a> CopyPlan<'a> {
         let start = first.at;
         let end = self.source.total();
         // Several runs that are close together share a chunk until it is full.
-        let full = self.shape.up(start.saturating_add(CHUNK)).saturating_add(self.shape.unit).min(end);
+        let more = if self.shape.unit < CHUNK { self.shape.unit } else { 0 };
+        let full = self.shape.up(start.saturating_add(CHUNK)).saturating_add(more).min(end);
         let mut next = Some(first);
         while let Some(segment) = next {
             let aligned = segment.at == self.shape.up(segment.at);

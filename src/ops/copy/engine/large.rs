@@ -1,0 +1,202 @@
+//! Chunks of more bytes than a worker holds: of large units that are written, or given up, as a whole.
+//!
+//! They are gone through in parts, twice: to find out what is to be done with each granule, for which the first data in
+//! it is enough, and, once there is a place for it, to write it.
+
+use super::{Engine, MOST, Piece, PieceKind, Worker, short_len};
+use crate::block::{GuestOffset, Result};
+use crate::ops::copy::engine::store::is_unseen;
+use crate::ops::copy::plan::{CHUNK, Chunk, Zeros};
+use crate::ops::copy::source::Content;
+use crate::ops::copy::target;
+use crate::storage::offload::Offload;
+
+impl<'a> Engine<'a> {
+    /// Whether a chunk is gone through in parts. What is compared with a new backing file, encoded or encrypted is held
+    /// as a whole.
+    pub(super) fn is_large(&self, chunk: &Chunk<'a>) -> bool {
+        let held = self.compress.is_some() || self.source.new_backing().is_some();
+        chunk.len > MOST && !held && self.target.driver().cipher().is_none()
+    }
+
+    /// Moves such a chunk.
+    pub(super) fn process_large(&self, worker: &mut Worker<'a>) -> Result<()> {
+        let whole = std::mem::take(&mut worker.chunk);
+        let done = self.find_out(&whole, worker).and_then(|()| self.store_large(&whole, worker));
+        worker.chunk = whole;
+        done
+    }
+
+    /// Decides what is done with each granule.
+    fn find_out(&self, whole: &Chunk<'a>, worker: &mut Worker<'a>) -> Result<()> {
+        worker.pieces.clear();
+        if self.offload() == Some(Offload::ShareOrCopy) && whole.is_plain() {
+            worker.pieces.push(Piece { at: whole.at, len: whole.len, kind: PieceKind::Data });
+            return Ok(());
+        }
+        let mut pieces = Vec::new();
+        match self.digest {
+            None => self.survey(whole, &mut pieces, worker)?,
+            Some(_) => {
+                self.hashing.take(whole.number, true, &self.stop, || self.survey(whole, &mut pieces, worker))?;
+            }
+        }
+        if self.granule > 1 {
+            target::coarsen(whole.at, whole.len, self.granule, &mut worker.flags, &mut pieces);
+        }
+        pieces.retain(|piece| match piece.kind {
+            PieceKind::Data => true,
+            PieceKind::Zero => self.zeros != Zeros::Skip,
+            PieceKind::Keep => false,
+        });
+        worker.pieces = pieces;
+        Ok(())
+    }
+
+    /// Looks at all parts, or at as many as are needed to know of each granule whether there is any data in it.
+    fn survey(&self, whole: &Chunk<'a>, pieces: &mut Vec<Piece>, worker: &mut Worker<'a>) -> Result<()> {
+        // What is hashed has to be seen, and what cannot be read has to be told.
+        let all = self.digest.is_some() || self.options.salvage || self.granule <= CHUNK;
+        let mut at = whole.at;
+        while at < whole.end() {
+            let rest = (whole.end() - at).min(self.granule.max(CHUNK) - at % self.granule.max(1));
+            whole.part(at, rest.min(CHUNK), &mut worker.chunk);
+            let len = short_len(worker.chunk.len);
+            self.look(worker, len)?;
+            if let Some(digest) = self.digest {
+                match worker.chunk.keeps() {
+                    true => digest.up_to(worker.chunk.end())?,
+                    false => digest.bytes(at, worker.plain.bytes(len))?,
+                }
+            }
+            self.decide_part(worker, len);
+            if !worker.plain.is_whole() {
+                self.fill(worker, len, len, false)?;
+                self.decide_part(worker, len);
+            }
+            for piece in &worker.pieces {
+                match pieces.last_mut() {
+                    Some(last) if last.kind == piece.kind && last.at + last.len == piece.at => last.len += piece.len,
+                    _ => pieces.push(*piece),
+                }
+            }
+            let enough = !all && worker.pieces.iter().any(|piece| piece.kind == PieceKind::Data);
+            at = if enough { at.saturating_add(rest) } else { worker.chunk.end() };
+        }
+        Ok(())
+    }
+
+    fn look(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
+        let read = self.one_by_one || self.digest.is_some();
+        if read || !worker.plain.see(&worker.chunk, MOST)? {
+            self.fill(worker, len, len, false)?;
+        }
+        Ok(())
+    }
+
+    fn decide_part(&self, worker: &mut Worker<'a>, len: usize) {
+        let Worker { chunk, plain, pieces, .. } = worker;
+        target::decide(chunk, plain.bytes(len), self.sparse, self.zeros, pieces);
+        if self.detect.is_some() {
+            target::detect_zeros(chunk.at, plain.bytes(len), pieces);
+        }
+    }
+
+    /// Places, writes and publishes.
+    fn store_large(&self, whole: &Chunk<'a>, worker: &mut Worker<'a>) -> Result<()> {
+        let pieces = std::mem::take(&mut worker.pieces);
+        self.in_turn(whole.number, || {
+            for piece in &pieces {
+                match piece.kind {
+                    PieceKind::Zero => self.make_zero(piece.at, piece.len)?,
+                    _ => {
+                        let from = short_len(piece.at - whole.at);
+                        target::place(self.target, piece, from, self.facts.unnamed, &mut worker.steps)?;
+                    }
+                }
+                if self.one_by_one {
+                    self.write_parts(whole, worker)?;
+                    worker.steps.drain(..).try_for_each(|step| step.placement.publish())?;
+                }
+            }
+            Ok(())
+        })
+        .map_err(|error| self.wrote(error, whole.at))?;
+        worker.pieces = pieces;
+        if let Some(rate) = &self.rate {
+            rate.wait(worker.steps.iter().map(|step| step.len as u64).sum(), &self.stop);
+        }
+        self.write_parts(whole, worker)?;
+        let published = worker.steps.drain(..).try_for_each(|step| step.placement.publish());
+        published.map_err(|error| self.wrote(error, whole.at))
+    }
+
+    /// Writes what has been placed, as many bytes at a time as a part has.
+    fn write_parts(&self, whole: &Chunk<'a>, worker: &mut Worker<'a>) -> Result<()> {
+        let shared = self.share(whole, &mut worker.steps, &mut worker.scratch);
+        shared.map_err(|error| self.wrote(error, whole.at))?;
+        let mut next = 0;
+        while let Some(step) = worker.steps.get(next) {
+            if step.done == step.len {
+                next += 1;
+                continue;
+            }
+            let from = step.from + step.done;
+            let most = from.saturating_add(short_len(CHUNK));
+            let ends = worker.steps[next..].iter().take_while(|step| step.from < most).map(|step| step.from + step.len);
+            let to = ends.last().unwrap_or(from).min(most);
+            whole.part(whole.at + from as u64, (to - from) as u64, &mut worker.chunk);
+            self.load(worker, to - from)?;
+            for n in next..worker.steps.len() {
+                let step = &worker.steps[n];
+                if step.from >= to {
+                    break;
+                }
+                self.write_some(worker, n, from, to)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what of a step lies in a part that has been loaded, from one offset in the whole chunk to another.
+    fn write_some(&self, worker: &mut Worker<'a>, n: usize, from: usize, to: usize) -> Result<()> {
+        for again in [false, true] {
+            let Worker { plain, scratch, steps, .. } = worker;
+            let Some(step) = steps.get_mut(n) else { break };
+            let (start, end) = (step.from + step.done, (step.from + step.len).min(to));
+            if start >= end {
+                break;
+            }
+            let before = step.done;
+            let bytes = plain.bytes(to - from).get(start - from..end - from).unwrap_or_default();
+            let written = step.write_next(bytes, scratch);
+            if again || !plain.is_seen() || !is_unseen(&written, plain.is_whole()) {
+                return written;
+            }
+            step.done = before;
+            self.fill(worker, to - from, to - from, true)?;
+        }
+        Ok(())
+    }
+
+    /// Reads a part that is written, unless it can be seen. What is kept, in a granule with data, is what the target holds.
+    fn load(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
+        if !self.one_by_one && worker.plain.see(&worker.chunk, MOST)? {
+            return Ok(());
+        }
+        self.fill(worker, len, len, true)?;
+        let Worker { chunk, plain, scratch, .. } = worker;
+        let bytes = plain.room(len)?;
+        for kept in chunk.segments.iter().filter(|segment| matches!(segment.content, Content::Keep)) {
+            let from = short_len(kept.at - chunk.at);
+            let Some(part) = bytes.get_mut(from..from.saturating_add(short_len(kept.len))) else { continue };
+            // A new image shows its new units already.
+            match (self.facts.unnamed, self.target.backing()) {
+                (true, Some(below)) => below.read(GuestOffset(kept.at), part, scratch)?,
+                (true, None) => {}
+                (false, _) => self.target.read(GuestOffset(kept.at), part, scratch)?,
+            }
+        }
+        Ok(())
+    }
+}

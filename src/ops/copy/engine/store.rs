@@ -1,0 +1,159 @@
+//! Placing, writing and publishing what a worker's chunk has come to.
+
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+
+use super::{Engine, Piece, PieceKind, Worker, short_len};
+use crate::block::error::Operation;
+use crate::block::io::{Scratch, Step, write_steps};
+use crate::block::{Error, GuestOffset, Result, Store};
+use crate::ops::copy::plan::Chunk;
+use crate::ops::copy::source::Content;
+use crate::ops::copy::target;
+use crate::storage::offload::Offload;
+
+/// Zeros, to be written.
+static NOTHING: [u8; 64 << 10] = [0; 64 << 10];
+
+impl<'a> Engine<'a> {
+    /// Places, writes and publishes what a chunk has come to.
+    pub(super) fn store(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
+        let Worker { chunk, plain, encoded, units, scratch, pieces, steps, .. } = worker;
+        let plain = plain.bytes(len);
+        let early = self.facts.unnamed;
+        let deferred_zeros = !self.ordered();
+        self.in_turn(chunk.number, || {
+            for piece in pieces.iter() {
+                let from = short_len(piece.at - chunk.at);
+                match piece.kind {
+                    PieceKind::Data if self.one_by_one => {
+                        target::place(self.target, piece, from, false, steps)?;
+                        write_steps(steps, plain, encoded, scratch)?;
+                        steps.drain(..).try_for_each(|step| step.placement.publish())?;
+                    }
+                    PieceKind::Data => target::place(self.target, piece, from, early, steps)?,
+                    PieceKind::Zero if !deferred_zeros => self.make_zero(piece.at, piece.len)?,
+                    _ => {}
+                }
+            }
+            for unit in units.iter() {
+                if unit.encoded {
+                    let store = Store::Compressed { bytes: unit.bytes as u64 };
+                    let mut placement = self.target.place(GuestOffset(unit.at), unit.len, store)?;
+                    if early {
+                        placement.publish_early()?;
+                    }
+                    let step = Step { placement, from: unit.from, len: unit.bytes, encoded: true, done: 0 };
+                    steps.push(step);
+                } else {
+                    let piece = Piece { at: unit.at, len: unit.len, kind: PieceKind::Data };
+                    target::place(self.target, &piece, unit.from, early, steps)?;
+                }
+            }
+            Ok(())
+        })
+        .map_err(|error| self.wrote(error, chunk.at))?;
+        units.clear();
+        if let Some(rate) = &self.rate {
+            rate.wait(steps.iter().map(|step| step.len as u64).sum(), &self.stop);
+        }
+        self.write(worker, len)?;
+        let Worker { chunk, pieces, steps, .. } = worker;
+        if deferred_zeros {
+            for piece in pieces.iter().filter(|piece| piece.kind == PieceKind::Zero) {
+                self.make_zero(piece.at, piece.len)?;
+            }
+        }
+        steps.drain(..).try_for_each(|step| step.placement.publish()).map_err(|error| self.wrote(error, chunk.at))
+    }
+
+    /// What the host may do in place of writing, as long as it can.
+    pub(super) fn offload(&self) -> Option<Offload> {
+        self.offload.filter(|_| !self.cannot_offload.load(Ordering::Relaxed))
+    }
+
+    /// Has the host do what it can of what has been placed. Zeros between that are written.
+    pub(super) fn share(&self, chunk: &Chunk<'a>, steps: &mut [Step<'a>], scratch: &mut Scratch) -> Result<()> {
+        let Some(how) = self.offload() else { return Ok(()) };
+        let zeros_too = self.target.driver().cipher().is_none();
+        for step in steps.iter_mut() {
+            while step.done < step.len {
+                let at = chunk.at + (step.from + step.done) as u64;
+                let next = chunk.segments.partition_point(|segment| segment.end() <= at);
+                let Some(segment) = chunk.segments.get(next) else { break };
+                let len = (segment.end() - at).min((step.len - step.done) as u64);
+                let mapping = match &segment.content {
+                    Content::Stored(mapping) => mapping,
+                    Content::Zero if zeros_too && !step.encoded => {
+                        step.write_next(&NOTHING[..short_len(len).min(NOTHING.len())], scratch)?;
+                        continue;
+                    }
+                    _ => break,
+                };
+                let before = step.done;
+                if !step.offload(&mapping.after(at - segment.at), len, how)? {
+                    self.cannot_offload.store(true, Ordering::Relaxed);
+                    return Ok(());
+                }
+                if ((step.done - before) as u64) < len {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what has been placed.
+    fn write(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
+        let Worker { chunk, steps, scratch, .. } = worker;
+        self.share(chunk, steps, scratch).map_err(|error| self.wrote(error, chunk.at))?;
+        if worker.unread && worker.steps.iter().any(|step| step.done < step.len) {
+            self.fill(worker, len, len, false)?;
+        }
+        let Worker { plain, encoded, scratch, steps, .. } = worker;
+        let written = write_steps(steps, plain.bytes(len), encoded, scratch);
+        if !plain.is_seen() || !is_unseen(&written, plain.is_whole()) {
+            return written;
+        }
+        // It is gone, or cannot be read: which of them reading will tell.
+        self.fill(worker, len, len, false)?;
+        let Worker { plain, encoded, scratch, steps, .. } = worker;
+        write_steps(steps, plain.bytes(len), encoded, scratch)
+    }
+
+    /// Which file, and where: unless that is said already.
+    pub(super) fn wrote(&self, error: Error, at: u64) -> Error {
+        match error.tells_guest() {
+            true => error,
+            false => error.at(self.target.place_of(Operation::Write, GuestOffset(at))),
+        }
+    }
+
+    pub(super) fn make_zero(&self, at: u64, len: u64) -> Result<()> {
+        let unmap = self.detect.unwrap_or(true);
+        let done = self.target.write_zeroes(GuestOffset(at), len, unmap, &mut Scratch::default());
+        done.map_err(|error| self.wrote(error, at))
+    }
+}
+
+/// Whether what was written from a window may be something else than the file. The kernel says so (`EFAULT`) where it took
+/// the bytes itself; where we took them (a cipher, a part of a unit, an aligned buffer), they are no longer whole. A server
+/// that could not be sent to may have been sent nothing for the same reason.
+pub(super) fn is_unseen(written: &Result<()>, whole: bool) -> bool {
+    let by_kernel =
+        |error: &Error| error.storage().is_some_and(|host| host.errno().is_none_or(|errno| errno == Errno::EFAULT));
+    !whole || written.as_ref().is_err_and(by_kernel)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_not_have_been_the_file_is_written_again() {
+        let failed = |errno: Errno| Err(Error::from(crate::storage::Error::from(errno)));
+        assert!(!is_unseen(&Ok(()), true) && !is_unseen(&failed(Errno::ENOSPC), true));
+        assert!(is_unseen(&Ok(()), false) && is_unseen(&failed(Errno::EFAULT), true));
+    }
+}
