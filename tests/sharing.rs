@@ -157,7 +157,7 @@ fn what_is_shared_needs_no_room_and_may_be_killed() {
     assert!(out.stderr.contains("No space left on device") && !on.at.join("new").exists(), "{out:?}");
     // What can be shared is, then there is no room for what cannot.
     let line = "yes 'a line' | head -c 60M >text && qemu-img convert -c -f raw -O qcow2 text text.qcow2 && rm text";
-    sh(line).dir(&scratch.file(".")).ok();
+    sh(line).dir(scratch.file(".")).ok();
     fs::rename(scratch.file("text.qcow2"), scratch.file("packed")).expect("rename");
     let packed = scratch.file("packed");
     let both = ["convert", "-m", "1", "-O", "raw", "whole", packed.to_str().expect("a path"), "new"];
