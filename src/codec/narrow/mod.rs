@@ -292,7 +292,7 @@ mod tests {
         // Of two symbols in no order each is worth a bit.
         let mut rng = fastrand::Rng::with_seed(2);
         let two: Vec<u8> = (0..65_536).map(|_| rng.u8(b'a'..=b'b')).collect();
-        assert!(len(6, &two) < 65_536 / 6, "{}", len(6, &two));
+        assert!(len(8, &two) < 65_536 / 6 && len(6, &two) < 65_536 * 2 / 11, "{} {}", len(8, &two), len(6, &two));
     }
 
     #[test]
