@@ -326,6 +326,10 @@ fn confined_commands_work() {
     }
     assert!(scratch.file("b-s002.vmdk").exists() && scratch.file("gen/er/ated/man/vimg.1").exists());
     assert!(scratch.file("sub/real").exists() && scratch.file("link").is_symlink());
+    // What is not written from front to back is kept in a file until it is whole.
+    let pipe = format!("'{}' convert --untrusted -O qcow2 base /dev/stdout | cat > piped.qcow2", vimg_path().display());
+    scratch.sh(&pipe);
+    scratch.assert_same_content("qcow2", "base", "qcow2", "piped.qcow2");
     let pipe = format!("'{}' convert --untrusted -O raw base /dev/stdout | cat > piped", vimg_path().display());
     assert_eq!(sh(&pipe).dir(scratch.path()).ok().stderr, "");
     scratch.assert_same_content("raw", "piped", "raw", "sub/real");

@@ -19,7 +19,7 @@ use crate::block::name;
 use crate::block::protocol::Protocol;
 use crate::drivers::DRIVERS;
 use crate::storage::confine::Confinement;
-use crate::storage::host;
+use crate::storage::{host, pipe, temporary};
 
 /// The options: before the subcommand, or behind it.
 pub fn args() -> [Arg; 4] {
@@ -80,7 +80,11 @@ pub fn confine(command: &Command, makes: &[Makes], matches: &[&ArgMatches]) -> a
                 Takes::File if id == "allow" => typed.allowed.push(value.into()),
                 Takes::File => typed.name(&value),
                 Takes::Object | Takes::CreateOptions => typed.list(&value),
-                Takes::Driver | Takes::NewFormat => typed.driver(&value.to_string_lossy()),
+                Takes::Driver => typed.driver(&value.to_string_lossy()),
+                Takes::NewFormat => {
+                    typed.driver(&value.to_string_lossy());
+                    typed.in_any_order |= value != "raw";
+                }
                 Takes::Plain | Takes::Cache | Takes::Output | Takes::Preallocation => {}
             }
         }
@@ -109,6 +113,10 @@ struct Typed {
     /// Folders in which files are made.
     folders: Vec<PathBuf>,
     network: bool,
+    /// What is made is not written from front to back.
+    in_any_order: bool,
+    /// Something takes what is made from front to back alone.
+    sends: bool,
     /// What protocols read that are named.
     credentials: Vec<PathBuf>,
 }
@@ -140,7 +148,11 @@ impl Typed {
         let path = PathBuf::from(OsStr::from_bytes(bytes.strip_prefix(b"file:").unwrap_or(bytes)));
         // A device or a pipe that is there is written to where it is.
         if std::fs::metadata(&path).is_ok_and(|found| !found.is_file()) {
+            self.sends |= pipe::is_pipe(&path);
             return;
+        }
+        if let Ok(Named::Protocol(protocol, _)) = DRIVERS.of_name(word) {
+            self.sends |= protocol.sending().is_some();
         }
         self.folders.push(folder(&path));
         self.folders.extend(std::fs::canonicalize(&path).ok().map(|path| folder(&path)));
@@ -225,7 +237,10 @@ impl Typed {
     /// Files that are there, as they are named from here and from where files are made; the folders of those that are made;
     /// of other folders the names alone.
     fn confinement(self) -> Confinement {
-        let Self { names, allowed, folders, network, credentials } = self;
+        let Self { names, allowed, mut folders, network, credentials, in_any_order, sends } = self;
+        if sends && in_any_order {
+            folders.push(temporary::large_folder());
+        }
         let beside = folders.iter().flat_map(|folder| names.iter().map(|name| folder.join(name)));
         let files: Vec<PathBuf> = names.iter().cloned().chain(beside).collect();
         let listed = names.iter().map(|name| folder(name)).filter(|folder| folder.is_dir()).collect();

@@ -75,11 +75,15 @@ impl TemporaryName {
     }
 }
 
+/// The host's folder for large temporary files; not that for small ones, which may be memory.
+pub fn large_folder() -> PathBuf {
+    std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty()).map_or("/var/tmp".into(), PathBuf::from)
+}
+
 /// A file of nobody else, empty, in the host's folder for large temporary files: what has come to be in it goes with the
 /// name.
 pub fn large_file() -> io::Result<TemporaryName> {
-    // Not in the folder for small files, which may be memory.
-    let folder = std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty()).map_or("/var/tmp".into(), PathBuf::from);
+    let folder = large_folder();
     let make = |path: &Path| OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map(drop);
     TemporaryName::beside(&folder.join("pipe"), make).map(|((), name)| name)
 }
