@@ -25,7 +25,8 @@ pub struct InOrder {
 }
 
 struct State {
-    sink: Box<dyn Outgoing>,
+    /// Nothing when it was given up.
+    sink: Option<Box<dyn Outgoing>>,
     /// So much was put.
     at: u64,
     given_up: bool,
@@ -40,7 +41,13 @@ impl fmt::Debug for InOrder {
 impl InOrder {
     /// Takes `len` bytes.
     pub fn new(sink: Box<dyn Outgoing>, len: u64) -> Self {
-        Self { len, state: Mutex::new(State { sink, at: 0, given_up: false }), changed: Condvar::new() }
+        Self { len, state: Mutex::new(State { sink: Some(sink), at: 0, given_up: false }), changed: Condvar::new() }
+    }
+
+    /// Nothing more is put, and what takes the bytes is told so: whoever has this open still may go later.
+    pub fn abandon(&self) {
+        self.give_up();
+        drop(self.state().sink.take());
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -59,7 +66,7 @@ impl InOrder {
         if state.at != self.len || state.given_up {
             return Ok(false);
         }
-        state.sink.complete().map(|()| true)
+        state.sink.as_mut().map_or(Ok(false), |sink| sink.complete().map(|()| true))
     }
 
     /// Waits until `at` comes next, and has `put` done.
@@ -78,7 +85,8 @@ impl InOrder {
             // It has gone.
             return Err(Errno::ESPIPE.into());
         }
-        put(&mut *state.sink)?;
+        let sink = state.sink.as_mut().ok_or(Errno::ECANCELED)?;
+        put(&mut **sink)?;
         state.at += len;
         drop(state);
         self.changed.notify_all();

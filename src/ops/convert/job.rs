@@ -176,9 +176,9 @@ impl Job<'_> {
         let options = CopyOptions { sparse: 0, ..self.conversion.copy.clone() };
         let digest = self.digest();
         let source = Joined::new(&self.conversion.sources, None);
-        copy::copy_with(&source, &target, &options, TargetFacts::default(), &ending, digest.as_ref())?;
+        let copied = copy::copy_with(&source, &target, &options, TargetFacts::default(), &ending, digest.as_ref());
         // What was expected is known before anybody can see it.
-        let digest = self.checked(digest)?;
+        let digest = copied.and_then(|()| self.checked(digest)).inspect_err(|_| sink.abandon())?;
         match sink.complete().with_context(|| writing(new))? {
             true => Ok(digest),
             false => Err(Error::new(ErrorKind::Io, format!("{}: not all of it was written", new.name.display()))),
