@@ -151,11 +151,10 @@ fn a_cut_within_the_last_sector_of_an_encrypted_source_is_refused() {
         fs::write(scratch.file("s.raw"), &disk).unwrap();
         scratch.sh(&format!("qemu-img convert --object {} -f raw -O {make} s.raw i", secret[1]));
         let len = fs::metadata(scratch.file("i")).unwrap().len();
-        // At the end of a sector nothing is seen in luks: it has the length of its file.
-        for missing in [1, 100, 511, 512, 700] {
-            if make.starts_with("luks") && missing >= 512 {
-                continue;
-            }
+        // At the end of a sector nothing is seen in luks: it has the length of its file. Nor where all that is left of
+        // the sector happens to be zeros, as one byte often is.
+        let cuts: &[u64] = if make.starts_with("luks") { &[1, 100, 480] } else { &[1, 100, 511, 512, 700] };
+        for &missing in cuts {
             cut(&scratch.file("i"), len - missing);
             let convert = |more: &[&str]| {
                 let args = [&["convert"], more, &secret, &["--image-opts", image, "-O", "raw", "o"]].concat();

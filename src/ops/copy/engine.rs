@@ -16,6 +16,8 @@ mod store;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use nix::errno::Errno;
+
 use super::digest::GuestDigest;
 use super::plain::Plain;
 use super::plan::{CHUNK, Chunk, CopyPlan, PlanShape, Zeros};
@@ -51,7 +53,7 @@ pub struct Engine<'a> {
     digest: Option<&'a GuestDigest>,
     hashing: Turn,
     stop: AtomicBool,
-    failure: Mutex<Option<(u64, Error)>>,
+    failure: Mutex<Option<(Blame, Error)>>,
     rate: Option<Rate>,
     done: AtomicU64,
     source: &'a Joined,
@@ -71,6 +73,15 @@ pub struct Engine<'a> {
     /// left out, and the user has the target written so.
     detect: Option<bool>,
     compress: Option<&'a dyn Compress>,
+}
+
+/// Which of several failures is told: the least.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Blame {
+    /// Somebody had failed, so this one was told to give up.
+    given_up: bool,
+    /// The chunk.
+    number: u64,
 }
 
 /// What one worker has.
@@ -238,9 +249,11 @@ impl<'a> Engine<'a> {
     }
 
     fn fail(&self, number: u64, error: Error) {
+        let blame =
+            Blame { given_up: error.storage().and_then(|error| error.errno()) == Some(Errno::ECANCELED), number };
         let mut failure = lock(&self.failure);
-        if failure.as_ref().is_none_or(|(earlier, _)| number < *earlier) {
-            *failure = Some((number, error));
+        if failure.as_ref().is_none_or(|(earlier, _)| blame < *earlier) {
+            *failure = Some((blame, error));
         }
         drop(failure);
         self.stop.store(true, Ordering::Relaxed);
