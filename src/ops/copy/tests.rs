@@ -230,7 +230,7 @@ fn failures_say_where_and_stop_everybody() {
 
 #[test]
 fn who_was_told_to_give_up_is_not_to_blame() {
-    let bytes = noise(32 << 20, 3);
+    let bytes = vec![7; 32 << 20];
     let bad = Patchy { inner: Memory::new(bytes.clone()), bad_read: Some((5 << 20) + 700), ..Patchy::default() };
     let source = Joined::new(&[node(Arc::new(bad), "source")], None);
     let failed = Arc::new(Failed::default());
