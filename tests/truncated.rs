@@ -246,6 +246,34 @@ fn info_warns_of_a_cut_image_and_prints_what_the_reference_prints() {
     }
 }
 
+/// The map itself is past the end: who asks for it is told of which file. (`info` needs the header alone.)
+#[test]
+fn a_missing_table_is_told_with_its_file() {
+    let scratch = Scratch::new();
+    source(&scratch);
+    scratch.sh("qemu-img convert -f raw -O qcow2 s.raw base && qemu-img create -q -f qcow2 -b base -F qcow2 i");
+    let bytes = fs::read(scratch.file("base")).unwrap();
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let first = word(40);
+    let second = word(first as usize) & 0x00ff_ffff_ffff_fe00;
+    for (end, what) in [(second, "L2 table"), (first, "L1 table")] {
+        cut(&scratch.file("base"), end);
+        let told = format!(
+            "base: error while reading block status at offset 0: the file is truncated: {what} at offset {end} lies past its end at {end}\n"
+        );
+        for image in ["base", "i"] {
+            for (args, before) in
+                [(&["map", "--output=json"][..], "Could not read file metadata: "), (&["measure", "-O", "qcow2"], "")]
+            {
+                let out = vimg(&[args, &[image]].concat()).dir(scratch.path()).run();
+                assert_eq!((out.code, out.stderr), (Some(1), format!("qemu-img: {before}{told}")), "{args:?} {image}");
+            }
+            let out = vimg(&["convert", "-O", "raw", image, "o"]).dir(scratch.path()).run();
+            assert_eq!((out.code, out.stderr), (Some(1), format!("qemu-img: {told}")));
+        }
+    }
+}
+
 #[test]
 fn a_cut_backing_file_is_an_error_too() {
     let scratch = Scratch::new();

@@ -33,7 +33,7 @@ impl<'a> CursorLayer<'a> {
             return Ok(Extent { start: at, len, kind });
         }
         let left = self.size.saturating_sub(at.get());
-        let extent = self.node.driver().extent(at, left)?;
+        let extent = self.node.extent(at, left)?;
         if extent.len == 0 || extent.len > left {
             return Err(Error::corrupt(format!("{}: the map makes no progress at {at}", self.node.name())));
         }

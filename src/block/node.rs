@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use super::driver::Write;
 use super::error::{Operation, Place, PlacePart};
 use super::last_unit::LastUnit;
-use super::{BlockDriver, Child, Error, ExtentKind, FileEnd, GuestOffset, HostPlace, Result, name};
+use super::{BlockDriver, Child, Error, ErrorKind, Extent, ExtentKind, FileEnd, GuestOffset, HostPlace, Result, name};
 use crate::storage::Identity;
 
 /// Where a node came from.
@@ -234,6 +234,14 @@ impl Node {
         Place { operation, file: self.name.clone(), part: PlacePart::Guest(guest), host: None }
     }
 
+    /// What its own layer says from `at` on. What is missing of its map is said with the file.
+    pub(super) fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
+        self.driver().extent(at, max).map_err(|error| match error.kind {
+            ErrorKind::Truncated if !error.tells_guest() => error.at(self.place_of(Operation::Status, at)),
+            _ => error,
+        })
+    }
+
     /// The guest's disk size in bytes.
     pub fn virtual_size(&self) -> u64 {
         self.driver().virtual_size()
@@ -270,7 +278,7 @@ impl Node {
                 // A backing file that is too short answers "zero" itself.
                 return Ok(Mapping { start: at, len, kind: ExtentKind::Zero(None), depth, node });
             }
-            let extent = node.driver().extent(at, len.min(size - at.get()))?;
+            let extent = node.extent(at, len.min(size - at.get()))?;
             if extent.len == 0 || extent.len > len {
                 return Err(Error::corrupt(format!("{}: the map makes no progress at {at}", node.name)));
             }

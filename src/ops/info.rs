@@ -9,7 +9,6 @@ use std::ffi::OsString;
 
 use serde_json::{Map, Value};
 
-use crate::block::error::Operation;
 use crate::block::info::SnapshotInfo;
 use crate::block::node::Mapping;
 use crate::block::{Child, Error, ExtentKind, GuestOffset, ImageRef, Node, Notice, OpenHow, Opener, Purpose, Result};
@@ -161,7 +160,7 @@ fn missing(node: &Node) -> Option<Missing> {
         // What is wrong besides is for those who read the image.
         Err(error) => {
             let cut = stored.get() && error.kind == crate::block::ErrorKind::Truncated;
-            Err(cut.then(|| Missing::Part(error.at(node.place_of(Operation::Status, GuestOffset(at))))))
+            Err(cut.then(|| Missing::Part(error)))
         }
     };
     for _ in 0..LOOKS {
