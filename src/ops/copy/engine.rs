@@ -437,6 +437,13 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
+    /// Waits until so many bytes more may be written.
+    fn wait(&self, bytes: u64) {
+        if let Some(rate) = &self.rate {
+            rate.wait(bytes, &self.stop);
+        }
+    }
+
     /// Runs `place` when all chunks before this one have been placed.
     fn in_turn(&self, number: u64, place: impl FnOnce() -> Result<()>) -> Result<()> {
         if !self.ordered() {

@@ -10,6 +10,7 @@ use super::*;
 use crate::block::format::Alone;
 use crate::block::{Child, Format, NO_SECRETS, OpenRequest, OptionTree, Purpose};
 use crate::formats::raw::Raw;
+use crate::formats::vdi::Vdi;
 use crate::storage::memory::Memory;
 use crate::storage::{Error as StorageError, Event, Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
 
@@ -118,7 +119,11 @@ fn node(storage: Arc<dyn Storage>, name: &str) -> Arc<Node> {
 }
 
 fn layer(storage: Arc<dyn Storage>, backing: Option<Arc<Node>>, name: &str) -> Arc<Node> {
-    let driver = Raw
+    layer_of(&Raw, storage, backing, name)
+}
+
+fn layer_of(format: &dyn Format, storage: Arc<dyn Storage>, backing: Option<Arc<Node>>, name: &str) -> Arc<Node> {
+    let driver = format
         .open(OpenRequest {
             file: Child { role: "file".to_owned(), name: name.to_owned(), driver: "file", storage },
             side_files: Vec::new(),
@@ -256,12 +261,36 @@ fn storage_with_latency_gets_a_thread_for_each_request_it_wants_in_flight() {
     assert_eq!(threads(&over, &cached), cores.max(200), "a backing file counts too");
 }
 
+/// An empty image with blocks of that size.
+fn vdi(size: u64, block: u64) -> Vec<u8> {
+    let mut image = vec![0; 512];
+    let mut put = |at: usize, n: u64| image[at..at + 4].copy_from_slice(&u32::try_from(n).unwrap().to_le_bytes());
+    let blocks = size.div_ceil(block);
+    for (at, n) in [(0x40, 0xbeda_107f), (0x44, 0x1_0001), (0x48, 0x180), (0x4c, 1), (0x154, 512), (0x158, 4096)] {
+        put(at, n);
+    }
+    for (at, n) in [(0x168, 512), (0x170, size), (0x178, block), (0x180, blocks)] {
+        put(at, n);
+    }
+    image.resize(4096, 0xff);
+    image
+}
+
 /// How long it takes is `rate`'s own test.
 #[test]
 fn a_rate_counts_what_is_copied() {
+    const LEN: u64 = 8 << 20;
     let source = Joined::new(&[node(Arc::new(Memory::new(vec![1; 8 << 20])), "source")], None);
-    let target = node(Arc::new(Memory::new(vec![0; 8 << 20])), "target");
     let options = CopyOptions { rate: Some(u64::MAX), ..CopyOptions::default() };
-    copy(&source, &target, &options, TargetFacts::default(), &Silent).unwrap();
-    assert_eq!(rate::COUNTED.load(Ordering::Relaxed), 8 << 20);
+    let mut counted = 0;
+    for facts in [TargetFacts { unnamed: true, reads_zero: true, ..TargetFacts::default() }, TargetFacts::default()] {
+        let raw = node(Arc::new(Memory::new(vec![0; 8 << 20])), "target");
+        // The second kind of blocks is larger than what a worker holds.
+        let blocks = [1 << 20, 8 << 20].map(|block| Arc::new(Memory::new(vdi(LEN, block))));
+        for target in [raw].into_iter().chain(blocks.map(|image| layer_of(&Vdi, image, None, "target"))) {
+            copy(&source, &target, &options, facts, &Silent).unwrap();
+            counted += LEN;
+            assert_eq!(rate::COUNTED.load(Ordering::Relaxed), counted, "{} {facts:?}", target.driver().format());
+        }
+    }
 }

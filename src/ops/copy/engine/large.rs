@@ -4,6 +4,7 @@
 //! it is enough, and, once there is a place for it, to write it.
 
 use super::{Engine, MOST, Piece, PieceKind, Worker, short_len};
+use crate::block::io::Step;
 use crate::block::{GuestOffset, Result};
 use crate::ops::copy::engine::store::is_unseen;
 use crate::ops::copy::plan::{CHUNK, Chunk, Zeros};
@@ -123,9 +124,6 @@ impl<'a> Engine<'a> {
         })
         .map_err(|error| self.wrote(error, whole.at))?;
         worker.pieces = pieces;
-        if let Some(rate) = &self.rate {
-            rate.wait(worker.steps.iter().map(|step| step.len as u64).sum(), &self.stop);
-        }
         self.write_parts(whole, worker)?;
         let published = worker.steps.drain(..).try_for_each(|step| step.placement.publish());
         published.map_err(|error| self.wrote(error, whole.at))
@@ -135,6 +133,7 @@ impl<'a> Engine<'a> {
     fn write_parts(&self, whole: &Chunk<'a>, worker: &mut Worker<'a>) -> Result<()> {
         let shared = self.share(whole, &mut worker.steps, &mut worker.scratch);
         shared.map_err(|error| self.wrote(error, whole.at))?;
+        self.wait(worker.steps.iter().map(|step| step.done as u64).sum());
         let mut next = 0;
         while let Some(step) = worker.steps.get(next) {
             if step.done == step.len {
@@ -147,6 +146,8 @@ impl<'a> Engine<'a> {
             let to = ends.last().unwrap_or(from).min(most);
             whole.part(whole.at + from as u64, (to - from) as u64, &mut worker.chunk);
             self.load(worker, to - from)?;
+            let inside = |step: &Step<'_>| (step.from + step.len).min(to).saturating_sub(step.from + step.done) as u64;
+            self.wait(worker.steps[next..].iter().map(inside).sum());
             for n in next..worker.steps.len() {
                 let step = &worker.steps[n];
                 if step.from >= to {

@@ -23,6 +23,9 @@ impl<'a> Engine<'a> {
         let plain = plain.bytes(len);
         let early = self.facts.unnamed;
         let deferred_zeros = !self.ordered();
+        // Before the turn, in which some of it may be written.
+        let data = pieces.iter().filter(|piece| piece.kind == PieceKind::Data).map(|piece| piece.len);
+        self.wait(data.chain(units.iter().map(|unit| unit.bytes as u64)).sum());
         self.in_turn(chunk.number, || {
             for piece in pieces.iter() {
                 let from = short_len(piece.at - chunk.at);
@@ -55,9 +58,6 @@ impl<'a> Engine<'a> {
         })
         .map_err(|error| self.wrote(error, chunk.at))?;
         units.clear();
-        if let Some(rate) = &self.rate {
-            rate.wait(steps.iter().map(|step| step.len as u64).sum(), &self.stop);
-        }
         self.write(worker, len)?;
         let Worker { chunk, pieces, steps, .. } = worker;
         if deferred_zeros {
