@@ -321,8 +321,14 @@ fn a_cut_overlay_is_not_committed() {
 /// What is placed behind the end of a cut file would make it as long as it was, and nobody could tell any more.
 #[test]
 fn nothing_is_placed_behind_the_end_of_a_cut_qcow2() {
+    ["off", "on"].into_iter().for_each(nothing_is_placed_behind_the_end);
+}
+
+fn nothing_is_placed_behind_the_end(extended_l2: &str) {
     let scratch = Scratch::new();
-    scratch.sh("qemu-img create -q -f qcow2 whole 4M; qemu-io -c 'write -P 9 0 3M' whole");
+    scratch.sh(&format!(
+        "qemu-img create -q -f qcow2 -o extended_l2={extended_l2} whole 4M; qemu-io -c 'write -P 9 0 3M' whole"
+    ));
     let change: [&[&str]; 6] = [
         &["snapshot", "-c", "a", "i"],
         &["bitmap", "--add", "i", "b"],

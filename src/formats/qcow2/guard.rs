@@ -340,9 +340,8 @@ impl<'a> Survey<'a> {
     fn data(&mut self, found: &Found) {
         let start = found.at - self.driver.geometry.in_cluster(found.at);
         let end = self.driver.whole(found.at, found.len);
-        // A cluster that reads as zeros need not be there; of subclusters the entry's other word tells.
-        let may_lack = found.part == MetadataPart::Data
-            && (self.driver.geometry.extended || found.entry.is_some_and(|entry| entry.word & layout::ZERO != 0));
+        // A cluster of which nothing is read need not be there.
+        let may_lack = found.part == MetadataPart::Data && found.entry.is_some_and(|entry| entry.reads_nothing());
         if start >= self.file && !may_lack {
             self.missing.get_or_insert((start, "guest data"));
         }

@@ -85,6 +85,19 @@ pub struct TableEntry {
     pub word_index: u64,
     /// The entry itself.
     pub word: u64,
+    /// The other word of an extended L2 entry, which tells of the subclusters.
+    pub subclusters: Option<u64>,
+}
+
+impl TableEntry {
+    /// Whether it is an L2 entry by which no byte of its cluster is read.
+    pub fn reads_nothing(&self) -> bool {
+        match self.subclusters {
+            // The low half are those that are stored.
+            Some(subclusters) => subclusters & u64::from(u32::MAX) == 0,
+            None => self.word & layout::ZERO != 0,
+        }
+    }
 }
 
 /// A run of bytes of the image file that something refers to.
@@ -243,7 +256,7 @@ impl Qcow2Driver {
                 len,
                 times,
                 active,
-                entry: Some(TableEntry { table: l1, index, word_index: index, word }),
+                entry: Some(TableEntry { table: l1, index, word_index: index, word, subclusters: None }),
             })
         })
     }
@@ -259,7 +272,7 @@ impl Qcow2Driver {
                     MetadataPart::BitmapData,
                     at,
                     cluster,
-                    Some(TableEntry { table, index, word_index: index, word }),
+                    Some(TableEntry { table, index, word_index: index, word, subclusters: None }),
                 )),
             })?;
         }
@@ -271,20 +284,18 @@ impl Qcow2Driver {
         self.each_word(table, |index, word| match word & REFCOUNT_OFFSET_MASK {
             0 => Ok(()),
             at => {
-                let entry = Some(TableEntry { table, index, word_index: index, word });
+                let entry = Some(TableEntry { table, index, word_index: index, word, subclusters: None });
                 visitor.found(&Found { part: MetadataPart::RefcountBlock, at, len, times: 1, active: true, entry })
             }
         })
     }
 
     fn walk_l2(&self, visitor: &mut dyn Visitor, at: u64, sharing: Sharing) -> Result<()> {
-        let (table, cluster, per_entry) = (self.l2(at), self.geometry.cluster_size(), self.geometry.l2_entry() / ENTRY);
+        let (table, cluster) = (self.l2(at), self.geometry.cluster_size());
+        let (words, per_entry) = if self.geometry.extended { (2, 2) } else { (1, 1) };
         let Sharing { times, active } = sharing;
-        self.each_word(table, |index, word| {
-            // The second word of an extended entry refers to nothing.
-            if !index.is_multiple_of(per_entry) {
-                return Ok(());
-            }
+        self.each_entry(table, words, |index, words| {
+            let word = words[0];
             let (part, at, len) = match word {
                 _ if word & COMPRESSED != 0 => {
                     let (at, len) = self.geometry.compressed(word);
@@ -293,13 +304,19 @@ impl Qcow2Driver {
                 _ if word & OFFSET_MASK != 0 => (MetadataPart::Data, word & OFFSET_MASK, cluster),
                 _ => return Ok(()),
             };
-            let entry = Some(TableEntry { table, index: index / per_entry, word_index: index, word });
+            let subclusters = words.get(1).copied();
+            let entry = Some(TableEntry { table, index, word_index: index * per_entry, word, subclusters });
             visitor.found(&Found { part, at, len, times, active, entry })
         })
     }
 
     /// The words of a table that are not zero, piece by piece, without a lock; a hole is passed over.
     pub(super) fn each_word(&self, table: Table, mut look: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
+        self.each_entry(table, 1, |index, words| look(index, words[0]))
+    }
+
+    /// The same, for entries of so many words, of which a piece holds whole ones.
+    fn each_entry(&self, table: Table, words: usize, mut look: impl FnMut(u64, &[u64]) -> Result<()>) -> Result<()> {
         let file = self.file();
         let place = || Place::of_table(Operation::Status, &file.name, table.kind.name(), table.at);
         let extent = file.storage.extent(table.at, table.len.max(1)).at(place)?;
@@ -314,8 +331,9 @@ impl Qcow2Driver {
                 piece.extend(layout::words(bytes));
                 bytes.len() as u64
             })?;
-            for (n, word) in (0..).zip(&piece).filter(|(_, word)| **word != 0) {
-                look(from / ENTRY + n, *word)?;
+            let first = from / ENTRY / words as u64;
+            for (index, entry) in (first..).zip(piece.chunks_exact(words)).filter(|(_, entry)| entry[0] != 0) {
+                look(index, entry)?;
             }
             from += len.max(1);
         }
