@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::run::plain;
 use crate::common::trace::{Ended, killed_at};
-use crate::common::{Scratch, vimg, write_pattern};
+use crate::common::{Scratch, pattern, vimg, write_pattern};
 
 /// What goes on after a kill hangs if it takes longer.
 const WATCHDOG: Duration = Duration::from_secs(5 * 60);
@@ -138,6 +138,36 @@ fn killed_at_each_system_call_leaves_no_mixture_of_two_images() {
         fs::remove_dir_all(&folder).expect("remove");
     }
     assert!(before > 50 && after > 2, "{before} before, {after} after");
+}
+
+/// A raw disk has the length of its file, which grows in one step.
+#[test]
+fn a_growth_killed_at_each_system_call_leaves_the_old_or_the_new_size() {
+    let scratch = Scratch::new();
+    for fill in ["off", "falloc", "full"] {
+        let (mut n, mut before, mut after) = (0, 0, 0);
+        loop {
+            n += 1;
+            let folder = scratch.file(&format!("{fill}-{n}"));
+            fs::create_dir(&folder).expect("a folder");
+            let old = pattern(1, 1 << 20);
+            fs::write(folder.join("disk"), &old).expect("write");
+            let args = ["resize", "-f", "raw", &format!("--preallocation={fill}"), "disk", "4M"];
+            if killed_at(&folder, &args, n) != Ended::Killed {
+                break;
+            }
+            ends(&folder);
+            let got = fs::read(folder.join("disk")).expect("read");
+            assert!(got.starts_with(&old) && got[old.len()..].iter().all(|byte| *byte == 0), "{fill}, call {n}");
+            match got.len() >> 20 {
+                1 => before += 1,
+                4 => after += 1,
+                _ => panic!("{fill}: {} bytes at call {n}", got.len()),
+            }
+            fs::remove_dir_all(&folder).expect("remove");
+        }
+        assert!(before > 20 && after > 0, "{fill}: {before} before, {after} after");
+    }
 }
 
 /// A disk that is written in place is the older one, none, or the newer one, also where the format has its mark at the end.

@@ -159,15 +159,21 @@ pub fn set_len(file: &HostFile, len: u64, fill: Preallocation) -> Result<()> {
 fn reserve(file: &HostFile, old: u64, len: u64) -> Result<()> {
     let reserved = way(allocate(file, RESERVE, old, len - old));
     let done = match reserved {
-        Ok(false) => write_zeros(file, old, len - old),
+        Ok(false) => grow_with_zeros(file, old, len),
         other => other.map(drop),
     };
     done.map_err(|e| e.step("Could not preallocate new data"))
 }
 
 fn fill_with_zeros(file: &HostFile, old: u64, len: u64) -> Result<()> {
-    write_zeros(file, old, len - old).map_err(|e| e.step("Could not write zeros for preallocation"))?;
+    grow_with_zeros(file, old, len).map_err(|e| e.step("Could not write zeros for preallocation"))?;
     file.file().sync_all().map_err(|e| Error::from(e).step("Could not flush file to disk"))
+}
+
+/// The length goes from the old one to the new one in one step: whoever is killed leaves no disk of a size in between.
+fn grow_with_zeros(file: &HostFile, old: u64, len: u64) -> Result<()> {
+    file.file().set_len(len)?;
+    write_zeros(file, old, len - old)
 }
 
 #[cfg(test)]
