@@ -127,8 +127,9 @@ const SIGNALS: [Signal; 5] = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, 
 
 /// A line that is typed and not shown, without its end.
 fn typed(prompt: &str) -> Result<SecretBytes> {
-    let failed =
-        |error: Errno| Error::invalid(format!("Could not read a password from the terminal: {}", error.desc()));
+    let failed = |error: Errno| {
+        Error::invalid(format!("Could not read a password from the terminal: {}", strerror(&error.into())))
+    };
     let line = loop {
         match Hidden::read_line(prompt).map_err(failed)? {
             Ok(line) => break line,

@@ -19,6 +19,7 @@ use crate::block::name;
 use crate::block::protocol::Protocol;
 use crate::drivers::DRIVERS;
 use crate::storage::confine::Confinement;
+use crate::storage::error::strerror;
 use crate::storage::{host, pipe, temporary};
 
 /// The options: before the subcommand, or behind it.
@@ -60,7 +61,7 @@ pub fn apply(program: &mut Program, matches: &ArgMatches) -> anyhow::Result<()> 
     }
     if let Some(size) = matches.get_one::<u64>("max-output") {
         host::limit_file_size(*size)
-            .map_err(|errno| Complaint::value(errno.desc()))
+            .map_err(|errno| Complaint::value(strerror(&errno.into())))
             .context("The length of files cannot be limited")?;
     }
     Ok(())

@@ -5,6 +5,7 @@ use std::io;
 use nix::errno::Errno;
 
 use super::Preallocation;
+use super::words::words;
 
 /// Result of a storage operation.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -138,8 +139,11 @@ impl From<Errno> for Error {
     }
 }
 
-/// The C library's text for an error, without Rust's `(os error N)`.
+/// The text for an error, without Rust's `(os error N)`.
 pub fn strerror(error: &io::Error) -> String {
+    if let Some(words) = error.raw_os_error().and_then(words) {
+        return words.to_owned();
+    }
     let text = error.to_string();
     match text.rfind(" (os error ") {
         Some(end) => text[..end].to_owned(),

@@ -32,6 +32,7 @@ pub mod sparse;
 pub mod staging;
 pub mod temporary;
 pub mod view;
+mod words;
 pub mod writeback;
 
 use std::fmt;
