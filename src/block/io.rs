@@ -1,12 +1,12 @@
 //! The one place where guest bytes move: every read of a mapping, every write of a placement, every zeroing in place.
 //!
-//! Here the cipher of a layer is applied: what passes [`Node::get`] and [`Node::put`] is plain on the caller's side
+//! Here the cipher of a layer is applied: what passes `Node::get` and `Node::put` is plain on the caller's side
 //! and encrypted on the file's. A layer with a cipher is read and written in whole sectors of the cipher; zeros of
 //! the host mean nothing in it, so zeros are encrypted and written, nothing is punched, and the host copies nothing.
 //! Compressed units pass as they are: what their bytes mean is the driver's to decode.
 //!
 //! Invariants: the whole of a buffer is filled or it is an error; what was decoded last is used again only as long as
-//! no unit was stored since it was read. No lock is held. Buffers for `O_DIRECT` are [`storage::direct`](crate::storage::direct)'s.
+//! no unit was stored since it was read. No lock is held. Buffers for `O_DIRECT` are [`crate::storage::direct`]'s.
 
 mod placement;
 mod stored;

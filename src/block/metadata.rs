@@ -21,7 +21,7 @@ impl Child {
         read(&*self.storage, &self.name, what, at, buf)
     }
 
-    /// See [`write`].
+    /// See [`write()`].
     pub fn write_metadata(&self, what: &'static str, at: u64, bytes: &[u8]) -> Result<()> {
         write(&*self.storage, &self.name, what, at, bytes)
     }

@@ -31,7 +31,7 @@ impl SecretBytes {
         &mut self.0
     }
 
-    /// Decrypts what is encrypted with another secret: see [`sealed`](super::sealed).
+    /// Decrypts what is encrypted with another secret: see `sealed`.
     pub fn unsealed(&self, key: &[u8; 32], iv: &[u8; 16]) -> Result<Self> {
         super::sealed::open(key, iv, self)
     }

@@ -1,4 +1,4 @@
-//! Help and version texts, made from the tables: [`SUBCOMMANDS`], clap's description of the options, [`DRIVERS`].
+//! Help and version texts, made from the tables: `SUBCOMMANDS`, clap's description of the options, `DRIVERS`.
 
 use clap::{Arg, ArgAction, Command};
 

@@ -3,7 +3,7 @@
 //! A [`Staging`] makes files that have no name yet; [`Staging::commit`] gives them their names when all of them
 //! are complete. Dropped before that, nothing is left, and an older file of the same name is as it was.
 //!
-//! How a file comes to its name is decided when it is made ([`Way`], in `make`): linked where nothing was; renamed
+//! How a file comes to its name is decided when it is made (`Way`, in `make`): linked where nothing was; renamed
 //! over an older regular file, which stays locked until then and whose owner, mode, flags and attributes are kept; or
 //! written in place, where the file itself must stay: devices, hard links, mount points, files behind loop devices,
 //! folders that we cannot write to. A symbolic link stays one: what it points at is made or replaced. The names are

@@ -1,7 +1,7 @@
 //! Giving out clusters, and taking them back.
 //!
 //! Invariants: clusters are counted as used before anything points to them. Those that nothing points to any more wait
-//! in [`Allocator::freed`] until that is in the file (see `flush.rs`); so whatever stops in between leaves leaks at
+//! in `Allocator::freed` until that is in the file (see `flush.rs`); so whatever stops in between leaves leaks at
 //! worst.
 
 use crate::block::Result;

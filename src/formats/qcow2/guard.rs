@@ -1,7 +1,7 @@
 //! What guards the tables of an image that is not what it says: guest data is never written, and room never given
 //! out or given back, where, whatever refcounts and entries say, the header or a table lies.
 //!
-//! Invariants: from the first change on ([`Qcow2Driver::learn_metadata`]) the places of every active L2 table and
+//! Invariants: from the first change on (`Qcow2Driver::learn_metadata`) the places of every active L2 table and
 //! refcount block are known, and of what else does not move with the header: the snapshots' table and L1 tables, the
 //! bitmaps' tables, the LUKS header. What moves adds its new place before it writes there. The lock is a leaf.
 

@@ -5,7 +5,7 @@
 //! and a footer behind it are written. The footer's copy at the start of a dynamic disk is always whole, so a
 //! stop while blocks are added over the last footer loses nothing.
 //!
-//! One lock, [`dynamic::Dynamic`]'s; it is held for tables, headers and bitmaps, never while guest data moves.
+//! One lock, `dynamic::Dynamic`'s; it is held for tables, headers and bitmaps, never while guest data moves.
 
 mod check;
 mod create;

@@ -1,7 +1,7 @@
 //! `compare`: whether two disks hold the same.
 //!
-//! The plan ([`plan`]) walks both maps in step and leaves out what is equal without a look: zeros on both sides, the
-//! same bytes of the same file. The workers ([`engine`]) read and compare the rest. What is told is what comes first on
+//! The plan (`plan`) walks both maps in step and leaves out what is equal without a look: zeros on both sides, the
+//! same bytes of the same file. The workers (`engine`) read and compare the rest. What is told is what comes first on
 //! the disk, whatever the number of threads.
 
 mod engine;

@@ -2,7 +2,7 @@
 //!
 //! What reads as zeros may take no room, so what the source stores is an upper bound of what the target takes. It is a
 //! lower one only where zeros are written out. Elsewhere some blocks of what is stored are read: by Hoeffding's inequality
-//! the share of blocks that are not zeros is less than the share seen minus [`MARGIN`] with a probability below 10⁻⁹.
+//! the share of blocks that are not zeros is less than the share seen minus `MARGIN` with a probability below 10⁻⁹.
 //! Nothing is read where all of the disk has room.
 //!
 //! A compressed image, one with a backing file, one that is written in place, and file systems that compress or share

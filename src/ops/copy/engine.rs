@@ -4,7 +4,7 @@
 //! holds as a whole in `large`.
 //!
 //! Invariants: the order of placements is the order of the plan, whatever the number of threads, so the target's
-//! bytes are the same; memory is one set of buffers a worker, each of [`MOST`] bytes or little more; the first failure
+//! bytes are the same; memory is one set of buffers a worker, each of `MOST` bytes or little more; the first failure
 //! stops everybody.
 //!
 //! Lock order: `hashing` alone; `turn` before whatever the target's driver locks; `plan`, `failure` and `rate` are leaves and
