@@ -1,5 +1,6 @@
 //! Base64 (RFC 4648, section 4). Secrets are given in it: in groups of four letters, between which there may be
-//! line ends. A last group that is not complete holds nothing.
+//! line ends. A last group that is not complete holds nothing. Padding takes one byte away each, wherever it stands in
+//! the second half of a group: the third letter the second byte, the fourth letter the third.
 
 /// The bytes; nothing where there is anything that is no letter of it.
 pub fn decode(text: &[u8]) -> Option<Vec<u8>> {
@@ -9,14 +10,18 @@ pub fn decode(text: &[u8]) -> Option<Vec<u8>> {
     }
     // It may be a key: no copy of it is left behind.
     let mut out = Vec::with_capacity(text.len() / 4 * 3 + 3);
-    let (mut bits, mut count, mut padding) = (0u32, 0, 0);
+    let (mut bits, mut count, mut kept) = (0u32, 0, [true; 3]);
     for letter in letters() {
         bits = bits << 6 | value(letter).unwrap_or(0);
         count += 1;
-        padding += usize::from(count > 2 && letter == b'=');
+        if count > 2 {
+            kept[count - 2] = letter != b'=';
+        }
         if count == 4 {
-            out.extend(bits.to_be_bytes().into_iter().skip(1).take(3 - padding));
-            (bits, count, padding) = (0, 0, 0);
+            out.extend(
+                bits.to_be_bytes().into_iter().skip(1).zip(kept).filter_map(|(byte, kept)| kept.then_some(byte)),
+            );
+            (bits, count, kept) = (0, 0, [true; 3]);
         }
     }
     Some(out)
@@ -64,6 +69,9 @@ mod tests {
             ("Zm9vYmFy\n", "foobar"),
             ("Zm9vYm\nFy", "foobar"),
             ("Zm9vYg", "foo"),
+            ("YQ=b", "a\u{1b}"),
+            ("Y=Q=", "`\u{4}"),
+            ("YQ==YQ==", "aa"),
         ] {
             assert_eq!(decode(text.as_bytes()).as_deref(), Some(plain.as_bytes()), "{text}");
         }

@@ -20,8 +20,35 @@ pub use modes::SECTOR;
 pub use sectors::{SectorCipher, decrypt_cbc, encrypt_cbc};
 pub use spec::{CipherAlgorithm, CipherMode, CipherSpec, IvGenerator};
 
-/// Key bytes, wiped when they are dropped.
-pub type KeyBytes = zeroize::Zeroizing<Vec<u8>>;
+/// Key bytes, shown nowhere, and wiped when they are dropped.
+#[derive(Clone, PartialEq, Eq)]
+pub struct KeyBytes(zeroize::Zeroizing<Vec<u8>>);
+
+impl From<Vec<u8>> for KeyBytes {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self(bytes.into())
+    }
+}
+
+impl std::ops::Deref for KeyBytes {
+    type Target = Vec<u8>;
+
+    fn deref(&self) -> &Vec<u8> {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for KeyBytes {
+    fn deref_mut(&mut self) -> &mut Vec<u8> {
+        &mut self.0
+    }
+}
+
+impl std::fmt::Debug for KeyBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("KeyBytes")
+    }
+}
 
 /// What cannot be encrypted or decrypted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

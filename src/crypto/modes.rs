@@ -6,6 +6,7 @@
 
 use cipher::array::{Array, ArraySize};
 use cipher::consts::U16;
+use cipher::typenum::Unsigned;
 use cipher::{Block, BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use zeroize::ZeroizeOnDrop;
 
@@ -36,15 +37,24 @@ pub trait SectorMode: Send + Sync {
 /// Sectors that are worked on at once.
 const BATCH: usize = 16;
 
-/// Encrypts blocks of 16 bytes.
+/// Encrypts initialization vectors.
 pub trait Encipher: Send + Sync {
-    /// All of them, each on its own.
-    fn encipher(&self, blocks: &mut [Array<u8, U16>]);
+    /// At most [`BATCH`] of them, each on its own: the first block of each.
+    fn encipher(&self, vectors: &mut [Array<u8, U16>]);
 }
 
-impl<C: BlockCipher<BlockSize = U16>> Encipher for C {
-    fn encipher(&self, blocks: &mut [Array<u8, U16>]) {
-        self.encrypt_blocks(blocks);
+impl<C: BlockCipher> Encipher for C {
+    fn encipher(&self, vectors: &mut [Array<u8, U16>]) {
+        let mut firsts: [Block<C>; BATCH] = std::array::from_fn(|_| Array::default());
+        let len = C::block_size().min(U16::USIZE);
+        let used = vectors.len().min(BATCH);
+        for (first, vector) in firsts.iter_mut().zip(&*vectors) {
+            first[..len].copy_from_slice(&vector[..len]);
+        }
+        self.encrypt_blocks(&mut firsts[..used]);
+        for (first, vector) in firsts.iter().zip(vectors) {
+            vector[..len].copy_from_slice(&first[..len]);
+        }
     }
 }
 
@@ -175,20 +185,15 @@ pub struct CipherFunctions {
     pub cbc: fn(&[u8], Ivs) -> Keyed,
     /// [`CipherMode::Ctr`](super::CipherMode::Ctr).
     pub ctr: fn(&[u8], Ivs) -> Keyed,
-    /// What wants blocks of 16 bytes; none where they are shorter.
-    pub wide: Option<WideFunctions>,
+    /// [`CipherMode::Xts`](super::CipherMode::Xts), with a key for data and one for the tweak; none where blocks are
+    /// shorter than 16 bytes.
+    pub xts: Option<fn(&[u8], &[u8], Ivs) -> Keyed>,
+    /// For initialization vectors.
+    pub encipher: fn(&[u8]) -> Option<Box<dyn Encipher>>,
     /// Encrypts one chain of whole blocks.
     pub cbc_encrypt: Chain,
     /// Decrypts one chain of whole blocks.
     pub cbc_decrypt: Chain,
-}
-
-/// The same for what wants blocks of 16 bytes.
-pub struct WideFunctions {
-    /// [`CipherMode::Xts`](super::CipherMode::Xts), with a key for data and one for the tweak.
-    pub xts: fn(&[u8], &[u8], Ivs) -> Keyed,
-    /// For initialization vectors.
-    pub encipher: fn(&[u8]) -> Option<Box<dyn Encipher>>,
 }
 
 fn keyed<C: BlockCipher>(key: &[u8]) -> Option<C> {
@@ -202,7 +207,8 @@ impl CipherFunctions {
             ecb: |key| Some(Box::new(Ecb::<C> { data: keyed(key)? })),
             cbc: |key, ivs| Some(Box::new(Cbc::<C> { data: keyed(key)?, ivs })),
             ctr: |key, ivs| Some(Box::new(Ctr::<C> { data: keyed(key)?, ivs })),
-            wide: None,
+            xts: None,
+            encipher: |key| Some(Box::new(keyed::<C>(key)?)),
             cbc_encrypt: cbc_encrypt::<C>,
             cbc_decrypt: cbc_decrypt::<C>,
         }
@@ -210,11 +216,10 @@ impl CipherFunctions {
 
     /// Those of a cipher with blocks of 16 bytes.
     pub const fn wide<C: BlockCipher<BlockSize = U16>>() -> Self {
-        let wide = WideFunctions {
-            xts: |data, tweak, ivs| Some(Box::new(Xts::<C> { data: keyed(data)?, tweak: keyed(tweak)?, ivs })),
-            encipher: |key| Some(Box::new(keyed::<C>(key)?)),
-        };
-        Self { wide: Some(wide), ..Self::narrow::<C>() }
+        Self {
+            xts: Some(|data, tweak, ivs| Some(Box::new(Xts::<C> { data: keyed(data)?, tweak: keyed(tweak)?, ivs }))),
+            ..Self::narrow::<C>()
+        }
     }
 }
 

@@ -242,14 +242,13 @@ impl CipherSpec {
     /// The cipher that encrypts initialization vectors: of the same family, with a key as long as what the hash gives.
     pub fn essiv_cipher(&self) -> Result<CipherAlgorithm> {
         let facts = self.cipher.0;
-        let Some(hash) = self.iv.hash().filter(|_| facts.block == 16) else {
-            return Err(CryptoError::Generator { cipher: facts.name, generator: self.iv.name() });
-        };
+        let no_generator = CryptoError::Generator { cipher: facts.name, generator: self.iv.name() };
+        let Some(hash) = self.iv.hash() else { return Err(no_generator) };
         let bytes = hash.digest_bytes();
-        facts
-            .family
-            .and_then(|family| CipherAlgorithm::of_family(family, bytes))
-            .ok_or(CryptoError::EssivKey { family: facts.title, bytes })
+        let cipher = facts.family.and_then(|family| CipherAlgorithm::of_family(family, bytes));
+        // A family of one cipher is told from one that has others, as the reference does.
+        let alone = CIPHERS.iter().filter(|other| other.family == facts.family).count() == 1;
+        cipher.ok_or(if alone { no_generator } else { CryptoError::EssivKey { family: facts.title, bytes } })
     }
 }
 
@@ -270,7 +269,7 @@ mod tests {
 
     #[test]
     fn what_does_not_go_together_is_refused_in_the_references_words() {
-        use HashAlgorithm::{Sha1, Sha256};
+        use HashAlgorithm::{Md5, Sha1, Sha256};
         let check = |cipher, mode, iv| {
             let cipher = CipherAlgorithm::parse(cipher).unwrap();
             CipherSpec { cipher, mode, iv }.check().map_or_else(|error| error.to_string(), |()| String::new())
@@ -279,6 +278,8 @@ mod tests {
         assert_eq!(check("3des", CipherMode::Cbc, IvGenerator::Plain), "Algorithm '3des' not supported");
         assert_eq!(check("sm4", CipherMode::Cbc, IvGenerator::Plain), "Algorithm 'sm4' not supported");
         assert_eq!(check("cast5-128", CipherMode::Xts, IvGenerator::Plain64), "Unsupported cipher mode xts");
+        assert_eq!(check("cast5-128", CipherMode::Cbc, IvGenerator::Essiv(Md5)), "");
+        assert_eq!(check("cast5-128", CipherMode::Xts, IvGenerator::Essiv(Md5)), "Unsupported cipher mode xts");
         assert_eq!(
             check("cast5-128", CipherMode::Xts, IvGenerator::Essiv(Sha256)),
             "Cipher cast5-128 not supported with essiv"

@@ -12,7 +12,9 @@ impl From<LuksError> for Error {
     fn from(error: LuksError) -> Self {
         let kind = match &error {
             LuksError::Header(_) => ErrorKind::Corrupt,
-            LuksError::Version(_) | LuksError::TooManyIterations(_) | LuksError::Crypto(_) => ErrorKind::Unsupported,
+            LuksError::Version(_) | LuksError::TooManyIterations { .. } | LuksError::Crypto(_) => {
+                ErrorKind::Unsupported
+            }
             LuksError::Passphrase | LuksError::TooLong(_) => ErrorKind::Invalid,
             LuksError::Random(_) => ErrorKind::Io,
         };

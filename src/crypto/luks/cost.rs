@@ -15,11 +15,21 @@ const LONG_ENOUGH: Duration = Duration::from_millis(64);
 /// Of the time that is to be spent on a key slot, the digest of the master key has one part in so many.
 const DIGEST_SHARE: u64 = 8;
 
-/// How often a hash may be turned over for one attempt to unlock, all slots together: about a minute of a machine that
-/// does so 8 million times a second, as many do with SHA-256. Eight slots of the two seconds that programs give them by
-/// default are a quarter of that, and a user who asks for ten seconds in each of a few slots still opens them. A header
-/// that asks for more was made to stop whoever opens it.
-pub const MOST_ROUNDS: u64 = 1 << 29;
+/// What one attempt to unlock may cost, all slots together, in rounds with SHA-256: about a minute of a machine that does
+/// 8 million of them in a second, as many do. Eight slots of the two seconds that programs give them by default are a
+/// quarter of that, and a user who asks for ten seconds in each of a few slots still opens them. A header that asks for
+/// more was made to stop whoever opens it.
+const MOST_COST: u64 = 1 << 29;
+
+/// How often a hash may be turned over for one attempt to unlock.
+fn most_rounds(hash: HashAlgorithm) -> u64 {
+    MOST_COST / hash.round_cost()
+}
+
+/// What tells that a header, or a user, asks for more.
+pub fn too_many(hash: HashAlgorithm, iterations: u32) -> LuksError {
+    LuksError::TooManyIterations { iterations, most: most_rounds(hash) }
+}
 
 /// The thread's time on the CPU.
 fn now() -> Duration {
@@ -64,7 +74,7 @@ impl Iterations {
             let iterations = u32::try_from(count).map_err(|_| LuksError::TooLong(count))?;
             let iterations = iterations.max(fewest);
             match hash.rounds(iterations, len) {
-                rounds if rounds > MOST_ROUNDS / 2 => Err(LuksError::TooManyIterations(iterations)),
+                rounds if rounds > most_rounds(hash) / 2 => Err(too_many(hash, iterations)),
                 _ => Ok(iterations),
             }
         };
@@ -81,14 +91,15 @@ pub struct Budget(u64);
 
 impl Default for Budget {
     fn default() -> Self {
-        Self(MOST_ROUNDS)
+        Self(MOST_COST)
     }
 }
 
 impl Budget {
     /// Takes the rounds of a derivation from it; false where they are not left.
     pub fn take(&mut self, hash: HashAlgorithm, iterations: u32, len: usize) -> bool {
-        let left = self.0.checked_sub(hash.rounds(iterations, len));
+        let cost = hash.rounds(iterations, len).saturating_mul(hash.round_cost());
+        let left = self.0.checked_sub(cost);
         self.0 = left.unwrap_or(self.0);
         left.is_some()
     }
@@ -111,7 +122,11 @@ mod tests {
     fn a_budget_is_spent_once() {
         let mut budget = Budget::default();
         assert!(!budget.take(HashAlgorithm::Sha1, u32::MAX, 64));
-        assert!(budget.take(HashAlgorithm::Sha1, (MOST_ROUNDS / 4) as u32, 64));
+        assert!(budget.take(HashAlgorithm::Sha1, (MOST_COST / 4) as u32, 64));
         assert!(!budget.take(HashAlgorithm::Sha1, 1, 1));
+        // A slower hash gets fewer rounds.
+        let mut budget = Budget::default();
+        assert!(!budget.take(HashAlgorithm::Sha512, (MOST_COST / 2) as u32, 64));
+        assert!(budget.take(HashAlgorithm::Sha512, (MOST_COST / 4) as u32, 64));
     }
 }

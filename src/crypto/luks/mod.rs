@@ -45,11 +45,15 @@ pub enum LuksError {
     Passphrase,
     /// No slot can be tried, because of what it would cost.
     #[error(
-        "{0} iterations of the key derivation are refused: to unlock an image may take {most} rounds of the hash, which is \
-         about a minute",
-        most = cost::MOST_ROUNDS
+        "{iterations} iterations of the key derivation are refused: to unlock an image may take {most} rounds of the hash, \
+         which is about a minute"
     )]
-    TooManyIterations(u32),
+    TooManyIterations {
+        /// What a slot asks for.
+        iterations: u32,
+        /// Rounds of its hash that all slots may take together.
+        most: u64,
+    },
     /// More iterations than a header can say.
     #[error("PBKDF iterations {0} larger than 4294967295: Numerical result out of range")]
     TooLong(u128),
@@ -230,11 +234,11 @@ fn check_places(fields: &LuksFields, detached: bool) -> Result<(), String> {
     if fields.iterations.get() == 0 {
         return Err("LUKS key iteration count is zero".to_owned());
     }
-    let material = material_sectors(u64::from(fields.key_bytes.get()));
+    // What lies between two slots is the first one's.
+    let material = material_sectors(u64::from(fields.key_bytes.get())).next_multiple_of(ALIGNMENT / SECTOR);
     // A slot that ends past the last sector whose number fits lies past everything, and holds nothing: the reference
     // takes it, and fails where it is read.
-    let aligned = material.next_multiple_of(ALIGNMENT / SECTOR);
-    let nowhere = |start: u64| aligned < 1 << 32 && start + aligned >= 1 << 32;
+    let nowhere = |start: u64| material < 1 << 32 && start + material >= 1 << 32;
     for (n, slot) in fields.slots.iter().enumerate() {
         let start = u64::from(slot.material.get());
         check_slot(n, slot)?;
@@ -287,7 +291,12 @@ fn spec(name: &str, mode: &str, key: u32) -> Result<CipherSpec, String> {
     let cipher = CipherAlgorithm::of_family(name, key)
         .ok_or_else(|| format!("Algorithm '{name}' with key size {key} bytes not supported"))?;
     let iv = IvGenerator::parse(iv, iv_hash).ok_or_else(|| format!("IV generator '{iv}' not supported"))?;
-    Ok(CipherSpec { cipher, mode, iv })
+    let spec = CipherSpec { cipher, mode, iv };
+    // Whether the mode goes with the cipher is seen where there is a key.
+    if iv.hash().is_some() {
+        spec.essiv_cipher().map_err(|error| error.to_string())?;
+    }
+    Ok(spec)
 }
 
 fn known_hash(name: &str) -> Result<HashAlgorithm, String> {
@@ -359,6 +368,11 @@ mod tests {
             (40, b"zzz\0", "Unexpected cipher mode string format 'zzz'"),
             (40, b"xts-zzz\0zzz", "IV generator 'zzz' not supported"),
             (40, b"xts-essiv\0z", "Missing IV generator hash specification"),
+            (40, b"xts-essiv:sha1\0", "No AES cipher with key size 20 available"),
+            (104, &[0, 0, 0x0f, 0xc7], "Keyslot 7 is overlapping with the encrypted payload"),
+            (SLOTS_AT + 43, &[9], "Keyslots 0 and 1 are overlapping in the header"),
+            (SLOTS_AT + SLOT + 42, &[1, 0xff], "Keyslots 0 and 1 are overlapping in the header"),
+            (SLOTS_AT + SLOT + 42, &[2, 1], "Keyslots 1 and 2 are overlapping in the header"),
             (111, &[3], "Algorithm 'aes' with key size 1 bytes not supported"),
             (107, &[7, 0, 0, 0, 0], "Keyslot 0 is overlapping with the encrypted payload"),
             (SLOTS_AT + 43, &[5], "Keyslot 0 is overlapping with the LUKS header"),

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::cost::{Budget, Iterations};
+use super::cost::{Budget, Iterations, too_many};
 use super::layout::{ACTIVE, DIGEST, INACTIVE, LuksFields, SALT, SlotFields};
 use super::{LuksError, LuksHeader, LuksPlan, SECTOR, STRIPES, material_sectors, split};
 use crate::crypto::{KeyBytes, SectorCipher};
@@ -64,7 +64,7 @@ impl LuksHeader {
             true
         })?;
         match fault {
-            LuksError::TooManyIterations(_) if found.is_empty() => Err(fault.into()),
+            LuksError::TooManyIterations { .. } if found.is_empty() => Err(fault.into()),
             _ => Ok(found),
         }
     }
@@ -86,11 +86,11 @@ impl LuksHeader {
             }
             let iterations = [(slot.iterations.get(), self.key_bytes()), (self.iterations(), DIGEST)];
             if let Some((many, _)) = iterations.into_iter().find(|(n, len)| !budget.take(self.hash, *n, *len)) {
-                fault = LuksError::TooManyIterations(many);
+                fault = too_many(self.hash, many);
                 continue;
             }
             let place = self.material(index);
-            let mut stripes = KeyBytes::new(vec![0; usize::try_from(place.end - place.start).unwrap_or(0)]);
+            let mut stripes = KeyBytes::from(vec![0; usize::try_from(place.end - place.start).unwrap_or(0)]);
             read(place.start, &mut stripes)?;
             let key = self.open_slot(slot, passphrase, &mut stripes)?;
             if self.digest(&key)[..] == self.fields.digest && !found(index, key) {
@@ -177,7 +177,7 @@ impl LuksHeader {
 
 /// Bytes that nobody can guess.
 fn random(len: usize) -> Result<KeyBytes, LuksError> {
-    let mut bytes = KeyBytes::new(vec![0; len]);
+    let mut bytes = KeyBytes::from(vec![0; len]);
     getrandom::fill(&mut bytes).map_err(|error| LuksError::Random(error.to_string()))?;
     Ok(bytes)
 }
@@ -247,6 +247,15 @@ mod tests {
     }
 
     #[test]
+    fn keys_are_not_shown() {
+        let new = plan(CipherAlgorithm::AES_128, CipherMode::Cbc).make(UUID, b"first").unwrap();
+        let shown = format!("{new:?}");
+        assert!(
+            shown.contains("key: KeyBytes") && !shown.contains(&format!("{:?}", &new.key[..4]).replace(['[', ']'], ""))
+        );
+    }
+
+    #[test]
     fn any_slot_opens_and_an_erased_one_does_not() {
         let new = plan(CipherAlgorithm::AES_128, CipherMode::Xts).make(UUID, b"first").unwrap();
         let mut volume = Volume::of(&new);
@@ -266,7 +275,7 @@ mod tests {
         let (key, mut header) = (volume.unlock(b"first").unwrap(), volume.header().unwrap());
         header.fields.slots[0].iterations = u32::MAX.into();
         volume.write(0, header.bytes());
-        assert_eq!(volume.unlock(b"first").unwrap_err(), LuksError::TooManyIterations(u32::MAX));
+        assert_eq!(volume.unlock(b"first").unwrap_err(), too_many(HashAlgorithm::Sha256, u32::MAX));
         let material = header.fill_slot(3, &key, b"other", 1000).unwrap();
         volume.write(header.material(3).start, &material);
         volume.write(0, header.bytes());

@@ -22,7 +22,7 @@ pub fn merge(hash: HashAlgorithm, stripes: &[u8], len: usize) -> KeyBytes {
 }
 
 fn diffused_sum(hash: HashAlgorithm, stripes: &[u8], len: usize) -> KeyBytes {
-    let mut sum = KeyBytes::new(vec![0; len]);
+    let mut sum = KeyBytes::from(vec![0; len]);
     for stripe in stripes.chunks_exact(len.max(1)) {
         sum.iter_mut().zip(stripe).for_each(|(sum, byte)| *sum ^= byte);
         diffuse(hash, &mut sum);
@@ -49,9 +49,9 @@ mod tests {
                 let key: Vec<u8> = (0..len as u8).collect();
                 let mut stripes: Vec<u8> = (0..len * 7).map(|n| (n * n) as u8).collect();
                 split(hash, &key, &mut stripes);
-                assert_eq!(*merge(hash, &stripes, len), key);
+                assert_eq!(**merge(hash, &stripes, len), key);
                 stripes[3] ^= 1;
-                assert_ne!(*merge(hash, &stripes, len), key);
+                assert_ne!(**merge(hash, &stripes, len), key);
             }
         }
     }
