@@ -150,6 +150,133 @@ fn passphrases_come_from_files() {
     assert_eq!((out.code, out.stderr.as_str()), (Some(1), error));
 }
 
+/// A comma that is not doubled makes a word of its own of what follows it.
+#[test]
+fn words_of_a_secret_are_in_no_error() {
+    let scratch = Scratch::new();
+    for object in [
+        "--object=secret,id=s,data=my,geheim",
+        "--object=secret,id=s,data=my,geheim=x",
+        "--object=secret,id=s,data=my, geheim=x",
+        "--object=secret,id=s,data:geheim",
+        "--object=secret,id=s,data=x,format=geheim",
+        "--object=data:geheim",
+        "--object=geheim",
+        r#"--object={"qom-type":"secret","id":"s","data":geheim}"#,
+        r#"--object={"qom-type":"secret","id":"s","data":"geheim}"#,
+        r#"--object={"qom-type":"secret","id":"s","data":"\ugeheim"}"#,
+        r#"--object={'qom-type':'secret','id':'s','data':'my' geheim}"#,
+        r#"--object={"qom-type":"geheim","id":"s"}"#,
+        "--objekt=secret,id=s,data=geheim",
+    ] {
+        let ours = vimg_in(&scratch, &["info", object, "a"]);
+        assert_eq!(ours.code, Some(1), "{ours:?}");
+        assert!(!ours.stderr.contains("geheim") && !ours.stderr.contains("geh"), "{}", ours.stderr);
+        // By the other name it says what the reference says.
+        let [ours, theirs] = [vimg(&["info", object, "a"]), judge(&["info", object, "a"])].map(|run| run.run().stderr);
+        let first = |text: &str| text.lines().next().unwrap_or_default().to_owned();
+        assert_eq!(first(&ours), first(&theirs), "{object}");
+    }
+    let out = vimg_in(&scratch, &["info", "--object", "secret,id=s,data=my,geheim", "a"]);
+    assert_eq!(out.stderr, "vimg: Part 4 of an object has no '=': a comma in a value is written twice\n");
+}
+
+/// Starts a program that is to read a secret from a pipe, and ends it there so that a core file is written, if one may be.
+const AT_THE_SECRET: &str = r#"
+import os, resource, signal, subprocess, sys
+os.mkfifo('secret')
+def cores():
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+program = subprocess.Popen(sys.argv[1:], preexec_fn=cores)
+pipe = os.open('secret', os.O_WRONLY)
+program.send_signal(signal.SIGQUIT)
+status = os.waitpid(program.pid, 0)[1]
+print(os.WIFSIGNALED(status), os.WCOREDUMP(status))
+"#;
+
+#[test]
+fn no_core_file_is_written_from_before_a_secret_is_read() {
+    let program = vimg_path();
+    for secret in [&["--object", "secret,id=s,file=secret"][..], &["--passphrase-file", "secret"]] {
+        let scratch = Scratch::new();
+        let args = [&["-c", AT_THE_SECRET, program.to_str().unwrap(), "convert"], secret, &["a", "b"]].concat();
+        assert_eq!(plain("python3", &args).dir(scratch.path()).ok().stdout, "True False\n");
+    }
+}
+
+#[test]
+fn every_command_takes_passphrases_from_files() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    fs::write(scratch.file("key"), "open sesame\n").unwrap();
+    fs::write(scratch.file("new"), "close sesame\n").unwrap();
+    let make = |format: &str, options: &str, name: &str| {
+        let args =
+            ["convert", "-f", "raw", "-O", format, "-o", options, "--target-passphrase-file", "key", "disk", name];
+        scratch.vimg(&args);
+    };
+    make("qcow2", "encrypt.format=luks,encrypt.iter-time=0", "a");
+    make("luks", "iter-time=0", "b");
+    let measure = |more: &[&str]| scratch.vimg(&[&["measure", "-O", "qcow2"], more].concat()).stdout;
+    let named =
+        ["--object", "secret,id=s,data=open sesame", "--image-opts", "driver=luks,key-secret=s,file.filename=b"];
+    assert_eq!(measure(&["--passphrase-file", "key", "-f", "luks", "b"]), measure(&named));
+    scratch.vimg(&["dd", "--passphrase-file", "key", "--target-passphrase-file", "new", "-O", "luks", "if=a", "of=c"]);
+    scratch.vimg(&["compare", "--passphrase-file", "new", "c", "disk"]);
+
+    // An image in an encrypted one.
+    scratch.judge(&["create", "-q", "-f", "qcow2", "inner", "64M"]);
+    scratch.vimg(&[
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "luks",
+        "-o",
+        "iter-time=0",
+        "--target-passphrase-file",
+        "key",
+        "inner",
+        "d",
+    ]);
+    let inside = "driver=qcow2,file.driver=luks,file.file.filename=d";
+    let said = scratch.vimg(&["map", "--passphrase-file", "key", "--output=json", "--image-opts", inside]).stdout;
+    assert!(said.contains("67108864"), "{said}");
+
+    for (name, prefix) in [("a", "encrypt."), ("b", "")] {
+        let options = format!("{prefix}state=active,{prefix}iter-time=1");
+        let amend = ["amend", "--passphrase-file", "key", "-o", &options, name];
+        let refused = vimg_in(&scratch, &amend).stderr;
+        assert_eq!(refused, "vimg: 'new-secret' is required to activate a keyslot\n", "{name}");
+        scratch.vimg(&[&amend[..], &["--new-passphrase-file", "new"]].concat());
+        scratch.vimg(&["compare", "--passphrase-file", "new", name, "disk"]);
+        let added = format!("{prefix}state=active,{prefix}iter-time=0");
+        let said = on_terminal(&scratch, "open sesame,typed,typed", &["amend", "-o", &added, name]);
+        let prompts = format!("Password for '{name}': \nNew password for '{name}': \nOnce more, for '{name}': \n");
+        assert_eq!(said, format!("{prompts}\n[exit 0, core False, echo True]\n"));
+        fs::write(scratch.file("typed"), "typed").unwrap();
+        scratch.vimg(&["compare", "--passphrase-file", "typed", name, "disk"]);
+        let said = on_terminal(&scratch, "open sesame,typed,other", &["amend", "-o", &added, name]);
+        assert!(said.contains(&format!("The two passwords for '{name}' differ")), "{said}");
+    }
+}
+
+#[test]
+fn nothing_is_shown_of_a_map_before_its_error() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    encrypt(&scratch, ours, "", "a");
+    let image = format!("{KEYED}a");
+    let args = [&["map"], &SECRET[..], &["--image-opts", &image]].concat();
+    let out = vimg_in(&scratch, &args);
+    let error = "vimg: File contains external, encrypted or compressed clusters.\n";
+    assert_eq!((out.code, out.stdout.as_str(), out.stderr.as_str()), (Some(1), "", error));
+    scratch.sh("truncate -s 1M empty");
+    assert_eq!(vimg_in(&scratch, &["map", "-f", "raw", "empty"]).stdout.lines().count(), 1);
+}
+
 /// `qemu-img` takes no other passphrases than text.
 #[test]
 fn a_new_image_gets_no_passphrase_that_is_no_text() {
@@ -255,6 +382,7 @@ fn each_reads_what_the_other_encrypts() {
         ",encrypt.cipher-alg=serpent-256,encrypt.ivgen-alg=plain,encrypt.hash-alg=sha512",
         ",encrypt.cipher-alg=twofish-128,encrypt.cipher-mode=ctr,encrypt.hash-alg=ripemd160",
         ",encrypt.cipher-alg=cast5-128,encrypt.cipher-mode=ecb,encrypt.hash-alg=sha1",
+        ",encrypt.cipher-alg=cast5-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=md5",
     ] {
         encrypt(&scratch, ours, more, "ours");
         assert_decrypts(&scratch, theirs, "ours");

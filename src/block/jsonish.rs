@@ -204,7 +204,15 @@ impl Parser<'_> {
 
     fn text(&mut self, quote: char) -> Result<String, JsonFault> {
         let whole = self.rest;
-        let mut out = String::new();
+        // It may be a secret, and what grows leaves copies behind: it does not.
+        let mut escaped = false;
+        let within = |c: &char| {
+            let ends = *c == quote && !escaped;
+            escaped = *c == '\\' && !escaped;
+            !ends
+        };
+        let length: usize = whole.chars().skip(1).take_while(within).map(char::len_utf8).sum();
+        let mut out = String::with_capacity(length);
         let mut chars = whole.char_indices().skip(1).peekable();
         while let Some((at, c)) = chars.next() {
             match c {

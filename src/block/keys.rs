@@ -59,26 +59,28 @@ pub fn items(text: &str, dialect: Dialect) -> Vec<Item> {
 
 /// A value up to a comma that stands alone, and what follows that comma.
 fn value(text: &str) -> (String, &str) {
-    let mut out = String::new();
-    let mut rest = text;
-    loop {
-        match rest.split_once(',') {
-            None => {
-                out.push_str(rest);
-                return (out, "");
-            }
-            Some((before, after)) => {
-                out.push_str(before);
-                match after.strip_prefix(',') {
-                    Some(after) => {
-                        out.push(',');
-                        rest = after;
-                    }
-                    None => return (out, after),
-                }
-            }
+    let mut end = 0;
+    while let Some(comma) = text[end..].find(',') {
+        end += comma;
+        if !text[end + 1..].starts_with(',') {
+            return (single(&text[..end]), &text[end + 1..]);
         }
+        end += 2;
     }
+    (single(text), "")
+}
+
+/// The text with a comma for two. It may be a secret, and what grows leaves copies behind: it does not.
+fn single(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once(",,") {
+        out.push_str(before);
+        out.push(',');
+        rest = after;
+    }
+    out.push_str(rest);
+    out
 }
 
 /// A word alone as a switch: `key` is `key=on`, `nokey` is `key=off`.

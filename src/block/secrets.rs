@@ -37,6 +37,12 @@ impl SecretBytes {
     }
 }
 
+impl From<Zeroizing<Vec<u8>>> for SecretBytes {
+    fn from(bytes: Zeroizing<Vec<u8>>) -> Self {
+        Self(bytes)
+    }
+}
+
 impl From<Vec<u8>> for SecretBytes {
     fn from(bytes: Vec<u8>) -> Self {
         Self(bytes.into())
@@ -58,6 +64,8 @@ pub enum KeyUse {
     Write,
     /// It is made.
     New,
+    /// It opens with this one too from now on.
+    Added,
 }
 
 impl From<Purpose> for KeyUse {
@@ -194,11 +202,17 @@ impl Secrets {
         if let Some(id) = id {
             return Ok(self.passphrase(id)?.as_bytes().to_vec().into());
         }
-        let asked = self.unnamed.as_ref().map(|unnamed| unnamed.ask(image, key_use)).transpose()?;
-        let key = asked.flatten().ok_or_else(|| Error::invalid(format!("Parameter '{option}' is required for cipher")));
-        let key = key?;
-        // An image that is there may have any; of a new one, other programs must be able to say it.
-        if key_use == KeyUse::New && as_text(key.get()).is_none() {
+        let required = || Error::invalid(format!("Parameter '{option}' is required for cipher"));
+        self.asked(image, key_use)?.ok_or_else(required)
+    }
+
+    /// The passphrase of an image for which no option names a secret, if there is a file, or somebody, to ask.
+    pub fn asked(&self, image: &str, key_use: KeyUse) -> Result<Option<SecretBytes>> {
+        let Some(unnamed) = &self.unnamed else { return Ok(None) };
+        let key = unnamed.ask(image, key_use)?;
+        // An image that is there may have any; a new one must be one that other programs can say.
+        let new = matches!(key_use, KeyUse::New | KeyUse::Added);
+        if new && key.as_ref().is_some_and(|key| as_text(key.get()).is_none()) {
             return Err(Error::invalid(format!(
                 "The passphrase for '{image}' is not valid UTF-8 without NUL: qemu-img could not open the image with it"
             )));

@@ -6,6 +6,7 @@ use super::common::Common;
 use super::exit::Exit;
 use super::interrupt::Interrupt;
 use super::options::Pairs;
+use super::passphrase::NewPassphraseArgs;
 use super::progress::{Progress, ProgressArgs};
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, options};
@@ -36,6 +37,8 @@ pub struct AmendArgs {
     /// what is changed, key=value,... ('-o help' lists them)
     #[arg(short, long, value_name = "OPTIONS", value_parser = options::lists())]
     options: Vec<OsString>,
+    #[command(flatten)]
+    new_passphrase: NewPassphraseArgs,
     /// image to change
     #[arg(value_name = "FILENAME")]
     operands: Vec<OsString>,
@@ -49,7 +52,9 @@ impl Subcommand for AmendArgs {
     const EXAMPLE: &'static str = "vimg amend -o lazy_refcounts=on disk.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
-        let Some(secrets) = self.common.define(program)? else { return Ok(Exit::Success) };
+        let Some(secrets) = self.common.define_with_new(&self.new_passphrase, program)? else {
+            return Ok(Exit::Success);
+        };
         let given = options::joined(&self.options).ok_or_else(|| Complaint::usage("Must specify options (-o)"))?;
         let wanted = self.progress.ends_line(self.common.quiet);
         let mut progress = None;
@@ -111,10 +116,10 @@ impl AmendArgs {
     }
 }
 
-/// Whether a new image could be made with these options.
+/// Whether these options are all right, but for what a new image alone can have.
 fn is_for_new(given: &Pairs, format: &dyn Format) -> bool {
     let Some(create) = format.creating() else { return false };
-    options::apply(given, &mut CreateOptions::new(&[create.options()])).is_ok()
+    options::apply(given, &mut CreateOptions::new(&[format.amend_options(), create.options()])).is_ok()
 }
 
 fn help(program: &Program, format: &dyn Format) -> Result<()> {

@@ -85,6 +85,7 @@ pub const KNOWN: &[Known] = &[
     row("force_share", Group::Image, Takes::Plain),
     row("object", Group::Image, Takes::Object),
     row("passphrase_file", Group::Image, Takes::File),
+    row("new_passphrase_file", Group::Image, Takes::File),
     row("a_format", Group::Image, Takes::Driver),
     row("b_format", Group::Image, Takes::Driver),
     row("source_file", Group::Image, Takes::File),

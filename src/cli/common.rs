@@ -1,6 +1,6 @@
 //! The options that begin those subcommands which change an image and say so.
 
-use super::passphrase::PassphraseArgs;
+use super::passphrase::{NewPassphraseArgs, PassphraseArgs};
 use super::{Program, object};
 use crate::block::Secrets;
 
@@ -22,5 +22,11 @@ impl Common {
     pub fn define(&self, program: &Program) -> anyhow::Result<Option<Secrets>> {
         let secrets = object::define(program, &self.object)?;
         secrets.map(|secrets| self.passphrase.given_to(secrets)).transpose()
+    }
+
+    /// The same where a key slot may get a passphrase.
+    pub fn define_with_new(&self, new: &NewPassphraseArgs, program: &Program) -> anyhow::Result<Option<Secrets>> {
+        let secrets = object::define(program, &self.object)?;
+        secrets.map(|secrets| self.passphrase.and_new(new, secrets)).transpose()
     }
 }

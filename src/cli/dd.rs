@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::arguments::Makes;
 use super::exit::Exit;
-use super::passphrase::PassphraseArgs;
+use super::passphrase::{PassphraseArgs, TargetPassphraseArgs};
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, object, size};
 use crate::block::{Error, ImageRef, OpenHow, Opener, OptionValue};
@@ -38,6 +38,8 @@ pub struct DdArgs {
     object: Vec<object::Object>,
     #[command(flatten)]
     passphrase: PassphraseArgs,
+    #[command(flatten)]
+    target_passphrase: TargetPassphraseArgs,
     /// if=FILENAME: the input; of=FILENAME: the output, which is made anew; bs=SIZE: length of a block, 512 if not
     /// given; count=N: blocks to read, skipped ones and all; skip=N: blocks to skip at the start of the input
     #[arg(value_name = "[bs=SIZE] [count=N] [skip=N] if=INPUT of=OUTPUT")]
@@ -98,7 +100,7 @@ impl Subcommand for DdArgs {
         let source =
             ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
         source.check()?;
-        let secrets = self.passphrase.given_to(secrets)?;
+        let secrets = self.passphrase.and_target(&self.target_passphrase, secrets)?;
         let (image, how) = source.image(program, input)?;
         let opener = program.opener(&secrets).allowing(output.as_ref());
         let opener = if self.image_opts { opener } else { opener.allowing(input.as_ref()) };

@@ -110,11 +110,12 @@ fn long(
     rest: &mut Rest<'_>,
     options: &mut Vec<OsString>,
 ) -> Result<(), String> {
-    let shown = String::from_utf8_lossy(word);
     let (name, value) = match word.iter().position(|b| *b == b'=') {
         Some(at) => (&word[..at], Some(OsStr::from_bytes(&word[at + 1..]))),
         None => (word, None),
     };
+    // The reference shows the value too, which may be a secret.
+    let shown = String::from_utf8_lossy(if own { name } else { word });
     let exact = long_names(command).find(|(known, _)| known.as_bytes() == name);
     let (known, arg) = match exact {
         Some(found) => found,

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::exit::{self, Exit};
 use super::output::OutputForm;
+use super::passphrase::PassphraseArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, human, json, object, report};
 use crate::block::OpenHow;
@@ -36,6 +37,8 @@ pub struct InfoArgs {
     /// a QEMU object, such as a secret with a passphrase
     #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
     object: Vec<object::Object>,
+    #[command(flatten)]
+    passphrase: PassphraseArgs,
     /// image to show
     #[arg(value_name = "FILENAME")]
     operands: Vec<OsString>,
@@ -52,6 +55,7 @@ impl Subcommand for InfoArgs {
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
+        let secrets = self.passphrase.given_to(secrets)?;
         if self.operands.is_empty() || (self.operands.len() > 1 && !program.is_vimg()) {
             return Err(Complaint::usage("Expecting one image file name").into());
         }

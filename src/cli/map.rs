@@ -84,7 +84,12 @@ impl Subcommand for MapArgs {
 
 /// The parts that hold data, and where that is.
 fn table(program: &Program, entries: MapEntries<'_>) -> anyhow::Result<()> {
-    program.println(&format!("{:<16}{:<16}{:<16}{}", "Offset", "Length", "Mapped to", "File"));
+    let head = || program.println(&format!("{:<16}{:<16}{:<16}{}", "Offset", "Length", "Mapped to", "File"));
+    // There is no table to begin where the first part is none for it; the reference begins one.
+    let mut begun = !program.is_vimg();
+    if begun {
+        head();
+    }
     for entry in entries {
         let MapEntry { start, len, zero, data, offset, file, .. } = entry?;
         if !data || zero {
@@ -93,7 +98,13 @@ fn table(program: &Program, entries: MapEntries<'_>) -> anyhow::Result<()> {
         let (Some(offset), Some(file)) = (offset, file) else {
             return Err(block::Error::unsupported("File contains external, encrypted or compressed clusters.").into());
         };
+        if !std::mem::replace(&mut begun, true) {
+            head();
+        }
         program.println(&format!("{:<16}{:<16}{:<16}{file}", hex(start), hex(len), hex(offset)));
+    }
+    if !begun {
+        head();
     }
     Ok(())
 }

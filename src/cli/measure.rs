@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use super::convert::{SnapshotArg, snapshot};
 use super::exit::Exit;
 use super::output::OutputForm;
+use super::passphrase::PassphraseArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, json, object, options, size};
 use crate::block::measure::Measured;
@@ -47,6 +48,8 @@ pub struct MeasureArgs {
     /// a QEMU object, such as a secret with a passphrase
     #[arg(long, value_name = "OBJDEF", value_parser = object::parse)]
     object: Vec<object::Object>,
+    #[command(flatten)]
+    passphrase: PassphraseArgs,
     /// image whose content the new one shall hold
     #[arg(value_name = "FILENAME")]
     operands: Vec<OsString>,
@@ -68,6 +71,7 @@ impl Subcommand for MeasureArgs {
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
+        let secrets = self.passphrase.given_to(secrets)?;
         let warnings = self.snapshot.iter().flat_map(|snapshot| &snapshot.warnings);
         warnings.for_each(|(warning, hint)| program.deprecated(warning, hint));
         let wrong = |text: &str| Err(Complaint::value(text).into());

@@ -72,9 +72,11 @@ pub struct SealedSecret {
 
 /// Reads the value of `--object`.
 pub fn parse(text: &str) -> Result<Object, Complaint> {
+    // It may hold a secret, or name a file with one.
+    keep_from_core_files();
     let given = if text.starts_with('{') { json(text)? } else { list(text)? };
     let kind = given.iter().find(|(key, _)| key == "qom-type").map(|(_, value)| value.text("qom-type")).transpose()?;
-    let row = kind.as_deref().and_then(|kind| TYPES.iter().find(|row| row.name == kind));
+    let row = kind.and_then(|kind| TYPES.iter().find(|row| row.name == kind));
     if given.iter().any(|(_, value)| *value == PropertyValue::Help) {
         return Ok(Object::Help(row.map(|row| row.name)));
     }
@@ -85,14 +87,14 @@ pub fn parse(text: &str) -> Result<Object, Complaint> {
     };
     let row = match row {
         Some(row) if row.standing != Standing::Listed => row,
-        None if ELSEWHERE.contains(&kind.as_str()) => {
+        None if ELSEWHERE.contains(&kind) => {
             id()?;
             return Err(Complaint::value(format!("invalid object type: {kind}")));
         }
-        _ => return Err(does_not_accept("qom-type", &kind)),
+        _ => return Err(does_not_accept("qom-type", kind, "what '--object help' lists")),
     };
-    let id = id()?;
-    check_properties(&given, row.properties)?;
+    let id = id()?.to_owned();
+    check_properties(&given, row)?;
     let letters = id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
     if !(letters && id.starts_with(|c: char| c.is_ascii_alphabetic())) {
         return Err(Complaint::Value("Parameter 'id' expects an identifier".to_owned(), ID_RULE));
@@ -126,12 +128,12 @@ fn secret(id: String, given: &Members) -> Result<Secret, Complaint> {
         (Some(serial), ..) => SecretBytes::from(kernel_key(serial.integer("serial")?)?),
         (None, None, None) => return Err(Complaint::value("Either 'file' or 'data' must be provided")),
         (None, Some(_), Some(_)) => return Err(Complaint::value("'file' and 'data' are mutually exclusive")),
-        (None, Some(data), None) => SecretBytes::from(data.into_bytes()),
-        (None, None, Some(file)) => SecretBytes::from(read("Unable to read", file.as_ref())?),
+        (None, Some(data), None) => SecretBytes::from(data.as_bytes().to_vec()),
+        (None, None, Some(file)) => read("Unable to read", file.as_ref())?,
     };
-    let base64 = text("format")?.as_deref() == Some("base64");
+    let base64 = text("format")? == Some("base64");
     let sealed = match text("keyid")? {
-        Some(keyid) => Some(SealedSecret { keyid, iv: text("iv")?, base64 }),
+        Some(keyid) => Some(SealedSecret { keyid: keyid.to_owned(), iv: text("iv")?.map(str::to_owned), base64 }),
         None => None,
     };
     // What is encrypted is not looked at before its key.
@@ -172,7 +174,6 @@ pub fn define(program: &Program, objects: &[Object]) -> anyhow::Result<Option<Se
         }
         match object {
             Object::Secret(secret) => {
-                keep_from_core_files();
                 let data = match &secret.sealed {
                     Some(sealed) => unseal(&secrets, secret, sealed)?,
                     None => secret.data.clone(),
@@ -256,19 +257,27 @@ mod tests {
         for (text, answer) in [
             ("", "Parameter 'qom-type' is missing"),
             ("id=x", "Parameter 'qom-type' is missing"),
-            ("foo", "Parameter 'qom-type' does not accept value 'foo'"),
+            ("foo", "Parameter 'qom-type' does not accept what it was given: it takes what '--object help' lists"),
             ("secret", "Parameter 'id' is missing"),
             ("secret,bogus=x", "Parameter 'id' is missing"),
             ("secret,id=s", "Either 'file' or 'data' must be provided"),
             ("secret,id=s,data=x,file=y", "'file' and 'data' are mutually exclusive"),
             ("secret,id=s,bogus=x", "Parameter 'bogus' is unexpected"),
+            (
+                "secret,id=s,data=my,bogus=x",
+                "Part 4 of an object is no property of a secret: a comma in a value is written twice",
+            ),
+            ("authz-simple,id=a,identity=b,bogus=x", "Parameter 'bogus' is unexpected"),
             ("secret,id=s,data.x=1", "Parameters 'data.*' are unexpected"),
-            ("secret,id=s,data", "Expected '=' after parameter 'data'"),
-            ("help,x", "Expected '=' after parameter 'x'"),
-            ("secret,,id=s", "Invalid parameter ''"),
-            ("secret,id=s,=x", "Invalid parameter ''"),
+            ("secret,id=s,data", "Part 3 of an object has no '=': a comma in a value is written twice"),
+            ("help,x", "Part 2 of an object has no '=': a comma in a value is written twice"),
+            ("secret,,id=s", "Part 2 of an object has no '=': a comma in a value is written twice"),
+            ("secret,id=s,=x", "Part 3 of an object does not begin with the name of a property"),
             ("secret,id=1,data=a", "Parameter 'id' expects an identifier"),
-            ("secret,id=s,data=x,format=foo", "Parameter 'format' does not accept value 'foo'"),
+            (
+                "secret,id=s,data=x,format=foo",
+                "Parameter 'format' does not accept what it was given: it takes raw, base64",
+            ),
             (
                 "secret,id=s,file=/no/file",
                 "Unable to read /no/file: Failed to open file “/no/file”: No such file or directory",
@@ -280,6 +289,20 @@ mod tests {
         ] {
             assert_eq!(bad(text), answer, "{text}");
         }
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        for text in [
+            "secret,id=s,data=geheim",
+            "secret,id=s,data=my,geheim",
+            "secret,id=s,data=my,geheim=x",
+            r#"{"qom-type":"secret","id":"s","data":"geheim"}"#,
+            r#"{"qom-type":"secret","id":"s","data":geheim}"#,
+        ] {
+            assert!(!format!("{:?}", parse(text)).contains("geheim"), "{text}");
+        }
+        assert!(!format!("{:?}", list("secret,id=s,data=geheim")).contains("geheim"));
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::block::{Error, KeyUse, Result, SecretBytes, Secrets};
 use crate::storage::error::strerror;
 
 /// The most bytes of a passphrase. (A terminal gives 4095 in a line.)
-const MOST: u64 = 1 << 20;
+const MOST: usize = 1 << 20;
 
 /// The option that is vimg's own way to the passphrase of the image, or of those that are read.
 #[derive(Debug, clap::Args)]
@@ -43,61 +43,105 @@ pub struct TargetPassphraseArgs {
     target_passphrase_file: Option<PathBuf>,
 }
 
+/// The same for what opens an image from now on, too.
+#[derive(Debug, clap::Args)]
+pub struct NewPassphraseArgs {
+    /// the passphrase that a key slot gets is what FILE holds, in the same way
+    #[arg(long, value_name = "FILE", help_heading = help::OWN)]
+    new_passphrase_file: Option<PathBuf>,
+}
+
 impl PassphraseArgs {
+    fn read(&self) -> anyhow::Result<Option<SecretBytes>> {
+        self.passphrase_file.as_deref().map(from_file).transpose()
+    }
+
     /// Where images that name no secret get their passphrases.
     pub fn given_to(&self, secrets: Secrets) -> anyhow::Result<Secrets> {
-        let image = self.passphrase_file.as_deref().map(from_file).transpose()?;
-        let passphrases = Passphrases { read: image.clone(), written: image, known: Mutex::default() };
-        Ok(secrets.or_ask(Arc::new(passphrases)))
+        let image = self.read()?;
+        Ok(Passphrases { read: image.clone(), written: image, ..Passphrases::default() }.given_to(secrets))
     }
 
     /// The same where there is a target.
     pub fn and_target(&self, target: &TargetPassphraseArgs, secrets: Secrets) -> anyhow::Result<Secrets> {
-        let read = self.passphrase_file.as_deref().map(from_file).transpose()?;
+        let read = self.read()?;
         let written = target.target_passphrase_file.as_deref().map(from_file).transpose()?;
-        Ok(secrets.or_ask(Arc::new(Passphrases { read, written, known: Mutex::default() })))
+        Ok(Passphrases { read, written, ..Passphrases::default() }.given_to(secrets))
+    }
+
+    /// The same where a key slot gets another one.
+    pub fn and_new(&self, new: &NewPassphraseArgs, secrets: Secrets) -> anyhow::Result<Secrets> {
+        let image = self.read()?;
+        let added = new.new_passphrase_file.as_deref().map(from_file).transpose()?;
+        Ok(Passphrases { read: image.clone(), written: image, added, ..Passphrases::default() }.given_to(secrets))
     }
 }
 
 /// The passphrase that a file holds.
 fn from_file(path: &Path) -> anyhow::Result<SecretBytes> {
     object::keep_from_core_files();
-    // All of it is there from the start: what grows leaves copies behind.
-    let mut bytes = Zeroizing::new(vec![0; MOST as usize + 1]);
-    let mut length = 0;
     let failed = || format!("Could not read the passphrase file '{}'", path.display());
     let told = |error: io::Error| Complaint::value(strerror(&error));
-    let mut file = File::open(path).map_err(told).with_context(failed)?;
-    while let Some(rest) = bytes.get_mut(length..).filter(|rest| !rest.is_empty()) {
-        match file.read(rest) {
-            Ok(0) => break,
-            Ok(n) => length += n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(told(error)).with_context(failed),
-        }
-    }
-    if length as u64 > MOST {
+    let bytes = whole_file(path, MOST + 1).map_err(told).with_context(failed)?;
+    if bytes.len() > MOST {
         return Err(Complaint::value(format!("it holds more than {MOST} bytes"))).with_context(failed);
     }
-    let held = bytes.get(..length).unwrap_or_default();
+    let held = &bytes[..];
     let held = held.strip_suffix(b"\n").map_or(held, |line| line.strip_suffix(b"\r").unwrap_or(line));
     Ok(held.to_vec().into())
 }
 
+/// What a file holds, but for what lies behind so many bytes. What grows leaves copies behind: each is wiped.
+pub(super) fn whole_file(path: &Path, most: usize) -> io::Result<Zeroizing<Vec<u8>>> {
+    let mut file = File::open(path)?;
+    let mut bytes = Zeroizing::new(vec![0; most.min(4096)]);
+    let mut length = 0;
+    loop {
+        if length == bytes.len() {
+            if length == most {
+                break;
+            }
+            let mut longer = Zeroizing::new(vec![0; length.saturating_mul(2).min(most)]);
+            longer[..length].copy_from_slice(&bytes);
+            bytes = longer;
+        }
+        match file.read(&mut bytes[length..]) {
+            Ok(0) => break,
+            Ok(n) => length += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    bytes.truncate(length);
+    Ok(bytes)
+}
+
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Passphrases {
     /// Of images that are read.
     read: Option<SecretBytes>,
     /// Of images that are written to, or made.
     written: Option<SecretBytes>,
+    /// Of key slots that are filled.
+    added: Option<SecretBytes>,
     /// What was typed, by the names of the images.
     known: Mutex<BTreeMap<String, SecretBytes>>,
 }
 
+impl Passphrases {
+    fn given_to(self, secrets: Secrets) -> Secrets {
+        secrets.or_ask(Arc::new(self))
+    }
+}
+
 impl AskPassphrase for Passphrases {
     fn ask(&self, image: &str, key_use: KeyUse) -> Result<Option<SecretBytes>> {
-        let file = if key_use == KeyUse::Read { &self.read } else { &self.written };
+        let file = match key_use {
+            KeyUse::Read => &self.read,
+            KeyUse::Write | KeyUse::New => &self.written,
+            KeyUse::Added => &self.added,
+        };
         if let Some(passphrase) = file {
             return Ok(Some(passphrase.clone()));
         }
@@ -105,20 +149,25 @@ impl AskPassphrase for Passphrases {
             return Ok(None);
         }
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(passphrase) = known.get(image) {
+        let added = key_use == KeyUse::Added;
+        if let Some(passphrase) = known.get(image).filter(|_| !added) {
             return Ok(Some(passphrase.clone()));
         }
         object::keep_from_core_files();
-        let typed = typed(&format!("Password for '{image}': "))?;
-        if key_use == KeyUse::New && self::typed(&format!("Once more, for '{image}': "))? != typed {
+        let what = if added { "New password" } else { "Password" };
+        let typed = typed(&format!("{what} for '{image}': "))?;
+        let twice = added || key_use == KeyUse::New;
+        if twice && self::typed(&format!("Once more, for '{image}': "))? != typed {
             return Err(Error::invalid(format!("The two passwords for '{image}' differ")));
         }
-        known.insert(image.to_owned(), typed.clone());
+        if !added {
+            known.insert(image.to_owned(), typed.clone());
+        }
         Ok(Some(typed))
     }
 
     fn can_ask(&self) -> bool {
-        self.read.is_some() || self.written.is_some() || io::stdin().is_terminal()
+        [&self.read, &self.written, &self.added].into_iter().any(Option::is_some) || io::stdin().is_terminal()
     }
 }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use serde_json::{Value, json};
 
 use super::Program;
+use crate::block::SecretBytes;
 use crate::block::error::PlacePart;
 use crate::storage::holder::Holder;
 use crate::{block, storage};
@@ -18,6 +19,13 @@ pub enum Complaint {
     Usage(String, Option<String>),
     /// A bad value: its text, and lines that follow it.
     Value(String, &'static [&'static str]),
+    /// A bad value that may be a part of a secret.
+    Withheld {
+        /// What is said of it.
+        text: String,
+        /// What the reference says, which repeats it.
+        reference: SecretBytes,
+    },
     /// A bad key in the description of a snapshot.
     Snapshot {
         /// What came up before, and the line below it.
@@ -39,12 +47,19 @@ impl Complaint {
     pub fn value(text: impl Into<String>) -> Self {
         Self::Value(text.into(), &[])
     }
+
+    /// A bad value that may be a part of a secret: what is said of it, and what the reference says.
+    pub fn withheld(text: impl Into<String>, reference: String) -> Self {
+        Self::Withheld { text: text.into(), reference: reference.into_bytes().into() }
+    }
 }
 
 impl fmt::Display for Complaint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Getopt(text, _) | Self::Usage(text, _) | Self::Value(text, _) => f.write_str(text),
+            Self::Getopt(text, _) | Self::Usage(text, _) | Self::Value(text, _) | Self::Withheld { text, .. } => {
+                f.write_str(text)
+            }
             Self::Snapshot { text, .. } => write!(f, "Failed in parsing snapshot param '{text}'"),
         }
     }
@@ -104,12 +119,15 @@ pub fn words(program: &Program, error: &anyhow::Error) {
             program.error(&text);
             lines.iter().for_each(|line| program.line(line));
         }
+        Some(Complaint::Withheld { reference, .. }) if !program.is_vimg() => {
+            program.error(&String::from_utf8_lossy(reference.get()));
+        }
         Some(Complaint::Snapshot { warnings, key, .. }) => {
             warnings.iter().for_each(|(warning, hint)| program.deprecated(warning, hint));
             program.error(&format!("Invalid parameter '{key}'"));
             program.error(&text);
         }
-        None => program.error(&text),
+        Some(Complaint::Withheld { .. }) | None => program.error(&text),
     }
     if let Some(error) = ours {
         error.all_hints().iter().for_each(|hint| program.line(hint));

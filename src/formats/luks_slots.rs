@@ -7,13 +7,16 @@
 //!
 //! Source: LUKS On-Disk Format Specification 1.2.3, sections 4.3 to 4.5.
 
+use crate::block::driver::AmendRequest;
 use crate::block::error::Context;
-use crate::block::{CreateOptions, Error, FileEnd, OptionKind, OptionSpec, OptionValue, Result, SecretBytes, Secrets};
+use crate::block::{CreateOptions, Error, FileEnd, KeyUse, OptionKind, OptionSpec, OptionValue, Result, SecretBytes};
 use crate::crypto::luks::{HEADER, LuksHeader, LuksPlan, SLOTS};
 use crate::storage::Storage;
 
 /// The options, by their names behind a prefix.
 const NAMES: [&str; 5] = ["state", "keyslot", "old-secret", "new-secret", "iter-time"];
+
+const NEW_REQUIRED: &str = "'new-secret' is required to activate a keyslot";
 
 const NEW_SECRET: &str = "New secret to set in the matching keyslots. Empty string to erase";
 const OLD_SECRET: &str = "Select all keyslots that match this password";
@@ -73,14 +76,10 @@ pub fn given(options: &CreateOptions, prefix: &str) -> bool {
 }
 
 impl SlotChange {
-    /// What the options ask for, whose names begin with `prefix`. The texts of the refusals are the reference's.
-    pub fn decide(
-        options: &CreateOptions,
-        prefix: &str,
-        secrets: &Secrets,
-        force: bool,
-        place: &HeaderPlace<'_>,
-    ) -> Result<Self> {
+    /// What is asked for by options whose names begin with `prefix`. A passphrase that they do not name is asked for, for
+    /// the image of that name. The texts of the refusals are the reference's.
+    pub fn decide(request: &AmendRequest<'_>, prefix: &str, image: &str, place: &HeaderPlace<'_>) -> Result<Self> {
+        let AmendRequest { options, secrets, force, .. } = *request;
         let invalid = |text: &str| Err(Error::invalid(text));
         let text = |name: &str| options.text(&format!("{prefix}{name}"));
         let number = |name: &str| match options.given(&format!("{prefix}{name}")) {
@@ -92,9 +91,10 @@ impl SlotChange {
         match text("state") {
             None => invalid("Parameter 'state' is missing"),
             Some("active") => {
-                let Some(new) = text("new-secret") else {
-                    return invalid("'new-secret' is required to activate a keyslot");
-                };
+                let new = text("new-secret");
+                if new.is_none() && !secrets.can_ask() {
+                    return invalid(NEW_REQUIRED);
+                }
                 if text("old-secret").is_some() {
                     return invalid("'old-secret' must not be given when activating keyslots");
                 }
@@ -109,7 +109,13 @@ impl SlotChange {
                         None => return invalid("Can't add a keyslot - all keyslots are in use"),
                     },
                 };
-                let passphrase = secrets.passphrase(new)?.as_bytes().to_vec().into();
+                let passphrase = match new {
+                    Some(new) => secrets.passphrase(new)?.as_bytes().to_vec().into(),
+                    None => {
+                        let asked = secrets.asked(image, KeyUse::Added)?;
+                        asked.ok_or_else(|| Error::invalid(NEW_REQUIRED))?
+                    }
+                };
                 let iterations = header.slot_iterations(number("iter-time").unwrap_or(LuksPlan::TIME))?;
                 Ok(Self::Fill { slot, active: slots[slot].active, passphrase, iterations })
             }

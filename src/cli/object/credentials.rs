@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 
 use super::members::Members;
 use super::properties::last_of;
-use crate::block::{TlsCredentials, TlsKind};
-use crate::cli::Complaint;
+use crate::block::{SecretBytes, TlsCredentials, TlsKind};
+use crate::cli::{Complaint, passphrase};
 use crate::storage::error::strerror;
 
 /// The bytes of a file, or why there are none: `doing` and the file's name come first.
-pub(super) fn read(doing: &str, file: &Path) -> Result<Vec<u8>, Complaint> {
-    std::fs::read(file).map_err(|error| {
+pub(super) fn read(doing: &str, file: &Path) -> Result<SecretBytes, Complaint> {
+    passphrase::whole_file(file, usize::MAX).map(SecretBytes::from).map_err(|error| {
         let step = match error.raw_os_error() {
             Some(code) if code == nix::errno::Errno::EISDIR as i32 => "Error reading file",
             _ => "Failed to open file",
@@ -33,8 +33,8 @@ impl Credentials {
     fn of(given: &Members) -> Result<Self, Complaint> {
         let values = last_of(given);
         let text = |name: &str| values.get(name).map(|value| value.text(name)).transpose();
-        let server = text("endpoint")?.as_deref() == Some("server");
-        Ok(Self { dir: text("dir")?.unwrap_or_default(), server })
+        let server = text("endpoint")? == Some("server");
+        Ok(Self { dir: text("dir")?.unwrap_or_default().to_owned(), server })
     }
 
     /// The file of that name, or nothing, where it is not there and need not be.
@@ -63,7 +63,8 @@ pub(super) fn tls(kind: TlsKind, given: &Members) -> Result<TlsCredentials, Comp
 /// `tls-creds-psk`: a file of `name:key` lines, with the key in hexadecimal digits.
 pub(super) fn check_shared_keys(given: &Members) -> Result<(), Complaint> {
     let credentials = Credentials::of(given)?;
-    let user = last_of(given).get("username").map(|user| user.text("username")).transpose()?;
+    let values = last_of(given);
+    let user = values.get("username").map(|user| user.text("username")).transpose()?;
     let file = credentials.file("keys.psk", true)?.unwrap_or_default();
     if credentials.server {
         return match user {
@@ -71,9 +72,10 @@ pub(super) fn check_shared_keys(given: &Members) -> Result<(), Complaint> {
             None => Ok(()),
         };
     }
-    let user = user.unwrap_or_else(|| "qemu".to_owned());
+    let user = user.unwrap_or("qemu");
     let text = read("Cannot read PSK file", &file)?;
-    let key = text.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(user.as_bytes())?.strip_prefix(b":"));
+    let key =
+        text.get().split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(user.as_bytes())?.strip_prefix(b":"));
     let Some(key) = key.filter(|_| !user.is_empty()) else {
         return Err(Complaint::value(format!("Username {user} not found in PSK file {}", file.display())));
     };
@@ -96,19 +98,20 @@ pub(super) fn check_certificates(given: &Members) -> Result<Option<String>, Comp
     let authority = credentials.file("ca-cert.pem", true)?.unwrap_or_default();
     let certificate = credentials.file(&format!("{side}-cert.pem"), credentials.server)?;
     let key = credentials.file(&format!("{side}-key.pem"), credentials.server)?;
-    let needs = last_of(given).get("passwordid").map(|id| id.text("passwordid")).transpose()?;
-    let needs = needs.filter(|_| certificate.is_some() && key.is_some());
+    let values = last_of(given);
+    let needs = values.get("passwordid").map(|id| id.text("passwordid")).transpose()?;
+    let needs = needs.filter(|_| certificate.is_some() && key.is_some()).map(str::to_owned);
     if !sane {
         return Ok(needs);
     }
     if let Some(certificate) = certificate {
         let doing = format!("Cannot load {side} certificate");
-        if !has_certificate(&read(&doing, &certificate)?) {
+        if !has_certificate(read(&doing, &certificate)?.get()) {
             let (file, why) = (certificate.display(), "Base64 unexpected header error.");
             return Err(Complaint::value(format!("Unable to import {side} certificate {file}: {why}")));
         }
     }
-    match has_certificate(&read("Cannot load CA cert list", &authority)?) {
+    match has_certificate(read("Cannot load CA cert list", &authority)?.get()) {
         true => Ok(needs),
         false => Err(Complaint::value(format!("Unable to import CA certificate list {}", authority.display()))),
     }
@@ -122,12 +125,13 @@ fn has_certificate(text: &[u8]) -> bool {
 
 /// `pr-manager-helper`: a socket that its program listens on.
 pub(super) fn check_helper(given: &Members) -> Result<(), Complaint> {
-    let path = last_of(given).get("path").map(|path| path.text("path")).transpose()?.unwrap_or_default();
+    let values = last_of(given);
+    let path = values.get("path").map(|path| path.text("path")).transpose()?.unwrap_or_default();
     if path.len() >= LONGEST_SOCKET {
         let text = format!("UNIX socket path '{path}' is too long");
         return Err(Complaint::Value(text, &["Path must be less than 108 bytes"]));
     }
-    if let Err(error) = std::os::unix::net::UnixStream::connect(&path) {
+    if let Err(error) = std::os::unix::net::UnixStream::connect(path) {
         return Err(Complaint::value(format!("Failed to connect to '{path}': {}", strerror(&error))));
     }
     // There is nothing here that it could do anything for.

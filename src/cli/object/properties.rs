@@ -13,7 +13,8 @@ pub(super) fn last_of(given: &Members) -> BTreeMap<&str, &PropertyValue> {
 }
 
 /// Whether every property is there that must be, is one, and has a value that it can have.
-pub(super) fn check_properties(given: &Members, properties: &[Property]) -> Result<(), Complaint> {
+pub(super) fn check_properties(given: &Members, row: &ObjectType) -> Result<(), Complaint> {
+    let properties = row.properties;
     let mut left = last_of(given);
     left.remove("qom-type");
     left.remove("id");
@@ -53,16 +54,27 @@ pub(super) fn check_properties(given: &Members, properties: &[Property]) -> Resu
         }
     }
     // In the order in which they were given.
-    match given.iter().find(|(key, _)| left.contains_key(key.as_str())) {
-        Some((key, _)) => Err(match key.split_once('.') {
-            Some((head, _)) if properties.iter().any(|property| property.name == head) => {
-                Complaint::value(format!("Parameters '{head}.*' are unexpected"))
-            }
-            Some((head, _)) => unexpected(head),
-            None => unexpected(key),
-        }),
-        None => Ok(()),
+    let Some((n, (key, value))) = given.iter().enumerate().find(|(_, (key, _))| left.contains_key(key.as_str())) else {
+        return Ok(());
+    };
+    let head = key.split_once('.').map_or(key.as_str(), |(head, _)| head);
+    if head != key && properties.iter().any(|property| property.name == head) {
+        return Err(Complaint::value(format!("Parameters '{head}.*' are unexpected")));
     }
+    // What stands in a list behind a comma may belong to the secret before it.
+    Err(match value {
+        PropertyValue::Text(_) if row.is_secret() && given[..n].iter().any(|(key, _)| key == "data") => {
+            Complaint::withheld(
+                format!(
+                    "Part {} of an object is no property of a {}: a comma in a value is written twice",
+                    n + 1,
+                    row.name
+                ),
+                format!("Parameter '{head}' is unexpected"),
+            )
+        }
+        _ => unexpected(head),
+    })
 }
 
 /// The elements of a list, by what stands behind its name; each with what stands behind its number.

@@ -49,6 +49,13 @@ pub(super) struct ObjectType {
     pub properties: &'static [Property],
 }
 
+impl ObjectType {
+    /// Whether what it is given is kept from everybody.
+    pub fn is_secret(&self) -> bool {
+        matches!(self.name, "secret" | "secret_keyring")
+    }
+}
+
 const fn object_type(name: &'static str, standing: Standing, properties: &'static [Property]) -> ObjectType {
     ObjectType { name, standing, properties }
 }

@@ -14,7 +14,7 @@ impl Amend for LuksDriver {
         let end = storage.len().with_context(|| format!("Could not get size of '{}'", holder.name))?;
         let len = if self.files.len() > 1 { end } else { self.header.payload() };
         let place = HeaderPlace { storage, at: 0, len };
-        let change = SlotChange::decide(request.options, "", request.secrets, request.force, &place)?;
+        let change = SlotChange::decide(request, "", &self.files[0].name, &place)?;
         let key =
             self.key.as_ref().filter(|_| self.write).ok_or_else(|| Error::unsupported("Block node is read-only"))?;
         change.apply(&place, key.get())?;

@@ -23,7 +23,7 @@ const OPTIONS: &[OptionSpec] = &[
 ];
 
 /// The option for a header alone.
-const DETACHED: &str = "detached-header";
+pub(super) const DETACHED: &str = "detached-header";
 
 impl Create for Luks {
     fn options(&self) -> &'static [OptionSpec] {

@@ -264,7 +264,7 @@ impl Amend for Qcow2Driver {
         let crypto = self.header().crypto.map(|(at, len)| HeaderPlace { storage: &*self.file().storage, at, len });
         let keys = match crypto.filter(|_| luks_slots::given(request.options, ENCRYPT)) {
             Some(place) => {
-                let change = SlotChange::decide(request.options, ENCRYPT, request.secrets, request.force, &place)?;
+                let change = SlotChange::decide(request, ENCRYPT, &self.file().name, &place)?;
                 let key = self.key.as_ref().ok_or_else(|| Error::unsupported("Block node is read-only"))?;
                 Some((change, place, key))
             }

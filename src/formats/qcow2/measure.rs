@@ -9,7 +9,7 @@ use super::geometry::Geometry;
 use super::layout::{self, BITMAP_ENTRY, ENTRY, MAX_L1_BYTES};
 use crate::block::driver::BitmapInfo;
 use crate::block::measure::{Measure, MeasureRequest, Measured};
-use crate::block::{CreateOptions, Error, KeyUse, Result};
+use crate::block::{CreateOptions, Error, Result};
 use crate::formats::encryption::KEY_SECRET;
 use crate::storage::Preallocation;
 
@@ -64,9 +64,8 @@ fn refcount_clusters(geometry: &Geometry, used: u64) -> u64 {
 /// Bytes of the header of an encryption. What encrypts data alone has none, and its key is not asked for.
 fn encryption_bytes(request: &MeasureRequest<'_>) -> Result<u64> {
     let Some(Encryption::Luks(plan)) = create::encryption(request.options)? else { return Ok(0) };
-    let id = request.options.text(KEY_SECRET);
-    let id = id.ok_or_else(|| Error::invalid("Parameter 'encrypt.key-secret' is required for cipher"))?;
-    request.secrets.key(KEY_SECRET, Some(id), "", KeyUse::New)?;
+    // Nothing is encrypted: a secret that is named must be there, and none is asked for.
+    request.options.text(KEY_SECRET).map_or(Ok(()), |id| request.secrets.passphrase(id).map(drop))?;
     Ok(plan.header_bytes())
 }
 
