@@ -174,6 +174,8 @@ impl<C: BlockCipher> SectorMode for Cbc<C> {
 
 /// A cipher with its key in a mode.
 type Keyed = Option<Box<dyn SectorMode>>;
+/// The same with two keys.
+type KeyedTwice = fn(&[u8], &[u8], Ivs) -> Keyed;
 /// What is done to one chain of whole blocks, with a key and a vector.
 type Chain = fn(&[u8], &[u8], &mut [u8]) -> Result<()>;
 
@@ -187,7 +189,7 @@ pub struct CipherFunctions {
     pub ctr: fn(&[u8], Ivs) -> Keyed,
     /// [`CipherMode::Xts`](super::CipherMode::Xts), with a key for data and one for the tweak; none where blocks are
     /// shorter than 16 bytes.
-    pub xts: Option<fn(&[u8], &[u8], Ivs) -> Keyed>,
+    pub xts: Option<KeyedTwice>,
     /// For initialization vectors.
     pub encipher: fn(&[u8]) -> Option<Box<dyn Encipher>>,
     /// Encrypts one chain of whole blocks.
