@@ -524,6 +524,48 @@ fn new_blocks_hold_no_more_than_the_source() {
     }
 }
 
+/// Units that are written as a whole hold zeros that their file has already, where it is new.
+#[test]
+fn zeros_in_large_units_are_not_written() {
+    const MIB: u64 = 1 << 20;
+    let scratch = Scratch::new();
+    let source = fs::File::create(scratch.file("raw")).unwrap();
+    source.set_len(64 * MIB).unwrap();
+    for n in 0..32 {
+        source.write_all_at(&pattern(n, 4096), n * 2 * MIB + n % 5 * 100_000 / 512 * 512).unwrap();
+    }
+    // Zeros that are no hole.
+    source.write_all_at(&vec![0; 3 << 20], 20 * MIB + 4096).unwrap();
+    source.write_all_at(&pattern(40, 1 << 20), 50 * MIB + 512).unwrap();
+    let space = |name: &str| {
+        scratch.sh(&format!("sync '{name}'"));
+        std::os::unix::fs::MetadataExt::blocks(&fs::metadata(scratch.file(name)).unwrap()) * 512
+    };
+    for (format, options, tables) in [
+        ("qcow2", "cluster_size=2M", 16 * MIB),
+        ("qed", "cluster_size=1M,table_size=2", 6 * MIB),
+        ("parallels", "cluster_size=1M", 2 * MIB),
+        // More than a worker holds.
+        ("parallels", "cluster_size=16M", 16 * MIB),
+    ] {
+        let to = ["-f", "raw", "-O", format];
+        let convert = |more: &[&'static str], name| {
+            scratch.vimg(&[&["convert"], &to[..], more, &["raw", name]].concat());
+            scratch.assert_same_content("raw", "raw", format, name);
+            space(name)
+        };
+        let made = convert(&["-o", options], "made");
+        assert!(made < 5 * MIB + tables, "{format} {options}: {made} bytes");
+        scratch.vimg(&["create", "-q", "-f", format, "-o", options, "old", "64M"]);
+        let old = convert(&["-n"], "old");
+        assert!(old < 5 * MIB + tables, "{format} {options}, -n: {old} bytes");
+        assert!(convert(&["-n"], "old") <= old, "{format} {options}, -n, twice");
+        // Who wants every byte written gets it.
+        let full = convert(&["-S", "0", "-o", options], "full");
+        assert!(full >= 64 * MIB, "{format} {options}, -S 0: {full} bytes");
+    }
+}
+
 /// What salvage says, without how often: the reference looks at a map twice.
 fn told(stderr: &str) -> Vec<String> {
     let mut lines: Vec<_> = stderr.lines().filter(|line| !line.contains("error while reading offset")).collect();

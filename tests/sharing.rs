@@ -90,9 +90,7 @@ fn only_tables_are_written() {
         tables("raw to vmdk", to("vmdk", &[], raw, "a.vmdk"));
         tables("raw to vhdx", to("vhdx", &[], raw, "a.vhdx"));
         tables("vhdx to raw", to("raw", &["-m", "1"], ("vhdx", "a.vhdx"), "d.raw"));
-        // Its clusters of 1 MiB are written as a whole, the zeros in them too.
-        let written = to("parallels", &[], raw, "a.hds");
-        assert!(written < DATA * 3 / 4, "{kind}: raw to parallels: {written} bytes");
+        tables("raw to parallels", to("parallels", &[], raw, "a.hds"));
         tables("parallels to qcow2", to("qcow2", &["-m", "1"], ("parallels", "a.hds"), "d.qcow2"));
         tables("qcow2 to raw, -C", to("raw", &["-C"], ("qcow2", "a.qcow2"), "c.raw"));
         tables("raw to qcow2, -C", to("qcow2", &["-C"], raw, "c.qcow2"));

@@ -22,7 +22,7 @@ use super::driver::Store;
 use super::error::{Context, Operation};
 use super::{CompressedUnit, Error, ExtentKind, GuestOffset, HostOffset, HostPlace, Mapping, Node, Result};
 use crate::storage::view::Window;
-use crate::storage::{self, Event};
+use crate::storage::{self, Event, zeros};
 
 /// Bytes that are moved, or zeros that are encrypted, in one go.
 const ZEROS: u64 = 1 << 20;
@@ -164,6 +164,24 @@ impl Node {
         scratch.sealed.extend_from_slice(bytes);
         cipher.encrypt(guest, place.at, &mut scratch.sealed)?;
         self.put_bytes(place, guest, &scratch.sealed)
+    }
+
+    /// Writes plain bytes, but for runs of at least `hole` zeros that lie in a hole of the file.
+    fn put_around(
+        &self,
+        place: HostPlace,
+        guest: GuestOffset,
+        bytes: &[u8],
+        hole: usize,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        if bytes.len() < hole || self.driver().cipher().is_some() {
+            return self.put(place, guest, bytes, scratch);
+        }
+        self.announce(Event::WRITE_AIO);
+        let child = self.child(place)?;
+        let done = zeros::write_around(&*child.storage, place.at.get(), bytes, hole);
+        done.at(|| child.doing(Operation::Write, guest, place.at))
     }
 
     /// Writes encoded units. What was read before they were all there is not kept.

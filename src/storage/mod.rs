@@ -34,6 +34,7 @@ pub mod temporary;
 pub mod view;
 mod words;
 pub mod writeback;
+pub mod zeros;
 
 use std::fmt;
 

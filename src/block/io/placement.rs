@@ -5,7 +5,7 @@ use crate::block::driver::{Action, Placed, Store};
 use crate::block::error::{Context, Operation};
 use crate::block::{ExtentKind, GuestOffset, HostPlace, Mapping, Node, Result};
 use crate::storage::offload::{Offload, offload};
-use crate::storage::{Event, Zeroing};
+use crate::storage::{Event, Zeroing, zeros};
 
 use super::{Scratch, ZEROS, back, forth, length};
 
@@ -232,8 +232,8 @@ impl Step<'_> {
     }
 
     /// Writes the next bytes of the step, and with the first and the last ones what lies around it in a new unit. Not for
-    /// a layer with a cipher, whose sectors may be larger than that.
-    pub fn write_next(&mut self, bytes: &[u8], scratch: &mut Scratch) -> Result<()> {
+    /// a layer with a cipher, whose sectors may be larger than that. `hole` as in [`write_steps`].
+    pub fn write_next(&mut self, bytes: &[u8], hole: usize, scratch: &mut Scratch) -> Result<()> {
         let done = self.done as u64;
         self.done += bytes.len();
         let Some((place, before, after)) = self.placement.target() else { return Ok(()) };
@@ -241,11 +241,25 @@ impl Step<'_> {
         if done == 0 {
             self.placement.fill(back(place, before)?, GuestOffset(start.get() - before), before, scratch)?;
         }
-        self.placement.node.put(forth(place, done), start + done, bytes, scratch)?;
+        self.placement.node.put_around(forth(place, done), start + done, bytes, hole, scratch)?;
         match self.done == self.len {
             true => self.placement.fill(forth(place, self.len as u64), self.placement.end(), after, scratch),
             false => Ok(()),
         }
+    }
+
+    /// Counts those of the next `len` bytes as done, all of them zeros, that are there in the file already, and says
+    /// whether there are any. Not the last ones of the step (see [`zeros`]).
+    pub fn skip_zeros(&mut self, len: u64) -> Result<bool> {
+        let node = self.placement.node;
+        let left = ((self.len - self.done) as u64).saturating_sub(zeros::END);
+        let place = self.placement.spot().filter(|_| !self.encoded && node.driver().cipher().is_none());
+        let Some(place) = place.map(|place| forth(place, self.done as u64)) else { return Ok(false) };
+        let child = node.child(place)?;
+        let there = zeros::are_there(&*child.storage, place.at.get(), len.min(left))
+            .at(|| child.doing(Operation::Write, self.placement.start(), place.at))?;
+        self.done += length(there)?;
+        Ok(there > 0)
     }
 
     fn bytes<'b>(&self, plain: &'b [u8], encoded: &'b [u8]) -> &'b [u8] {
@@ -269,12 +283,12 @@ struct WriteRun<'a> {
 }
 
 impl WriteRun<'_> {
-    fn write(&self, plain: &[u8], encoded: &[u8], scratch: &mut Scratch) -> Result<()> {
+    fn write(&self, plain: &[u8], encoded: &[u8], hole: usize, scratch: &mut Scratch) -> Result<()> {
         let bytes = bytes_of(plain, encoded, self.encoded, self.from, self.len);
         if self.encoded {
             return self.node.put_encoded(self.place, self.guest, bytes);
         }
-        self.node.put(self.place, self.guest, bytes, scratch)
+        self.node.put_around(self.place, self.guest, bytes, hole, scratch)
     }
 
     /// Whether that step's bytes follow, in the file and in the buffer.
@@ -287,8 +301,9 @@ impl WriteRun<'_> {
     }
 }
 
-/// Writes all steps; what is adjacent in the file and in the buffer goes out in one write.
-pub fn write_steps(steps: &[Step<'_>], plain: &[u8], encoded: &[u8], scratch: &mut Scratch) -> Result<()> {
+/// Writes all steps; what is adjacent in the file and in the buffer goes out in one write, but for runs of at least `hole`
+/// plain zeros that lie in a hole of the file.
+pub fn write_steps(steps: &[Step<'_>], plain: &[u8], encoded: &[u8], hole: usize, scratch: &mut Scratch) -> Result<()> {
     let mut run: Option<WriteRun<'_>> = None;
     for step in steps.iter().filter(|step| step.done < step.len) {
         let place = match (&step.placement.placed.action, step.encoded) {
@@ -299,7 +314,7 @@ pub fn write_steps(steps: &[Step<'_>], plain: &[u8], encoded: &[u8], scratch: &m
         let Some(place) = place else {
             // It shares a new unit with what lies beside it: nothing of it is done.
             if let Some(run) = run.take() {
-                run.write(plain, encoded, scratch)?;
+                run.write(plain, encoded, hole, scratch)?;
             }
             step.placement.write(step.bytes(plain, encoded), scratch)?;
             continue;
@@ -314,8 +329,8 @@ pub fn write_steps(steps: &[Step<'_>], plain: &[u8], encoded: &[u8], scratch: &m
         let (node, guest) = (step.placement.node, step.placement.start() + step.done as u64);
         let next = WriteRun { node, place, guest, from, len, encoded: step.encoded };
         if let Some(run) = run.replace(next) {
-            run.write(plain, encoded, scratch)?;
+            run.write(plain, encoded, hole, scratch)?;
         }
     }
-    run.map_or(Ok(()), |run| run.write(plain, encoded, scratch))
+    run.map_or(Ok(()), |run| run.write(plain, encoded, hole, scratch))
 }

@@ -234,7 +234,7 @@ fn a_write_of_adjacent_steps_goes_through_a_cipher() {
     for cut in [CLUSTER, CLUSTER + 100] {
         let steps = [(0, CLUSTER), (CLUSTER, cut - CLUSTER + 1), (cut + 1, 2 * CLUSTER - cut - 1)];
         let steps = steps.map(|(at, len)| step(&node, at, len));
-        write_steps(&steps, &disk, &[], scratch).unwrap();
+        write_steps(&steps, &disk, &[], usize::MAX, scratch).unwrap();
         let mut read = vec![0; disk.len()];
         node.read(GuestOffset(0), &mut read, scratch).unwrap();
         assert!(read == disk);

@@ -14,7 +14,8 @@ use super::reader::{PIECE, SideReader};
 use super::{CompareFailure, CompareStep, Comparison, Difference, Outcome, Side};
 use crate::block::Error;
 use crate::ops::copy::Observer;
-use crate::ops::copy::zero::{SECTOR, is_zero};
+use crate::ops::copy::zero::SECTOR;
+use crate::storage::zeros::is_zero;
 
 /// One comparison, as all workers see it.
 pub struct Engine<'a> {

@@ -15,8 +15,8 @@ use std::sync::Arc;
 use super::Conversion;
 use crate::block::io::Scratch;
 use crate::block::{Drivers, GuestOffset, MapCursor, Node};
-use crate::ops::copy::zero::is_zero;
 use crate::ops::create::{NewImage, path_of_new};
+use crate::storage::zeros::is_zero;
 use crate::storage::{room, staging};
 
 /// Blocks that are read.

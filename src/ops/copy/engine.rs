@@ -25,14 +25,18 @@ use super::rate::Rate;
 use super::source::{self, Content, Joined, Segment};
 use super::target::{self, Piece, PieceKind};
 use super::turn::Turn;
-use super::zero::{self, SECTOR, SparsePolicy};
+use super::zero::{SECTOR, SparsePolicy};
 use super::{CopyOptions, Observer, TargetFacts};
 use crate::block::io::{Scratch, Step};
 use crate::block::{Compress, Encoded, Error, ErrorKind, GuestOffset, Node, Result};
 use crate::storage::offload::Offload;
+use crate::storage::zeros::is_zero;
 
 /// Where chunks are cut that need not be whole units.
 const CUT: u64 = 64 << 10;
+
+/// To ask whether the file has a hole costs about as much as to write so many bytes.
+const HOLE: usize = 64 << 10;
 
 /// The most bytes of a chunk that a worker holds as a whole, where it need not be held: as much as units of 2 MiB take.
 const MOST: u64 = CHUNK + (4 << 20);
@@ -69,6 +73,8 @@ pub struct Engine<'a> {
     one_by_one: bool,
     zeros: Zeros,
     sparse: SparsePolicy,
+    /// The shortest run of zeros that is left out of a unit that is written.
+    hole: usize,
     /// Whether data that is all zeros is made zeros, and then whether its space may be given back: where no zeros are
     /// left out, and the user has the target written so.
     detect: Option<bool>,
@@ -179,6 +185,7 @@ impl<'a> Engine<'a> {
             one_by_one,
             zeros,
             sparse: SparsePolicy::new(least),
+            hole: if least == 0 { usize::MAX } else { short_len(least).max(HOLE) },
             detect: target.manner().detect_zeroes.filter(|_| least == 0 && compress.is_none()),
             compress,
         })
@@ -415,7 +422,7 @@ impl<'a> Engine<'a> {
                 let from = usize::try_from(at - chunk.at).map_err(|_| Error::invalid("a chunk is too long"))?;
                 let bytes = &whole[from..(from + size).min(padded)];
                 let len = self.unit.min(end - at);
-                if self.zeros == Zeros::Skip && zero::is_zero(bytes) {
+                if self.zeros == Zeros::Skip && is_zero(bytes) {
                     at += self.unit;
                     continue;
                 }

@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use super::piece::{Piece, PieceKind};
 use super::segment::{Content, Segment, status};
-use super::zero::is_zero;
 use crate::block::io::Scratch;
 use crate::block::{ExtentKind, GuestOffset, Mapping, Node, Result};
+use crate::storage::zeros::is_zero;
 
 /// The new backing file, or none.
 #[derive(Debug)]

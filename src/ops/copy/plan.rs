@@ -87,6 +87,11 @@ impl<'a> Chunk<'a> {
         }
     }
 
+    /// The segment at that place.
+    pub fn segment(&self, at: u64) -> Option<&Segment<'a>> {
+        self.segments.get(self.segments.partition_point(|segment| segment.end() <= at))
+    }
+
     /// Whether some of it is to be what the target has already.
     pub fn keeps(&self) -> bool {
         self.segments.iter().any(|segment| matches!(segment.content, Content::Keep))

@@ -6,9 +6,10 @@
 pub use super::piece::{Piece, PieceKind};
 use super::plan::{Chunk, Zeros};
 use super::segment::Content;
-use super::zero::{SparsePolicy, is_zero};
+use super::zero::SparsePolicy;
 use crate::block::io::{Scratch, Step};
 use crate::block::{GuestOffset, Node, Result, Store};
+use crate::storage::zeros::is_zero;
 
 /// Decides what is done with each part of a chunk whose bytes are in `buf`.
 pub fn decide(chunk: &Chunk<'_>, buf: &[u8], sparse: SparsePolicy, zeros: Zeros, pieces: &mut Vec<Piece>) {

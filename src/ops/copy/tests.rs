@@ -12,6 +12,7 @@ use crate::block::{Child, Format, NO_SECRETS, OpenRequest, OptionTree, Purpose};
 use crate::formats::raw::Raw;
 use crate::formats::vdi::Vdi;
 use crate::storage::memory::Memory;
+use crate::storage::zeros::is_zero;
 use crate::storage::{Error as StorageError, Event, Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
 
 /// A buffer with holes where nothing was written, with sectors that cannot be read or written.
@@ -80,7 +81,7 @@ impl Storage for Patchy {
         // A hole is a page of zeros.
         let page = |at: u64| {
             let mut buf = [0; 4096];
-            self.inner.read_at(at / 4096 * 4096, &mut buf).map(|()| zero::is_zero(&buf))
+            self.inner.read_at(at / 4096 * 4096, &mut buf).map(|()| is_zero(&buf))
         };
         let hole = page(at)?;
         let mut end = (at / 4096 + 1) * 4096;

@@ -4,24 +4,10 @@
 //! a multiple of the step or at an end of the buffer, and, unless it lies at an end, is at least as long as wanted.
 //! (What is left out at the ends does not cut one write into two, so it may be short.)
 
+use crate::storage::zeros::is_zero;
+
 /// The smallest thing that is looked at.
 pub const SECTOR: u64 = 512;
-
-/// Bytes that are looked at in one go; the inner loop is left to the vector unit.
-const LANE: usize = 256;
-
-/// What the processor fetches at once.
-const CACHE_LINE: usize = 64;
-
-/// Whether all bytes are zero, at the speed of memory.
-pub fn is_zero(buf: &[u8]) -> bool {
-    // Most data shows itself at once in its first bytes, and nothing else of it need be fetched.
-    if buf.first_chunk::<CACHE_LINE>().is_some_and(|line| line.iter().fold(0, |all, byte| all | byte) != 0) {
-        return false;
-    }
-    let (lanes, rest) = buf.as_chunks::<LANE>();
-    lanes.iter().all(|lane| lane.iter().fold(0, |all, byte| all | byte) == 0) && rest.iter().all(|byte| *byte == 0)
-}
 
 /// Which zeros are left out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,17 +80,6 @@ mod tests {
         let mut out = Vec::new();
         SparsePolicy::new(least).runs(at, buf, |start, len, data| out.push((start, len, data)));
         out
-    }
-
-    #[test]
-    fn every_byte_counts() {
-        let mut buf = vec![0; 5000];
-        assert!(is_zero(&buf) && is_zero(&[]));
-        for at in [0, 1, 255, 256, 2499, 4864, 4998, 4999] {
-            buf[at] = 1;
-            assert!(!is_zero(&buf), "byte {at}");
-            buf[at] = 0;
-        }
     }
 
     #[test]

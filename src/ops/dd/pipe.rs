@@ -12,10 +12,10 @@ use super::{Blocks, DiskPart};
 use crate::block::error::Context;
 use crate::block::io::Scratch;
 use crate::block::{Error, GuestOffset, Node, Result};
-use crate::ops::copy::zero::is_zero;
 use crate::ops::staged::StagedTarget;
 use crate::storage::file::FileHow;
 use crate::storage::temporary::{TemporaryName, large_file};
+use crate::storage::zeros::is_zero;
 use crate::storage::{self, HostFile, Preallocation, Storage};
 
 /// Bytes that are moved at once.

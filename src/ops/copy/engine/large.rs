@@ -135,9 +135,15 @@ impl<'a> Engine<'a> {
         shared.map_err(|error| self.wrote(error, whole.at))?;
         self.wait(worker.steps.iter().map(|step| step.done as u64).sum());
         let mut next = 0;
-        while let Some(step) = worker.steps.get(next) {
+        while let Some(step) = worker.steps.get_mut(next) {
             if step.done == step.len {
                 next += 1;
+                continue;
+            }
+            let at = whole.at + (step.from + step.done) as u64;
+            let segment = whole.segment(at).filter(|segment| matches!(segment.content, Content::Zero));
+            let zeros = segment.map_or(0, |segment| segment.end() - at);
+            if zeros >= self.hole as u64 && step.skip_zeros(zeros).map_err(|error| self.wrote(error, at))? {
                 continue;
             }
             let from = step.from + step.done;
@@ -170,7 +176,7 @@ impl<'a> Engine<'a> {
             }
             let before = step.done;
             let bytes = plain.bytes(to - from).get(start - from..end - from).unwrap_or_default();
-            let written = step.write_next(bytes, scratch);
+            let written = step.write_next(bytes, self.hole, scratch);
             if again || !plain.is_seen() || !is_unseen(&written, plain.is_whole()) {
                 return written;
             }

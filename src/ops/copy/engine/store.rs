@@ -32,7 +32,7 @@ impl<'a> Engine<'a> {
                 match piece.kind {
                     PieceKind::Data if self.one_by_one => {
                         target::place(self.target, piece, from, false, steps)?;
-                        write_steps(steps, plain, encoded, scratch)?;
+                        write_steps(steps, plain, encoded, self.hole, scratch)?;
                         steps.drain(..).try_for_each(|step| step.placement.publish())?;
                     }
                     PieceKind::Data => target::place(self.target, piece, from, early, steps)?,
@@ -73,20 +73,22 @@ impl<'a> Engine<'a> {
         self.offload.filter(|_| !self.cannot_offload.load(Ordering::Relaxed))
     }
 
-    /// Has the host do what it can of what has been placed. Zeros between that are written.
+    /// Has the host do what it can of what has been placed. Zeros between that are written, where the file has none yet.
     pub(super) fn share(&self, chunk: &Chunk<'a>, steps: &mut [Step<'a>], scratch: &mut Scratch) -> Result<()> {
         let Some(how) = self.offload() else { return Ok(()) };
         let zeros_too = self.target.driver().cipher().is_none();
         for step in steps.iter_mut() {
             while step.done < step.len {
                 let at = chunk.at + (step.from + step.done) as u64;
-                let next = chunk.segments.partition_point(|segment| segment.end() <= at);
-                let Some(segment) = chunk.segments.get(next) else { break };
+                let Some(segment) = chunk.segment(at) else { break };
                 let len = (segment.end() - at).min((step.len - step.done) as u64);
                 let mapping = match &segment.content {
                     Content::Stored(mapping) => mapping,
                     Content::Zero if zeros_too && !step.encoded => {
-                        step.write_next(&NOTHING[..short_len(len).min(NOTHING.len())], scratch)?;
+                        if self.sparse.off() || !step.skip_zeros(len)? {
+                            let zeros = &NOTHING[..short_len(len).min(NOTHING.len())];
+                            step.write_next(zeros, usize::MAX, scratch)?;
+                        }
                         continue;
                     }
                     _ => break,
@@ -112,14 +114,14 @@ impl<'a> Engine<'a> {
             self.fill(worker, len, len, false)?;
         }
         let Worker { plain, encoded, scratch, steps, .. } = worker;
-        let written = write_steps(steps, plain.bytes(len), encoded, scratch);
+        let written = write_steps(steps, plain.bytes(len), encoded, self.hole, scratch);
         if !plain.is_seen() || !is_unseen(&written, plain.is_whole()) {
             return written;
         }
         // It is gone, or cannot be read: which of them reading will tell.
         self.fill(worker, len, len, false)?;
         let Worker { plain, encoded, scratch, steps, .. } = worker;
-        write_steps(steps, plain.bytes(len), encoded, scratch)
+        write_steps(steps, plain.bytes(len), encoded, self.hole, scratch)
     }
 
     /// Which file, and where: unless that is said already.
