@@ -3,6 +3,8 @@
 use std::fmt;
 use std::ops::Add;
 
+use crate::block::GuestOffset;
+
 use super::layout::{COMPRESSED, COPIED, ENTRY, EXTENDED_ENTRY, SECTOR, SUBCLUSTERS};
 
 /// The number of a cluster of the image file, from its start on. Guest clusters, refcount blocks and offsets have numbers
@@ -121,13 +123,24 @@ impl Geometry {
     }
 
     /// L1 index of a guest offset.
-    pub fn l1_index(&self, guest: u64) -> u64 {
-        guest / self.l1_covers()
+    pub fn l1_index(&self, guest: GuestOffset) -> u64 {
+        guest.get() / self.l1_covers()
     }
 
     /// L2 index of a guest offset.
-    pub fn l2_index(&self, guest: u64) -> u64 {
-        (guest >> self.cluster_bits) % self.l2_entries()
+    pub fn l2_index(&self, guest: GuestOffset) -> u64 {
+        self.guest_cluster(guest) % self.l2_entries()
+    }
+
+    /// Which of the guest's clusters an offset is in.
+    pub fn guest_cluster(&self, guest: GuestOffset) -> u64 {
+        guest.get() >> self.cluster_bits
+    }
+
+    /// Where the guest's cluster starts that an offset is in, and how far in it that is.
+    pub fn within(&self, guest: GuestOffset) -> (GuestOffset, u64) {
+        let within = self.in_cluster(guest.get());
+        (GuestOffset(guest.get() - within), within)
     }
 
     /// Whether a table of that length may lie there: aligned, and representable as a file offset.

@@ -191,7 +191,7 @@ impl Qcow2Driver {
         if !self.write {
             self.tables.require(l1)?;
         }
-        let first = geometry.l1_index(pos);
+        let first = geometry.l1_index(GuestOffset(pos));
         let last = (end - 1) / covers;
         // Unallocated L1 entries from here on, as far as the slice goes.
         let (entry, empty) = self.tables.view(l1, first.saturating_mul(ENTRY), |bytes| {
@@ -216,7 +216,7 @@ impl Qcow2Driver {
         if !self.write {
             self.tables.require(self.l2(table))?;
         }
-        let index = geometry.l2_index(pos);
+        let index = geometry.l2_index(GuestOffset(pos));
         let width = geometry.l2_entry();
         let found = self.tables.view(self.l2(table), index * width, |bytes| {
             let mut found: Option<ClusterRun> = None;

@@ -34,10 +34,10 @@ enum Class {
 
 impl Qcow2Driver {
     /// The table in which a guest offset's L2 entry is, made or copied if it cannot be written to.
-    pub(super) fn writable_l2(&self, alloc: &mut Allocator, at: u64) -> Result<Table> {
+    pub(super) fn writable_l2(&self, alloc: &mut Allocator, at: GuestOffset) -> Result<Table> {
         let (l1, index) = (self.l1(), self.geometry.l1_index(at));
         if index >= l1.len / ENTRY {
-            return Err(self.corrupt(format!("L1 table has no entry for guest offset {at:#x}")));
+            return Err(self.corrupt(format!("L1 table has no entry for guest offset {at}")));
         }
         let entry = self.l1_entry(l1, index)?;
         let old = entry.table().map(HostOffset::get);
@@ -65,7 +65,7 @@ impl Qcow2Driver {
         Ok(table)
     }
 
-    fn classify(&self, entry: L2Entry, bitmap: u64, guest: u64) -> Class {
+    fn classify(&self, entry: L2Entry, bitmap: u64, guest: GuestOffset) -> Class {
         if entry.is_compressed() {
             return Class::Copy;
         }
@@ -73,8 +73,8 @@ impl Qcow2Driver {
             // Room in an external data file is the guest's own offset, and never shared.
             let data = if self.geometry.extended { bitmap as u32 == u32::MAX } else { !entry.reads_zero() };
             return match self.is_there(entry) {
-                true if data => Class::InPlace(HostOffset(guest)),
-                true => Class::Reuse(HostOffset(guest)),
+                true if data => Class::InPlace(HostOffset(guest.get())),
+                true => Class::Reuse(HostOffset(guest.get())),
                 false => Class::New,
             };
         }
@@ -120,13 +120,12 @@ impl Qcow2Driver {
         Ok(true)
     }
 
-    fn place_data(&self, alloc: &mut Allocator, at: u64, len: u64, store: Store) -> Result<Placed> {
+    fn place_data(&self, alloc: &mut Allocator, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
         let geometry = self.geometry;
-        let (cluster, bits) = (geometry.cluster_size(), geometry.cluster_bits);
+        let cluster = geometry.cluster_size();
         let table = self.writable_l2(alloc, at)?;
         let index = geometry.l2_index(at);
-        let within = geometry.in_cluster(at);
-        let first = at - within;
+        let (first, within) = geometry.within(at);
         let most = (geometry.l2_entries() - index).min((within.saturating_add(len)).div_ceil(cluster));
         let class_of = |n: u64| -> Result<Class> {
             let (entry, bitmap) = self.l2_entry(table, index + n)?;
@@ -147,10 +146,10 @@ impl Qcow2Driver {
         }
         let host = match class {
             Class::InPlace(host) | Class::Reuse(host) => host.get(),
-            Class::New | Class::Copy if self.external => first,
+            Class::New | Class::Copy if self.external => first.get(),
             Class::New | Class::Copy => geometry.offset_of(self.allocate(alloc, n)?),
         };
-        let unit = first >> bits;
+        let unit = geometry.guest_cluster(first);
         let ticket = match class {
             Class::InPlace(_) => Ticket::Nothing,
             Class::Reuse(_) => Ticket::Marks { unit, entry: host },
@@ -159,25 +158,25 @@ impl Qcow2Driver {
         };
         let (before, after) = self.fill(table, index, at, len, n, class)?;
         let place = HostPlace { file: self.data_file(), at: HostOffset(host + within) };
-        Ok(Placed { start: GuestOffset(at), len, store, action: Action::Write { place, before, after }, ticket })
+        Ok(Placed { start: at, len, store, action: Action::Write { place, before, after }, ticket })
     }
 
     /// Bytes before and after a range that have to be filled with what they read as.
-    fn fill(&self, table: Table, index: u64, at: u64, len: u64, n: u64, class: Class) -> Result<(u64, u64)> {
+    fn fill(&self, table: Table, index: u64, at: GuestOffset, len: u64, n: u64, class: Class) -> Result<(u64, u64)> {
         let unit = match class {
             Class::InPlace(_) => return Ok((0, 0)),
             Class::Copy => self.geometry.cluster_size(),
             _ => self.geometry.subcluster_size(),
         };
-        let end = at + len;
-        let (mut before, mut after) = (at % unit, end.next_multiple_of(unit) - end);
+        let end = (at + len).get();
+        let (mut before, mut after) = (at.get() % unit, end.next_multiple_of(unit) - end);
         if matches!(class, Class::Reuse(_)) && self.geometry.extended {
             // A subcluster that is there already needs no filling.
             let there = |index: u64, guest: u64| -> Result<bool> {
                 let (_, bitmap) = self.l2_entry(table, index)?;
                 Ok(bitmap >> (self.geometry.in_cluster(guest) / unit) & 1 != 0)
             };
-            if before > 0 && there(index, at)? {
+            if before > 0 && there(index, at.get())? {
                 before = 0;
             }
             if after > 0 && there(index + n - 1, end - 1)? {
@@ -187,13 +186,13 @@ impl Qcow2Driver {
         Ok((before, after))
     }
 
-    fn place_packed(&self, alloc: &mut Allocator, at: u64, bytes: u64) -> Result<Placed> {
+    fn place_packed(&self, alloc: &mut Allocator, at: GuestOffset, bytes: u64) -> Result<Placed> {
         let geometry = self.geometry;
         let cluster = geometry.cluster_size();
         if self.external {
             return Err(Error::unsupported("Operation not supported"));
         }
-        if geometry.in_cluster(at) != 0 || bytes == 0 || bytes > cluster {
+        if geometry.within(at).1 != 0 || bytes == 0 || bytes > cluster {
             return Err(Error::invalid("a compressed cluster is written as a whole"));
         }
         self.writable_l2(alloc, at)?;
@@ -201,11 +200,11 @@ impl Qcow2Driver {
         let entry = geometry.compressed_entry(host, bytes).ok_or_else(|| Error::invalid("File too large"))?;
         let place = HostPlace { file: 0, at: HostOffset(host) };
         Ok(Placed {
-            start: GuestOffset(at),
-            len: cluster.min(self.header().fields.size.saturating_sub(at)).max(1),
+            start: at,
+            len: cluster.min(self.header().fields.size.saturating_sub(at.get())).max(1),
             store: Store::Compressed { bytes },
             action: Action::Write { place, before: 0, after: 0 },
-            ticket: Ticket::Packed { unit: at >> geometry.cluster_bits, entry },
+            ticket: Ticket::Packed { unit: geometry.guest_cluster(at), entry },
         })
     }
 
@@ -224,10 +223,10 @@ impl Qcow2Driver {
     }
 
     /// The marks of the subclusters of guest cluster `first` that a range covers.
-    fn marks(&self, first: u64, start: u64, end: u64) -> u64 {
+    fn marks(&self, first: GuestOffset, start: u64, end: u64) -> u64 {
         let unit = self.geometry.subcluster_size();
-        let from = start.saturating_sub(first) / unit;
-        let to = end.saturating_sub(first).div_ceil(unit).min(u64::from(SUBCLUSTERS));
+        let from = start.saturating_sub(first.get()) / unit;
+        let to = end.saturating_sub(first.get()).div_ceil(unit).min(u64::from(SUBCLUSTERS));
         let below = |n: u64| (1u64 << n.min(32)) - 1;
         below(to) & !below(from)
     }
@@ -240,12 +239,12 @@ impl Qcow2Driver {
             from = from.saturating_sub(before);
             to = to.saturating_add(after);
         }
-        let first = start - geometry.in_cluster(start);
-        let table = self.writable_l2(alloc, start)?;
-        let clusters = (start + placed.len - first).div_ceil(cluster);
+        let (first, within) = geometry.within(placed.start);
+        let table = self.writable_l2(alloc, placed.start)?;
+        let clusters = (within + placed.len).div_ceil(cluster);
         for n in 0..clusters {
             let guest = first + n * cluster;
-            let index = geometry.l2_index(start) + n;
+            let index = geometry.l2_index(placed.start) + n;
             let (old, bitmap) = self.l2_entry(table, index)?;
             let room = |host: u64| L2Entry::own(HostOffset(host) + n * cluster);
             let marks = if geometry.extended { self.marks(guest, from, to) } else { 0 };
@@ -287,29 +286,36 @@ impl Qcow2Driver {
         if keeps { (old.with_zero(true), 0) } else { (L2Entry::ZEROS, 0) }
     }
 
-    fn place_zero(&self, alloc: &mut Allocator, at: u64, len: u64, unmap: bool, store: Store) -> Result<Placed> {
+    fn place_zero(
+        &self,
+        alloc: &mut Allocator,
+        at: GuestOffset,
+        len: u64,
+        unmap: bool,
+        store: Store,
+    ) -> Result<Placed> {
         let geometry = self.geometry;
         let cluster = geometry.cluster_size();
-        let end_of_disk = at.saturating_add(len) >= self.header().fields.size;
+        let end_of_disk = (at + len).get() >= self.header().fields.size;
         let unit = geometry.subcluster_size();
         let whole = if end_of_disk { len.div_ceil(unit) * unit } else { len / unit * unit };
-        if !at.is_multiple_of(unit) || whole == 0 {
+        if !at.get().is_multiple_of(unit) || whole == 0 {
             return self.place_data(alloc, at, len, store);
         }
         let table = self.writable_l2(alloc, at)?;
-        let (index, within) = (geometry.l2_index(at), geometry.in_cluster(at));
+        let (index, within) = (geometry.l2_index(at), geometry.within(at).1);
         let raw = self.external && self.header().fields.autoclear & layout::DATA_FILE_RAW != 0;
         let done = |len: u64, count: u64, room: ZeroedRoom| Placed {
-            start: GuestOffset(at),
+            start: at,
             len,
             store,
             // A raw data file must read as zeros by itself.
             action: if raw {
-                Action::Zero { place: HostPlace { file: self.data_file(), at: HostOffset(at) } }
+                Action::Zero { place: HostPlace { file: self.data_file(), at: HostOffset(at.get()) } }
             } else {
                 Action::Nothing
             },
-            ticket: Ticket::Zeros { unit: at >> geometry.cluster_bits, count, room },
+            ticket: Ticket::Zeros { unit: geometry.guest_cluster(at), count, room },
         };
         let room = if unmap { ZeroedRoom::GiveUp } else { ZeroedRoom::Keep };
         if geometry.version < 3 {
@@ -348,7 +354,6 @@ impl Write for Qcow2Driver {
     }
 
     fn place(&self, at: GuestOffset, len: u64, store: Store) -> Result<Placed> {
-        let at = at.get();
         let mut alloc = self.lock_alloc();
         self.before_first_change(&mut alloc)?;
         self.settle_if_due(&mut alloc)?;
@@ -358,7 +363,7 @@ impl Write for Qcow2Driver {
             Store::Compressed { bytes } => self.place_packed(&mut alloc, at, bytes),
             Store::Zero { unmap } => self.place_zero(&mut alloc, at, len, unmap, store),
         }?;
-        self.touch(&mut alloc, at, placed.len)?;
+        self.touch(&mut alloc, at.get(), placed.len)?;
         Ok(placed)
     }
 
@@ -407,14 +412,15 @@ impl Write for Qcow2Driver {
         let size = self.header().fields.size;
         let end = at.get().saturating_add(len).min(size);
         let end = if end == size { end.next_multiple_of(cluster) } else { end - end % cluster };
-        let mut guest = at.get().next_multiple_of(cluster);
+        let mut guest = GuestOffset(at.get().next_multiple_of(cluster));
         let mut alloc = self.lock_alloc();
         self.before_first_change(&mut alloc)?;
         self.touch(&mut alloc, at.get(), len)?;
-        while guest < end {
+        while guest.get() < end {
             let l1 = self.l1();
             if self.l1_entry(l1, self.geometry.l1_index(guest))?.table().is_none() && self.backing.is_none() {
-                guest = (self.geometry.l1_index(guest) + 1).saturating_mul(self.geometry.l1_covers());
+                let next = self.geometry.l1_index(guest) + 1;
+                guest = GuestOffset(next.saturating_mul(self.geometry.l1_covers()));
                 continue;
             }
             let table = self.writable_l2(&mut alloc, guest)?;
@@ -434,10 +440,10 @@ impl Write for Qcow2Driver {
                     && there
                     && let Some(data) = self.files.get(self.data_file())
                 {
-                    data.storage.discard(guest, cluster).context("Could not discard clusters")?;
+                    data.storage.discard(guest.get(), cluster).context("Could not discard clusters")?;
                 }
             }
-            guest += cluster;
+            guest = guest + cluster;
             self.settle_if_due(&mut alloc)?;
         }
         Ok(())

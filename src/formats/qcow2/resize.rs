@@ -120,7 +120,7 @@ impl Qcow2Driver {
             }
         }
         if covered > old && self.backing.is_some() {
-            self.hide_backing(alloc, old, covered)?;
+            self.hide_backing(alloc, GuestOffset(old), GuestOffset(covered))?;
         }
         self.set_size(alloc, size)
     }
@@ -175,14 +175,14 @@ impl Qcow2Driver {
         let storage = &self.file().storage;
         let end = size.next_multiple_of(cluster);
         // The cluster in which the disk ended may show the backing file, or have room already.
-        let last = old - geometry.in_cluster(old);
+        let (last, _) = geometry.within(GuestOffset(old));
         let mut guest = match &self.backing {
             None if !self.has_room(last)? => last,
-            _ => old.next_multiple_of(cluster),
+            _ => GuestOffset(old.next_multiple_of(cluster)),
         };
         let mut area = None;
         if !self.external && matches!(fill, Preallocation::Falloc | Preallocation::Full) {
-            let count = (end - guest) >> bits;
+            let count = (end - guest.get()) >> bits;
             let tables = count.div_ceil(geometry.l2_entries());
             let file = ClusterIndex(storage.len().context("Could not get file size")?.div_ceil(cluster));
             let used = file.max(self.last_used()? + 1);
@@ -195,10 +195,10 @@ impl Qcow2Driver {
         }
         let start = guest;
         let mut host_end = 0;
-        while guest < end {
+        while guest.get() < end {
             let table = self.writable_l2(alloc, guest)?;
             let index = geometry.l2_index(guest);
-            let most = ((end - guest) >> bits).min(geometry.l2_entries() - index).min(PIECE >> bits);
+            let most = ((end - guest.get()) >> bits).min(geometry.l2_entries() - index).min(PIECE >> bits);
             let there = |n: u64| -> Result<bool> {
                 let (entry, _) = self.l2_entry(table, index + n)?;
                 Ok(self.is_there(entry))
@@ -208,25 +208,25 @@ impl Qcow2Driver {
                 n += 1;
             }
             if n == 0 {
-                guest += cluster;
+                guest = guest + cluster;
                 continue;
             }
             let host = match area {
-                _ if self.external => guest,
-                Some(area) => area + (guest - start),
+                _ if self.external => guest.get(),
+                Some(area) => area + (guest.get() - start.get()),
                 None => {
                     let host = geometry.offset_of(self.allocate(alloc, n)?);
                     // Without a bitmap that says otherwise it is data at once: what was there must not show.
                     let (end, len) = (host + n * cluster, storage.len().context("Could not get file size")?);
                     let used = if !storage.facts().new_reads_zero { end } else { len.clamp(host, end) };
                     if !geometry.extended && used > host {
-                        clear_stored(self, HostPlace::main(host), GuestOffset(guest), used - host, Zeroing::Punch)
+                        clear_stored(self, HostPlace::main(host), guest, used - host, Zeroing::Punch)
                             .context("Could not clear new clusters")?;
                     }
                     host
                 }
             };
-            let zeros = self.new_encrypted_reads_zero(host, guest, n)?;
+            let zeros = self.new_encrypted_reads_zero(HostOffset(host), guest, n)?;
             for step in 0..n {
                 let (old, bitmap) = self.l2_entry(table, index + step)?;
                 let zero = zeros || (!geometry.extended && old.reads_zero());
@@ -234,7 +234,7 @@ impl Qcow2Driver {
                 self.set_l2_entry(table, index + step, new, bitmap)?;
             }
             host_end = host_end.max(host + n * cluster);
-            guest += n * cluster;
+            guest = guest + n * cluster;
             if self.tables.is_full() {
                 self.settle(alloc)?;
             }
@@ -247,7 +247,7 @@ impl Qcow2Driver {
 
     /// Zeros of the host are none in an encrypted image: whether entries get a mark to read as zeros; where there is no
     /// such mark zeros are written.
-    fn new_encrypted_reads_zero(&self, host: u64, guest: u64, n: u64) -> Result<bool> {
+    fn new_encrypted_reads_zero(&self, host: HostOffset, guest: GuestOffset, n: u64) -> Result<bool> {
         let raw = self.header().fields.autoclear & layout::DATA_FILE_RAW != 0;
         if self.cipher.is_none() || self.geometry.extended {
             return Ok(false);
@@ -255,14 +255,13 @@ impl Qcow2Driver {
         if self.geometry.version >= 3 && !raw {
             return Ok(true);
         }
-        let (place, len) =
-            (HostPlace { file: self.data_file(), at: HostOffset(host) }, n << self.geometry.cluster_bits);
-        clear_stored(self, place, GuestOffset(guest), len, Zeroing::Write).context("Could not clear new clusters")?;
+        let (place, len) = (HostPlace { file: self.data_file(), at: host }, n << self.geometry.cluster_bits);
+        clear_stored(self, place, guest, len, Zeroing::Write).context("Could not clear new clusters")?;
         Ok(false)
     }
 
     /// Whether a guest cluster has room in the file.
-    fn has_room(&self, guest: u64) -> Result<bool> {
+    fn has_room(&self, guest: GuestOffset) -> Result<bool> {
         let (l1, index) = (self.l1(), self.geometry.l1_index(guest));
         let table = if index < l1.len / ENTRY { self.l1_entry(l1, index)?.table() } else { None };
         let Some(at) = table else { return Ok(false) };

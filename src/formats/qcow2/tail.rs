@@ -32,8 +32,7 @@ impl Qcow2Driver {
     /// Makes the last cluster read as zeros from the end of a disk of `size` bytes on. Nothing before it changes.
     pub(super) fn clear_tail(&self, alloc: &mut Allocator, size: u64, tail: Tail) -> Result<()> {
         let geometry = self.geometry;
-        let (within, l1) = (geometry.in_cluster(size), self.l1());
-        let first = size - within;
+        let ((first, within), l1) = (geometry.within(GuestOffset(size)), self.l1());
         if within == 0 || geometry.l1_index(first) >= l1.len / ENTRY {
             return Ok(());
         }
@@ -59,17 +58,17 @@ impl Qcow2Driver {
         };
         let own = self.external || entry.is_own();
         if there && own {
-            let place = if self.external { first } else { host };
+            let place = if self.external { first.get() } else { host };
             if !self.external {
                 self.check_data(host, geometry.cluster_size())?;
             }
             let place = HostPlace { file: self.data_file(), at: HostOffset(place + within) };
-            self.clear(place, size, end - within, Tail::Clear)?;
-            self.clear(place, size, geometry.cluster_size() - within, tail)?;
+            self.clear(place, GuestOffset(size), end - within, Tail::Clear)?;
+            self.clear(place, GuestOffset(size), geometry.cluster_size() - within, tail)?;
         } else if there && end > within {
             let mut bytes = self.bytes(geometry.cluster_size())?;
             self.check_data(host, geometry.cluster_size())?;
-            read_stored(self, HostPlace::main(host), GuestOffset(first), &mut bytes).context(FAILED)?;
+            read_stored(self, HostPlace::main(host), first, &mut bytes).context(FAILED)?;
             return self.replace(alloc, first, bytes, within, end, marks);
         }
         if marks != bitmap {
@@ -79,12 +78,12 @@ impl Qcow2Driver {
         Ok(())
     }
 
-    fn clear_compressed(&self, alloc: &mut Allocator, first: u64, within: u64, entry: L2Entry) -> Result<()> {
+    fn clear_compressed(&self, alloc: &mut Allocator, first: GuestOffset, within: u64, entry: L2Entry) -> Result<()> {
         let cluster = self.geometry.cluster_size();
         let (at, host_len) = self.geometry.compressed(entry.0);
         self.check_data(at, host_len)?;
         let place = HostPlace { file: 0, at: HostOffset(at) };
-        let unit = CompressedUnit { start: GuestOffset(first), len: cluster, place, host_len };
+        let unit = CompressedUnit { start: first, len: cluster, place, host_len };
         let bytes = read_unit(self, &unit).context(FAILED)?;
         let marks = if self.geometry.extended { u64::from(u32::MAX) } else { 0 };
         self.replace(alloc, first, bytes, within, cluster, marks)
@@ -94,7 +93,7 @@ impl Qcow2Driver {
     fn replace(
         &self,
         alloc: &mut Allocator,
-        guest: u64,
+        guest: GuestOffset,
         mut bytes: Vec<u8>,
         from: u64,
         to: u64,
@@ -110,7 +109,7 @@ impl Qcow2Driver {
         let index = self.geometry.l2_index(guest);
         let (old, _) = self.l2_entry(table, index)?;
         let host = self.geometry.offset_of(self.allocate(alloc, 1)?);
-        write_stored(self, HostPlace::main(host), GuestOffset(guest), &mut bytes).context(FAILED)?;
+        write_stored(self, HostPlace::main(host), guest, &mut bytes).context(FAILED)?;
         self.set_l2_entry(table, index, L2Entry::own(HostOffset(host)), marks)?;
         self.free_entry(alloc, old, false)
     }
@@ -129,8 +128,8 @@ impl Qcow2Driver {
         let geometry = self.geometry;
         let (l1, keep) = (self.l1(), size.next_multiple_of(geometry.cluster_size()));
         self.each_beyond(size, &mut |l1_index, at, first| {
-            let start = l1_index * geometry.l1_covers();
-            let whole = start >= keep;
+            let start = GuestOffset(l1_index * geometry.l1_covers());
+            let whole = start.get() >= keep;
             let table = if whole { self.l2(at) } else { self.writable_l2(alloc, start)? };
             if whole {
                 self.tables.set(l1, l1_index, 0)?;
@@ -180,17 +179,17 @@ impl Qcow2Driver {
 
     /// Makes what has no data between two offsets (the first a multiple of the cluster, or of the subcluster) read as
     /// zeros, whatever the backing file holds there.
-    pub(super) fn hide_backing(&self, alloc: &mut Allocator, from: u64, to: u64) -> Result<()> {
+    pub(super) fn hide_backing(&self, alloc: &mut Allocator, from: GuestOffset, to: GuestOffset) -> Result<()> {
         let geometry = self.geometry;
         let cluster = geometry.cluster_size();
-        let mut guest = from - geometry.in_cluster(from);
+        let (mut guest, _) = geometry.within(from);
         while guest < to {
             let table = self.writable_l2(alloc, guest)?;
             let index = geometry.l2_index(guest);
             let (entry, bitmap) = self.l2_entry(table, index)?;
             if geometry.extended {
                 let unit = geometry.subcluster_size();
-                let part = from.saturating_sub(guest).div_ceil(unit).min(u64::from(layout::SUBCLUSTERS));
+                let part = from.get().saturating_sub(guest.get()).div_ceil(unit).min(u64::from(layout::SUBCLUSTERS));
                 let beyond = u64::from(u32::MAX) & !((1u64 << part) - 1);
                 // Those that hold data, and those that are zeros, stay so.
                 let hidden = beyond & !bitmap & !(bitmap >> 32);
@@ -199,27 +198,26 @@ impl Qcow2Driver {
                 let new = if geometry.version < 3 { self.zeros(alloc, guest)? } else { entry.with_zero(true) };
                 self.set_l2_entry(table, index, new, 0)?;
             }
-            guest += cluster;
+            guest = guest + cluster;
             self.settle_if_due(alloc)?;
         }
         Ok(())
     }
 
     /// The entry of a new cluster of zeros, which is that one of the guest's.
-    fn zeros(&self, alloc: &mut Allocator, guest: u64) -> Result<L2Entry> {
+    fn zeros(&self, alloc: &mut Allocator, guest: GuestOffset) -> Result<L2Entry> {
         let host = self.geometry.offset_of(self.allocate(alloc, 1)?);
         let len = self.geometry.cluster_size();
-        clear_stored(self, HostPlace::main(host), GuestOffset(guest), len, Zeroing::Allocate)
-            .context("Could not write zeros")?;
+        clear_stored(self, HostPlace::main(host), guest, len, Zeroing::Allocate).context("Could not write zeros")?;
         Ok(L2Entry::own(HostOffset(host)))
     }
 
     /// Makes a range that has its place read as zeros, as far as the file reaches.
-    fn clear(&self, place: HostPlace, guest: u64, len: u64, how: Tail) -> Result<()> {
+    fn clear(&self, place: HostPlace, guest: GuestOffset, len: u64, how: Tail) -> Result<()> {
         let file = self.files.get(place.file).unwrap_or(self.file());
         let clear = |done: u64, run: u64, how| {
             let place = HostPlace { at: place.at + done, ..place };
-            clear_stored(self, place, GuestOffset(guest + done), run, how).context(FAILED)
+            clear_stored(self, place, guest + done, run, how).context(FAILED)
         };
         match how {
             _ if len == 0 => return Ok(()),
@@ -231,7 +229,7 @@ impl Qcow2Driver {
         let end = file.storage.len().context("Could not get file size")?.min(at.saturating_add(len));
         let mut from = at;
         while from < end {
-            let at_guest = PlacePart::Guest(GuestOffset(guest + (from - at)));
+            let at_guest = PlacePart::Guest(guest + (from - at));
             let asking = || {
                 let (file, host) = (file.name.clone(), Some(HostOffset(from)));
                 Place { operation: Operation::Status, file, part: at_guest, host }
