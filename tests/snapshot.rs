@@ -16,7 +16,7 @@ use vimg::storage::memory::Memory;
 use vimg::storage::{Preallocation, Storage};
 
 use crate::common::inside::{self, Files};
-use crate::common::{Scratch, judge, pattern};
+use crate::common::{Scratch, judge, pattern, vimg};
 
 const NAME: &str = "image";
 
@@ -262,5 +262,23 @@ fn sequences_of_snapshots_and_writes_are_as_the_model() {
         files.save(scratch.path());
         let out = judge(&["check", "-f", "qcow2", NAME]).dir(scratch.path()).run();
         assert!(out.code == Some(0), "{options}: leaks: {out:#?}");
+    }
+}
+
+/// What fails is told with the file, once.
+#[test]
+fn a_flush_that_fails_names_the_file() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "qcow2", "i", "1M"]);
+    for event in ["flush_to_os", "flush_to_disk"] {
+        let rules = format!("file.inject-error.0.event={event},file.inject-error.0.errno=5");
+        let image = format!("driver=qcow2,file.driver=blkdebug,{rules},file.image.filename=i");
+        for args in
+            [&["snapshot", "--image-opts", "-c", "a", &image], &["bitmap", "--image-opts", "--add", &image, "b"]]
+        {
+            let out = vimg(args).dir(scratch.path()).fails(1);
+            let told = out.stderr.matches(r#""filename": "i""#).count();
+            assert!(told == 1 && out.stderr.ends_with("could not flush: Input/output error\n"), "{args:?}: {out:?}");
+        }
     }
 }

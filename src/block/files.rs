@@ -84,7 +84,8 @@ impl Child {
     /// Returns once everything written to it is on stable storage.
     pub fn flush(&self) -> Result<()> {
         self.storage.announce(Event::FLUSH_TO_DISK);
-        self.storage.flush().with_context(|| format!("{}: could not flush", self.name))
+        let done = self.storage.flush().with_context(|| format!("{}: could not flush", self.name));
+        done.map_err(|error| error.about(&*self.name))
     }
 }
 

@@ -75,7 +75,7 @@ pub fn resize_naming(node: &Node, size: u64, fill: Preallocation) -> Result<Vec<
 pub(super) fn naming_file(node: &Node, error: Error) -> Error {
     match error.storage() {
         Some(storage::Error::Io(_) | storage::Error::Step { .. })
-            if error.place().is_none() && !matches!(error.kind, ErrorKind::TooLarge | ErrorKind::Invalid) =>
+            if error.file().is_none() && !matches!(error.kind, ErrorKind::TooLarge | ErrorKind::Invalid) =>
         {
             error.context(node.name())
         }

@@ -1,6 +1,7 @@
 //! Internal snapshots: listed, taken, applied, deleted.
 
 use super::ids::{IdChoice, ImageIds};
+use super::resize::naming_file;
 use crate::block::driver::{NewSnapshot, SnapshotKey};
 use crate::block::error::Context;
 use crate::block::info::SnapshotInfo;
@@ -29,7 +30,8 @@ pub fn change(node: &Node, change: &SnapshotChange) -> Result<()> {
         SnapshotChange::Apply(name) => ("apply", name, apply(node, name)),
         SnapshotChange::Delete(name) => ("delete", name, delete(node, name)),
     };
-    did.and_then(|()| node.driver().close()).with_context(|| format!("Could not {done} snapshot '{name}'"))
+    let did = did.and_then(|()| node.driver().close()).map_err(|error| naming_file(node, error));
+    did.with_context(|| format!("Could not {done} snapshot '{name}'"))
 }
 
 fn create(node: &Node, name: &str) -> Result<()> {

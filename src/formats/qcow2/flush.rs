@@ -77,8 +77,7 @@ impl Qcow2Driver {
         }
         drop(alloc);
         for file in &self.files {
-            file.storage.announce(Event::FLUSH_TO_DISK);
-            file.storage.flush().with_context(|| format!("{}: could not flush", file.name))?;
+            file.flush()?;
         }
         Ok(())
     }

@@ -134,7 +134,7 @@ impl VmdkDriver {
         }
         let flush_files = || -> Result<()> {
             for file in &self.files {
-                file.storage.flush().with_context(|| format!("{}: could not flush", file.name))?;
+                file.flush()?;
             }
             self.text_file().flush().context("could not flush the descriptor")
         };
