@@ -240,6 +240,23 @@ fn incompressible_clusters_alone_are_stored_as_they_are() {
     assert!(len(&scratch, "t") < 62 << 16);
 }
 
+/// Less memory than the encoder and the worker need for clusters of 2 MiB, and more than all that is small.
+#[test]
+fn a_lack_of_memory_is_an_error() {
+    let scratch = Scratch::new();
+    fs::write(scratch.file("s.raw"), pattern(1, 4 << 20)).unwrap();
+    for (how, bytes) in [
+        (&["-c", "-o", "cluster_size=2M"][..], 9 << 20),
+        (&["-c", "-o", "cluster_size=2M,compression_window=32k"], 6 << 20),
+        (&["-c", "-o", "cluster_size=2M,compression_type=zstd"], 6 << 20),
+    ] {
+        let args = [&["convert", "-m", "1", "-f", "raw", "-O", "qcow2"], how, &["s.raw", "t"]].concat();
+        let out = crate::common::run::vimg_within_memory(bytes, &args).dir(scratch.path()).fails(1);
+        assert!(out.stderr.contains("Cannot allocate memory"), "{how:?}: {out:?}");
+        assert!(!scratch.file("t").exists());
+    }
+}
+
 #[test]
 fn memory_stays_small_with_large_clusters() {
     let scratch = Scratch::new();

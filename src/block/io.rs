@@ -11,8 +11,6 @@
 mod placement;
 mod stored;
 
-use std::sync::Arc;
-
 use nix::errno::Errno;
 
 pub use placement::{Placement, Step, write_steps};
@@ -35,12 +33,23 @@ pub struct Scratch {
     sealed: Vec<u8>,
 }
 
-/// Makes a buffer that long. Lengths are an image's: that there is no memory is an error.
-fn resize(buf: &mut Vec<u8>, len: usize) -> Result<()> {
-    let more = len.saturating_sub(buf.len());
-    buf.try_reserve(more).map_err(|_| Error::from(storage::Error::from(Errno::ENOMEM)))?;
+/// Makes room for so many more. Lengths are an image's: that there is no memory is an error.
+pub fn reserve(buf: &mut Vec<u8>, more: usize) -> Result<()> {
+    buf.try_reserve(more).map_err(|_| Error::from(storage::Error::from(Errno::ENOMEM)))
+}
+
+/// Makes a buffer that long.
+pub fn resize(buf: &mut Vec<u8>, len: usize) -> Result<()> {
+    reserve(buf, len.saturating_sub(buf.len()))?;
     buf.resize(len, 0);
     Ok(())
+}
+
+/// So many zeros.
+pub fn zeroed(len: u64) -> Result<Vec<u8>> {
+    let mut buf = Vec::new();
+    resize(&mut buf, length(len)?)?;
+    Ok(buf)
 }
 
 fn length(n: u64) -> Result<usize> {
@@ -108,8 +117,7 @@ impl Node {
             } else {
                 let mapping = self.map(GuestOffset(pos), n.min(ZEROS), usize::MAX)?;
                 if !mapping.is_zero() {
-                    let zeros = vec![0; usize::try_from(mapping.len).unwrap_or(usize::MAX)];
-                    self.write(GuestOffset(pos), &zeros, scratch)?;
+                    self.write(GuestOffset(pos), &zeroed(mapping.len)?, scratch)?;
                 } else {
                     self.writing()?.wrote_the_same(GuestOffset(pos), mapping.len)?;
                 }
@@ -161,6 +169,7 @@ impl Node {
         self.announce(Event::WRITE_AIO);
         let Some(cipher) = self.driver().cipher() else { return self.put_bytes(place, guest, bytes) };
         scratch.sealed.clear();
+        reserve(&mut scratch.sealed, bytes.len())?;
         scratch.sealed.extend_from_slice(bytes);
         cipher.encrypt(guest, place.at, &mut scratch.sealed)?;
         self.put_bytes(place, guest, &scratch.sealed)
@@ -265,7 +274,7 @@ impl Mapping<'_> {
         resize(&mut scratch.decoded, decoded)?;
         self.decode(unit, &scratch.encoded, &mut scratch.decoded)?;
         buf.copy_from_slice(&scratch.decoded[skip..end]);
-        self.node.last_unit().keep(*unit, Arc::from(scratch.decoded.as_slice()), stored);
+        self.node.last_unit().keep(*unit, &scratch.decoded, stored);
         Ok(())
     }
 

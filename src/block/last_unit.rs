@@ -16,7 +16,7 @@ pub struct LastUnit {
 struct Decoded {
     /// Counts what was stored: a unit read before that must not be kept after it.
     stored: u64,
-    unit: Option<(CompressedUnit, Arc<[u8]>)>,
+    unit: Option<(CompressedUnit, Arc<Vec<u8>>)>,
 }
 
 impl LastUnit {
@@ -25,7 +25,7 @@ impl LastUnit {
     }
 
     /// The unit's bytes if they are kept; else what [`LastUnit::keep`] wants to know.
-    pub fn find(&self, wanted: &CompressedUnit) -> std::result::Result<Arc<[u8]>, u64> {
+    pub fn find(&self, wanted: &CompressedUnit) -> std::result::Result<Arc<Vec<u8>>, u64> {
         let state = self.state();
         match &state.unit {
             Some((unit, bytes)) if unit == wanted => Ok(bytes.clone()),
@@ -33,11 +33,16 @@ impl LastUnit {
         }
     }
 
-    /// Keeps a unit, unless one was stored since it was read.
-    pub fn keep(&self, unit: CompressedUnit, bytes: Arc<[u8]>, stored: u64) {
+    /// Keeps a unit, unless one was stored since it was read, or there is no memory for it.
+    pub fn keep(&self, unit: CompressedUnit, bytes: &[u8], stored: u64) {
+        let mut kept = Vec::new();
+        if kept.try_reserve_exact(bytes.len()).is_err() {
+            return;
+        }
+        kept.extend_from_slice(bytes);
         let mut state = self.state();
         if state.stored == stored {
-            state.unit = Some((unit, bytes));
+            state.unit = Some((unit, Arc::new(kept)));
         }
     }
 

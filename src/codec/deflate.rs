@@ -11,7 +11,7 @@ use flate2::{Decompress, FlushDecompress, Status};
 use libdeflater::{CompressionLvl, Compressor, DecompressionError, Decompressor};
 
 use super::narrow;
-use super::{Error, Result};
+use super::{Error, Result, resize};
 
 /// What stands around the deflate stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,9 +100,9 @@ pub fn encode(how: How, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> Result
             _ => kept.insert((how, Encoder::new(how)?)),
         };
         let len = match encoder {
-            Encoder::Narrow(encoder) => return Ok(encoder.encode(how.level, plain, out, limit)),
+            Encoder::Narrow(encoder) => return encoder.encode(how.level, plain, out, limit),
             Encoder::Full(encoder) => {
-                out.resize(limit, 0);
+                resize(out, limit)?;
                 match how.stream.wrap() {
                     Wrap::Raw => encoder.deflate_compress(plain, out),
                     Wrap::Zlib => encoder.zlib_compress(plain, out),
@@ -152,6 +152,14 @@ mod tests {
 
     fn sample() -> Vec<u8> {
         (0..65536u32).flat_map(|n| (n.wrapping_mul(2_654_435_761) >> 28).to_le_bytes()).take(65536).collect()
+    }
+
+    #[test]
+    fn no_memory_is_an_error() {
+        for how in HOWS {
+            assert_eq!(encode(how, &sample(), &mut Vec::new(), usize::MAX / 4), Err(Error::Memory), "{how:?}");
+        }
+        assert_eq!(super::super::zstd::encode(3, &sample(), &mut Vec::new(), usize::MAX / 4), Err(Error::Memory));
     }
 
     const HOWS: [How; 6] = [

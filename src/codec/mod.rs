@@ -22,13 +22,28 @@ pub enum Error {
     /// It ends before all that is wanted came out.
     #[error("compressed data ends too early")]
     Short,
-    /// The encoder itself failed (no memory).
+    /// The encoder itself failed.
     #[error("the compressor failed")]
     Encoder,
+    /// There is no memory for what it needs.
+    #[error("Cannot allocate memory")]
+    Memory,
 }
 
 /// Result of a codec.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// Makes room for so many more.
+fn reserve<T>(buf: &mut Vec<T>, more: usize) -> Result<()> {
+    buf.try_reserve(more).map_err(|_| Error::Memory)
+}
+
+/// Makes a buffer that long.
+fn resize(buf: &mut Vec<u8>, len: usize) -> Result<()> {
+    reserve(buf, len.saturating_sub(buf.len()))?;
+    buf.resize(len, 0);
+    Ok(())
+}
 
 /// Reads until `out` is full; what else there is to read is left.
 fn fill(mut from: impl std::io::Read, out: &mut [u8]) -> Result<()> {

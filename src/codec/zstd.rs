@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use zstd::zstd_safe::zstd_sys::ZSTD_ErrorCode;
 use zstd::zstd_safe::{self, CCtx, CParameter, DCtx};
 
-use super::{Error, Result};
+use super::{Error, Result, resize};
 
 /// The level that the reference uses.
 pub const LEVEL: i32 = 3;
@@ -16,6 +16,9 @@ pub const LEVELS: u8 = 22;
 
 /// What zstd returns where the output does not fit: errors are the negatives of their numbers.
 const TOO_SMALL: usize = (ZSTD_ErrorCode::ZSTD_error_dstSize_tooSmall as usize).wrapping_neg();
+
+/// The same where it has no memory.
+const NO_MEMORY: usize = (ZSTD_ErrorCode::ZSTD_error_memory_allocation as usize).wrapping_neg();
 
 thread_local! {
     static ENCODER: RefCell<Option<(i32, CCtx<'static>)>> = const { RefCell::new(None) };
@@ -29,18 +32,19 @@ pub fn encode(level: i32, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> Resu
         let (_, encoder) = match kept {
             Some(kept) if kept.0 == level => kept,
             _ => {
-                let mut encoder = CCtx::try_create().ok_or(Error::Encoder)?;
+                let mut encoder = CCtx::try_create().ok_or(Error::Memory)?;
                 encoder.set_parameter(CParameter::CompressionLevel(level)).map_err(|_| Error::Encoder)?;
                 kept.insert((level, encoder))
             }
         };
-        out.resize(limit, 0);
+        resize(out, limit)?;
         match encoder.compress2(out.as_mut_slice(), plain) {
             Ok(len) => {
                 out.truncate(len);
                 Ok(true)
             }
             Err(code) if code == TOO_SMALL => Ok(false),
+            Err(NO_MEMORY) => Err(Error::Memory),
             Err(_) => Err(Error::Encoder),
         }
     })
@@ -51,7 +55,7 @@ pub fn decode(encoded: &[u8], out: &mut [u8]) -> Result<()> {
     DECODER.with_borrow_mut(|kept| {
         let decoder = match kept {
             Some(decoder) => decoder,
-            None => kept.insert(DCtx::try_create().ok_or(Error::Encoder)?),
+            None => kept.insert(DCtx::try_create().ok_or(Error::Memory)?),
         };
         let (mut encoded, mut out) = (encoded, out);
         while !out.is_empty() {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use serde_json::Map;
 
 use crate::block::filter::{Below, Filter, FilterRequest, Filtered, Lower};
-use crate::block::io::Scratch;
+use crate::block::io::{Scratch, zeroed};
 use crate::block::{self, Effort, Encoded, Error, GuestOffset, Node, Store};
 use crate::storage::lock::Access;
 use crate::storage::{self, Event, Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
@@ -66,7 +66,7 @@ impl Compressed {
                 continue;
             }
             let part = (unit - at % unit).min(end - at);
-            let mut bytes = vec![0; usize::try_from(part).map_err(|_| Error::invalid("a unit is too long"))?];
+            let mut bytes = zeroed(part)?;
             self.image.read(GuestOffset(at), &mut bytes, &mut scratch)?;
             if bytes.iter().any(|byte| *byte != 0) {
                 bytes.fill(0);
@@ -86,7 +86,7 @@ impl Compressed {
         let len = unit.min(self.image.virtual_size().saturating_sub(start));
         let too_long = |_| Error::invalid("a unit is longer than memory can be");
         let skip = usize::try_from(at % unit).map_err(too_long)?;
-        let mut whole = vec![0; usize::try_from(unit).map_err(too_long)?];
+        let mut whole = zeroed(unit)?;
         let covered = data.len() as u64 == len;
         if !covered {
             let there = whole.get_mut(..usize::try_from(len).map_err(too_long)?).unwrap_or_default();

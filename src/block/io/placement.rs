@@ -7,7 +7,7 @@ use crate::block::{ExtentKind, GuestOffset, HostPlace, Mapping, Node, Result};
 use crate::storage::offload::{Offload, offload};
 use crate::storage::{Event, Zeroing, zeros};
 
-use super::{Scratch, ZEROS, back, forth, length};
+use super::{Scratch, ZEROS, back, forth, length, resize, zeroed};
 
 /// Room in an image that is not visible yet: fill it, then publish it; dropped, it is given back.
 #[derive(Debug)]
@@ -66,8 +66,8 @@ impl Placement<'_> {
         if before.saturating_add(after) > ZEROS && self.node.driver().cipher().is_none() {
             return self.write_between(place, before, after, data, scratch);
         }
-        let (head, tail) = (length(before)?, length(after)?);
-        let mut whole = vec![0; head + data.len() + tail];
+        let head = length(before)?;
+        let mut whole = zeroed(before.saturating_add(after).saturating_add(data.len() as u64))?;
         let start = GuestOffset(self.start().get().saturating_sub(before));
         self.node.announce(Event::COW_READ);
         self.node.read(start, &mut whole[..head], scratch)?;
@@ -99,7 +99,7 @@ impl Placement<'_> {
         let (mut left, mut around) = (bytes, Vec::new());
         while left > 0 {
             let len = left.min(ZEROS);
-            around.resize(length(len)?, 0);
+            resize(&mut around, length(len)?)?;
             self.node.read(guest, &mut around, scratch)?;
             self.node.put(place, guest, &around, scratch)?;
             (place, guest, left) = (forth(place, len), guest + len, left - len);
@@ -156,7 +156,7 @@ impl Placement<'_> {
         let mut at = from;
         while at < to {
             let len = (to - at).min(ZEROS);
-            let mut bytes = vec![0; length(len)?];
+            let mut bytes = zeroed(len)?;
             let head = self.start().get().saturating_sub(at).min(len);
             let tail = (at + len).saturating_sub(self.end().get()).min(len);
             self.node.read(GuestOffset(at), &mut bytes[..length(head)?], scratch)?;

@@ -8,7 +8,7 @@ use crate::block::error::{Context, Operation};
 use crate::block::{BlockDriver, Child, CompressedUnit, Error, ExtentKind, GuestOffset, HostPlace, Result};
 use crate::storage::Zeroing;
 
-use super::{ZEROS, forth, length};
+use super::{ZEROS, forth, zeroed};
 
 fn file_of(driver: &dyn BlockDriver, place: HostPlace) -> Result<&Child> {
     let found = driver.files().get(place.file);
@@ -25,7 +25,7 @@ pub fn read_stored(driver: &dyn BlockDriver, place: HostPlace, guest: GuestOffse
 /// Reads a unit and decodes it.
 pub fn read_unit(driver: &dyn BlockDriver, unit: &CompressedUnit) -> Result<Vec<u8>> {
     let file = file_of(driver, unit.place)?;
-    let (mut encoded, mut plain) = (vec![0; length(unit.host_len)?], vec![0; length(unit.len)?]);
+    let (mut encoded, mut plain) = (zeroed(unit.host_len)?, zeroed(unit.len)?);
     let doing = || file.doing(Operation::Read, unit.start, unit.place.at);
     file.storage.read_at(unit.place.at.get(), &mut encoded).at(doing)?;
     driver.decode(unit, &encoded, &mut plain).at(doing)?;
@@ -53,7 +53,7 @@ pub fn clear_stored(
         let file = file_of(driver, place)?;
         return file.storage.zero(place.at.get(), len, how).at(|| file.doing(Operation::Write, guest, place.at));
     }
-    in_pieces(len, |done, n| write_stored(driver, forth(place, done), guest + done, &mut vec![0; length(n)?]))
+    in_pieces(len, |done, n| write_stored(driver, forth(place, done), guest + done, &mut zeroed(n)?))
 }
 
 /// Copies guest bytes from one place to another that does not overlap it.
@@ -65,7 +65,7 @@ pub fn move_stored(
     len: u64,
 ) -> Result<()> {
     in_pieces(len, |done, n| {
-        let mut buf = vec![0; length(n)?];
+        let mut buf = zeroed(n)?;
         read_stored(driver, forth(from, done), guest + done, &mut buf)?;
         write_stored(driver, forth(to, done), guest + done, &mut buf)
     })

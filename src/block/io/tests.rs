@@ -1,11 +1,12 @@
 #![allow(clippy::unwrap_used)]
 
 use std::num::NonZero;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::super::last_unit::LastUnit;
 use super::*;
+
 use crate::block::driver::{Action, Placed, Write};
 use crate::block::info::ImageInfo;
 use crate::block::{BlockDriver, Child, Cipher, Extent};
@@ -297,8 +298,15 @@ fn what_was_read_before_a_unit_was_stored_is_not_kept_after_it() {
     let unit = CompressedUnit { start: GuestOffset(0), len: CLUSTER, place: HostPlace::main(0), host_len: 1 };
     let stored = last.find(&unit).unwrap_err();
     last.forget();
-    last.keep(unit, Arc::from([1].as_slice()), stored);
+    last.keep(unit, &[1], stored);
     assert!(last.find(&unit).is_err());
-    last.keep(unit, Arc::from([2].as_slice()), last.find(&unit).unwrap_err());
+    last.keep(unit, &[2], last.find(&unit).unwrap_err());
     assert_eq!(*last.find(&unit).unwrap(), [2]);
+}
+
+#[test]
+fn a_buffer_that_cannot_be_had_is_an_error() {
+    let error = zeroed(u64::MAX / 4).unwrap_err();
+    assert_eq!(error.storage().and_then(|error| error.errno()), Some(Errno::ENOMEM));
+    assert_eq!(zeroed(3).unwrap(), [0; 3]);
 }

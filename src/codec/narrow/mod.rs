@@ -22,6 +22,7 @@ mod block;
 mod huffman;
 mod matches;
 
+use super::{Result, reserve};
 use block::{Bits, Counts, Logs, Prices, Token};
 use matches::{Look, Match, Matcher, PADDING, SHORTEST, WINDOW};
 
@@ -117,13 +118,19 @@ impl Encoder {
     }
 
     /// Encodes `plain` to `out` if that takes at most `limit` bytes; else false, and `out` means nothing.
-    pub fn encode(&mut self, level: u8, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> bool {
+    pub fn encode(&mut self, level: u8, plain: &[u8], out: &mut Vec<u8>, limit: usize) -> Result<bool> {
+        self.tokens.clear();
+        reserve(&mut self.tokens, plain.len())?;
+        self.segments.clear();
+        reserve(&mut self.segments, plain.len() / SEGMENT + 1)?;
+        out.clear();
+        reserve(out, limit)?;
         self.padded.clear();
+        reserve(&mut self.padded, plain.len() + PADDING)?;
         self.padded.extend_from_slice(plain);
         self.padded.extend_from_slice(&[0; PADDING]);
         self.parse(plain.len(), Effort::of(level));
-        out.clear();
-        self.write(plain, out, limit)
+        Ok(self.write(plain, out, limit))
     }
 
     /// Literals and references for all of it.
@@ -133,8 +140,6 @@ impl Encoder {
         let mut prices = Prices::UNKNOWN;
         let bytes = &padded[..];
         matcher.clear();
-        tokens.clear();
-        segments.clear();
         let mut segment = Segment::EMPTY;
         let mut say = |segment: &mut Segment, prices: &mut Prices, token: Token, bytes: usize| {
             tokens.push(token);
@@ -258,7 +263,7 @@ mod tests {
         for level in [1, 2, 3, 4, 5, 6, 7, 8, 9] {
             for plain in samples() {
                 let mut out = Vec::new();
-                assert!(encoder.encode(level, &plain, &mut out, plain.len() + 200), "{level} {}", plain.len());
+                assert!(encoder.encode(level, &plain, &mut out, plain.len() + 200).unwrap(), "{level} {}", plain.len());
                 let mut back = vec![1; plain.len() + 1];
                 let mut reader = Decompress::new_with_window_bits(false, 12);
                 let status = reader.decompress(&out, &mut back, FlushDecompress::Finish).unwrap();
@@ -279,7 +284,7 @@ mod tests {
         let mut encoder = Encoder::new();
         let mut len = |level, plain: &[u8]| {
             let mut out = Vec::new();
-            encoder.encode(level, plain, &mut out, plain.len() * 2).then_some(out.len()).unwrap()
+            encoder.encode(level, plain, &mut out, plain.len() * 2).unwrap().then_some(out.len()).unwrap()
         };
         assert!(len(6, &vec![0; 65_536]) < 120);
         // What repeats after the whole window, and noise in the middle of it, cost what they have to.
@@ -299,9 +304,9 @@ mod tests {
     fn a_limit_is_kept() {
         let mut encoder = Encoder::new();
         let (mut out, plain) = (Vec::new(), text(65_536));
-        assert!(encoder.encode(6, &plain, &mut out, plain.len()));
-        let whole = out.clone();
-        assert!(encoder.encode(6, &plain, &mut out, whole.len()) && out == whole);
-        assert!(!encoder.encode(6, &plain, &mut out, whole.len() - 1) && !encoder.encode(6, &plain, &mut out, 0));
+        let mut encode = |limit| encoder.encode(6, &plain, &mut out, limit).unwrap().then(|| out.clone());
+        let whole = encode(plain.len()).unwrap();
+        assert!(encode(whole.len()).unwrap() == whole);
+        assert!(encode(whole.len() - 1).is_none() && encode(0).is_none());
     }
 }

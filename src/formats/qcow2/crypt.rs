@@ -4,6 +4,7 @@
 //! encryption". Compressed clusters are not encrypted. With LUKS a sector is encrypted by its number in the file that it
 //! lies in, with the encryption of old by that on the guest's disk.
 
+use crate::block::io::zeroed;
 use crate::block::{Child, Error, FileEnd, OptionTree, Purpose, Result, SecretBytes, Secrets};
 use crate::crypto::luks::{HEADER, LuksHeader, NewVolume};
 use crate::formats::encryption::{self, KEY_SECRET};
@@ -91,7 +92,7 @@ pub fn place(planner: &mut Planner, geometry: Geometry, volume: &NewVolume) -> R
     let clusters = length.div_ceil(geometry.cluster_size());
     let at = geometry.offset_of(planner.allocate(clusters)?);
     let too_large = |_| Error::invalid("The LUKS header is too large");
-    let mut bytes = vec![0; usize::try_from(clusters << geometry.cluster_bits).map_err(too_large)?];
+    let mut bytes = zeroed(clusters << geometry.cluster_bits)?;
     let material = usize::try_from(volume.material_at).map_err(too_large)?;
     let parts = [(0, volume.header.bytes()), (material, &volume.material[..])];
     for (start, part) in parts {

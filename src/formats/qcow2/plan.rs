@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use crate::block::error::Context;
+use crate::block::io::zeroed;
 use crate::block::{Error, Result};
 use crate::storage::Storage;
 
@@ -59,9 +60,8 @@ impl ImagePlan {
     /// Writes the refcount table and all refcount blocks.
     pub fn write_refcounts(&mut self) -> Result<()> {
         let geometry = self.geometry;
-        let size = bytes(geometry.cluster_size())?;
+        let mut block = zeroed(geometry.cluster_size())?;
         let per_block = geometry.refcounts_per_block();
-        let ones = refcount::all_ones(geometry.refcount_order, size);
         let mut run = 0;
         for (index, cluster) in self.blocks.iter().enumerate() {
             if *cluster == ClusterIndex(0) {
@@ -69,7 +69,7 @@ impl ImagePlan {
             }
             let first = geometry.first_counted(index as u64);
             let end = first + per_block;
-            let mut block = ones.clone();
+            refcount::fill_with_ones(geometry.refcount_order, &mut block);
             while self.free.get(run).is_some_and(|(_, free_end)| *free_end <= first) {
                 run += 1;
             }
@@ -88,11 +88,10 @@ impl ImagePlan {
 
     /// The table, filled up to its clusters' end.
     fn write_table(&mut self) -> Result<()> {
-        let mut table = Vec::with_capacity(self.blocks.len() * 8);
-        for cluster in &self.blocks {
-            table.extend_from_slice(&self.geometry.offset_of(*cluster).to_be_bytes());
+        let mut table = zeroed(self.table_clusters * self.geometry.cluster_size())?;
+        for (entry, cluster) in table.chunks_exact_mut(8).zip(&self.blocks) {
+            entry.copy_from_slice(&self.geometry.offset_of(*cluster).to_be_bytes());
         }
-        table.resize(bytes(self.table_clusters * self.geometry.cluster_size())?, 0);
         self.out.put(self.geometry.offset_of(self.table), &table)
     }
 

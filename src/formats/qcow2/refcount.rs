@@ -40,15 +40,15 @@ fn packed(order: u32, index: usize) -> (usize, u32, u8) {
     (index / per_byte, (index % per_byte) as u32 * bits, ((1u16 << bits) - 1) as u8)
 }
 
-/// A block whose refcounts are all 1.
-pub fn all_ones(order: u32, bytes: usize) -> Vec<u8> {
+/// Makes all refcounts of a block 1.
+pub fn fill_with_ones(order: u32, block: &mut [u8]) {
     match order {
-        0 => vec![0xff; bytes],
-        1 => vec![0x55; bytes],
-        2 => vec![0x11; bytes],
+        0 => block.fill(0xff),
+        1 => block.fill(0x55),
+        2 => block.fill(0x11),
         _ => {
             let width = 1usize << (order - 3);
-            (1..=bytes).map(|n| u8::from(n % width == 0)).collect()
+            block.iter_mut().zip(1..).for_each(|(byte, n)| *byte = u8::from(n % width == 0));
         }
     }
 }
@@ -76,7 +76,8 @@ mod tests {
             }
             assert_eq!(get(order, &block, count), 0);
             set(order, &mut block, count, 1);
-            let ones = all_ones(order, 64);
+            let mut ones = block;
+            fill_with_ones(order, &mut ones);
             assert!((0..count).all(|index| get(order, &ones, index) == 1));
             assert_eq!(find(order, &ones, 0, count, true), None);
         }

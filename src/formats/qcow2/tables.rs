@@ -30,6 +30,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use crate::block::error::{Context, Operation, Place};
+use crate::block::io::zeroed;
 use crate::block::{Error, FileEnd, Result};
 use crate::storage::{Event, HostKind, Storage, Zeroing};
 
@@ -227,7 +228,7 @@ impl Tables {
         while from < table.len {
             let slice = self.slice(table, from);
             let mut bytes = slice.bytes.write().unwrap_or_else(|e| e.into_inner());
-            *bytes = Some(vec![0; index(slice.len)?].into_boxed_slice());
+            *bytes = Some(zeroed(slice.len)?.into_boxed_slice());
             slice.fresh.store(true, Ordering::Release);
             self.mark_dirty(&slice);
             from += SLICE;
@@ -361,7 +362,7 @@ impl Tables {
                 // What was new is here. What a file that was cut off has lost is not zeros.
                 self.end.require(&*self.storage, slice.kind.name(), slice.at, slice.len)?;
             }
-            let mut read = vec![0; index(slice.len)?].into_boxed_slice();
+            let mut read = zeroed(slice.len)?.into_boxed_slice();
             if let Some(event) = slice.kind.reading() {
                 self.storage.announce(event);
             }

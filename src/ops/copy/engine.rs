@@ -27,7 +27,8 @@ use super::target::{self, Piece, PieceKind};
 use super::turn::Turn;
 use super::zero::{SECTOR, SparsePolicy};
 use super::{CopyOptions, Observer, TargetFacts};
-use crate::block::io::{Scratch, Step};
+use crate::block::error::Context;
+use crate::block::io::{Scratch, Step, reserve};
 use crate::block::{Compress, Encoded, Error, ErrorKind, GuestOffset, Node, Result};
 use crate::storage::offload::Offload;
 use crate::storage::zeros::is_zero;
@@ -432,6 +433,8 @@ impl<'a> Engine<'a> {
                     }
                     _ => {
                         let from = encoded.len();
+                        reserve(encoded, unit.len())
+                            .with_context(|| format!("could not keep the compressed unit at {at}"))?;
                         encoded.extend_from_slice(unit);
                         Unit { at, len, from, bytes: unit.len(), encoded: true }
                     }

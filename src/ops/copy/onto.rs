@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::piece::{Piece, PieceKind};
 use super::segment::{Content, Segment, status};
-use crate::block::io::Scratch;
+use crate::block::io::{Scratch, resize};
 use crate::block::{ExtentKind, GuestOffset, Mapping, Node, Result};
 use crate::storage::zeros::is_zero;
 
@@ -56,7 +56,7 @@ impl Onto {
             };
             other.clear();
             if let Some(new) = &self.0 {
-                other.resize(len, 0);
+                resize(other, len)?;
                 new.read(GuestOffset(piece.at), other, scratch)?;
             }
             let mut done = 0;
