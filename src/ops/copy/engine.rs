@@ -13,6 +13,7 @@
 mod large;
 mod store;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -105,6 +106,8 @@ struct Worker<'a> {
     pieces: Vec<Piece>,
     flags: Vec<u8>,
     steps: Vec<Step<'a>>,
+    /// Runs of the chunk of which it was told that they cannot be read, in order and apart.
+    told: Vec<Range<u64>>,
 }
 
 /// A unit that is to be stored compressed.
@@ -276,6 +279,7 @@ impl<'a> Engine<'a> {
     }
 
     fn process(&self, worker: &mut Worker<'a>) -> Result<()> {
+        worker.told.clear();
         let chunk = &worker.chunk;
         if chunk.zero {
             let (at, len) = (chunk.at, chunk.len);
@@ -301,12 +305,12 @@ impl<'a> Engine<'a> {
         }
         let read = self.compress.is_some() || self.one_by_one || self.digest.is_some();
         if read || !worker.plain.see(chunk, self.shape.longest().min(MOST))? {
-            self.fill(worker, len, padded, false)?;
+            self.fill(worker, len, padded)?;
         }
         self.hash(&worker.chunk, Some(worker.plain.bytes(len)))?;
         self.decide(worker, len)?;
         if !worker.plain.is_whole() {
-            self.fill(worker, len, padded, false)?;
+            self.fill(worker, len, padded)?;
             self.decide(worker, len)?;
         }
         if self.compress.is_some() {
@@ -326,9 +330,9 @@ impl<'a> Engine<'a> {
         })
     }
 
-    /// Reads the chunk. What cannot be read is told, unless all of it was read before.
-    fn fill(&self, worker: &mut Worker<'a>, len: usize, padded: usize, again: bool) -> Result<()> {
-        let Worker { chunk, plain, scratch, .. } = worker;
+    /// Reads the chunk. What cannot be read is told, unless it was told before.
+    fn fill(&self, worker: &mut Worker<'a>, len: usize, padded: usize) -> Result<()> {
+        let Worker { chunk, plain, scratch, told, .. } = worker;
         let whole = plain.room(padded)?;
         whole[len..].fill(0);
         if padded > len && !self.facts.unnamed {
@@ -337,7 +341,7 @@ impl<'a> Engine<'a> {
         }
         for segment in &chunk.segments {
             let from = short_len(segment.at - chunk.at);
-            self.read(segment, &mut whole[from..from + short_len(segment.len)], scratch, again)?;
+            self.read(segment, &mut whole[from..from + short_len(segment.len)], scratch, told)?;
         }
         Ok(())
     }
@@ -378,10 +382,16 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn read(&self, segment: &Segment<'_>, buf: &mut [u8], scratch: &mut Scratch, again: bool) -> Result<()> {
-        let warn = |text: &str| {
-            if !again {
-                self.observer.warn(text)
+    fn read(
+        &self,
+        segment: &Segment<'_>,
+        buf: &mut [u8],
+        scratch: &mut Scratch,
+        told: &mut Vec<Range<u64>>,
+    ) -> Result<()> {
+        let mut warn = |run: Range<u64>, text: &str| {
+            if is_news(told, run) {
+                self.observer.warn(text);
             }
         };
         if !self.options.salvage {
@@ -391,7 +401,7 @@ impl<'a> Engine<'a> {
         if let (crate::block::ErrorKind::Truncated, Content::Stored(_)) = (error.kind, &segment.content) {
             // A compressed unit that is cut off: the plan has seen all else.
             buf.fill(0);
-            warn(&format!("{}; it is read as zeros", error.message()));
+            warn(segment.at..segment.end(), &format!("{}; it is read as zeros", error.message()));
             return Ok(());
         }
         // Sector by sector: whatever cannot be read is zeros.
@@ -399,7 +409,8 @@ impl<'a> Engine<'a> {
         for sector in buf.chunks_mut(SECTOR as usize) {
             if let Err(error) = source::read(&Segment { len: sector.len() as u64, ..rest }, sector, scratch) {
                 sector.fill(0);
-                warn(&format!("error while reading offset {}: {}", rest.at, error.cause()));
+                let run = rest.at..rest.at + sector.len() as u64;
+                warn(run, &format!("error while reading offset {}: {}", rest.at, error.cause()));
             }
             if rest.len > sector.len() as u64 {
                 rest = rest.split(sector.len() as u64).1;
@@ -461,6 +472,17 @@ impl<'a> Engine<'a> {
         }
         self.turn.take(number, !self.options.reorder, &self.stop, place)
     }
+}
+
+/// Whether a run was not told of yet; it is now.
+fn is_news(told: &mut Vec<Range<u64>>, run: Range<u64>) -> bool {
+    let next = told.partition_point(|known| known.start <= run.start);
+    match next.checked_sub(1).and_then(|last| told.get_mut(last)) {
+        Some(last) if run.start < last.end => return false,
+        Some(last) if run.start == last.end => last.end = run.end,
+        _ => told.insert(next, run),
+    }
+    true
 }
 
 fn short_len(n: u64) -> usize {

@@ -21,6 +21,8 @@ struct Patchy {
     inner: Memory,
     holes: bool,
     bad_read: Option<u64>,
+    /// How often that sector is read before it is bad.
+    spared: Mutex<u64>,
     parallel: Option<u32>,
     bad_write: Option<u64>,
     /// Where writing waits until somebody has failed, and gives up.
@@ -57,6 +59,11 @@ impl Storage for Patchy {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> crate::storage::Result<()> {
         match self.bad_read {
             Some(bad) if bad >= at && bad < at + buf.len() as u64 => {
+                let mut spared = self.spared.lock().unwrap();
+                if *spared > 0 {
+                    *spared -= 1;
+                    return self.inner.read_at(at, buf);
+                }
                 Err(StorageError::Io(std::io::Error::from_raw_os_error(5)))
             }
             _ => self.inner.read_at(at, buf),
@@ -275,6 +282,32 @@ fn vdi(size: u64, block: u64) -> Vec<u8> {
     }
     image.resize(4096, 0xff);
     image
+}
+
+/// A block that is larger than what a worker holds is read twice.
+#[test]
+fn what_cannot_be_read_is_told_once_however_often_it_is_read() {
+    const LEN: u64 = 8 << 20;
+    for spared in [0, 1] {
+        let bytes = vec![7; 8 << 20];
+        let bad = Patchy {
+            inner: Memory::new(bytes.clone()),
+            bad_read: Some((5 << 20) + 700),
+            spared: Mutex::new(spared),
+            ..Patchy::default()
+        };
+        let source = Joined::new(&[node(Arc::new(bad), "source")], None);
+        let target = layer_of(&Vdi, Arc::new(Memory::new(vdi(LEN, LEN))), None, "target");
+        let options = CopyOptions { salvage: true, ..CopyOptions::default() };
+        let recorder = Recorder::default();
+        copy(&source, &target, &options, TargetFacts::default(), &recorder).unwrap();
+        let warnings = recorder.warnings.lock().unwrap();
+        assert_eq!(*warnings, ["error while reading offset 5243392: Input/output error"], "{spared} reads spared");
+        let (mut read, mut salvaged) = (vec![1; bytes.len()], bytes);
+        salvaged[(5 << 20) + 512..(5 << 20) + 1024].fill(0);
+        target.read(crate::block::GuestOffset(0), &mut read, &mut crate::block::io::Scratch::default()).unwrap();
+        assert!(read == salvaged);
+    }
 }
 
 /// How long it takes is `rate`'s own test.

@@ -72,7 +72,7 @@ impl<'a> Engine<'a> {
             }
             self.decide_part(worker, len);
             if !worker.plain.is_whole() {
-                self.fill(worker, len, len, false)?;
+                self.fill(worker, len, len)?;
                 self.decide_part(worker, len);
             }
             for piece in &worker.pieces {
@@ -90,7 +90,7 @@ impl<'a> Engine<'a> {
     fn look(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
         let read = self.one_by_one || self.digest.is_some();
         if read || !worker.plain.see(&worker.chunk, MOST)? {
-            self.fill(worker, len, len, false)?;
+            self.fill(worker, len, len)?;
         }
         Ok(())
     }
@@ -181,7 +181,7 @@ impl<'a> Engine<'a> {
                 return written;
             }
             step.done = before;
-            self.fill(worker, to - from, to - from, true)?;
+            self.fill(worker, to - from, to - from)?;
         }
         Ok(())
     }
@@ -191,7 +191,7 @@ impl<'a> Engine<'a> {
         if !self.one_by_one && worker.plain.see(&worker.chunk, MOST)? {
             return Ok(());
         }
-        self.fill(worker, len, len, true)?;
+        self.fill(worker, len, len)?;
         let Worker { chunk, plain, scratch, .. } = worker;
         let bytes = plain.room(len)?;
         for kept in chunk.segments.iter().filter(|segment| matches!(segment.content, Content::Keep)) {

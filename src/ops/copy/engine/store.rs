@@ -111,7 +111,7 @@ impl<'a> Engine<'a> {
         let Worker { chunk, steps, scratch, .. } = worker;
         self.share(chunk, steps, scratch).map_err(|error| self.wrote(error, chunk.at))?;
         if worker.unread && worker.steps.iter().any(|step| step.done < step.len) {
-            self.fill(worker, len, len, false)?;
+            self.fill(worker, len, len)?;
         }
         let Worker { plain, encoded, scratch, steps, .. } = worker;
         let written = write_steps(steps, plain.bytes(len), encoded, self.hole, scratch);
@@ -119,7 +119,7 @@ impl<'a> Engine<'a> {
             return written;
         }
         // It is gone, or cannot be read: which of them reading will tell.
-        self.fill(worker, len, len, false)?;
+        self.fill(worker, len, len)?;
         let Worker { plain, encoded, scratch, steps, .. } = worker;
         write_steps(steps, plain.bytes(len), encoded, self.hole, scratch)
     }
