@@ -7,7 +7,7 @@ use crate::common::trace::{Ended, killed_at};
 use crate::common::{Output, Run, Scratch, judge, need_root, pattern, plain, sh, vimg, vimg_path, write_pattern};
 
 /// Types answers on a terminal of its own: `answers` one after the other, each at a prompt (a line that ends in `: `);
-/// `^C` is that key. Prints what the terminal showed, the exit status, whether a core file was written, and whether
+/// `^C` is that key, `TERM` that signal. Prints what the terminal showed, the exit status, whether a core file was written, and whether
 /// the terminal's echo is on afterwards.
 const TERMINAL: &str = r#"
 import os, pty, sys, termios
@@ -33,6 +33,9 @@ while True:
     shown, since = shown + piece, since + piece
     if since.endswith(b': ') and answers:
         answer, since = answers.pop(0), b''
+        if answer == 'TERM':
+            os.kill(pid, 15)
+            continue
         os.write(fd, {'^C': b'\x03', '^\\': b'\x1c', '^D': b'\x04'}.get(answer, answer.encode() + b'\n'))
 status = os.waitpid(pid, 0)[1]
 echo = bool(termios.tcgetattr(fd)[3] & termios.ECHO)
@@ -108,6 +111,47 @@ fn nothing_is_made_where_the_answer_is_none() {
     let said = on_terminal(&scratch, "^C", &create);
     assert!(said.ends_with("[signal 2, core False, echo True]\n"), "{said}");
     assert!(!scratch.file("a").exists());
+}
+
+/// Whichever thread hears the signal: there are others in most commands, and in those that change an image one that
+/// waits for signals.
+#[test]
+fn a_signal_at_a_prompt_ends_it_and_gives_the_terminal_back() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    fs::write(scratch.file("key"), "abc").unwrap();
+    let made = ["--target-passphrase-file", "key", "disk", "a"];
+    scratch.vimg(
+        &[&["convert", "-f", "raw", "-O", "qcow2", "-o", "encrypt.format=luks,encrypt.iter-time=1"], &made[..]]
+            .concat(),
+    );
+    let whole = fs::read(scratch.file("a")).unwrap();
+    let (snapshot, amend) =
+        (["snapshot", "-c", "s", "a"], ["amend", "-o", "encrypt.state=active,encrypt.iter-time=1", "a"]);
+    for (before, args) in [
+        ("", &["convert", "a", "b"][..]),
+        ("", &["convert", "-f", "raw", "-O", "luks", "disk", "b"]),
+        ("", &["compare", "a", "disk"]),
+        ("", &["resize", "a", "2M"]),
+        ("", &["resize", "--preallocation=full", "a", "2M"]),
+        ("", &snapshot),
+        ("", &["commit", "a"]),
+        ("", &["bitmap", "--add", "a", "b"]),
+        ("", &amend),
+        ("abc,", &amend),
+        ("abc,new,", &amend),
+        ("", &["bench", "-c", "1", "a"]),
+        ("", &["info", "a"]),
+    ] {
+        let asks = args[0] != "info";
+        for (key, number) in [("^C", 2), ("TERM", 15), ("^\\", 3)] {
+            let said = on_terminal(&scratch, &format!("{before}{key}"), args);
+            let ends =
+                if asks { format!("[signal {number}, core False, echo True]\n") } else { "echo True]\n".to_owned() };
+            assert!(said.ends_with(&ends) && said.matches("assword for").count() <= 2, "{args:?} {key}: {said}");
+            assert!(!scratch.file("b").exists() && fs::read(scratch.file("a")).unwrap() == whole, "{args:?} {key}");
+        }
+    }
 }
 
 #[test]

@@ -69,6 +69,7 @@ impl Subcommand for CompareArgs {
     const USAGE: &'static [&'static str] =
         &["[[-f FMT] [-F FMT] | --image-opts] [-s] [-T CACHE] [-U]", "[--object OBJDEF] [-p] [-q] FILENAME1 FILENAME2"];
     const EXAMPLE: &'static str = "vimg compare disk.raw disk.qcow2";
+    const BAD_VALUE: Exit = Exit::NotOpened;
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let names = match &self.operands[..] {

@@ -1,5 +1,6 @@
 //! SIGINT, SIGTERM and SIGHUP while an image is changed in place: the work ends where the image is consistent and its
-//! marks say so, then the signal has its usual effect. A second one has it at once, and so has one before the work.
+//! marks say so, then the signal has its usual effect. A second one has it at once, and so has one before the work, or
+//! while the user is asked for something.
 //!
 //! The signals are blocked in every thread, and waited for in one of its own: no handler runs. One that is ignored
 //! stays so.
@@ -7,7 +8,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
-use nix::sys::signal::{SigSet, Signal, raise};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, raise};
+
+use super::passphrase;
 
 const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
@@ -24,20 +27,18 @@ impl Interrupt {
     /// Called before there are other threads; where signals cannot be caught they have their usual effect.
     pub fn catch() -> Self {
         let (caught, begun) = (Arc::new(AtomicI32::new(0)), Arc::new(AtomicBool::new(false)));
-        let ignored = ignored();
-        let mut set = SigSet::empty();
-        let wanted = |signal: &&Signal| ignored & (1 << (**signal as i32 - 1)) == 0;
-        SIGNALS.iter().filter(wanted).for_each(|signal| set.add(*signal));
+        let set = heeded(&SIGNALS);
         if set.thread_block().is_ok() {
             let (seen, begun) = (caught.clone(), begun.clone());
-            let waiter = std::thread::Builder::new().spawn(move || {
+            let waits = spawn_deaf(move || {
                 while let Ok(signal) = set.wait() {
-                    if seen.swap(signal as i32, Ordering::SeqCst) != 0 || !begun.load(Ordering::SeqCst) {
+                    let asking = passphrase::give_terminal_back();
+                    if asking || seen.swap(signal as i32, Ordering::SeqCst) != 0 || !begun.load(Ordering::SeqCst) {
                         have_effect(signal);
                     }
                 }
             });
-            if waiter.is_err() {
+            if !waits {
                 let _ = set.thread_unblock();
             }
         }
@@ -70,10 +71,29 @@ impl Interrupt {
     }
 }
 
-fn have_effect(signal: Signal) {
+/// A thread that no signal ends, stops or interrupts, from its beginning on: it waits for those that it wants. False if
+/// there is none to be had.
+pub fn spawn_deaf(work: impl FnOnce() + Send + 'static) -> bool {
+    let Ok(before) = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK) else { return false };
+    let spawned = std::thread::Builder::new().spawn(work).is_ok();
+    let _ = before.thread_set_mask();
+    spawned
+}
+
+/// Lets a signal that is blocked have its usual effect.
+pub fn have_effect(signal: Signal) {
     let mut set = SigSet::empty();
     set.add(signal);
     let _ = set.thread_unblock().and_then(|()| raise(signal));
+}
+
+/// Those of the signals that are not ignored.
+pub fn heeded(signals: &[Signal]) -> SigSet {
+    let ignored = ignored();
+    let wanted = |signal: &&Signal| ignored & (1 << (**signal as i32 - 1)) == 0;
+    let mut set = SigSet::empty();
+    signals.iter().filter(wanted).for_each(|signal| set.add(*signal));
+    set
 }
 
 /// The signals that are ignored: signal n is bit n - 1.

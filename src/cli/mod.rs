@@ -71,6 +71,8 @@ pub trait Subcommand: clap::Args {
     const SIGNED_OPERANDS: bool = false;
     /// True if it is none of the reference's, and so none where we are called by another name.
     const OWN: bool = false;
+    /// How it ends where the value of an option is none.
+    const BAD_VALUE: Exit = Exit::Failure;
     /// The files that it makes: a process that is confined may make no others.
     const MAKES: &'static [Makes] = &[];
 
@@ -90,6 +92,7 @@ pub struct Row {
     pub example: &'static str,
     signed_operands: bool,
     own: bool,
+    bad_value: Exit,
     makes: &'static [Makes],
     command: fn() -> Command,
     run: fn(&ArgMatches, &Program) -> anyhow::Result<Exit>,
@@ -124,6 +127,7 @@ const fn row<S: Subcommand>() -> Row {
         example: S::EXAMPLE,
         signed_operands: S::SIGNED_OPERANDS,
         own: S::OWN,
+        bad_value: S::BAD_VALUE,
         makes: S::MAKES,
         command: || S::augment_args(help::subcommand(S::NAME)),
         run: |matches, program| S::from_arg_matches(matches)?.run(program),
@@ -187,7 +191,14 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
     let long_help = argv.iter().any(|word| word == "--help");
     let words = getopt::canonical(&(row.command)(), &argv, style);
     program.tell_results(output::is_own_json(&(row.command)(), &argv));
-    match parse((row.command)(), &words)? {
+    let matches = match parse((row.command)(), &words) {
+        Err(error) if error.downcast_ref::<Complaint>().is_some_and(Complaint::is_of_value) => {
+            report::error(program, &error);
+            return Ok(row.bad_value);
+        }
+        parsed => parsed?,
+    };
+    match matches {
         Some(matches) => {
             trust::apply(program, &matches)?;
             program.check_trust()?;

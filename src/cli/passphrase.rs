@@ -1,7 +1,9 @@
 //! Passphrases that no option names: from a file that the user names, or asked for on the terminal with echo off.
 //!
-//! Invariant: the terminal is given back as it was found, whatever signal comes while the user types. Lock order:
-//! `known` alone, held while the user is asked, so that no two prompts mix.
+//! Invariant: the terminal is given back as it was found, whatever signal comes while the user types, and to whichever
+//! thread: the one that asks hears them, and so does the one that [`Interrupt`](super::interrupt::Interrupt) has; all
+//! others that are there by then are deaf. Lock order: `known`, held while the user is asked, so that no two prompts mix;
+//! `FOUND` is a leaf.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -13,12 +15,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::Context;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal, raise};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 use nix::unistd::read;
 use zeroize::Zeroizing;
 
+use super::interrupt::{have_effect, heeded};
 use super::{Complaint, help, object};
 use crate::block::secrets::AskPassphrase;
 use crate::block::{Error, KeyUse, Result, SecretBytes, Secrets};
@@ -182,8 +185,8 @@ fn typed(prompt: &str) -> Result<SecretBytes> {
     let line = loop {
         match Hidden::read_line(prompt).map_err(failed)? {
             Ok(line) => break line,
-            // It takes its usual course; should the program go on afterwards, it asks again.
-            Err(signal) => raise(signal).map_err(failed)?,
+            // Should the program go on afterwards, it asks again.
+            Err(signal) => have_effect(signal),
         }
     };
     line.ok_or_else(|| Error::invalid("No password was typed"))
@@ -199,9 +202,19 @@ fn show(prompt: &str) {
     };
 }
 
+/// How the terminal was found that has its echo off.
+static FOUND: Mutex<Option<Termios>> = Mutex::new(None);
+
+/// Gives the terminal back as it was found; false if it was never taken.
+pub fn give_terminal_back() -> bool {
+    let found = FOUND.lock().unwrap_or_else(PoisonError::into_inner).take();
+    // Where it cannot be done there is no terminal any more.
+    let given = |before: Termios| tcsetattr(io::stdin(), SetArg::TCSADRAIN, &before).is_ok();
+    found.map(given).is_some()
+}
+
 /// The terminal with echo off, and signals held back; as it was when dropped.
 struct Hidden {
-    before: Termios,
     blocked: SigSet,
     signals: SignalFd,
 }
@@ -209,18 +222,18 @@ struct Hidden {
 impl Hidden {
     fn start() -> nix::Result<Self> {
         let before = tcgetattr(io::stdin())?;
-        let mut set = SigSet::empty();
-        SIGNALS.into_iter().for_each(|signal| set.add(signal));
-        let blocked = set.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK)?;
+        let set = heeded(&SIGNALS);
+        let blocked = set.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK);
         let hidden = match signals {
-            Ok(signals) => Self { before, blocked, signals },
+            Ok(signals) => Self { blocked, signals },
             Err(error) => {
                 blocked.thread_set_mask()?;
                 return Err(error);
             }
         };
-        let mut silent = hidden.before.clone();
+        let mut silent = before.clone();
+        *FOUND.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
         silent.local_flags.remove(LocalFlags::ECHO);
         // The end of the line is shown all the same, and editing is the terminal's own.
         silent.local_flags.insert(LocalFlags::ECHONL | LocalFlags::ICANON | LocalFlags::ISIG);
@@ -269,8 +282,7 @@ impl Hidden {
 
 impl Drop for Hidden {
     fn drop(&mut self) {
-        // Where it cannot be done there is no terminal any more.
-        let _ = tcsetattr(io::stdin(), SetArg::TCSADRAIN, &self.before);
+        give_terminal_back();
         let _ = self.blocked.thread_set_mask();
     }
 }

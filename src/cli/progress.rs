@@ -18,6 +18,7 @@ use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
 
 use super::Complaint;
+use super::interrupt::spawn_deaf;
 use super::output::JSON_VERSION;
 use super::program::stderr_line;
 use crate::storage::host;
@@ -186,7 +187,7 @@ impl Progress {
             if blocked {
                 let flag = asked.clone();
                 // Ends with the program. Where no thread is to be had nobody hears the signal.
-                let _ = std::thread::Builder::new().spawn(move || {
+                spawn_deaf(move || {
                     while signal.wait().is_ok() {
                         flag.store(true, Ordering::Relaxed);
                     }

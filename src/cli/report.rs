@@ -38,6 +38,11 @@ pub enum Complaint {
 }
 
 impl Complaint {
+    /// Whether it is about a value, not about how the program is used.
+    pub fn is_of_value(&self) -> bool {
+        !matches!(self, Self::Getopt(..) | Self::Usage(..))
+    }
+
     /// Wrong use.
     pub fn usage(text: impl Into<String>) -> Self {
         Self::Usage(text.into(), None)

@@ -131,15 +131,15 @@ impl SlotChange {
                 let opened = |old: &str| header.opened_by(old.as_bytes(), |at, buf: &mut [u8]| place.read(at, buf));
                 if let Some(slot) = number("keyslot") {
                     let slot = slot_number(slot)?;
-                    if !slots[slot].active {
-                        return Err(Error::invalid(format!("Given keyslot {slot} is already erased (inactive) ")));
-                    }
                     if let Some(old) = old
                         && !opened(old)?.contains(&slot)
                     {
                         return Err(Error::invalid(format!(
                             "Given keyslot {slot} doesn't contain the given old password for erase operation"
                         )));
+                    }
+                    if !slots[slot].active && !force {
+                        return Err(Error::invalid(format!("Given keyslot {slot} is already erased (inactive) ")));
                     }
                     if active == 1 && !force {
                         return Err(Error::invalid(format!(
