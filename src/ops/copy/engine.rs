@@ -75,7 +75,7 @@ pub struct Engine<'a> {
     one_by_one: bool,
     zeros: Zeros,
     sparse: SparsePolicy,
-    /// The shortest run of zeros that is left out of a unit that is written.
+    /// The shortest run of zeros that is left out of a large unit that is written.
     hole: usize,
     /// Whether data that is all zeros is made zeros, and then whether its space may be given back: where no zeros are
     /// left out, and the user has the target written so.
@@ -189,7 +189,7 @@ impl<'a> Engine<'a> {
             one_by_one,
             zeros,
             sparse: SparsePolicy::new(least),
-            hole: if least == 0 { usize::MAX } else { short_len(least).max(HOLE) },
+            hole: if least == 0 || unit <= HOLE as u64 { usize::MAX } else { short_len(least).max(HOLE) },
             detect: target.manner().detect_zeroes.filter(|_| least == 0 && compress.is_none()),
             compress,
         })
