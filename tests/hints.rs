@@ -128,6 +128,9 @@ fn progress_suits_the_terminal() {
     // Where nothing can be drawn over, in lines that no drawing is needed for.
     let dumb = bar(&scratch, "dumb", 80);
     assert!(dumb.contains("(100.00/100%)") && !dumb.contains('\x1b'), "{dumb:?}");
+    assert!(bar(&scratch, "", 80).contains("(100.00/100%)"));
+    let drawn = bar(&scratch, "xterm", 80);
+    assert!(drawn.contains("3.00 MiB") && drawn.ends_with("\n"), "{drawn:?}");
     let last = |shown: &str| {
         let line = shown.rsplit('\r').find(|line| line.contains('%')).unwrap().to_owned();
         let mut text = String::new();

@@ -74,6 +74,16 @@ fn ids_are_those_that_were_asked_for() {
     let info = judge(&["info", "--output=json", "o"]).dir(scratch.path()).ok().stdout;
     let info: serde_json::Value = serde_json::from_str(&info).unwrap();
     assert_eq!(info["format-specific"]["data"]["cid"], 0xdead_beef_u64);
+    // What a conversion fills keeps it too.
+    fs::write(scratch.file("disk"), crate::common::pattern(1, 1 << 20)).unwrap();
+    for options in ["subformat=monolithicSparse", "subformat=monolithicFlat", "subformat=streamOptimized"] {
+        let args = ["convert", "--cid", "deadbeef", "-f", "raw", "-O", "vmdk", "-o", options, "disk", "c.vmdk"];
+        own(&args).dir(scratch.path()).ok();
+        let info = judge(&["info", "--output=json", "c.vmdk"]).dir(scratch.path()).ok().stdout;
+        let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+        assert_eq!(info["format-specific"]["data"]["cid"], 0xdead_beef_u64, "{options}");
+        scratch.assert_same_content("vmdk", "c.vmdk", "raw", "disk");
+    }
     create("vpc", "--uuid", UUID);
     let shown = plain("vhdiinfo", &["o"]).dir(scratch.path()).ok().stdout;
     assert!(shown.contains(UUID), "{shown}");

@@ -120,6 +120,31 @@ fn convert_writes_to_pipes() {
         let out = piped(arguments);
         assert!(out.code == Some(1) && out.stderr.contains(text), "{arguments}: {out:?}");
     }
+    // A file in its place too: what is printed would go over the image.
+    for (arguments, text) in [
+        ("-p -O raw a.qcow2", "is where -p prints to"),
+        ("-p -O qcow2 a.qcow2", "is where -p prints to"),
+        ("-p -n -O raw a.qcow2", "is where -p prints to"),
+    ] {
+        let out = run(&format!("truncate -s 40M x; qemu-img convert {arguments} /dev/stdout >>x"));
+        assert!(out.code == Some(1) && out.stderr.contains(text), "{arguments}: {out:?}");
+        dir.sh("test $(stat -c %s x) = 41943040 && rm x");
+    }
+    for (option, way) in [("--digest=sha256", ">x"), ("--output=json", ">x"), ("--digest=sha256", "| cat >x")] {
+        let program = crate::common::vimg_path().display().to_string();
+        let line = format!("{{ '{program}' convert {option} -O raw a.qcow2 /dev/stdout; echo $? >code; }} {way}");
+        let out = run(&line);
+        let wanted = format!("is where {} prints to", option.trim_end_matches("=sha256"));
+        let said =
+            if option.contains("json") { fs::read_to_string(dir.file("x")).unwrap() } else { out.stderr.clone() };
+        assert!(
+            said.contains(&wanted) && fs::read_to_string(dir.file("code")).unwrap() == "1\n",
+            "{option}: {out:?} {said}"
+        );
+        if !option.contains("json") {
+            dir.sh("test ! -s x");
+        }
+    }
     // Nobody waits for what will not come: the source is cut off, or the reader has gone.
     dir.sh("truncate -s 5M a.qcow2");
     let cut = piped("-m 16 -O raw a.qcow2");

@@ -66,6 +66,9 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
         None
     }
 
+    /// What it has for that is what it is to be known by, and stays while it is filled.
+    fn keep_content_id(&self) {}
+
     /// Refuses a backing layer that is not the one this layer was made on, where the format can tell.
     fn accept_backing(&self, below: &dyn BlockDriver) -> Result<()> {
         let _ = below;

@@ -104,7 +104,7 @@ impl AmendArgs {
             true => error.hint("This option is only supported for image creation"),
             false => error,
         })?;
-        let shown = progress.insert(self.progress.start(self.common.quiet, "amend")?);
+        let shown = progress.insert(self.progress.start(program, self.common.quiet, "amend")?);
         let report = |done: u64, total: u64| {
             shown.report(done, total);
             if interrupt.is_caught() { Err(Error::new(ErrorKind::Cancelled, "Interrupted")) } else { Ok(()) }

@@ -71,7 +71,7 @@ impl Subcommand for ChecksumArgs {
         let source =
             ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
         source.check()?;
-        let progress = self.progress.start(false, "checksum")?;
+        let progress = self.progress.start(program, false, "checksum")?;
         let digest = |name: &OsString, progress: &Progress| -> anyhow::Result<Digest> {
             let (image, how) = source.image(program, name)?;
             let opener = program.opener(&secrets);

@@ -67,7 +67,7 @@ impl Subcommand for CommitArgs {
         let source = ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
         source.check()?;
         let interrupt = Interrupt::catch();
-        let progress = self.progress.start(self.common.quiet, "commit")?;
+        let progress = self.progress.start(program, self.common.quiet, "commit")?;
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::target)?;
         let (image, how) = source.image(program, name)?;
         let opener = program.opener(&secrets);

@@ -95,7 +95,7 @@ impl CompareArgs {
         let opener = typed.fold(program.opener(&secrets), |opener, path| opener.allowing(&path));
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
         let [left, right] = names;
-        let progress = self.progress.start_with_step(self.quiet, "compare", STEP)?;
+        let progress = self.progress.start_with_step(program, self.quiet, "compare", STEP)?;
         let left_node = self.open(program, &opener, left, &self.a_format, cache)?;
         let right_node = self.open(program, &opener, right, &self.b_format, cache)?;
         let options = CompareOptions { strict: self.strict, threads: None };

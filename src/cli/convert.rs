@@ -1,8 +1,8 @@
 //! `convert`: copies images, joined, to a new or an existing one, in any format.
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -223,10 +223,11 @@ impl Subcommand for ConvertArgs {
         if let Some(way) = &way {
             self.check_way(name, way)?;
         }
+        self.check_standard_output(program, name)?;
         // What a store has taken so far is given up.
         let interrupt = way.as_ref().filter(|way| !way.is_pipe()).map(|_| Interrupt::catch());
         let source_cache = self.source_cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
-        let progress = self.progress.start(self.quiet, "convert")?;
+        let progress = self.progress.start(program, self.quiet, "convert")?;
         let sources = request.at_snapshot(self.sources(program, &opener, sources, source_cache)?)?;
         program.notices(&opener);
         let new = if self.no_create { None } else { Some(self.new_image(&opener, name, &create_options)?) };
@@ -283,7 +284,6 @@ impl ConvertArgs {
         let shown = name.to_string_lossy();
         let what = if way.is_pipe() { "a pipe" } else { "written from front to back" };
         let given = !self.target_format_options.is_empty();
-        let same = |path: &str| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
         match () {
             () if self.target_format() == "raw" && given => {
                 Err(Complaint::value(format!("'{shown}' is {what}: the options of a new raw file mean nothing to it")))
@@ -291,10 +291,27 @@ impl ConvertArgs {
             () if self.verify => {
                 Err(Complaint::value(format!("'{shown}' is {what}: it cannot be read back (--verify)")))
             }
-            () if way.is_pipe() && self.progress.ends_line(self.quiet) && same("/dev/stdout") == same(&shown) => {
-                Err(Complaint::value(format!("'{shown}' is where -p prints to")))
-            }
             () => Ok(()),
+        }
+    }
+
+    /// Refuses to print to where the image goes.
+    fn check_standard_output(&self, program: &Program, name: &OsStr) -> Result<(), Complaint> {
+        let file = |path: &Path| {
+            let found = std::fs::metadata(path).ok().filter(|meta| !meta.file_type().is_char_device());
+            found.map(|meta| (meta.dev(), meta.ino()))
+        };
+        let prints = match () {
+            () if program.tells_results() => "--output=json",
+            () if self.digest.is_shown() => "--digest",
+            () if self.progress.ends_line(self.quiet) => "-p",
+            () => return Ok(()),
+        };
+        match file(Path::new(name)) {
+            Some(target) if file(Path::new("/dev/stdout")) == Some(target) => {
+                Err(Complaint::value(format!("'{}' is where {prints} prints to", name.to_string_lossy())))
+            }
+            _ => Ok(()),
         }
     }
 

@@ -6,7 +6,7 @@ use crate::crypto::{Digest, DigestKind};
 /// The options.
 #[derive(Debug, clap::Args)]
 pub struct DigestArgs {
-    /// print the digest of the guest's disk: sha256, blake3 (both as of a raw image), or blake3-tree (holes cost nothing)
+    /// print the digest of the guest's disk: sha256, blake3 (both as of a raw image of whole sectors), or blake3-tree (holes cost nothing)
     #[arg(long, value_name = "KIND", value_parser = kind, help_heading = help::OWN)]
     digest: Option<DigestKind>,
     /// fail if the digest is not this one, KIND:HEX

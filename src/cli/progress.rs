@@ -20,7 +20,7 @@ use serde_json::json;
 use super::Complaint;
 use super::interrupt::spawn_deaf;
 use super::output::JSON_VERSION;
-use super::program::stderr_line;
+use super::program::{Program, stderr_line};
 use crate::storage::host;
 
 /// How far apart reports are, where nothing else is said, in percent.
@@ -38,7 +38,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// `-p`, `--progress=json[:DESCRIPTOR]`.
 #[derive(Debug, clap::Args)]
 pub struct ProgressArgs {
-    /// show progress
+    /// show progress; --progress=json[:FD] writes lines of JSON to standard error or that descriptor, as VIMG_PROGRESS=json[:FD] does
     #[arg(short, long, num_args = 0..=1, require_equals = true, default_missing_value = "human", value_parser = ProgressWish::parse)]
     progress: Option<ProgressWish>,
 }
@@ -65,12 +65,18 @@ impl ProgressWish {
 
 impl ProgressArgs {
     /// Nothing is done yet; `phase` is what is going to be.
-    pub fn start(&self, quiet: bool, phase: &'static str) -> anyhow::Result<Progress> {
-        self.start_with_step(quiet, phase, STEP)
+    pub fn start(&self, program: &Program, quiet: bool, phase: &'static str) -> anyhow::Result<Progress> {
+        self.start_with_step(program, quiet, phase, STEP)
     }
 
     /// The same, with reports so many percent apart.
-    pub fn start_with_step(&self, quiet: bool, phase: &'static str, step: f64) -> anyhow::Result<Progress> {
+    pub fn start_with_step(
+        &self,
+        program: &Program,
+        quiet: bool,
+        phase: &'static str,
+        step: f64,
+    ) -> anyhow::Result<Progress> {
         let variable = std::env::var_os(VARIABLE).filter(|word| !word.is_empty());
         let wished = match (self.progress, variable) {
             (Some(ProgressWish::Json(fd)), _) => Some(ProgressWish::Json(fd)),
@@ -81,7 +87,7 @@ impl ProgressArgs {
             let out = host::descriptor(fd).with_context(|| format!("Progress cannot go to descriptor {fd}"))?;
             return Ok(Progress::with_form(ProgressForm::Json(Mutex::new(JsonProgress::new(out, phase))), step));
         }
-        Ok(Progress::with_step(wished.is_some() && !quiet, step))
+        Ok(Progress::with_step(wished.is_some() && !quiet, program.tells_results(), step))
     }
 
     /// Whether there is to be a line at the end, whatever becomes of the work.
@@ -133,16 +139,30 @@ enum ProgressForm {
     /// Nothing, but for a line when a signal asks for it.
     Silent(Arc<AtomicBool>),
     /// The reference's form.
-    Plain,
+    Plain {
+        /// Standard output is for something else.
+        aside: bool,
+    },
     /// A bar on standard error.
     Bar(ProgressBar),
     /// Lines for programs.
     Json(Mutex<JsonProgress>),
 }
 
+/// To standard output, or aside. What could not be written there is found when the program ends.
+fn put(aside: bool, text: &str) {
+    let _ = match aside {
+        true => io::stderr().write_all(text.as_bytes()),
+        false => {
+            let mut out = io::stdout().lock();
+            out.write_all(text.as_bytes()).and_then(|()| out.flush())
+        }
+    };
+}
+
 /// Whether standard error is a terminal on which a line can be drawn again.
 fn can_redraw() -> bool {
-    io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+    io::stderr().is_terminal() && std::env::var_os("TERM").is_some_and(|term| !term.is_empty() && term != "dumb")
 }
 
 /// What the bar shows while work goes on, and when all is done: what fits in the terminal's width.
@@ -176,8 +196,8 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// At nothing done, for people; `wanted` is `-p` without `-q`.
-    fn with_step(wanted: bool, step: f64) -> Self {
+    /// At nothing done, for people; `wanted` is `-p` without `-q`, `aside` where standard output has something else.
+    fn with_step(wanted: bool, aside: bool, step: f64) -> Self {
         let mut signal = SigSet::empty();
         signal.add(Signal::SIGUSR1);
         // Blocked before any thread is made: all inherit it. Where that fails it stays as it was.
@@ -198,7 +218,7 @@ impl Progress {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
             ProgressForm::Bar(bar.with_style(style(bar_templates().0)))
         } else {
-            ProgressForm::Plain
+            ProgressForm::Plain { aside }
         };
         Self::with_form(form, step)
     }
@@ -238,7 +258,7 @@ impl Progress {
                 bar.set_length(total);
                 bar.set_position(done);
             }
-            ProgressForm::Plain => {
+            ProgressForm::Plain { .. } => {
                 let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
                 if percent - *last > self.step || percent >= 100.0 {
                     *last = percent;
@@ -257,10 +277,8 @@ impl Progress {
     }
 
     fn show(&self, percent: f64) {
-        if let ProgressForm::Plain = self.form {
-            let mut out = io::stdout().lock();
-            // What could not be written is found when the program ends.
-            let _ = write!(out, "    ({percent:3.2}/100%)\r").and_then(|()| out.flush());
+        if let ProgressForm::Plain { aside } = self.form {
+            put(aside, &format!("    ({percent:3.2}/100%)\r"));
         }
     }
 }
@@ -268,14 +286,14 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         match &self.form {
-            ProgressForm::Plain => {
-                let _ = writeln!(io::stdout());
-            }
+            ProgressForm::Plain { aside } => put(*aside, "\n"),
             ProgressForm::Bar(bar) => {
                 if bar.length().is_some_and(|total| bar.position() >= total) {
                     bar.set_style(style(bar_templates().1));
                 }
                 bar.abandon();
+                // What is printed next begins a line of its own.
+                stderr_line("");
             }
             ProgressForm::Silent(_) | ProgressForm::Json(_) => {}
         }

@@ -79,7 +79,7 @@ impl Subcommand for RebaseArgs {
         let source = ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: false };
         source.check()?;
         let interrupt = Interrupt::catch();
-        let progress = self.progress.start(self.common.quiet, "rebase")?;
+        let progress = self.progress.start(program, self.common.quiet, "rebase")?;
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::target)?;
         let backing_cache = self.backing_cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
         let (image, how) = source.image(program, name)?;

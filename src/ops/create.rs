@@ -286,7 +286,7 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
     if new.ids.reproducible && create.encrypts(&new.options) {
         return Err(Error::invalid("an encrypted image is not reproducible: its keys have to be random"));
     }
-    let ids = ImageIds::of(&shown, new.size, new.ids);
+    let ids = ImageIds::of(&shown, new.size, new.ids)?;
     let request = CreateRequest {
         size: new.size,
         options: &new.options,

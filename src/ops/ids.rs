@@ -5,13 +5,14 @@
 //! for what the user has chosen ([`IdChoice`]).
 
 use std::cell::RefCell;
+use std::ffi::OsString;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use fastrand::Rng;
 
-use crate::block;
+use crate::block::{self, Error, Result};
 
 /// What the user says of them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -44,9 +45,15 @@ enum IdSource {
 
 impl ImageIds {
     /// Those of the image with that name and size.
-    pub fn of(name: &str, size: u64, choice: IdChoice) -> Self {
-        let epoch = std::env::var("SOURCE_DATE_EPOCH").ok().and_then(|text| text.parse().ok());
-        Self::with(epoch.or(choice.reproducible.then_some(0)), name, size, choice)
+    pub fn of(name: &str, size: u64, choice: IdChoice) -> Result<Self> {
+        let set = std::env::var_os("SOURCE_DATE_EPOCH").filter(|text| !text.is_empty());
+        let seconds = |text: OsString| {
+            let seconds = text.to_str().and_then(|text| text.parse().ok());
+            let shown = text.to_string_lossy();
+            seconds.ok_or_else(|| Error::invalid(format!("SOURCE_DATE_EPOCH is '{shown}', not a number of seconds")))
+        };
+        let epoch = set.map(seconds).transpose()?;
+        Ok(Self::with(epoch.or(choice.reproducible.then_some(0)), name, size, choice))
     }
 
     /// Which of the ids that the user has chosen the image does not have.

@@ -36,7 +36,7 @@ pub fn change(node: &Node, change: &SnapshotChange) -> Result<()> {
 
 fn create(node: &Node, name: &str) -> Result<()> {
     let snapshots = node.driver().snapshots().ok_or_else(|| Error::unsupported("Operation not supported"))?;
-    let (date_sec, date_nsec) = ImageIds::of(node.name(), node.virtual_size(), IdChoice::default()).time();
+    let (date_sec, date_nsec) = ImageIds::of(node.name(), node.virtual_size(), IdChoice::default())?.time();
     snapshots.create(&NewSnapshot { name: name.to_owned(), date_sec, date_nsec })
 }
 

@@ -32,6 +32,9 @@ impl StagedTarget {
         let mode = cache.unwrap_or(CacheMode::Unsafe);
         let staging = Staging::new(mode, durability(cache));
         let (node, files) = create::create_open(new, &staging, opener, mode, doing)?;
+        if new.ids.cid.is_some() {
+            node.driver().keep_content_id();
+        }
         // Space that was asked for is its own.
         let own = new.options.text("preallocation").is_some_and(|mode| matches!(mode, "falloc" | "full"));
         let shares = !own && create::may_share(opener.drivers(), new);

@@ -61,6 +61,15 @@ impl Opener<'_> {
         if self.policy == Policy::Follow || allowed() { Ok(()) } else { Err(forbidden(image, named)) }
     }
 
+    /// Whether an image may be looked for what belongs to it beside it: where it may name nothing there is nothing to find.
+    pub(super) fn may_search(&self) -> bool {
+        let made = || self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        match &self.policy {
+            Policy::Follow => true,
+            Policy::Refuse(allowed) => !allowed.resolved.is_empty() || !made().is_empty(),
+        }
+    }
+
     /// Whether images may name a file.
     fn allows(&self, resolved: &Path) -> bool {
         let made = || self.made.lock().unwrap_or_else(PoisonError::into_inner);

@@ -137,7 +137,7 @@ impl Related for Beside<'_> {
     }
 
     fn sibling(&self, end: &str, is: &dyn Fn(&[u8]) -> bool) -> Option<OsString> {
-        let image = Path::new(self.image?);
+        let image = Path::new(self.image.filter(|_| self.opener.may_search())?);
         let folder = image.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let entries = std::fs::read_dir(folder).ok()?.take(MOST_SIBLINGS).flatten();
         let ends = |name: &OsString| name.as_encoded_bytes().to_ascii_lowercase().ends_with(end.as_bytes());

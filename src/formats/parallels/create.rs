@@ -34,6 +34,11 @@ pub fn new_header(options: &CreateOptions, size: u64) -> Result<ParallelsHeader>
 }
 
 impl Create for Parallels {
+    fn grows(&self, options: &CreateOptions) -> bool {
+        let _ = options;
+        true
+    }
+
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
     }

@@ -62,6 +62,11 @@ impl<'a> NewQed<'a> {
 }
 
 impl Create for Qed {
+    fn grows(&self, options: &CreateOptions) -> bool {
+        let _ = options;
+        true
+    }
+
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
     }

@@ -121,6 +121,10 @@ fn suitable_block(size: u64) -> u64 {
 const _: () = assert!(MIN_BLOCK == MIB);
 
 impl Create for Vhdx {
+    fn grows(&self, options: &CreateOptions) -> bool {
+        options.text("subformat") != Some("fixed")
+    }
+
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
     }

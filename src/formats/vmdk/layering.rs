@@ -24,7 +24,7 @@ impl BackingChange for VmdkDriver {
 
     fn begin(&self) {
         self.keeps_zeros.store(true, Ordering::Relaxed);
-        self.renewed.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(self.descriptor.cid);
+        self.keep_content_id();
     }
 
     fn change(&self, new: Option<&BackingRef>, below: Option<&dyn BlockDriver>) -> Result<()> {

@@ -241,6 +241,10 @@ impl BlockDriver for VmdkDriver {
         Some(self.renewed.lock().unwrap_or_else(|e| e.into_inner()).unwrap_or(self.descriptor.cid).into())
     }
 
+    fn keep_content_id(&self) {
+        self.renewed.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(self.descriptor.cid);
+    }
+
     fn accept_backing(&self, below: &dyn BlockDriver) -> Result<()> {
         match below.content_id() {
             Some(cid) if cid == u128::from(self.descriptor.parent_cid) => Ok(()),
