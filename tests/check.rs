@@ -3,6 +3,7 @@
 //! Each image is made by the judge, and damaged by a change of a few bytes. What was mended is clean for the judge and
 //! for the format's own tools, and reads as it did before it was mended.
 
+use std::fs;
 use std::sync::Arc;
 
 use vimg::block::io::Scratch as Buffers;
@@ -12,7 +13,7 @@ use vimg::storage::fault::{Fault, Faulty};
 use vimg::storage::memory::Memory;
 
 use crate::common::inside::{self, Files};
-use crate::common::{Scratch, judge, plain, vimg};
+use crate::common::{Scratch, judge, plain, vimg, write_pattern};
 use crate::rig::open_bytes;
 
 const IMAGE: &str = "image";
@@ -672,4 +673,47 @@ fn endless_damage_is_counted() {
     assert_eq!(lines.last(), Some(&"qemu-img: further findings are counted, not shown"));
     let counted = out.stdout.lines().find_map(|line| line.strip_suffix(" errors were found on the image."));
     assert!(counted.unwrap().parse::<u64>().unwrap() > 100_000, "{}", out.stdout);
+}
+
+/// The name of what the image stands on is no name for its copy, however far below.
+#[test]
+fn a_mended_copy_takes_no_name_of_the_chain() {
+    for format in ["qcow2", "qed", "qcow"] {
+        let scratch = Scratch::new();
+        write_pattern(&scratch.file("base"), 0, 3, 1 << 20);
+        let base = fs::read(scratch.file("base")).unwrap();
+        scratch.sh(&format!(
+            "qemu-img create -q -f {format} -b base -F raw middle; qemu-img create -q -f qcow2 -b middle -F {format} top"
+        ));
+        for (image, format) in [("middle", format), ("top", "qcow2")] {
+            let out = vimg(&["check", "-f", format, "--repair-to", "base", image]).dir(scratch.path()).fails(1);
+            assert!(out.stderr.contains(&format!("'base' is what '{image}' stands on")), "{out:?}");
+            assert!(fs::read(scratch.file("base")).unwrap() == base);
+        }
+    }
+}
+
+/// A table of snapshots that says it is longer than the file, and so is not counted, is written anew all the same, in one
+/// go: the reference needs two.
+#[test]
+fn a_snapshot_table_with_a_wrong_length_is_mended() {
+    for options in ["cluster_size=512", "cluster_size=1k,refcount_bits=8", "cluster_size=64k"] {
+        for extra in [0u32, 1, 65536, u32::MAX] {
+            let scratch = Scratch::new();
+            scratch.sh(&format!(
+                "qemu-img create -q -f qcow2 -o {options} a 1M && qemu-io -c 'write -P 3 0 100k' a && qemu-img snapshot -c one a && \
+                 qemu-io -c 'write -P 4 50k 100k' a && qemu-img snapshot -c two a && qemu-img convert -O raw a model"
+            ));
+            let mut bytes = fs::read(scratch.file("a")).unwrap();
+            let table = u64::from_be_bytes(bytes[64..72].try_into().unwrap()) as usize;
+            bytes[table + 36..table + 40].copy_from_slice(&extra.to_be_bytes());
+            fs::write(scratch.file("a"), bytes).unwrap();
+            let out = vimg(&["check", "-q", "-r", "all", "a"]).dir(scratch.path()).run();
+            // What the table hid may be left as leaks.
+            assert!(matches!(out.code, Some(0 | 3)), "{options} {extra}: {out:?}");
+            scratch.vimg(&["check", "-q", "-r", "all", "a"]);
+            scratch.judge(&["check", "-q", "a"]);
+            scratch.assert_same_content("qcow2", "a", "raw", "model");
+        }
+    }
 }

@@ -56,6 +56,10 @@ pub fn repair_to(
     if there.is_some() && there == file.storage.facts().identity {
         return Err(Error::invalid(format!("'{shown}' is the image itself: the mended copy needs another name")));
     }
+    if there.is_some_and(|there| stands_on(node, there)) {
+        let text = format!("'{shown}' is what '{}' stands on: the mended copy needs another name", node.name());
+        return Err(Error::invalid(text));
+    }
     let staging = Staging::new(CacheMode::Writeback, Durability::Always);
     let copy = staging.create(target)?;
     if copy.facts().fixed_len {
@@ -81,6 +85,15 @@ pub fn repair_to(
         opener.notice(Notice::Warning(format!("From where '{shown}' is, its backing file '{named}' is not found")));
     }
     Ok(report)
+}
+
+/// Whether that file is one of the layers below. (Where they are not opened, the first one by its name.)
+fn stands_on(node: &Node, file: Identity) -> bool {
+    let below = std::iter::successors(node.backing(), |below| below.backing());
+    let of_layer = |layer: &Node| layer.driver().files().iter().any(|one| one.storage.facts().identity == Some(file));
+    let named = || node.backing_path().and_then(|path| std::fs::metadata(path).ok());
+    below.into_iter().any(|layer| of_layer(layer))
+        || named().is_some_and(|meta| file == Identity { device: meta.dev(), inode: meta.ino() })
 }
 
 /// The options that the format itself was given: keys, for one.

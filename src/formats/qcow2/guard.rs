@@ -115,6 +115,11 @@ impl Qcow2Driver {
         self.places().forget(at, self.geometry.cluster_size());
     }
 
+    /// Behind the end of the file there is no table, however long one says that it is.
+    pub(super) fn forget_behind(&self, end: u64) {
+        self.places().forget(end, u64::MAX - end);
+    }
+
     /// Looks up where tables are, once, before the first change. Refuses an image in which a table that is going to
     /// be changed lies in the place of another kind: a change to one would be a change to the other; one whose refcount
     /// blocks cannot be what they are said to be; and one of which clusters are missing, though it was closed: what is

@@ -2,11 +2,13 @@
 
 use crate::block::{Child, Error, Result};
 
+use super::super::geometry::ClusterIndex;
 use super::super::header::{Qcow2Header, c_string};
 use super::super::layout::{
     MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, SNAPSHOT_ENTRY, SnapshotFields,
 };
 use super::super::snapshot_table::{SNAPSHOT_TABLE, Snapshot};
+use super::super::space::Cursor;
 use super::super::window::Window;
 use super::Checker;
 
@@ -187,6 +189,14 @@ impl Checker<'_> {
         let mut alloc = driver.lock_alloc();
         driver.learn_metadata()?;
         alloc.learned = true;
+        // Where nothing can be given out, though it is counted as free: a table that says it is longer than the file is
+        // not counted. What comes behind all that is there is free in any case.
+        let old = self.geometry.cluster_of(self.snapshots.at);
+        if self.snapshots.at < self.file && driver.refcount(old)? == 0 {
+            let end = ClusterIndex(self.file.div_ceil(self.geometry.cluster_size()));
+            driver.forget_behind(self.geometry.offset_of(end));
+            alloc.cursor = Cursor::at(end);
+        }
         let at = if bytes.is_empty() { 0 } else { driver.put(&mut alloc, SNAPSHOT_TABLE, &bytes)? };
         driver.tables.write_back()?;
         self.flush()?;
