@@ -135,6 +135,29 @@ fn what_writers_leave_short_is_whole() {
     scratch.assert_same_content("raw", "r", "raw", "q");
 }
 
+/// Where units are written as a whole, a part of a sector is missing too.
+#[test]
+fn a_cut_within_the_last_sector_is_seen() {
+    for format in ["vdi", "qed", "parallels", "qcow", "vmdk"] {
+        let scratch = Scratch::new();
+        fs::write(scratch.file("s.raw"), pattern(3, 4 << 20)).unwrap();
+        scratch.sh(&format!("qemu-img convert -f raw -O {format} s.raw i"));
+        let len = fs::metadata(scratch.file("i")).unwrap().len();
+        for missing in [1, 511] {
+            cut(&scratch.file("i"), len - missing);
+            let out = vimg(&["convert", "-f", format, "-O", "raw", "i", "o"]).dir(scratch.path()).fails(1);
+            assert!(
+                out.stderr.contains("i: error while reading at byte") && out.stderr.contains("the file is truncated")
+            );
+            assert!(!scratch.file("o").exists(), "{format}: {missing}");
+            vimg(&["compare", "-f", format, "-F", "raw", "i", "s.raw"]).dir(scratch.path()).fails(4);
+            if format == "vdi" {
+                vimg(&["check", "-q", "i"]).dir(scratch.path()).fails(2);
+            }
+        }
+    }
+}
+
 /// How the judge makes an encrypted image, and how it is opened.
 const ENCRYPTED: [(&str, &str); 5] = [
     ("luks -o key-secret=s,iter-time=1", "driver=luks,key-secret=s,file.filename=i"),

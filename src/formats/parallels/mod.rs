@@ -102,6 +102,11 @@ impl BlockDriver for ParallelsDriver {
         self.image.virtual_size()
     }
 
+    /// Blocks are written as a whole.
+    fn short_unit(&self) -> Option<u64> {
+        Some(1)
+    }
+
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let max = max.min(self.virtual_size().saturating_sub(at.get()));
         let (index, within) = (at.get() / self.cluster, at.get() % self.cluster);

@@ -63,7 +63,6 @@ impl VdiDriver {
             look.lost = true;
         }
         let length = storage.len().context("Could not get the size of the file")?;
-        let end = length.checked_next_multiple_of(512).unwrap_or(length);
         if state.map_end() > length {
             tally.wrong(format!("block map at {map} lies past the end of the file at {length}"));
             look.lost = true;
@@ -86,7 +85,7 @@ impl VdiDriver {
                     }
                     // What lies past the end of the disk need not be there.
                     let wanted = self.block.min(self.virtual_size().saturating_sub(block * self.block));
-                    if (state.host(host) + wanted).get() > end {
+                    if (state.host(host) + wanted).get() > length {
                         tally.wrong(format!("block index {block} lies past the end of the file, is {entry}"));
                         look.lost = true;
                     }

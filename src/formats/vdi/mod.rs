@@ -106,6 +106,11 @@ impl BlockDriver for VdiDriver {
         self.image.virtual_size()
     }
 
+    /// Blocks are written as a whole.
+    fn short_unit(&self) -> Option<u64> {
+        Some(1)
+    }
+
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let max = max.min(self.virtual_size().saturating_sub(at.get()));
         let (block, within) = (at.get() / self.block, at.get() % self.block);

@@ -174,6 +174,12 @@ impl BlockDriver for VmdkDriver {
         self.size.load(Ordering::Relaxed)
     }
 
+    /// Grains are written as a whole; a flat extent is counted in sectors.
+    fn short_unit(&self) -> Option<u64> {
+        let whole = self.parts.iter().all(|part| matches!(part.body, Body::Sparse { .. }));
+        Some(if whole { 1 } else { 512 })
+    }
+
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let part = &self.parts[self.part_at(at.get())?];
         let inside = part.inside(at);
