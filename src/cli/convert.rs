@@ -174,14 +174,20 @@ pub(super) fn snapshot(text: &str) -> Result<SnapshotArg, Complaint> {
 }
 
 /// Said before anything is written.
-fn no_room(name: &OsStr, lack: &LackOfRoom) -> Complaint {
+fn no_room(program: &Program, name: &OsStr, lack: &LackOfRoom) -> Complaint {
     let LackOfRoom { needed, free, folder, without_older } = lack;
-    let older = match without_older {
-        true => "the older file stays until the new one is complete: -n writes to it in place; ",
-        false => "",
+    // The last is our own, and hidden from those who call us by another name.
+    let ways = match (without_older, program.is_vimg()) {
+        (true, true) => {
+            " (the older file stays until the new one is complete: -n writes to it in place; \
+             --no-space-check writes all the same)"
+        }
+        (true, false) => " (the older file stays until the new one is complete: -n writes to it in place)",
+        (false, true) => " (--no-space-check writes all the same)",
+        (false, false) => "",
     };
     Complaint::value(format!(
-        "{}: not enough room: {} are needed at least, and {} are free in '{}' ({older}--no-space-check writes all the same)",
+        "{}: not enough room: {} are needed at least, and {} are free in '{}'{ways}",
         name.to_string_lossy(),
         human::size(*needed),
         human::size(*free),
@@ -239,7 +245,7 @@ impl Subcommand for ConvertArgs {
         if let Some(new) = conversion.new.as_ref().filter(|_| !self.no_space_check)
             && let Some(lack) = room::lacking(&conversion, new, opener.drivers())
         {
-            return Err(no_room(name, &lack).into());
+            return Err(no_room(program, name, &lack).into());
         }
         let observer = ConsoleObserver {
             progress: &progress,
