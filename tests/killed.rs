@@ -190,6 +190,7 @@ fn killed_in_place_leaves_no_disk_that_is_not_complete() {
             if killed_at(&folder, &new.each_ref().map(String::as_str), n) != Ended::Killed {
                 break;
             }
+            ends(&folder);
             let shown = ["convert", "-f", "vpc", "-O", "raw", "disk.vpc", "seen.raw"];
             for read in [vimg(&shown), plain("qemu-img", &shown)] {
                 let opens = read.dir(&folder).run().code == Some(0);
