@@ -210,3 +210,18 @@ fn help_is_short_or_long() {
     );
     assert_eq!(theirs, vimg(&["convert", "--help"]).ok().stdout);
 }
+
+#[test]
+fn an_error_names_its_file() {
+    let scratch = Scratch::new();
+    scratch.sh("truncate -s 1M a.raw");
+    let size = ["resize", "-f", "raw", "a.raw", "7E"];
+    assert_eq!(own(&size).dir(scratch.path()).fails(1).stderr, "vimg: a.raw: Could not resize file: File too large\n");
+    for program in [vimg(&size), judge(&size)] {
+        let out = program.dir(scratch.path()).fails(1);
+        assert_eq!(out.stderr, "qemu-img: Could not resize file: File too large\n");
+    }
+    let told = own(&["resize", "--output=json", "-f", "raw", "a.raw", "7E"]).dir(scratch.path()).fails(1);
+    let told: serde_json::Value = serde_json::from_str(&told.stdout).unwrap();
+    assert_eq!((&told["error"]["file"], &told["error"]["kind"]), (&"a.raw".into(), &"too-large".into()));
+}

@@ -12,6 +12,7 @@ mod placement;
 mod stored;
 
 use nix::errno::Errno;
+use zerocopy::FromZeros;
 
 pub use placement::{Placement, Step, write_steps};
 pub use stored::{clear_stored, move_stored, punch, punch_at, read_stored, read_unit, write_stored};
@@ -45,11 +46,9 @@ pub fn resize(buf: &mut Vec<u8>, len: usize) -> Result<()> {
     Ok(())
 }
 
-/// So many zeros.
+/// So many zeros, as fresh pages of the kernel's where it can be: those are touched when they are used.
 pub fn zeroed(len: u64) -> Result<Vec<u8>> {
-    let mut buf = Vec::new();
-    resize(&mut buf, length(len)?)?;
-    Ok(buf)
+    u8::new_vec_zeroed(length(len)?).map_err(|_| Error::from(storage::Error::from(Errno::ENOMEM)))
 }
 
 fn length(n: u64) -> Result<usize> {

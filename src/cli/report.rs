@@ -106,8 +106,12 @@ fn text(error: &anyhow::Error) -> String {
 
 /// Shows an error on stderr.
 pub fn words(program: &Program, error: &anyhow::Error) {
-    let text = text(error);
+    let mut text = text(error);
     let ours = error.chain().find_map(|cause| cause.downcast_ref::<block::Error>());
+    // The reference leaves out whose error some are.
+    if let Some(file) = ours.and_then(block::Error::file).filter(|file| program.is_vimg() && !text.contains(file)) {
+        text = format!("{file}: {text}");
+    }
     if let Some(error) = ours {
         error.all_notes().iter().for_each(|note| program.line(note));
     }

@@ -71,14 +71,14 @@ pub fn resize_naming(node: &Node, size: u64, fill: Preallocation) -> Result<Vec<
     resize_unnamed(node, size, fill).map_err(|error| naming_file(node, error))
 }
 
-/// The host's reason alone does not say which file it is about. (A size that no file can have is the user's.)
+/// The host's reason alone does not say which file it is about. (A size that no file can have is the user's: the
+/// reference names no file there, which is known beside the text.)
 pub(super) fn naming_file(node: &Node, error: Error) -> Error {
     match error.storage() {
-        Some(storage::Error::Io(_) | storage::Error::Step { .. })
-            if error.file().is_none() && !matches!(error.kind, ErrorKind::TooLarge | ErrorKind::Invalid) =>
-        {
-            error.context(node.name())
-        }
+        Some(storage::Error::Io(_) | storage::Error::Step { .. }) if error.file().is_none() => match error.kind {
+            ErrorKind::TooLarge | ErrorKind::Invalid => error.about(node.name()),
+            _ => error.context(node.name()),
+        },
         _ => error,
     }
 }

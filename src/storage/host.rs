@@ -7,7 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use nix::errno::Errno;
@@ -318,7 +318,8 @@ pub fn is_in_use_as_device(identity: Identity) -> bool {
     let is_it = |path: &OsStr| {
         fs::metadata(path).is_ok_and(|meta| Identity { device: meta.dev(), inode: meta.ino() } == identity)
     };
-    let loops = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let loops = devices.filter(|entry| entry.file_name().as_bytes().starts_with(b"loop"));
     let backing = loops.filter_map(|entry| fs::read(entry.path().join("loop/backing_file")).ok());
     let mut backing =
         backing.map(|name| OsString::from_vec(name.strip_suffix(b"\n").map(<[u8]>::to_vec).unwrap_or(name)));
