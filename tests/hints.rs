@@ -9,7 +9,8 @@ use crate::common::{Scratch, judge, own, plain, vimg, vimg_path};
 #[test]
 fn an_error_says_what_can_be_done_about_it() {
     let scratch = Scratch::new();
-    scratch.sh("truncate -s 1M disk; cp disk a:b");
+    scratch
+        .sh("truncate -s 1M disk; cp disk a:b; mkdir folder; cp disk folder/image; qemu-img create -q -f qcow2 q 1M");
     for (args, hint) in [
         (&["info", "a:b"][..], "a file of that name is written './a:b'"),
         (&["convert", "-O", "vhd", "disk", "o"], "did you mean 'vpc'?"),
@@ -19,11 +20,34 @@ fn an_error_says_what_can_be_done_about_it() {
         (&["create", "-f", "qcow2", "-o", "wibble=64k", "o", "1M"], "'-o help' lists the options of the format"),
         (&["covnert", "disk", "o"], "did you mean 'convert'?"),
         (&["info", "--outptu=json", "disk"], "did you mean '--output'?"),
+        (
+            &["create", "-f", "vmdk", "-o", "subformat=streamoptimized", "o", "1M"],
+            "did you mean 'subformat=streamOptimized'?",
+        ),
+        (&["convert", "-O", "vpc", "-o", "subformat=wibble", "disk", "o"], "'subformat' is one of dynamic, fixed"),
+        (
+            &["create", "-f", "qcow2", "-o", "preallocation=fallocate", "o", "1M"],
+            "did you mean 'preallocation=falloc'?",
+        ),
+        (&["create", "-o", "preallocation=ful", "o", "1M"], "did you mean 'preallocation=full'?"),
+        (
+            &["measure", "-O", "qcow2", "-o", "preallocation=fallocate", "--size", "1M"],
+            "did you mean 'preallocation=falloc'?",
+        ),
+        (&["amend", "-o", "compat=v4", "q"], "did you mean 'compat=v2'?"),
+        (&["create", "o", "10GB"], "did you mean '10G'?"),
+        (&["create", "-f", "qcow2", "-o", "cluster_size=64KiB", "o", "1M"], "did you mean '64K'?"),
+        (&["resize", "-f", "raw", "disk", "+1,5 gb"], "did you mean '+1.5g'?"),
+        (&["resize", "-f", "raw", "--preallocation", "fallocate", "disk", "2M"], "did you mean 'falloc'?"),
+        (&["convert", "-t", "writebakc", "disk", "o"], "did you mean 'writeback'?"),
+        (&["info", "dsik"], "did you mean 'disk'?"),
+        (&["info", "flder/image"], "did you mean 'folder/image'?"),
+        (&["convert", "-O", "raw", "disk", "folde/new"], "did you mean 'folder/new'?"),
     ] {
         let out = own(args).dir(scratch.path()).fails(1);
         assert!(out.stderr.ends_with(&format!("\nhint: {hint}\n")), "{out:?}");
         let theirs = vimg(args).dir(scratch.path()).fails(1);
-        assert!(!theirs.stderr.contains("hint"), "{theirs:?}");
+        assert!(!theirs.stderr.contains("hint:") && !theirs.stderr.contains("did you mean"), "{theirs:?}");
     }
     assert!(own(&["info", "./a:b"]).dir(scratch.path()).ok().stdout.contains("image: ./a:b"));
 }
@@ -61,9 +85,12 @@ fn a_raw_image_with_the_name_of_another_format_is_warned_of() {
     let run = |args: &[&str]| own(args).dir(scratch.path()).ok().stderr;
     assert_eq!(run(&["convert", "a.vmdk", "b.qcow2"]), said("b.qcow2", "-O", "qcow2"));
     assert_eq!(run(&["create", "d.VHD", "1M"]), said("d.VHD", "-f", "vpc"));
+    assert_eq!(run(&["dd", "if=a.vmdk", "of=b.qcow2"]), said("b.qcow2", "-O", "qcow2"));
     for quiet in [
         &["convert", "-O", "raw", "a.vmdk", "b.qcow2"][..],
         &["convert", "-O", "qcow2", "a.vmdk", "b.qcow2"],
+        &["dd", "-O", "raw", "if=a.vmdk", "of=b.qcow2"],
+        &["dd", "if=a.vmdk", "of=b.img"],
         &["convert", "a.vmdk", "b.img"],
         &["convert", "a.vmdk", "b"],
         &["create", "d.raw", "1M"],
@@ -155,39 +182,6 @@ fn progress_suits_the_terminal() {
     }
 }
 
-/// Packages get completions and manual pages from the tables that the program itself goes by.
-#[test]
-fn completions_and_pages_are_made() {
-    let scratch = Scratch::new();
-    own(&["generate", "out"]).dir(scratch.path()).ok();
-    let complete = |words: &[&str]| {
-        let last = words.last().unwrap();
-        let before = words[words.len() - 2];
-        let line = format!(
-            "source out/completions/vimg; COMP_WORDS=({}); COMP_CWORD={}; _vimg vimg '{last}' '{before}'; echo \"${{COMPREPLY[*]}}\"",
-            words.iter().map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" "),
-            words.len() - 1,
-        );
-        let out = plain("bash", &["-c", &line]).dir(scratch.path()).ok().stdout;
-        out.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
-    };
-    assert_eq!(complete(&["vimg", "convert", "-O", "q"]), ["qcow", "qcow2", "qed"]);
-    assert_eq!(complete(&["vimg", "comp"]), ["compare"]);
-    assert_eq!(complete(&["vimg", "create", "-o", "cluster_"]), ["cluster_size"]);
-    assert!(complete(&["vimg", "convert", "--ver"]).contains(&"--verify".to_owned()));
-    for file in ["_vimg", "vimg.fish"] {
-        assert!(fs::read_to_string(scratch.file("out/completions").join(file)).unwrap().contains("checksum"), "{file}");
-    }
-    let page = |name: &str| fs::read_to_string(scratch.file("out/man").join(name)).unwrap();
-    let convert = page("vimg-convert.1");
-    assert!(convert.contains(".TH") && convert.contains("vimg convert \\-p"), "{convert}");
-    assert_eq!(fs::read_dir(scratch.file("out/man")).unwrap().count(), 17);
-    assert!(!page("vimg.1").contains("generate"));
-    // It is a tool of packagers: help does not list it, and qemu-img has none.
-    assert!(!own(&["--help"]).ok().stdout.contains("generate"));
-    assert!(vimg(&["generate", "out"]).dir(scratch.path()).fails(1).stderr.contains("Command not found"));
-}
-
 #[test]
 fn help_is_short_or_long() {
     let (short, long) = (own(&["convert", "-h"]).ok().stdout, own(&["convert", "--help"]).ok().stdout);
@@ -209,6 +203,49 @@ fn help_is_short_or_long() {
         "{theirs}"
     );
     assert_eq!(theirs, vimg(&["convert", "--help"]).ok().stdout);
+    // So has the whole program.
+    let (short, long) = (own(&["-h"]).ok().stdout, own(&["--help"]).ok().stdout);
+    for text in [&short, &long] {
+        for line in ["\nCommands:\n", "\n  help      Print the help", "\n  convert   Copy", "\n  --untrusted"] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+    }
+    for line in ["\nExamples:\n", "qcow2 qcow", "default: no limit"] {
+        assert!(long.contains(line) && !short.contains(line), "{line}: {short}{long}");
+    }
+    assert!(vimg(&["-h"]).ok().stdout == vimg(&["--help"]).ok().stdout);
+}
+
+/// What an option does where it is not given is said of each that takes a value, but for those without which nothing is
+/// done.
+#[test]
+fn the_long_help_of_a_command_is_whole() {
+    let none = ["--object", "--image-opts", "--expect-digest", "-F, --backing-format", "-b, --backing", "-s, --size"];
+    let deeds =
+        ["--merge", "-a, --apply", "-c, --create", "-d, --delete", "-o, --options", "-o, --target-format-options"];
+    let commands = own(&["--help"]).ok().stdout;
+    let commands = commands.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    let names: Vec<&str> = commands.map(|line| line.split_whitespace().next().unwrap()).collect();
+    assert_eq!(names.len(), 17);
+    for name in names.into_iter().chain(["generate"]) {
+        let help = own(&[name, "--help"]).ok().stdout;
+        assert!(help.starts_with(|c: char| c.is_ascii_uppercase()) && help.contains(".  Usage:\n\n  vimg "), "{help}");
+        assert!(help.contains(&format!("\nExample:\n  vimg {name}")), "{help}");
+        let mut option = "";
+        let mut said = true;
+        for line in help.lines().chain(["  --end X"]) {
+            if line.starts_with("  -") {
+                let excused = none.iter().chain(&deeds).any(|name| option.starts_with(name));
+                assert!(said || excused, "{name} {option}: {help}");
+                option = line.trim();
+                said = option.split(", ").last().unwrap().split_whitespace().count() < 2;
+            }
+            said |=
+                ["not given", "default", "without it", "the same", "does not say", "in the same way", "not the next"]
+                    .iter()
+                    .any(|word| line.contains(word));
+        }
+    }
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod check;
 mod checksum;
 mod common;
 mod compare;
+mod completion;
 mod compression;
 mod contract;
 mod convert;

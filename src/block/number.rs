@@ -68,6 +68,15 @@ fn digits(text: &str, radix: u32) -> std::result::Result<u64, Bad> {
     u64::from_str_radix(text, radix).map_err(|_| Bad::Range)
 }
 
+/// The size that was probably meant by what is none: `10GB`, `10 GiB` and `10,5G` in other places' way of writing.
+pub fn meant(text: &str) -> Option<String> {
+    let text: String = text.chars().filter(|c| !c.is_whitespace()).collect::<String>().replace(',', ".");
+    let lower = text.to_ascii_lowercase();
+    let letters = ["ibytes", "bytes", "ib", "b", ""].into_iter().find(|end| lower.ends_with(end))?.len();
+    let shorter = text.get(..text.len() - letters)?;
+    bytes(shorter).is_ok().then(|| shorter.to_owned())
+}
+
 /// A plain number: its sign, and what follows it.
 pub fn plain(text: &str) -> std::result::Result<(bool, u64), Bad> {
     let text = text.trim_start_matches(|c: char| c.is_ascii_whitespace() || c == '\u{b}');
@@ -87,10 +96,21 @@ pub fn plain(text: &str) -> std::result::Result<(bool, u64), Bad> {
 
 /// A size that is the value of a key.
 pub fn key_size(key: &str, text: &str) -> Result<u64> {
+    key_size_behind("", key, text)
+}
+
+/// The same behind a sign.
+pub fn key_size_behind(sign: &str, key: &str, text: &str) -> Result<u64> {
     bytes(text).map_err(|bad| match bad {
-        Bad::Syntax => Error::invalid(format!("Parameter '{key}' expects a non-negative number below 2^64"))
-            .hint("Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-")
-            .hint("and exabytes, respectively."),
+        Bad::Syntax => {
+            let error = Error::invalid(format!("Parameter '{key}' expects a non-negative number below 2^64"))
+                .hint("Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-")
+                .hint("and exabytes, respectively.");
+            match meant(text) {
+                Some(size) => error.advise(format!("did you mean '{sign}{size}'?")),
+                None => error,
+            }
+        }
         Bad::Range => Error::invalid(format!("Value '{text}' is out of range for parameter '{key}'")),
     })
 }

@@ -52,17 +52,25 @@ pub struct OptionSpec {
     pub encoding: bool,
     /// It names a file that is made with the image.
     pub makes_file: bool,
+    /// The values that there are; empty where they cannot be listed.
+    pub choices: &'static [&'static str],
 }
 
 impl OptionSpec {
     /// An option without a shown default.
     pub const fn new(name: &'static str, kind: OptionKind, help: &'static str) -> Self {
-        Self { name, kind, help, default: None, own: false, encoding: false, makes_file: false }
+        Self { name, kind, help, default: None, own: false, encoding: false, makes_file: false, choices: &[] }
     }
 
     /// The same with a default.
     pub const fn or(mut self, default: &'static str) -> Self {
         self.default = Some(default);
+        self
+    }
+
+    /// The same with the values that there are.
+    pub const fn among(mut self, choices: &'static [&'static str]) -> Self {
+        self.choices = choices;
         self
     }
 
@@ -144,6 +152,23 @@ impl CreateOptions {
         match nearest(name, self.specs.iter().map(|spec| spec.name)) {
             Some(meant) => error.advise(format!("did you mean '{meant}'?")),
             None => error.advise("'-o help' lists the options of the format"),
+        }
+    }
+
+    /// What was refused, with what the user can do about it where a value is none of those that there are.
+    pub fn advising(&self, error: Error) -> Error {
+        let values = self.given.iter().filter_map(|given| match &given.value {
+            OptionValue::Text(text) => Some((self.spec(given.name)?, text)),
+            _ => None,
+        });
+        let mut unknown =
+            values.filter(|(spec, text)| !spec.choices.is_empty() && !spec.choices.contains(&text.as_str()));
+        match unknown.next() {
+            Some((spec, text)) => error.advise(match nearest(text, spec.choices.iter().copied()) {
+                Some(meant) => format!("did you mean '{}={meant}'?", spec.name),
+                None => format!("'{}' is one of {}", spec.name, spec.choices.join(", ")),
+            }),
+            None => error,
         }
     }
 

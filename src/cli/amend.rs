@@ -29,6 +29,8 @@ pub struct AmendArgs {
     #[arg(long)]
     image_opts: bool,
     /// how the image is cached: none, writeback, unsafe, directsync, writethrough
+    ///
+    /// default: writeback
     #[arg(short = 't', long, value_name = "CACHE")]
     cache: Option<String>,
     /// do what makes all data unreadable too: erase the last key slot, overwrite one that is in use

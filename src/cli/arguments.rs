@@ -3,6 +3,9 @@
 //!
 //! An option of a kind that is there has the id of that kind, whatever the subcommand.
 
+use crate::crypto::DigestKind;
+use crate::storage::{CacheMode, Preallocation};
+
 /// Where the help shows an option.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Group {
@@ -46,19 +49,19 @@ pub enum Takes {
     File,
     /// A list in which files may be named.
     Object,
-    /// `key=value` of a format, in which files may be named.
+    /// `key=value` of a new image's format, in which files may be named.
     CreateOptions,
+    /// The same of what can be amended.
+    AmendOptions,
     /// The name of a driver.
     Driver,
     /// The name of a format that can be made.
     NewFormat,
-    /// A cache mode.
-    Cache,
-    /// The form of the output.
-    Output,
-    /// A preallocation mode.
-    Preallocation,
+    /// One of these words, or another one that says more.
+    Words(&'static [&'static str]),
 }
+
+const CACHE: Takes = Takes::Words(&CacheMode::NAMES);
 
 /// A row of [`KNOWN`].
 #[derive(Debug)]
@@ -79,8 +82,8 @@ const fn row(id: &'static str, group: Group, takes: Takes) -> Known {
 pub const KNOWN: &[Known] = &[
     row("format", Group::Image, Takes::Driver),
     row("image_opts", Group::Image, Takes::Plain),
-    row("source_cache", Group::Image, Takes::Cache),
-    row("cache", Group::Image, Takes::Cache),
+    row("source_cache", Group::Image, CACHE),
+    row("cache", Group::Image, CACHE),
     row("snapshot", Group::Image, Takes::Plain),
     row("force_share", Group::Image, Takes::Plain),
     row("object", Group::Image, Takes::Object),
@@ -90,15 +93,15 @@ pub const KNOWN: &[Known] = &[
     row("b_format", Group::Image, Takes::Driver),
     row("source_file", Group::Image, Takes::File),
     row("source_format", Group::Image, Takes::Driver),
-    row("options", Group::Image, Takes::CreateOptions),
+    row("options", Group::Image, Takes::AmendOptions),
     row("target_format", Group::Target, Takes::NewFormat),
     row("output_format", Group::Target, Takes::NewFormat),
     row("target_format_options", Group::Target, Takes::CreateOptions),
     row("target_image_opts", Group::Target, Takes::Plain),
-    row("target_cache", Group::Target, Takes::Cache),
+    row("target_cache", Group::Target, CACHE),
     row("backing", Group::Target, Takes::File),
     row("backing_format", Group::Target, Takes::Driver),
-    row("backing_cache", Group::Target, Takes::Cache),
+    row("backing_cache", Group::Target, CACHE),
     row("backing_unsafe", Group::Target, Takes::Plain),
     row("no_create", Group::Target, Takes::Plain),
     row("target_is_zero", Group::Target, Takes::Plain),
@@ -108,12 +111,14 @@ pub const KNOWN: &[Known] = &[
     row("uuid", Group::Target, Takes::Plain),
     row("cid", Group::Target, Takes::Plain),
     row("repair_to", Group::Target, Takes::File),
+    row("repair", Group::Work, Takes::Words(&["leaks", "all"])),
+    row("aio", Group::Work, Takes::Words(&["threads", "native", "io_uring"])),
     row("base", Group::Work, Takes::File),
-    row("preallocation", Group::Work, Takes::Preallocation),
-    row("progress", Group::Shown, Takes::Plain),
+    row("preallocation", Group::Work, Takes::Words(&Preallocation::NAMES)),
+    row("progress", Group::Shown, Takes::Words(&["human", "json", "json:"])),
     row("quiet", Group::Shown, Takes::Plain),
-    row("output", Group::Shown, Takes::Output),
-    row("digest", Group::Shown, Takes::Plain),
+    row("output", Group::Shown, Takes::Words(&["human", "json"])),
+    row("digest", Group::Shown, Takes::Words(&DigestKind::NAMES)),
     row("help", Group::Shown, Takes::Plain),
     row("untrusted", Group::Trust, Takes::Plain),
     row("allow", Group::Trust, Takes::File),

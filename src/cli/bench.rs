@@ -24,6 +24,8 @@ pub struct BenchArgs {
     #[arg(long)]
     image_opts: bool,
     /// how the image is cached: none, writeback, unsafe, directsync, writethrough
+    ///
+    /// default: writeback
     #[arg(short = 't', long, value_name = "CACHE", value_parser = cache)]
     cache: Option<CacheMode>,
     /// number of requests, 75000 if not given
@@ -36,12 +38,16 @@ pub struct BenchArgs {
     #[arg(short, long, value_name = "DEPTH", value_parser = depth)]
     depth: Option<u64>,
     /// where the first request starts
+    ///
+    /// default: 0
     #[arg(short, long, value_name = "OFFSET", value_parser = offset)]
     offset: Option<u64>,
     /// how far the next request is, the size of one if not given
     #[arg(short = 'S', long, value_name = "STEP_SIZE", value_parser = step_size)]
     step_size: Option<u64>,
     /// how the kernel is to be asked: threads, native, io_uring. Checked; it is always threads that ask
+    ///
+    /// default: threads
     #[arg(short = 'i', long, value_name = "AIO", value_parser = aio)]
     aio: Option<Aio>,
     /// the same as --aio native
@@ -54,6 +60,8 @@ pub struct BenchArgs {
     #[arg(long, value_name = "PATTERN", value_parser = pattern)]
     pattern: Option<u64>,
     /// flush each time so many writes are done
+    ///
+    /// default: no flush
     #[arg(long, value_name = "FLUSH_INTERVAL", value_parser = flush_interval)]
     flush_interval: Option<u64>,
     /// flush while writes are in flight, do not wait for them

@@ -27,6 +27,8 @@ pub struct BitmapArgs {
     #[arg(short, long, value_name = "SIZE[KMGTPE]", value_parser = granularity)]
     granularity: Option<u64>,
     /// image with the bitmap that is merged, if it is another one
+    ///
+    /// default: FILENAME
     #[arg(short = 'b', long, value_name = "SRC_FILENAME")]
     source_file: Option<OsString>,
     /// format of that image, detected if not given

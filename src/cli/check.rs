@@ -29,15 +29,21 @@ pub struct CheckArgs {
     #[arg(long)]
     image_opts: bool,
     /// how the image is cached: none, writeback, unsafe, directsync, writethrough
+    ///
+    /// default: writeback
     #[arg(short = 'T', long, value_name = "CACHE")]
     cache: Option<String>,
     /// allow other writers: do not lock the image
     #[arg(short = 'U', long)]
     force_share: bool,
     /// form of the output: human or json
+    ///
+    /// default: human
     #[arg(long, value_name = "human|json", value_parser = OutputForm::parse)]
     output: Option<OutputForm>,
     /// mend the image: space that nothing uses, or all that can be mended
+    ///
+    /// default: only look
     #[arg(short, long, value_name = "leaks|all", value_parser = fix)]
     repair: Option<Fix>,
     /// mend a copy of the image, which appears as FILE when it is mended, and leave the image alone; all that can be

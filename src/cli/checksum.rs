@@ -35,6 +35,8 @@ pub struct ChecksumArgs {
     #[arg(short = 'U', long)]
     force_share: bool,
     /// how the image is cached: none, writeback, unsafe, directsync, writethrough
+    ///
+    /// default: writeback
     #[arg(short = 'T', long, value_name = "CACHE")]
     cache: Option<String>,
     #[command(flatten)]

@@ -39,6 +39,8 @@ pub struct CommitArgs {
     #[arg(short, long)]
     drop: bool,
     /// write at most this many bytes a second
+    ///
+    /// default: no limit
     #[arg(short = 'r', long, alias = "rate", value_name = "RATE", value_parser = rate)]
     rate_limit: Option<u64>,
     #[command(flatten)]

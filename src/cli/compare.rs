@@ -27,6 +27,8 @@ pub struct CompareArgs {
     #[arg(short, long)]
     strict: bool,
     /// how the images are cached: none, writeback, unsafe, directsync, writethrough
+    ///
+    /// default: writeback
     #[arg(short = 'T', long, value_name = "CACHE")]
     cache: Option<String>,
     /// images are named by lists of options key=value,..., not by file names

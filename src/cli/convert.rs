@@ -41,15 +41,21 @@ pub struct ConvertArgs {
     #[arg(short = 'f', long = "source-format", value_name = "FMT")]
     format: Option<String>,
     /// how the sources are cached: none, writeback, unsafe, directsync, writethrough
+    ///
+    /// default: writeback
     #[arg(short = 'T', long, value_name = "CACHE")]
     source_cache: Option<String>,
     /// convert an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME
+    ///
+    /// default: the disk as it is now
     #[arg(short = 'l', long, value_name = "SNAPSHOT", value_parser = snapshot)]
     snapshot: Option<SnapshotArg>,
     /// format of the target, raw if not given
     #[arg(short = 'O', long, alias = "output-format", value_name = "FMT")]
     target_format: Option<String>,
     /// options of the target's format, key=value,... ('-o help' lists them)
+    ///
+    /// default: as '-o help' says of each
     #[arg(short = 'o', long, alias = "options", value_name = "FMT_OPTS", value_parser = options::lists())]
     target_format_options: Vec<OsString>,
     /// the target is named by a list of options key=value,... (with -n)
@@ -59,9 +65,13 @@ pub struct ConvertArgs {
     #[arg(short = 't', long, alias = "output-cache", value_name = "CACHE")]
     target_cache: Option<String>,
     /// backing file of the target: only what the source has above it is copied
+    ///
+    /// default: none
     #[arg(short = 'B', short_alias = 'b', long, value_name = "BACKING_FILENAME")]
     backing: Option<OsString>,
     /// format of the backing file
+    ///
+    /// default: none: where -B names a file, this has to be given
     #[arg(short = 'F', long, value_name = "BACKING_FMT")]
     backing_format: Option<String>,
     /// do not write runs of zeros that are at least this long, 4k if not given; 0 writes everything
@@ -80,6 +90,8 @@ pub struct ConvertArgs {
     #[arg(short = 'U', long)]
     force_share: bool,
     /// write at most this many bytes a second
+    ///
+    /// default: no limit
     #[arg(short = 'r', long, alias = "rate", value_name = "RATE", value_parser = rate)]
     rate_limit: Option<u64>,
     /// number of threads, 1 to 16; if not given one per core, or more where devices or uncached files (cache mode none) gain by it

@@ -23,19 +23,25 @@ pub struct CreateArgs {
     #[command(flatten)]
     result: ResultArgs,
     /// format of the new image, raw if not given
-    #[arg(short, long, value_name = "FMT")]
+    #[arg(id = "target_format", short = 'f', long = "format", value_name = "FMT")]
     format: Option<String>,
     /// backing file: what the new image does not hold itself is read from it
+    ///
+    /// default: none
     #[arg(short, long, value_name = "BACKING_FILENAME")]
     backing: Option<OsString>,
     /// format of the backing file
+    ///
+    /// default: none: where -b names a file, this has to be given
     #[arg(short = 'F', short_alias = 'B', long, value_name = "BACKING_FMT")]
     backing_format: Option<String>,
     /// do not open the backing file
     #[arg(short = 'u', long)]
     backing_unsafe: bool,
     /// options of the format, key=value,... ('-o help' lists them)
-    #[arg(short, long, value_name = "FMT_OPTS", value_parser = options::lists())]
+    ///
+    /// default: as '-o help' says of each
+    #[arg(id = "target_format_options", short = 'o', long = "options", value_name = "FMT_OPTS", value_parser = options::lists())]
     options: Vec<OsString>,
     /// image to create; one that is there already is replaced
     #[arg(value_name = "FILENAME")]

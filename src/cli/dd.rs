@@ -196,6 +196,9 @@ impl DdArgs {
 
     fn target(&self, program: &Program, opener: &Opener<'_>, name: &OsStr, size: u64) -> anyhow::Result<StagedTarget> {
         let new = self.new_image(opener, name, size)?;
+        if self.output_format.is_none() {
+            program.warn_of_raw(name, "-O");
+        }
         let target = StagedTarget::make(&new, None, opener, NewImage::creating_output);
         program.notices(opener);
         Ok(target?)

@@ -1,12 +1,15 @@
 //! `--digest`, `--expect-digest`: the digest of what a disk holds.
 
 use super::{Complaint, help};
+use crate::block::nearest::nearest;
 use crate::crypto::{Digest, DigestKind};
 
 /// The options.
 #[derive(Debug, clap::Args)]
 pub struct DigestArgs {
     /// print the digest of the guest's disk: sha256, blake3 (both as of a raw image of whole sectors), or blake3-tree (holes cost nothing)
+    ///
+    /// default: blake3-tree for checksum, no digest for convert
     #[arg(long, value_name = "KIND", value_parser = kind, help_heading = help::OWN)]
     digest: Option<DigestKind>,
     /// fail if the digest is not this one, KIND:HEX
@@ -15,8 +18,9 @@ pub struct DigestArgs {
 }
 
 fn kind(name: &str) -> Result<DigestKind, Complaint> {
-    let names = || DigestKind::ALL.map(|(_, name)| name).join(", ");
-    DigestKind::parse(name).ok_or_else(|| Complaint::value(format!("Unknown digest '{name}': there are {}", names())))
+    let names = || DigestKind::NAMES.join(", ");
+    let unknown = || format!("Unknown digest '{name}': there are {}", names());
+    DigestKind::parse(name).ok_or_else(|| Complaint::misspelt(unknown(), nearest(name, DigestKind::NAMES)))
 }
 
 fn digest(text: &str) -> Result<Digest, Complaint> {

@@ -5,14 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use clap::builder::PossibleValuesParser;
-use clap::{Arg, Command, ValueHint};
-use clap_complete::Shell;
+use clap::{Command, ValueHint};
 
-use super::arguments::{Makes, Takes, known};
+use super::arguments::Makes;
+use super::completion::{self, SHELLS};
 use super::exit::Exit;
 use super::{Complaint, Program, Subcommand, help, rows, trust};
-use crate::drivers::DRIVERS;
 
 /// The operands.
 #[derive(Debug, clap::Args)]
@@ -22,12 +20,10 @@ pub struct GenerateArgs {
     operands: Vec<OsString>,
 }
 
-/// What completes for each shell, and the name that it looks for.
-const SHELLS: [(Shell, &str); 3] = [(Shell::Bash, "vimg"), (Shell::Zsh, "_vimg"), (Shell::Fish, "vimg.fish")];
-
 impl Subcommand for GenerateArgs {
     const NAME: &'static str = "generate";
-    const ABOUT: &'static str = "";
+    const ABOUT: &'static str = "Make the completions of shells, and manual pages, for packages";
+    const HIDDEN: bool = true;
     const USAGE: &'static [&'static str] = &["DIR"];
     const EXAMPLE: &'static str = "vimg generate target/packaging";
     const OWN: bool = true;
@@ -41,9 +37,7 @@ impl Subcommand for GenerateArgs {
         }
         let whole = described(program);
         for (shell, name) in SHELLS {
-            let mut text = Vec::new();
-            clap_complete::generate(shell, &mut whole.clone(), "vimg", &mut text);
-            write(completions.join(name), &text)?;
+            write(completions.join(name), &completion::script(shell, &whole))?;
         }
         for command in std::iter::once(&whole).chain(whole.get_subcommands()) {
             let name = match command.get_name() {
@@ -69,41 +63,15 @@ fn write(path: PathBuf, text: &[u8]) -> Result<(), Complaint> {
 
 /// The whole command line, with what options may be given.
 fn described(program: &Program) -> Command {
-    let subcommands = rows(program).filter(|row| !row.about.is_empty()).map(|row| {
+    let subcommands = rows(program).filter(|row| !row.hidden).map(|row| {
         let command = (row.command)().about(row.about).after_long_help(format!("EXAMPLE:\n{}", row.example));
         let usage = row.usage.join(" ");
         trust::args()
             .into_iter()
             .fold(command, |command, arg| command.mut_arg(arg.get_id().clone(), |arg| arg.hide(false)))
-            .mut_args(completed)
+            .mut_args(completion::completed)
             .override_usage(format!("vimg {} {usage}", row.name))
     });
     let about = "Works on the disk images of virtual machines, with the command line of qemu-img";
     help::standard_options().about(about).version(env!("CARGO_PKG_VERSION")).subcommands(subcommands)
-}
-
-/// An option with the values that it takes.
-fn completed(arg: Arg) -> Arg {
-    let values: Vec<&'static str> = match known(&arg).takes {
-        Takes::NewFormat => {
-            let made = DRIVERS.formats.iter().filter(|format| format.creating().is_some());
-            let mut names: Vec<_> = made.map(|format| format.name()).collect();
-            names.sort_unstable();
-            names
-        }
-        Takes::Driver => DRIVERS.names(),
-        Takes::Cache => ["none", "writeback", "unsafe", "directsync", "writethrough"].to_vec(),
-        Takes::Output => ["human", "json"].to_vec(),
-        Takes::Preallocation => ["off", "metadata", "falloc", "full"].to_vec(),
-        Takes::CreateOptions => {
-            let creators = DRIVERS.formats.iter().filter_map(|format| format.creating());
-            let mut keys: Vec<_> = creators.flat_map(|create| create.options()).map(|option| option.name).collect();
-            keys.sort_unstable();
-            keys.dedup();
-            keys
-        }
-        Takes::File => return arg.value_hint(ValueHint::FilePath),
-        Takes::Plain | Takes::Object => return arg,
-    };
-    arg.value_parser(PossibleValuesParser::new(values))
 }

@@ -69,26 +69,70 @@ pub fn print_version(program: &Program) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The help of the whole program.
-pub fn print_program(program: &Program) -> anyhow::Result<()> {
+/// The help of the whole program: under our own name a line a command and an option where it is short (`-h`).
+pub fn print_program(program: &Program, long: bool) -> anyhow::Result<()> {
+    if program.is_vimg() {
+        own_help(program, long);
+        return Ok(());
+    }
     print_version(program)?;
     let name = program.name();
     program.print(&format!(
         "Works on the disk images of virtual machines.  Usage:\n\n  {name} [standard options] COMMAND [--help | command options]\n\nStandard options:\n"
     ));
     // What vimg adds is not shown where it stands in for the reference.
-    let options = match name {
-        "vimg" => top_level(),
-        _ => without_own(top_level()),
-    };
-    print_options(program, &options);
+    print_options(program, &without_own(top_level()));
     program.print(&format!("\nRecognized commands (see {name} COMMAND --help for the options of each):\n\n"));
-    for row in rows(program).filter(|row| !row.about.is_empty()) {
+    for row in rows(program).filter(|row| !row.hidden) {
         program.println(&format!("  {} - {}", row.name, row.about));
     }
     program.print("\nSupported image formats:\n\n");
     program.print(&wrapped(&DRIVERS.names().join(" "), 2, 75));
     Ok(())
+}
+
+/// What the long help gives to try.
+const EXAMPLES: [&str; 4] = [
+    "vimg create -f qcow2 disk.qcow2 40G",
+    "vimg info disk.qcow2",
+    "vimg convert -p -O qcow2 disk.vmdk disk.qcow2",
+    "vimg check -r all disk.qcow2",
+];
+
+fn own_help(program: &Program, long: bool) {
+    program.print(&format!(
+        "vimg {} works on the disk images of virtual machines.  Usage:\n\n  vimg [options] COMMAND [-h | --help | command options]\n",
+        env!("CARGO_PKG_VERSION")
+    ));
+    program.print("\nCommands:\n");
+    for row in rows(program).filter(|row| !row.hidden) {
+        program.println(&format!("  {:10}{}", row.name, row.about));
+    }
+    program.print("\nOptions before the command:\n");
+    let options = top_level();
+    let (trusted, standard): (Vec<&Arg>, Vec<&Arg>) =
+        options.get_arguments().filter(|arg| !arg.is_hide_set()).partition(|arg| is_trust(arg));
+    standard.into_iter().for_each(|arg| print_option(program, arg, long));
+    program.print(&format!("\n{}, before the command or behind it:\n", Group::Trust.title()));
+    trusted.into_iter().for_each(|arg| print_option(program, arg, long));
+    if !long {
+        program.print("\n'vimg --help' tells more, 'vimg COMMAND -h' and 'vimg COMMAND --help' tell of a command.\n");
+        return;
+    }
+    let names = |title: &str, names: Vec<&str>| {
+        program.print(&format!("\n{title}:\n{}", wrapped(&names.join(" "), 2, 78)));
+    };
+    names(
+        "Formats (the README's tables say what can be done with each)",
+        DRIVERS.formats.iter().map(|format| format.name()).collect(),
+    );
+    names("Protocols, by which images are reached", DRIVERS.protocols.iter().map(|protocol| protocol.name()).collect());
+    names("Filters (by json: and --image-opts)", DRIVERS.filters.iter().map(|filter| filter.name()).collect());
+    program.print(
+        "\nAn option without a value is off unless it is given. 'vimg COMMAND --help' has the others' defaults.\n",
+    );
+    program.print("\nExamples:\n");
+    EXAMPLES.iter().for_each(|line| program.println(&format!("  {line}")));
 }
 
 /// The help of one subcommand: under our own name in groups, a line an option where it is short (`-h`), with an example
@@ -148,7 +192,10 @@ fn print_option(program: &Program, arg: &Arg, long: bool) {
     let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
     if long {
         program.println(&format!("  {}", spelt(arg)));
-        return help.lines().for_each(|line| program.print(&wrapped(line, 6, 78)));
+        // Its paragraphs: what it does, and what holds where it is not given.
+        let help = arg.get_long_help().map_or(help, ToString::to_string);
+        let lines = help.lines().filter(|line| !line.is_empty());
+        return lines.for_each(|line| program.print(&wrapped(line, 6, 78)));
     }
     // What follows the first clause is for the long help.
     let first = help.lines().next().unwrap_or_default();

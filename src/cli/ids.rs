@@ -10,9 +10,13 @@ pub struct IdArgs {
     #[arg(long, help_heading = help::OWN)]
     reproducible: bool,
     /// the UUID of the new image (vdi, vpc, vhdx, luks)
+    ///
+    /// default: a random one
     #[arg(long, value_name = "UUID", value_parser = uuid, help_heading = help::OWN)]
     uuid: Option<u128>,
     /// the content id of the new image (vmdk), eight hexadecimal digits
+    ///
+    /// default: a random one
     #[arg(long, value_name = "CID", value_parser = cid, help_heading = help::OWN)]
     cid: Option<u32>,
 }

@@ -20,6 +20,8 @@ pub struct InfoArgs {
     #[arg(short, long, value_name = "FMT")]
     format: Option<String>,
     /// form of the output: human or json
+    ///
+    /// default: human
     #[arg(long, value_name = "human|json", value_parser = OutputForm::parse)]
     output: Option<OutputForm>,
     /// show the whole backing chain
@@ -32,6 +34,8 @@ pub struct InfoArgs {
     #[arg(short = 'U', long)]
     force_share: bool,
     /// how the image is cached: none, writeback, unsafe, directsync, writethrough
+    ///
+    /// default: writeback
     #[arg(short = 't', long, value_name = "CACHE")]
     cache: Option<String>,
     /// a QEMU object, such as a secret with a passphrase

@@ -23,6 +23,8 @@ pub struct MapArgs {
     #[arg(short = 'l', long, value_name = "LENGTH", value_parser = length)]
     max_length: Option<u64>,
     /// form of the output: human or json
+    ///
+    /// default: human
     #[arg(long, value_name = "human|json", value_parser = OutputForm::parse)]
     output: Option<OutputForm>,
     /// FILENAME is a list of options key=value,...

@@ -37,12 +37,16 @@ pub struct MeasureArgs {
     #[arg(long, alias = "source-image-opts")]
     image_opts: bool,
     /// measure for an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME
+    ///
+    /// default: the disk as it is now
     #[arg(short = 'l', long, value_name = "SNAPSHOT", value_parser = snapshot)]
     snapshot: Option<SnapshotArg>,
     /// allow other writers: do not lock FILENAME
     #[arg(short = 'U', long)]
     force_share: bool,
     /// form of the output: human or json
+    ///
+    /// default: human
     #[arg(long, value_name = "human|json", value_parser = OutputForm::parse)]
     output: Option<OutputForm>,
     /// a QEMU object, such as a secret with a passphrase

@@ -6,6 +6,7 @@
 pub mod amend;
 mod arguments;
 pub mod bench;
+mod beside;
 pub mod bitmap;
 pub mod cache;
 pub mod check;
@@ -13,6 +14,7 @@ pub mod checksum;
 pub mod commit;
 mod common;
 pub mod compare;
+mod completion;
 mod console;
 pub mod convert;
 pub mod create;
@@ -22,6 +24,7 @@ pub mod exit;
 mod generate;
 mod getopt;
 mod help;
+mod help_on;
 pub mod human;
 mod ids;
 pub mod info;
@@ -69,6 +72,8 @@ pub trait Subcommand: clap::Args {
     const EXAMPLE: &'static str;
     /// True if an operand may look like `-1M`.
     const SIGNED_OPERANDS: bool = false;
+    /// True if the help does not list it.
+    const HIDDEN: bool = false;
     /// True if it is none of the reference's, and so none where we are called by another name.
     const OWN: bool = false;
     /// How it ends where the value of an option is none.
@@ -90,6 +95,8 @@ pub struct Row {
     pub usage: &'static [&'static str],
     /// A command line of it.
     pub example: &'static str,
+    /// The help does not list it.
+    pub hidden: bool,
     signed_operands: bool,
     own: bool,
     bad_value: Exit,
@@ -111,6 +118,7 @@ pub const SUBCOMMANDS: &[Row] = &[
     row::<create::CreateArgs>(),
     row::<dd::DdArgs>(),
     row::<generate::GenerateArgs>(),
+    row::<help_on::HelpArgs>(),
     row::<info::InfoArgs>(),
     row::<map::MapArgs>(),
     row::<measure::MeasureArgs>(),
@@ -125,6 +133,7 @@ const fn row<S: Subcommand>() -> Row {
         about: S::ABOUT,
         usage: S::USAGE,
         example: S::EXAMPLE,
+        hidden: S::HIDDEN,
         signed_operands: S::SIGNED_OPERANDS,
         own: S::OWN,
         bad_value: S::BAD_VALUE,
@@ -162,7 +171,7 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
         words = Words { options: words.options.into_iter().take(at + 1).collect(), ..Words::default() };
     }
     let Some(matches) = parse(help::top_level(), &words)? else {
-        help::print_program(program)?;
+        help::print_program(program, wants_long_help(&argv))?;
         return Ok(Exit::Success);
     };
     trust::apply(program, &matches)?;
@@ -178,9 +187,6 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
     let name = operands.next().ok_or_else(|| Complaint::usage("Not enough arguments"))?;
     let name = name.to_string_lossy();
     let Some(row) = find(program, &name) else {
-        if name == "help" && program.is_vimg() {
-            return help_on(program, operands.next());
-        }
         return Err(not_found(program, &name).into());
     };
     program.enter(row.name);
@@ -188,7 +194,7 @@ fn dispatch(program: &mut Program, argv: Vec<OsString>) -> anyhow::Result<Exit> 
     let permute = row.signed_operands || std::env::var_os("POSIXLY_CORRECT").is_none();
     let style = Style { permute, signed_operands: row.signed_operands, own: program.is_vimg() };
     let argv: Vec<OsString> = operands.collect();
-    let long_help = argv.iter().any(|word| word == "--help");
+    let long_help = wants_long_help(&argv);
     let words = getopt::canonical(&(row.command)(), &argv, style);
     program.tell_results(output::is_own_json(&(row.command)(), &argv));
     let matches = match parse((row.command)(), &words) {
@@ -230,20 +236,13 @@ fn find(program: &Program, name: &str) -> Option<&'static Row> {
 }
 
 fn not_found(program: &Program, name: &str) -> Complaint {
-    let meant = nearest(name, rows(program).map(|row| row.name).chain(["help"]));
+    let meant = nearest(name, rows(program).map(|row| row.name));
     Complaint::Usage(format!("Command not found: {name}"), meant.map(str::to_owned))
 }
 
-/// `help`, `help COMMAND`.
-fn help_on(program: &Program, name: Option<OsString>) -> anyhow::Result<Exit> {
-    match name.map(|name| name.to_string_lossy().into_owned()) {
-        None => help::print_program(program)?,
-        Some(name) => {
-            let row = find(program, &name).ok_or_else(|| not_found(program, &name))?;
-            help::print_subcommand(program, row, &(row.command)(), true)?;
-        }
-    }
-    Ok(Exit::Success)
+/// Whether the help that is asked for is all that there is.
+fn wants_long_help(argv: &[OsString]) -> bool {
+    argv.iter().any(|word| word == "--help")
 }
 
 /// What clap makes of the words; `None` if help was asked for. The first error on the line is the one reported.

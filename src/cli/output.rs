@@ -14,6 +14,8 @@ pub const JSON_VERSION: u32 = 1;
 #[derive(Debug, clap::Args)]
 pub struct ResultArgs {
     /// form of the result: human or json
+    ///
+    /// default: human
     #[arg(long, value_name = "human|json", value_parser = OutputForm::parse, help_heading = help::OWN)]
     output: Option<OutputForm>,
 }

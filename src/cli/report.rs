@@ -1,10 +1,11 @@
 //! How errors are shown: the chain of causes once, on one line, then hints on lines of their own.
 
 use std::fmt;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::Program;
+use super::{Program, beside};
 use crate::block::SecretBytes;
 use crate::block::error::PlacePart;
 use crate::storage::holder::Holder;
@@ -19,6 +20,8 @@ pub enum Complaint {
     Usage(String, Option<String>),
     /// A bad value: its text, and lines that follow it.
     Value(String, &'static [&'static str]),
+    /// A bad value, and what was probably meant.
+    Misspelt(String, String),
     /// A bad value that may be a part of a secret.
     Withheld {
         /// What is said of it.
@@ -53,6 +56,14 @@ impl Complaint {
         Self::Value(text.into(), &[])
     }
 
+    /// A bad value, with what was probably meant if that is known.
+    pub fn misspelt(text: impl Into<String>, meant: Option<impl Into<String>>) -> Self {
+        match meant {
+            Some(meant) => Self::Misspelt(text.into(), meant.into()),
+            None => Self::value(text),
+        }
+    }
+
     /// A bad value that may be a part of a secret: what is said of it, and what the reference says.
     pub fn withheld(text: impl Into<String>, reference: String) -> Self {
         Self::Withheld { text: text.into(), reference: reference.into_bytes().into() }
@@ -62,9 +73,11 @@ impl Complaint {
 impl fmt::Display for Complaint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Getopt(text, _) | Self::Usage(text, _) | Self::Value(text, _) | Self::Withheld { text, .. } => {
-                f.write_str(text)
-            }
+            Self::Getopt(text, _)
+            | Self::Usage(text, _)
+            | Self::Value(text, _)
+            | Self::Misspelt(text, _)
+            | Self::Withheld { text, .. } => f.write_str(text),
             Self::Snapshot { text, .. } => write!(f, "Failed in parsing snapshot param '{text}'"),
         }
     }
@@ -136,7 +149,7 @@ pub fn words(program: &Program, error: &anyhow::Error) {
             program.error(&format!("Invalid parameter '{key}'"));
             program.error(&text);
         }
-        Some(Complaint::Withheld { .. }) | None => program.error(&text),
+        Some(Complaint::Misspelt(..) | Complaint::Withheld { .. }) | None => program.error(&text),
     }
     if let Some(error) = ours {
         error.all_hints().iter().for_each(|hint| program.line(hint));
@@ -149,11 +162,26 @@ pub fn words(program: &Program, error: &anyhow::Error) {
 /// What the user can do about it: what the reference does not say.
 fn advice(error: &anyhow::Error) -> Vec<String> {
     let mut advice = Vec::new();
-    if let Some(Complaint::Getopt(_, Some(meant)) | Complaint::Usage(_, Some(meant))) = complaint(error) {
+    if let Some(Complaint::Getopt(_, Some(meant)) | Complaint::Usage(_, Some(meant)) | Complaint::Misspelt(_, meant)) =
+        complaint(error)
+    {
         advice.push(format!("did you mean '{meant}'?"));
     }
     if let Some(error) = error.chain().find_map(|cause| cause.downcast_ref::<block::Error>()) {
         advice.extend(error.all_advice());
+        if let Some(storage::Error::File { name, cause, doing }) = error.storage()
+            && cause.kind() == std::io::ErrorKind::NotFound
+        {
+            let path = Path::new(name);
+            let meant = match *doing {
+                // It is its folder that is not there.
+                "create" => {
+                    path.parent().and_then(beside::meant).zip(path.file_name()).map(|(folder, name)| folder.join(name))
+                }
+                _ => beside::meant(path),
+            };
+            advice.extend(meant.map(|meant| format!("did you mean '{}'?", meant.display())));
+        }
         if let Some(storage::Error::Locked { lock: Some(lock), .. }) = error.storage() {
             let who = |holder: &Holder| match holder.pid == std::process::id() {
                 true => "this command itself, which names it twice".to_owned(),

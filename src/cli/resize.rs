@@ -11,6 +11,7 @@ use super::interrupt::Interrupt;
 use super::output::ResultArgs;
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand};
+use crate::block::nearest::nearest;
 use crate::block::{self, OpenHow, Purpose, number};
 use crate::ops::resize::{self, Decision, NewSize};
 use crate::storage::Preallocation;
@@ -29,6 +30,8 @@ pub struct ResizeArgs {
     #[arg(long)]
     image_opts: bool,
     /// how the new space is allocated: off, metadata, falloc or full
+    ///
+    /// default: off
     #[arg(long, value_name = "PREALLOC", value_parser = preallocation)]
     preallocation: Option<Preallocation>,
     /// allow the image to be made smaller, which deletes what lies past the new end
@@ -105,14 +108,16 @@ impl Subcommand for ResizeArgs {
 }
 
 fn preallocation(word: &str) -> Result<Preallocation, Complaint> {
-    Preallocation::parse(word).ok_or_else(|| Complaint::value(format!("Invalid preallocation mode '{word}'")))
+    let meant = || nearest(word, Preallocation::NAMES);
+    Preallocation::parse(word)
+        .ok_or_else(|| Complaint::misspelt(format!("Invalid preallocation mode '{word}'"), meant()))
 }
 
 fn new_size(text: &str) -> block::Result<NewSize> {
-    let (make, text): (fn(u64) -> NewSize, _) = match (text.strip_prefix('+'), text.strip_prefix('-')) {
-        (Some(rest), _) => (NewSize::More, rest),
-        (_, Some(rest)) => (NewSize::Less, rest),
-        _ => (NewSize::Absolute, text),
+    let (make, sign): (fn(u64) -> NewSize, _) = match text.get(..1) {
+        Some("+") => (NewSize::More, "+"),
+        Some("-") => (NewSize::Less, "-"),
+        _ => (NewSize::Absolute, ""),
     };
-    number::key_size("size", text).map(make)
+    number::key_size_behind(sign, "size", text.strip_prefix(sign).unwrap_or(text)).map(make)
 }

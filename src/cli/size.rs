@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 
 use super::Complaint;
-use crate::block::number::{Bad, bytes, plain};
+use crate::block::number::{Bad, bytes, meant, plain};
 
 /// The largest size there is: what a file offset can hold.
 pub const MAX: u64 = i64::MAX as u64;
@@ -26,7 +26,10 @@ pub fn size(what: &str, text: &str) -> Result<u64, Complaint> {
 
 /// The same within bounds.
 pub fn size_within(what: &str, text: &str, range: RangeInclusive<u64>) -> Result<u64, Complaint> {
-    let value = bytes(text).map_err(|bad| complaint(what, text, &range, bad))?;
+    let value = bytes(text).map_err(|bad| match (bad, meant(text)) {
+        (Bad::Syntax, Some(meant)) => Complaint::misspelt(complaint(what, text, &range, bad).to_string(), Some(meant)),
+        _ => complaint(what, text, &range, bad),
+    })?;
     if range.contains(&value) { Ok(value) } else { Err(outside(what, &range)) }
 }
 

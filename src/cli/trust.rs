@@ -34,17 +34,20 @@ pub fn args() -> [Arg; 4] {
             .value_name("DIR_OR_FILE")
             .value_parser(clap::value_parser!(OsString))
             .action(ArgAction::Append)
-            .help("with --untrusted: images may name that file, or files in that folder"),
+            .help("with --untrusted: images may name that file, or files in that folder")
+            .long_help("with --untrusted: images may name that file, or files in that folder; may be given several times\n\ndefault: what the command line names itself"),
         Arg::new("max-size")
             .long("max-size")
             .value_name("SIZE")
             .value_parser(|text: &str| size::size("largest disk", text))
-            .help("refuse images whose disk is larger than that"),
+            .help("refuse disks that are larger than that")
+            .long_help("refuse images whose disk is larger than that, and make none that is\n\ndefault: no limit"),
         Arg::new("max-output")
             .long("max-output")
             .value_name("SIZE")
             .value_parser(|text: &str| size::size("largest file", text))
-            .help("write no file that is longer than that"),
+            .help("write no file that is longer than that")
+            .long_help("write no file that is longer than that\n\ndefault: no limit"),
     ]
 }
 
@@ -80,13 +83,13 @@ pub fn confine(command: &Command, makes: &[Makes], matches: &[&ArgMatches]) -> a
             match known(arg).takes {
                 Takes::File if id == "allow" => typed.allowed.push(value.into()),
                 Takes::File => typed.name(&value),
-                Takes::Object | Takes::CreateOptions => typed.list(&value),
+                Takes::Object | Takes::CreateOptions | Takes::AmendOptions => typed.list(&value),
                 Takes::Driver => typed.driver(&value.to_string_lossy()),
                 Takes::NewFormat => {
                     typed.driver(&value.to_string_lossy());
                     typed.in_any_order |= value != "raw";
                 }
-                Takes::Plain | Takes::Cache | Takes::Output | Takes::Preallocation => {}
+                Takes::Plain | Takes::Words(_) => {}
             }
         }
     }

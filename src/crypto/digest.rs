@@ -39,6 +39,9 @@ impl DigestKind {
     pub const ALL: [(DigestKind, &'static str); 3] =
         [(Self::Sha256, "sha256"), (Self::Blake3, "blake3"), (Self::Blake3Tree, "blake3-tree")];
 
+    /// Their names.
+    pub const NAMES: [&'static str; 3] = [Self::ALL[0].1, Self::ALL[1].1, Self::ALL[2].1];
+
     /// Its name.
     pub fn name(self) -> &'static str {
         Self::ALL.iter().find(|(kind, _)| *kind == self).map_or("", |(_, name)| name)

@@ -49,6 +49,16 @@ macro_rules! with_hash {
 }
 
 impl HashAlgorithm {
+    /// The names of all of them.
+    pub const NAMES: [&'static str; HASHES.len()] = {
+        let (mut names, mut n) = ([""; HASHES.len()], 0);
+        while n < names.len() {
+            names[n] = HASHES[n].1;
+            n += 1;
+        }
+        names
+    };
+
     /// All of them.
     pub fn all() -> impl Iterator<Item = Self> {
         HASHES.into_iter().map(|(hash, ..)| hash)

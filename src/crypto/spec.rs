@@ -89,6 +89,16 @@ impl CipherAlgorithm {
     /// AES with a key of 256 bits.
     pub const AES_256: Self = named("aes-256");
 
+    /// The names of all of them.
+    pub const NAMES: [&'static str; CIPHERS.len()] = {
+        let (mut names, mut n) = ([""; CIPHERS.len()], 0);
+        while n < names.len() {
+            names[n] = CIPHERS[n].name;
+            n += 1;
+        }
+        names
+    };
+
     /// All of them, those too that are known by name alone.
     pub fn all() -> impl Iterator<Item = Self> {
         CIPHERS.iter().map(Self)
@@ -147,6 +157,16 @@ const MODES: [(CipherMode, &str); 4] =
     [(CipherMode::Ecb, "ecb"), (CipherMode::Cbc, "cbc"), (CipherMode::Xts, "xts"), (CipherMode::Ctr, "ctr")];
 
 impl CipherMode {
+    /// The names of all of them.
+    pub const NAMES: [&'static str; MODES.len()] = {
+        let (mut names, mut n) = ([""; MODES.len()], 0);
+        while n < names.len() {
+            names[n] = MODES[n].1;
+            n += 1;
+        }
+        names
+    };
+
     /// All of them.
     pub fn all() -> impl Iterator<Item = Self> {
         MODES.into_iter().map(|(mode, _)| mode)

@@ -16,6 +16,7 @@ pub const WINDOW: OptionSpec = OptionSpec::new(
     OptionKind::Text,
     "Window of zlib compression, 4k (default, for every reader) or 32k (smaller and faster)",
 )
+.among(&["4k", "32k"])
 .encoding();
 
 /// The level that was given, if it is one of 1 to `most`.

@@ -21,12 +21,13 @@ const NEW_REQUIRED: &str = "'new-secret' is required to activate a keyslot";
 const NEW_SECRET: &str = "New secret to set in the matching keyslots. Empty string to erase";
 const OLD_SECRET: &str = "Select all keyslots that match this password";
 const STATE: &str = "Select new state of affected keyslots (active/inactive)";
+const STATES: [&str; 2] = ["active", "inactive"];
 const KEYSLOT: &str = "Select a single keyslot to modify explicitly";
 const ITER_TIME: &str = "Time to spend in PBKDF in milliseconds";
 
 /// The options of an image that is a LUKS volume.
 pub const OPTIONS: &[OptionSpec] = &[
-    OptionSpec::new("state", OptionKind::Text, STATE),
+    OptionSpec::new("state", OptionKind::Text, STATE).among(&STATES),
     OptionSpec::new("keyslot", OptionKind::Number, KEYSLOT),
     OptionSpec::new("old-secret", OptionKind::Text, OLD_SECRET),
     OptionSpec::new("new-secret", OptionKind::Text, NEW_SECRET),
@@ -35,7 +36,7 @@ pub const OPTIONS: &[OptionSpec] = &[
 
 /// The same of one that has a LUKS header among others.
 pub const ENCRYPT_OPTIONS: [OptionSpec; 5] = [
-    OptionSpec::new("encrypt.state", OptionKind::Text, STATE),
+    OptionSpec::new("encrypt.state", OptionKind::Text, STATE).among(&STATES),
     OptionSpec::new("encrypt.keyslot", OptionKind::Number, KEYSLOT),
     OptionSpec::new("encrypt.old-secret", OptionKind::Text, OLD_SECRET),
     OptionSpec::new("encrypt.new-secret", OptionKind::Text, NEW_SECRET),

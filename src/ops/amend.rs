@@ -19,7 +19,10 @@ pub fn amend(node: &Node, request: &AmendRequest<'_>) -> Result<()> {
 }
 
 fn amend_unnamed(node: &Node, request: &AmendRequest<'_>) -> Result<()> {
-    let changed = amending(node)?.begin(request)?.map(|driver| node.with_driver(driver));
+    let changed = amending(node)?
+        .begin(request)
+        .map_err(|error| request.options.advising(error))?
+        .map(|driver| node.with_driver(driver));
     let node = changed.as_ref().unwrap_or(node);
     if let Some(OptionValue::Size(size)) = request.options.given("size")
         && *size != node.virtual_size()

@@ -295,7 +295,7 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
         secrets: opener.secrets(),
         related: &BackingBytes { image: &new.name, opener },
     };
-    create.create(&request)?;
+    create.create(&request).map_err(|error| new.options.advising(error))?;
     if let Some(unused) = ids.unused() {
         return Err(Error::unsupported(format!("An image of format '{format}' has no {unused}")));
     }

@@ -41,7 +41,8 @@ impl MeasuredTarget<'_> {
             Error::unsupported(format!("Block driver '{}' does not support size measurement", self.format.name()))
         })?;
         let Self { options, secrets, .. } = *self;
-        measuring.measure(&MeasureRequest { size, options, stored, bitmaps, secrets })
+        let measured = measuring.measure(&MeasureRequest { size, options, stored, bitmaps, secrets });
+        measured.map_err(|error| options.advising(error))
     }
 }
 

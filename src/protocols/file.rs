@@ -26,7 +26,8 @@ const NOCOW: &str = "nocow";
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
     OptionSpec::new(NOCOW, OptionKind::Switch, "Turn off copy-on-write (valid only on btrfs)"),
-    OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off, falloc, full)"),
+    OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off, falloc, full)")
+        .among(&["off", "falloc", "full"]),
     OptionSpec::new("extent_size_hint", OptionKind::Size, "Extent size hint for the image file, 0 to disable"),
 ];
 

@@ -30,7 +30,7 @@ const WANTED: &str = "either a character or block device";
 /// What a device takes beside the format's own options.
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off)"),
+    OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off)").among(&["off"]),
 ];
 
 impl Protocol for HostDevice {

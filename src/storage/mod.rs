@@ -109,14 +109,12 @@ impl Preallocation {
     /// Every mode, in the order of the type.
     pub const ALL: [Preallocation; 4] = [Self::Off, Self::Metadata, Self::Falloc, Self::Full];
 
+    /// Their words on the command line, in that order.
+    pub const NAMES: [&'static str; 4] = ["off", "metadata", "falloc", "full"];
+
     /// The word on the command line.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Off => "off",
-            Self::Metadata => "metadata",
-            Self::Falloc => "falloc",
-            Self::Full => "full",
-        }
+        Self::NAMES[self as usize]
     }
 
     /// The mode with that word, if there is one.
@@ -250,6 +248,9 @@ pub enum CacheMode {
 }
 
 impl CacheMode {
+    /// Their words.
+    pub const NAMES: [&'static str; 5] = ["none", "writeback", "unsafe", "directsync", "writethrough"];
+
     /// The mode with that word (`off` is another word for `none`).
     pub fn parse(word: &str) -> Option<Self> {
         Some(match word {

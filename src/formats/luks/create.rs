@@ -7,17 +7,21 @@ use crate::block::{
     Create, CreateOptions, CreateRequest, Error, ErrorKind, KeyUse, OptionKind, OptionSpec, OptionTree, Result,
 };
 use crate::crypto::luks::LuksError;
+use crate::crypto::spec::GENERATORS;
+use crate::crypto::{CipherAlgorithm, CipherMode, HashAlgorithm};
 use crate::formats::luks_header::{luks_plan, new_volume};
 use crate::storage::Preallocation;
 
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
     OptionSpec::new(KEY_SECRET, OptionKind::Text, "ID of the secret that provides the keyslot passphrase"),
-    OptionSpec::new("cipher-alg", OptionKind::Text, "Name of encryption cipher algorithm"),
-    OptionSpec::new("cipher-mode", OptionKind::Text, "Name of encryption cipher mode"),
-    OptionSpec::new("ivgen-alg", OptionKind::Text, "Name of IV generator algorithm"),
-    OptionSpec::new("ivgen-hash-alg", OptionKind::Text, "Name of IV generator hash algorithm"),
-    OptionSpec::new("hash-alg", OptionKind::Text, "Name of encryption hash algorithm"),
+    OptionSpec::new("cipher-alg", OptionKind::Text, "Name of encryption cipher algorithm")
+        .among(&CipherAlgorithm::NAMES),
+    OptionSpec::new("cipher-mode", OptionKind::Text, "Name of encryption cipher mode").among(&CipherMode::NAMES),
+    OptionSpec::new("ivgen-alg", OptionKind::Text, "Name of IV generator algorithm").among(&GENERATORS),
+    OptionSpec::new("ivgen-hash-alg", OptionKind::Text, "Name of IV generator hash algorithm")
+        .among(&HashAlgorithm::NAMES),
+    OptionSpec::new("hash-alg", OptionKind::Text, "Name of encryption hash algorithm").among(&HashAlgorithm::NAMES),
     OptionSpec::new("iter-time", OptionKind::Number, "Time to spend in PBKDF in milliseconds"),
     OptionSpec::new(DETACHED, OptionKind::Switch, "Create a detached LUKS header"),
 ];

@@ -19,7 +19,7 @@ const OPTIONS: &[OptionSpec] = &[
         OptionKind::Switch,
         "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
     ),
-    OptionSpec::new("encrypt.format", OptionKind::Text, "Encrypt the image, format choices: 'aes'"),
+    OptionSpec::new("encrypt.format", OptionKind::Text, "Encrypt the image, format choices: 'aes'").among(&["aes"]),
     OptionSpec::new("encrypt.key-secret", OptionKind::Text, "ID of the secret that provides the AES encryption key"),
 ];
 

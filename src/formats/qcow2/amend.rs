@@ -18,6 +18,7 @@ use crate::formats::luks_slots::{self, ENCRYPT_OPTIONS, HeaderPlace, SlotChange}
 use crate::storage::Preallocation;
 
 use super::Qcow2Driver;
+use super::create::LEVELS;
 use super::header::Qcow2Header;
 use super::layout::{self, CRYPT_LUKS, CRYPT_NONE, MAX_REFCOUNT_ORDER, SNAPSHOT_EXTRA, V2_REFCOUNT_ORDER};
 use super::snapshot_table::{SNAPSHOT_TABLE, Snapshot, table_bytes};
@@ -30,7 +31,7 @@ pub const OPTIONS: &[OptionSpec] = &[
     ENCRYPT_OPTIONS[3],
     ENCRYPT_OPTIONS[4],
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionSpec::new("compat", OptionKind::Text, "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    OptionSpec::new("compat", OptionKind::Text, "Compatibility level (v2 [0.10] or v3 [1.1])").among(&LEVELS),
     OptionSpec::new("backing_file", OptionKind::Name, "File name of a base image"),
     OptionSpec::new("backing_fmt", OptionKind::Text, "Image format of the base image"),
     OptionSpec::new("data_file", OptionKind::Name, "File name of an external data file"),

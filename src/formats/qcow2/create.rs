@@ -13,6 +13,8 @@ use crate::block::{
     Result, SecretBytes,
 };
 use crate::crypto::luks::{LuksPlan, NewVolume};
+use crate::crypto::spec::GENERATORS;
+use crate::crypto::{CipherAlgorithm, CipherMode, HashAlgorithm};
 use crate::formats::effort;
 use crate::formats::encryption::{self, KEY_SECRET};
 use crate::formats::luks_header::{luks_plan, new_volume};
@@ -27,6 +29,12 @@ use super::layout::{self, ENTRY, HeaderFields, MAX_BACKING_NAME, MAX_L1_BYTES, M
 use super::plan::{ImagePlan, Planner};
 use super::prealloc::{self, Layout};
 
+/// The methods of compression.
+const COMPRESSION_TYPES: [&str; 2] = ["zlib", "zstd"];
+
+/// The words for a version.
+pub(super) const LEVELS: [&str; 4] = ["0.10", "1.1", "v2", "v3"];
+
 /// In the order of the `Formatting` line.
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new(
@@ -34,13 +42,18 @@ const OPTIONS: &[OptionSpec] = &[
         OptionKind::Switch,
         "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
     ),
-    OptionSpec::new("encrypt.format", OptionKind::Text, "Encrypt the image, format choices: 'aes', 'luks'"),
+    OptionSpec::new("encrypt.format", OptionKind::Text, "Encrypt the image, format choices: 'aes', 'luks'")
+        .among(&["aes", "luks"]),
     OptionSpec::new("encrypt.key-secret", OptionKind::Text, "ID of secret providing qcow AES key or LUKS passphrase"),
-    OptionSpec::new("encrypt.cipher-alg", OptionKind::Text, "Name of encryption cipher algorithm"),
-    OptionSpec::new("encrypt.cipher-mode", OptionKind::Text, "Name of encryption cipher mode"),
-    OptionSpec::new("encrypt.ivgen-alg", OptionKind::Text, "Name of IV generator algorithm"),
-    OptionSpec::new("encrypt.ivgen-hash-alg", OptionKind::Text, "Name of IV generator hash algorithm"),
-    OptionSpec::new("encrypt.hash-alg", OptionKind::Text, "Name of encryption hash algorithm"),
+    OptionSpec::new("encrypt.cipher-alg", OptionKind::Text, "Name of encryption cipher algorithm")
+        .among(&CipherAlgorithm::NAMES),
+    OptionSpec::new("encrypt.cipher-mode", OptionKind::Text, "Name of encryption cipher mode")
+        .among(&CipherMode::NAMES),
+    OptionSpec::new("encrypt.ivgen-alg", OptionKind::Text, "Name of IV generator algorithm").among(&GENERATORS),
+    OptionSpec::new("encrypt.ivgen-hash-alg", OptionKind::Text, "Name of IV generator hash algorithm")
+        .among(&HashAlgorithm::NAMES),
+    OptionSpec::new("encrypt.hash-alg", OptionKind::Text, "Name of encryption hash algorithm")
+        .among(&HashAlgorithm::NAMES),
     OptionSpec::new("encrypt.iter-time", OptionKind::Number, "Time to spend in PBKDF in milliseconds"),
     OptionSpec::new("cluster_size", OptionKind::Size, "qcow2 cluster size").or("65536"),
     OptionSpec::new("extended_l2", OptionKind::Switch, "Extended L2 tables").or("off"),
@@ -48,13 +61,15 @@ const OPTIONS: &[OptionSpec] = &[
         "preallocation",
         OptionKind::Text,
         "Preallocation mode (allowed values: off, metadata, falloc, full)",
-    ),
+    )
+    .among(&Preallocation::NAMES),
     OptionSpec::new("compression_type", OptionKind::Text, "Compression method used for image cluster compression")
-        .or("zlib"),
+        .or("zlib")
+        .among(&COMPRESSION_TYPES),
     effort::LEVEL,
     effort::WINDOW,
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionSpec::new("compat", OptionKind::Text, "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    OptionSpec::new("compat", OptionKind::Text, "Compatibility level (v2 [0.10] or v3 [1.1])").among(&LEVELS),
     OptionSpec::new("backing_file", OptionKind::Name, "File name of a base image"),
     OptionSpec::new("backing_fmt", OptionKind::Text, "Image format of the base image"),
     OptionSpec::new("data_file", OptionKind::Name, "File name of an external data file").makes_file(),
@@ -152,7 +167,7 @@ fn decide(request: &CreateRequest<'_>) -> Result<Decided> {
     let encrypted = encryption(options)?;
     let fill = choice("preallocation", options.text("preallocation").unwrap_or("off"), Preallocation::parse)?;
     let zstd = choice("compression-type", options.text("compression_type").unwrap_or("zlib"), |value| {
-        ["zlib", "zstd"].contains(&value).then_some(value == "zstd")
+        COMPRESSION_TYPES.contains(&value).then_some(value == "zstd")
     })?;
     let extended = options.switch("extended_l2");
     if extended && version < 3 {

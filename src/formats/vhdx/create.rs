@@ -28,7 +28,8 @@ const OPTIONS: &[OptionSpec] = &[
         "subformat",
         OptionKind::Text,
         "VHDX format type, can be either 'dynamic' or 'fixed'. Default is 'dynamic'.",
-    ),
+    )
+    .among(&["dynamic", "fixed"]),
     OptionSpec::new(
         "block_state_zero",
         OptionKind::Switch,
@@ -40,6 +41,7 @@ const OPTIONS: &[OptionSpec] = &[
         OptionKind::Size,
         "Bytes of a sector as the guest sees it: 512 (default) or 4096",
     )
+    .among(&["512", "4096"])
     .own(),
 ];
 

@@ -25,15 +25,19 @@ use super::open::{embedded, read_text};
 use super::sparse::Sparse;
 use super::stream::tail;
 
+/// The kinds of adapter; the first is the default.
+const ADAPTERS: [&str; 4] = ["ide", "buslogic", "lsilogic", "legacyESX"];
+
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
     OptionSpec::new(
         "adapter_type",
         OptionKind::Text,
         "Virtual adapter type, can be one of ide (default), lsilogic, buslogic or legacyESX",
-    ),
+    )
+    .among(&ADAPTERS),
     OptionSpec::new("backing_file", OptionKind::Name, "File name of a base image"),
-    OptionSpec::new("backing_fmt", OptionKind::Text, "Must be 'vmdk' if present"),
+    OptionSpec::new("backing_fmt", OptionKind::Text, "Must be 'vmdk' if present").among(&["vmdk"]),
     OptionSpec::new("compat6", OptionKind::Switch, "VMDK version 6 image").or("off"),
     OptionSpec::new("hwversion", OptionKind::Text, "VMDK hardware version").or("undefined"),
     OptionSpec::new("toolsversion", OptionKind::Text, "VMware guest tools version"),
@@ -41,7 +45,8 @@ const OPTIONS: &[OptionSpec] = &[
         "subformat",
         OptionKind::Text,
         "VMDK flat extent format, can be one of {monolithicSparse (default) | monolithicFlat | twoGbMaxExtentSparse | twoGbMaxExtentFlat | streamOptimized} ",
-    ),
+    )
+    .among(&SUBFORMAT_NAMES),
     OptionSpec::new(
         "zeroed_grain",
         OptionKind::Switch,
@@ -75,6 +80,15 @@ pub const SUBFORMATS: &[Subformat] = &[
     Subformat { name: "streamOptimized", split: false, flat: false, compressed: true },
 ];
 
+const SUBFORMAT_NAMES: [&str; SUBFORMATS.len()] = {
+    let (mut names, mut n) = ([""; SUBFORMATS.len()], 0);
+    while n < names.len() {
+        names[n] = SUBFORMATS[n].name;
+        n += 1;
+    }
+    names
+};
+
 /// The one that the options name.
 pub fn subformat(options: &CreateOptions) -> Result<Subformat> {
     let name = options.text("subformat").unwrap_or(SUBFORMATS[0].name);
@@ -104,8 +118,7 @@ impl<'a> VmdkCreatePlan<'a> {
             _ if compat6 => return Err(Error::invalid("compat6 cannot be enabled with hwversion set")),
             version => version,
         };
-        let known = ["ide", "buslogic", "lsilogic", "legacyESX"];
-        if !known.contains(&adapter) {
+        if !ADAPTERS.contains(&adapter) {
             return Err(Error::invalid(format!("invalid parameter value: {adapter}")));
         }
         let subformat = subformat(options)?;

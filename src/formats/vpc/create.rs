@@ -14,7 +14,8 @@ const OPTIONS: &[OptionSpec] = &[
         "subformat",
         OptionKind::Text,
         "Type of virtual hard disk format. Supported formats are {dynamic (default) | fixed} ",
-    ),
+    )
+    .among(&["dynamic", "fixed"]),
     OptionSpec::new(
         "force_size",
         OptionKind::Switch,

@@ -37,7 +37,7 @@ pub struct Nbd;
 /// What an export takes beside the format's own options.
 const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new("size", OptionKind::Size, "Virtual disk size"),
-    OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off)"),
+    OptionSpec::new("preallocation", OptionKind::Text, "Preallocation mode (allowed values: off)").among(&["off"]),
 ];
 
 impl Nbd {
