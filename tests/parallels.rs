@@ -154,6 +154,37 @@ fn an_image_left_in_use_is_repaired_by_who_writes() {
     scratch.qemu_io("parallels", "a", &["read -P 3 0 1M", "read -P 0 1M 1M", "read -P 4 5M 1M", "read -P 3 6M 1M"]);
 }
 
+/// Whatever may be mended, an image of which nothing else is wrong was looked at, and can be used again.
+#[test]
+fn check_of_leaks_takes_the_mark_away_if_nothing_else_is_wrong() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "parallels", "a", "10M"]);
+    scratch.qemu_io("parallels", "a", &["write -P 3 0 1M"]);
+    let mut bytes = std::fs::read(scratch.file("a")).unwrap();
+    bytes[MARK..MARK + 4].copy_from_slice(IN_USE);
+    let mut outside = bytes.clone();
+    set(&mut outside, BAT + 4, 1000);
+    for (bytes, leaked, marked) in [(&bytes, 0, false), (&bytes, 5000, false), (&outside, 0, true)] {
+        let mut bytes = bytes.clone();
+        bytes.resize(bytes.len() + leaked, 7);
+        let run = |ours: bool| {
+            std::fs::write(scratch.file("a"), &bytes).unwrap();
+            let args = ["check", "-r", "leaks", "a"];
+            let out = if ours { vimg(&args) } else { judge(&args) }.dir(scratch.path()).run();
+            (out, std::fs::read(scratch.file("a")).unwrap())
+        };
+        let ((ours, left), (theirs, theirs_left)) = (run(true), run(false));
+        assert_eq!(left[MARK..MARK + 4] == *IN_USE, marked, "{ours:?}");
+        if !marked {
+            assert!(left == theirs_left);
+        }
+        // It takes the mark away when all is done, and still finds it where it looks again.
+        if !marked && leaked == 0 {
+            assert_eq!((ours.code, ours.stdout, ours.stderr), (theirs.code, theirs.stdout, theirs.stderr));
+        }
+    }
+}
+
 #[test]
 fn what_overlaps_or_lies_outside_is_not_written_to() {
     let scratch = Scratch::new();

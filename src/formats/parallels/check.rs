@@ -47,7 +47,10 @@ impl Slots {
 #[derive(Debug, Default)]
 struct ParallelsLook {
     report: CheckReport,
-    in_use: bool,
+    /// The mark that it was not closed is all that is wrong.
+    only_in_use: bool,
+    /// What may be mended is mended: nothing is cut within a sector, of which nothing can be made.
+    mends: bool,
     /// The data offset that there should be, in sectors.
     data_offset: Option<u64>,
     /// Where the data starts, in bytes.
@@ -66,8 +69,8 @@ impl Check for ParallelsDriver {
         state.write_tables(storage)?;
         state.forget();
         let look = self.look(&mut state, fix, findings)?;
-        let mut report = look.report;
-        if fix.corruptions() && report.corruptions > 0 {
+        let (mut report, only_in_use) = (look.report, look.only_in_use);
+        if look.mends && report.corruptions > 0 {
             self.mend(&mut state, look)?;
             report.corruptions_fixed = std::mem::take(&mut report.corruptions);
         }
@@ -79,6 +82,11 @@ impl Check for ParallelsDriver {
         if fix.is_asked_for() {
             state.forget();
             state.unmark(storage)?;
+            if only_in_use && state.header.is_in_use() {
+                let mut header = state.header.clone();
+                header.set_in_use(false);
+                state.replace_header(storage, header)?;
+            }
             storage.flush().context("Could not flush")?;
         }
         Ok(report)
@@ -92,12 +100,19 @@ fn tell(findings: &dyn Findings, mended: bool, text: &str) {
 
 impl ParallelsDriver {
     fn look(&self, state: &mut ParallelsState, fix: Fix, findings: &dyn Findings) -> Result<ParallelsLook> {
-        let (storage, cluster, mends) = (self.storage(), self.cluster, fix.corruptions());
-        let length = storage.len().context("Could not get the size of the file")?;
-        let length = length.checked_next_multiple_of(SECTOR).unwrap_or(length);
-        let mut look = ParallelsLook { in_use: state.header.is_in_use(), ..ParallelsLook::default() };
+        let (storage, cluster) = (self.storage(), self.cluster);
+        let there = storage.len().context("Could not get the size of the file")?;
+        let length = there.checked_next_multiple_of(SECTOR).unwrap_or(there);
+        let cut = cut_cluster(state, storage, there, length)?;
+        let mends = fix.corruptions() && cut.is_none();
+        let mut look = ParallelsLook { mends, ..ParallelsLook::default() };
         look.report.total_clusters = state.header.entries();
-        if look.in_use {
+        if let Some(index) = cut {
+            tell(findings, false, &format!("cluster {index} is cut off by the end of the file"));
+            look.report.corruptions += 1;
+        }
+        let in_use = state.header.is_in_use();
+        if in_use {
             tell(findings, mends, "image was not closed correctly");
             look.report.corruptions += 1;
         }
@@ -161,6 +176,7 @@ impl ParallelsDriver {
                 true
             })?;
         }
+        look.only_in_use = in_use && look.report.corruptions == 1;
         Ok(look)
     }
 
@@ -201,6 +217,24 @@ impl ParallelsDriver {
         })?;
         Ok(end)
     }
+}
+
+/// The cluster that ends within the last sector of the file, of which a part is missing.
+fn cut_cluster(state: &mut ParallelsState, storage: &dyn Storage, there: u64, length: u64) -> Result<Option<u64>> {
+    let mut cut = None;
+    if there < length {
+        let cluster = state.header.cluster();
+        state.each_run(storage, |index, at, run| {
+            for n in 0..run {
+                let end = at.saturating_add((n + 1).saturating_mul(cluster));
+                if there < end && end <= length {
+                    cut = Some(index + n);
+                }
+            }
+            cut.is_none()
+        })?;
+    }
+    Ok(cut)
 }
 
 /// The data offset that there should be, in sectors, where it is another one: it cannot be one, or clusters lie before it

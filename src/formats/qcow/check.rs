@@ -75,7 +75,7 @@ impl QcowDriver {
             }
             each_cluster(state, storage, &tables, |index, entry| {
                 let (at, len) = self.place(entry);
-                if at.saturating_add(len) <= length.next_multiple_of(512) && !claims.claim(at, len) {
+                if at.saturating_add(len) <= length && !claims.claim(at, len) {
                     tally.wrong(format!("cluster {index} at offset {at} overlaps what else is there"));
                 }
             })?;
@@ -107,8 +107,6 @@ impl QcowDriver {
         end: &mut u64,
         tally: &mut Tally<'_>,
     ) -> Result<()> {
-        // Lengths are counted in whole sectors; of an encoded cluster nothing may be missing.
-        let sectors = length.checked_next_multiple_of(512).unwrap_or(length);
         let table_bytes = state.table_entries() * 8;
         for table in tables {
             *end = (*end).max(table.at + table_bytes);
@@ -130,7 +128,7 @@ impl QcowDriver {
             let last = at.saturating_add(len);
             if len == 0 {
                 tally.wrong(format!("compressed cluster {index} at offset {at} has no data"));
-            } else if last > if compressed { length } else { sectors } {
+            } else if last > length {
                 tally.wrong(format!("cluster {index} at offset {at} lies past the end of the file"));
             } else {
                 *end = (*end).max(last);

@@ -58,7 +58,7 @@ impl Places {
             self.clusters.remove(&(at | mark));
         }
         let end = at.saturating_add(len);
-        if let Some((start, (until, what))) = self.run(at, end) {
+        while let Some((start, (until, what))) = self.run(at, end) {
             self.runs.remove(&start);
             if start < at {
                 self.runs.insert(start, (at, what));
@@ -125,6 +125,14 @@ impl Qcow2Driver {
     /// blocks cannot be what they are said to be; and one of which clusters are missing, though it was closed: what is
     /// placed behind them would make the file long enough to hold them, and nobody could tell any more.
     pub(super) fn learn_metadata(&self) -> Result<()> {
+        match self.learn_metadata_of_cut()? {
+            Some(missing) if !self.unclean => Err(missing),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same, but gives the error where clusters are missing: for who places nothing behind the end then.
+    pub(super) fn learn_metadata_of_cut(&self) -> Result<Option<Error>> {
         self.bitmaps_apart()?;
         let mut survey = Survey::new(self, DEEP)?;
         self.walk(&mut survey)?;
@@ -134,17 +142,15 @@ impl Qcow2Driver {
         if let Some(text) = survey.refcounts_wrong {
             return Err(self.corrupt(text));
         }
-        if let Some((at, what)) = survey.missing.filter(|_| !self.unclean) {
-            return Err(Error::truncated(what, at, survey.file));
-        }
         for at in survey.blocks() {
             let count = self.refcount(self.geometry.cluster_of(at))?;
             if count != 1 {
                 return Err(self.corrupt(format!("Refblock at offset {at:#x} has a refcount of {count}")));
             }
         }
+        let missing = survey.missing.map(|(at, what)| Error::truncated(what, at, survey.file));
         *self.places() = survey.places;
-        Ok(())
+        Ok(missing)
     }
 
     /// Refuses to resize an image whose guest data, by an entry of an L2 table, lies where a table does: the size cannot
@@ -176,7 +182,8 @@ impl Qcow2Driver {
         at.saturating_add(len).checked_next_multiple_of(self.geometry.cluster_size()).unwrap_or(u64::MAX)
     }
 
-    fn occupied(&self, first: u64, end: u64) -> Option<&'static str> {
+    /// What lies in a run of bytes, if it is a table or the header.
+    pub(super) fn occupied(&self, first: u64, end: u64) -> Option<&'static str> {
         let hit = |part: &&(u64, u64, &'static str)| overlap((first, end.saturating_sub(first)), (part.0, part.1));
         if let Some((_, _, what)) = self.fixed().iter().find(hit) {
             return Some(what);

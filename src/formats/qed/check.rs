@@ -63,8 +63,12 @@ impl QedDriver {
     fn look(&self, state: &mut QedState, fix: Fix) -> Result<CheckReport> {
         let (storage, cluster) = (self.storage(), self.cluster);
         let length = storage.len().context("Could not get the size of the file")?;
-        // Lengths are counted in whole sectors.
-        let count = length.checked_next_multiple_of(512).unwrap_or(length) / cluster;
+        // Lengths are counted in whole sectors. A cluster that ends within the last one is there, though not as a whole.
+        let sectors = length.checked_next_multiple_of(512).unwrap_or(length);
+        let count = sectors / cluster;
+        let cut = (length / cluster < count).then(|| count - 1);
+        let is_cut =
+            |at: u64, clusters: u64| cut.is_some_and(|cut| (at / cluster..at / cluster + clusters).contains(&cut));
         if count > MOST_CLUSTERS {
             let text = format!("images of more than {MOST_CLUSTERS} clusters cannot be checked");
             return Err(Error::unsupported(text));
@@ -92,7 +96,7 @@ impl QedDriver {
                 return Ok(true);
             }
             let twice = clusters.mark(at / cluster, table_clusters);
-            report.corruptions += twice;
+            report.corruptions += twice + u64::from(is_cut(at, table_clusters));
             if twice > 0 {
                 return Ok(true);
             }
@@ -104,7 +108,7 @@ impl QedDriver {
                     report.fragmented_clusters += u64::from(next.is_some_and(|next| next != at));
                     next = Some(at.saturating_add(cluster));
                     if is_there(at, 1) {
-                        report.corruptions += clusters.mark(at / cluster, 1);
+                        report.corruptions += clusters.mark(at / cluster, 1) + u64::from(is_cut(at, 1));
                     } else {
                         wrong(&mut report);
                         lost.push(index + n);

@@ -16,7 +16,8 @@ use crate::storage::Storage;
 impl Check for VmdkDriver {
     fn check(&self, fix: Fix, findings: &dyn Findings) -> Result<CheckReport> {
         let mut tally = Tally::new(findings);
-        for part in &self.parts {
+        let lines = self.descriptor.extents.iter().map(Some).chain(std::iter::repeat(None));
+        for (part, line) in self.parts.iter().zip(lines) {
             match &part.body {
                 Body::Flat { file, offset } => {
                     let file = &self.files[*file];
@@ -31,6 +32,11 @@ impl Check for VmdkDriver {
                         (0, (at, Some(len))) => Some((at, len)),
                         _ => None,
                     };
+                    let capacity = sparse.state().capacity;
+                    if let Some(line) = line.filter(|line| line.sectors != capacity) {
+                        let (name, said) = (&sparse.name, line.sectors);
+                        tally.wrong(format!("{name} has {capacity} sectors, and {said} by its line in the descriptor"));
+                    }
                     let extent = InspectedExtent::read(sparse, Sectors::within(part.start.get()), text)?;
                     let verdict = extent.look(&mut tally)?;
                     if fix.corruptions() {

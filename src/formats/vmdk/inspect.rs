@@ -273,7 +273,7 @@ impl<'a> InspectedExtent<'a> {
                 let wanted = shape.grain.min(capacity.bytes().saturating_sub(inside.bytes()));
                 see(
                     guest,
-                    match at.saturating_add(wanted) > self.length.next_multiple_of(SECTOR) {
+                    match at.saturating_add(wanted) > self.length {
                         true => Err(format!("{}: cluster for sector {guest} is cut off by EOF", self.name())),
                         false => Ok((at, shape.grain)),
                     },

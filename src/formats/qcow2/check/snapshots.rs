@@ -2,13 +2,14 @@
 
 use crate::block::{Child, Error, Result};
 
+use super::super::counts::Counts;
 use super::super::geometry::ClusterIndex;
 use super::super::header::{Qcow2Header, c_string};
 use super::super::layout::{
     MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, SNAPSHOT_ENTRY, SnapshotFields,
 };
 use super::super::snapshot_table::{SNAPSHOT_TABLE, Snapshot};
-use super::super::space::Cursor;
+use super::super::space::{ClusterSpace as _, Cursor};
 use super::super::window::Window;
 use super::Checker;
 
@@ -168,15 +169,19 @@ impl Checker<'_> {
         if self.snapshots.mended == 0 {
             return Ok(());
         }
-        if let Err(error) = self.renew_snapshots() {
-            self.tell(&format!("ERROR failed to update snapshot table: {}", error.message()));
-            return Err(Error::corrupt("Input/output error"));
+        match self.renew_snapshots() {
+            Ok(true) => self.report.corruptions_fixed += self.snapshots.mended,
+            Ok(false) => self.report.corruptions += self.snapshots.mended,
+            Err(error) => {
+                self.tell(&format!("ERROR failed to update snapshot table: {}", error.message()));
+                return Err(Error::corrupt("Input/output error"));
+            }
         }
-        self.report.corruptions_fixed += self.snapshots.mended;
         Ok(())
     }
 
-    fn renew_snapshots(&mut self) -> Result<()> {
+    /// Whether there was room for it.
+    fn renew_snapshots(&mut self) -> Result<bool> {
         let driver = self.driver;
         let disk = driver.header().fields.size;
         let mut bytes = Vec::new();
@@ -187,7 +192,7 @@ impl Checker<'_> {
         let count = u32::try_from(self.snapshots.entries.len()).map_err(|_| Error::corrupt("too many snapshots"))?;
         driver.tables.forget(0, u64::MAX);
         let mut alloc = driver.lock_alloc();
-        driver.learn_metadata()?;
+        let missing = driver.learn_metadata_of_cut()?;
         alloc.learned = true;
         // Where nothing can be given out, though it is counted as free: a table that says it is longer than the file is
         // not counted. What comes behind all that is there is free in any case.
@@ -196,6 +201,14 @@ impl Checker<'_> {
             let end = ClusterIndex(self.file.div_ceil(self.geometry.cluster_size()));
             driver.forget_behind(self.geometry.offset_of(end));
             alloc.cursor = Cursor::at(end);
+        }
+        if let Some(missing) = missing.filter(|_| !bytes.is_empty()) {
+            // Behind the end of the file it would make up for what is missing.
+            let Some(room) = self.room_in_file((bytes.len() as u64).div_ceil(self.geometry.cluster_size()))? else {
+                self.tell(&format!("ERROR no room for a new snapshot table: {}", missing.message()));
+                return Ok(false);
+            };
+            alloc.cursor = Cursor::at(room);
         }
         let at = if bytes.is_empty() { 0 } else { driver.put(&mut alloc, SNAPSHOT_TABLE, &bytes)? };
         driver.tables.write_back()?;
@@ -206,10 +219,39 @@ impl Checker<'_> {
         })?;
         self.flush()?;
         let (geometry, old) = (self.geometry, &self.snapshots);
-        if old.bytes > 0 && old.at.saturating_add(old.bytes) <= self.file {
-            driver.lower(geometry.cluster_of(old.at), old.bytes.div_ceil(geometry.cluster_size()))?;
-            driver.tables.write_back()?;
+        // As far as it was counted.
+        let past = old.at.saturating_add(old.bytes).saturating_sub(self.file);
+        if old.bytes == 0 || past >= geometry.cluster_size() {
+            return self.flush().map(|()| true);
         }
-        self.flush()
+        let clusters = old.bytes.div_ceil(geometry.cluster_size());
+        let free = driver.lower(geometry.cluster_of(old.at), clusters)?;
+        driver.tables.write_back()?;
+        self.flush()?;
+        if free.iter().map(|(_, count)| count).sum::<u64>() < clusters {
+            // It was said to reach into what others use, which have it for themselves now.
+            driver.tables.forget(0, u64::MAX);
+            self.check_marks()?;
+        }
+        Ok(true)
+    }
+
+    /// So many free clusters in a row within the file, in which no table lies, whatever refcounts say.
+    fn room_in_file(&self, clusters: u64) -> Result<Option<ClusterIndex>> {
+        let (driver, geometry) = (self.driver, self.geometry);
+        let mut start = ClusterIndex(0);
+        loop {
+            start = Counts(driver).find_free(start, clusters)?;
+            let end = start + clusters;
+            if end > self.clusters() {
+                return Ok(None);
+            }
+            let (first, last) = (geometry.refcount_of(start).0, geometry.refcount_of(start + (clusters - 1)).0);
+            let counted = driver.block_of(first)?.is_some() && driver.block_of(last)?.is_some();
+            if counted && driver.occupied(geometry.offset_of(start), geometry.offset_of(end)).is_none() {
+                return Ok(Some(start));
+            }
+            start = start + 1;
+        }
     }
 }
