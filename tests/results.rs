@@ -148,6 +148,9 @@ fn progress_is_told_to_programs() {
     let out = own(&["convert", "--progress=json", "--verify", "-O", "qcow2", "a", "b"]).dir(scratch.path()).ok();
     assert_eq!(out.stdout, "");
     check(&out.stderr, &["convert", "verify"]);
+    // What goes from front to back, its tables first, is looked at first.
+    run("$V convert --progress=json -f raw -O qcow2 a /dev/stdout 2>lines | cat >b");
+    check(&fs::read_to_string(scratch.file("lines")).unwrap(), &["plan", "convert"]);
     // On a descriptor of its own, quiet or not; by the variable whatever the program is called.
     run("$V convert -q --progress=json:5 -f raw -O raw a b 5>lines");
     check(&fs::read_to_string(scratch.file("lines")).unwrap(), &["convert"]);

@@ -18,6 +18,8 @@ struct Shelf {
     busy: usize,
     /// A part with that number is refused.
     bad: Option<String>,
+    /// An object that is there is not what was sent.
+    forgets: bool,
 }
 
 fn value<'a>(query: &'a str, key: &str) -> Option<&'a str> {
@@ -71,8 +73,11 @@ fn amazon(shelf: &Mutex<Shelf>, request: &Request) -> Reply {
                 }
                 "POST" => {
                     let text = String::from_utf8(request.body.clone()).unwrap();
-                    let whole = all(&text, "ETag").iter().flat_map(|tag| parts[*tag].clone()).collect();
+                    let mut whole: Vec<u8> = all(&text, "ETag").iter().flat_map(|tag| parts[*tag].clone()).collect();
                     shelf.uploads.remove(&upload);
+                    if shelf.forgets {
+                        whole[9 << 20] ^= 1;
+                    }
                     shelf.objects.insert(path.to_owned(), whole);
                     Reply::whole(b"<?xml version=\"1.0\"?><CompleteMultipartUploadResult/>")
                 }
@@ -155,10 +160,15 @@ fn objects_are_sent_in_parts_and_read_back() {
         run(&["convert", "-f", "raw", "-O", "raw", "little", &to("little")]).ok();
         run(&["convert", "-f", "raw", "-O", "raw", &to("little"), "back"]).ok();
         assert_same_bytes(&scratch.file("little"), &scratch.file("back"));
-        // What is not written from front to back goes by way of a file.
-        run(&["convert", "-f", "raw", "-O", "qcow2", "disk", &to("disk.qcow2")]).ok();
-        run(&["convert", "-f", "qcow2", "-O", "raw", &to("disk.qcow2"), "back"]).ok();
-        assert_same_bytes(&scratch.file("disk"), &scratch.file("back"));
+        // Tables first; and, with -c, by way of a file.
+        for more in [&[][..], &["-c"]] {
+            let args = ["convert", "--verify", "-f", "raw", "-O", "qcow2", "disk"];
+            let tmpdir = if more.is_empty() { "/missing" } else { "" };
+            let name = to("disk.qcow2");
+            run(&[&args[..], more, &[&name]].concat()).env("TMPDIR", tmpdir).ok();
+            run(&["convert", "-f", "qcow2", "-O", "raw", &to("disk.qcow2"), "back"]).ok();
+            assert_same_bytes(&scratch.file("disk"), &scratch.file("back"));
+        }
     }
     assert!(shelf.lock().unwrap().uploads.is_empty());
     for (web, shown) in [(&amazon, "AWS4-HMAC-SHA256 Credential=ID/"), (&azure, "SharedKey dev:")] {
@@ -193,16 +203,29 @@ fn an_object_is_whole_or_not_there() {
     shelf.lock().unwrap().bad = None;
     // A source that cannot be read to its end, a digest that is another one.
     let broken = "json:{\"driver\":\"raw\",\"file\":{\"driver\":\"blkdebug\",\"inject-error\":[{\"event\":\"read_aio\",\"sector\":30000}],\"image\":{\"driver\":\"file\",\"filename\":\"disk\"}}}";
-    run(&["convert", "-O", "raw", broken, "s3://bucket/disk"]).fails(1);
+    for format in
+        [&["raw"][..], &["qcow2"], &["vpc", "-o", "subformat=fixed"], &["vmdk", "-o", "subformat=streamOptimized"]]
+    {
+        let out = run(&[&["convert", "-O"], format, &[broken, "s3://bucket/disk"]].concat()).fails(1);
+        assert!(out.stderr.contains("Input/output error"), "{out:?}");
+    }
     let other = format!("sha256:{}", "0".repeat(64));
-    run(&["convert", "-f", "raw", "-O", "raw", "--expect-digest", &other, "disk", "s3://bucket/disk"]).fails(1);
+    for format in ["raw", "qcow2"] {
+        run(&["convert", "-f", "raw", "-O", format, "--expect-digest", &other, "disk", "s3://bucket/disk"]).fails(1);
+    }
     let kept = shelf.lock().unwrap();
-    assert!(kept.uploads.is_empty() && kept.begun == 3, "{} {:?}", kept.begun, kept.uploads.keys());
+    assert!(kept.uploads.is_empty() && kept.begun >= 5, "{} {:?}", kept.begun, kept.uploads.keys());
     assert_eq!(kept.objects["/bucket/disk"], b"older");
     drop(kept);
+    shelf.lock().unwrap().forgets = true;
+    let said = "what was read back is not what was written";
+    for format in ["raw", "qcow2"] {
+        let out = run(&["convert", "-f", "raw", "-O", format, "--verify", "disk", "s3://bucket/forgotten"]).fails(1);
+        assert!(out.stderr.contains(said), "{out:?}");
+    }
+    shelf.lock().unwrap().forgets = false;
     for (args, said) in [
-        (&["convert", "-f", "raw", "-O", "raw", "--verify", "disk", "s3://bucket/x"][..], "cannot be read back"),
-        (&["convert", "-f", "raw", "-O", "raw", "disk", "s3://bucket"], "names no object"),
+        (&["convert", "-f", "raw", "-O", "raw", "disk", "s3://bucket"][..], "names no object"),
         (&["create", "-f", "raw", "s3://bucket/x", "1M"], "does not support image creation"),
         (&["convert", "-n", "-f", "raw", "-O", "raw", "disk", "s3://bucket/disk"], "does not support writes"),
     ] {

@@ -116,6 +116,7 @@ fn convert_writes_to_pipes() {
         ("-O vmdk -o subformat=monolithicFlat a.qcow2", "the image would have several files"),
         ("-O raw -o preallocation=full a.qcow2", "the options of a new raw file mean nothing to it"),
         ("-p -O raw a.qcow2", "is where -p prints to"),
+        ("-O qcow2 --verify a.qcow2", "is a pipe: it cannot be read back (--verify)"),
     ] {
         let out = piped(arguments);
         assert!(out.code == Some(1) && out.stderr.contains(text), "{arguments}: {out:?}");
@@ -154,4 +155,62 @@ fn convert_writes_to_pipes() {
         "{ qemu-img convert -m 16 -f raw -O raw b /dev/stdout; echo $? >code; } | head -c 1000 >out; exit $(cat code)",
     );
     assert!(gone.code == Some(1) && gone.stderr.contains("Broken pipe"), "{gone:?}");
+}
+
+/// Without a temporary file: there is no folder for one. Any number of threads.
+#[test]
+fn what_goes_through_a_pipe_is_the_file_that_goes_to_a_path() {
+    let dir = Scratch::new();
+    // Data, holes, zeros that are stored, and an end within a cluster.
+    dir.sh("qemu-img create -q -f qcow2 a.qcow2 40000512; mkdir path pipe; mkfifo pipe/out");
+    let data = ["write -P 7 1M 9M", "write -P 8 30M 100k", "write -P 9 31000k 3k", "write -z 2M 1M"];
+    dir.qemu_io("qcow2", "a.qcow2", &[&data[..], &["write -P 3 39900160 100352", "write -P 0 3M 200k"]].concat());
+    dir.sh("qemu-img bitmap --add a.qcow2 b0");
+    dir.qemu_io("qcow2", "a.qcow2", &["write -P 10 20M 64k"]);
+    let program = crate::common::vimg_path().display().to_string();
+    let run = |folder: &str, threads: u32, options: &str| {
+        let line = format!(
+            "cd {folder}; {{ TMPDIR=/missing SOURCE_DATE_EPOCH=1000000000 '{program}' convert --reproducible -m {threads} \
+             {options} ../a.qcow2 out; echo $? >code; [ $(cat code) = 0 ] || : >out; }} {}; exit $(cat code)",
+            if folder == "pipe" { "& cat <out >got; wait" } else { "" }
+        );
+        sh(&line).dir(dir.path()).run()
+    };
+    for options in [
+        "-O raw",
+        "-O raw -S 0",
+        "-O vpc -o subformat=fixed",
+        "-O vpc -o subformat=fixed,force_size=on",
+        "-O vmdk -o subformat=streamOptimized",
+        "-O qcow2",
+        "-O qcow2 --bitmaps",
+        "-O qcow2 -S 64k",
+        // Its refcount table grows, and moves.
+        "-O qcow2 -o cluster_size=512",
+        "-O qcow2 -o cluster_size=2M",
+        "-O qcow2 -o extended_l2=on",
+        "-O qcow2 -o preallocation=metadata",
+        "-O qcow2 -o compat=0.10",
+        "-O vdi",
+        "-O vdi -o static=on",
+        "-O vhdx",
+        "-O vpc",
+        "-O vmdk",
+        "-O qed",
+        "-O parallels",
+        "-O qcow",
+    ] {
+        let made = run("path", 1, options);
+        assert_eq!((made.code, made.stderr.as_str()), (Some(0), ""), "{options}");
+        for threads in [1, 8] {
+            let out = run("pipe", threads, options);
+            assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""), "{options}");
+            dir.sh("cmp path/out pipe/got");
+        }
+    }
+    // Here the lengths of what is encoded would have to be found out twice, or tell what is in a backing file.
+    for options in ["-O qcow2 -c", "-O qcow2 -B ../a.qcow2 -F qcow2"] {
+        let out = run("pipe", 2, &format!("--no-space-check {options}"));
+        assert!(out.code == Some(1) && out.stderr.contains("in a temporary file"), "{options}: {out:?}");
+    }
 }

@@ -103,6 +103,18 @@ pub struct CreateRequest<'a> {
     pub related: &'a dyn Related,
 }
 
+/// In which order a new image's file comes to be, where it is written to from its first guest byte to its last one by
+/// one: what it takes to write it from front to back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileOrder {
+    /// All but the data of the disk is there when it is made, and so are their places.
+    Laid,
+    /// Each write makes final what lies before it.
+    Appended,
+    /// What lies before data is known when all data are: there is no telling before where these will lie.
+    Planned,
+}
+
 /// Able to be created.
 pub trait Create: Sync {
     /// The format's own options, in the order of the `Formatting` line.
@@ -130,6 +142,12 @@ pub trait Create: Sync {
     fn effort(&self, options: &CreateOptions, compress: bool) -> Result<Effort> {
         let _ = (options, compress);
         Ok(Effort::default())
+    }
+
+    /// In which order an image with these options is written. `Planned` is true of all.
+    fn file_order(&self, options: &CreateOptions) -> FileOrder {
+        let _ = options;
+        FileOrder::Planned
     }
 
     /// Able to tell how large an image becomes.

@@ -49,7 +49,9 @@ pub use drivers::{Driver, Drivers, Named};
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{CompressedUnit, Extent, ExtentKind, GuestOffset, HostOffset, HostPlace};
 pub use files::{BackingRef, Child, FileEnd, NoFiles, ResizeFiles};
-pub use format::{Create, CreateFiles, CreateRequest, Format, Ids, OpenRequest, Related, TRAILER_BYTES, Trailer};
+pub use format::{
+    Create, CreateFiles, CreateRequest, FileOrder, Format, Ids, OpenRequest, Related, TRAILER_BYTES, Trailer,
+};
 pub use keys::OptionTree;
 pub use layering::{BackingChange, Emptying};
 pub use name::ImageRef;

@@ -118,7 +118,7 @@ pub trait Protocol: Sync + fmt::Debug {
 
 /// Able to take whole files from front to back.
 pub trait SendFile: Sync + fmt::Debug {
-    /// Takes a file of so many bytes; it is there when it is complete. `options` are what its name says.
+    /// Takes a file of so many bytes, or fewer; it is there when it is complete. `options` are what its name says.
     fn send(&self, options: &OptionTree, len: u64) -> Result<Box<dyn Outgoing>>;
 }
 

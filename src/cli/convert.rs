@@ -306,7 +306,7 @@ impl ConvertArgs {
             () if self.target_format() == "raw" && given => {
                 Err(Complaint::value(format!("'{shown}' is {what}: the options of a new raw file mean nothing to it")))
             }
-            () if self.verify => {
+            () if self.verify && way.is_pipe() => {
                 Err(Complaint::value(format!("'{shown}' is {what}: it cannot be read back (--verify)")))
             }
             () => Ok(()),

@@ -11,7 +11,7 @@ use crate::block::error::Context;
 use crate::block::protocol::{CreateFile, Protocol};
 use crate::block::{
     Child, Create, CreateFiles, CreateOptions, CreateRequest, Driver, Drivers, Error, ErrorKind, Format, ImageRef,
-    MadeFiles, Named, Node, Notice, OpenHow, Opener, OptionValue, Purpose, Related, Result, format, name,
+    MadeFiles, Named, Node, Notice, OpenHow, Opener, OptionTree, OptionValue, Purpose, Related, Result, format, name,
 };
 use crate::storage::staging::{Durability, Staging};
 use crate::storage::{self, CacheMode, Identity, Preallocation, Storage};
@@ -255,18 +255,27 @@ pub fn create_open(
     Ok((opener.open_made(&new.name, made.clone(), &how)?, made))
 }
 
+/// The same in one file that is there, empty, and keeps its name: what would have several is refused.
+pub fn create_in(
+    new: &NewImage,
+    file: Arc<dyn Storage>,
+    opener: &Opener<'_>,
+    doing: fn(&NewImage) -> String,
+) -> Result<(Arc<Node>, MadeFiles)> {
+    let files = OneFile { name: &new.name, file };
+    let made = fill(new, &files, opener).with_context(|| doing(new)).map_err(|error| error.about(new.shown()));
+    let (main, path, options) = (files.file.clone(), new.name.clone(), made?);
+    let made = MadeFiles { main, protocol: "file", path, beside: Vec::new(), options };
+    let format = Some(new.format.name().to_owned());
+    let how = OpenHow { format, purpose: Purpose::Write, cache: CacheMode::Unsafe, ..OpenHow::default() };
+    Ok((opener.open_made(&new.name, made.clone(), &how)?, made))
+}
+
 /// Makes the files of an image.
 fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFiles> {
     let format = new.format.name();
     let create = new.format.creating().ok_or_else(|| no_format(format))?;
-    let shown = new.name.to_string_lossy();
     let place = place(opener.drivers(), &new.name)?;
-    if let Some(backing_format) = new.options.text("backing_fmt")
-        && opener.drivers().find(backing_format).is_none()
-    {
-        // The reference's own name for the key.
-        return Err(Error::invalid(format!("Parameter 'backing-fmt' does not accept value '{backing_format}'")));
-    }
     let files = Files {
         drivers: opener.drivers(),
         place: &place,
@@ -276,6 +285,26 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
         main: Mutex::default(),
         made: Mutex::default(),
     };
+    let options = fill(new, &files, opener)?;
+    let main = files.main.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let main = main.ok_or_else(|| Error::invalid(format!("'{format}' makes no file")))?;
+    if main.host().is_some_and(|file| file.kind() == storage::FileKind::CharDevice) {
+        was_taken(new, &*main)?;
+    }
+    let beside = files.made.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(MadeFiles { main, protocol: place.protocol, path: place.path.into_os_string(), beside, options })
+}
+
+/// Makes an image in what `files` makes. Gives the options by which it is opened.
+fn fill(new: &NewImage, files: &dyn CreateFiles, opener: &Opener<'_>) -> Result<OptionTree> {
+    let format = new.format.name();
+    let create = new.format.creating().ok_or_else(|| no_format(format))?;
+    if let Some(backing_format) = new.options.text("backing_fmt")
+        && opener.drivers().find(backing_format).is_none()
+    {
+        // The reference's own name for the key.
+        return Err(Error::invalid(format!("Parameter 'backing-fmt' does not accept value '{backing_format}'")));
+    }
     let mode = new.options.text("preallocation").and_then(Preallocation::parse);
     if let Some(mode @ (Preallocation::Falloc | Preallocation::Full)) = mode.filter(|_| create.grows(&new.options)) {
         let mode = mode.name();
@@ -286,11 +315,11 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
     if new.ids.reproducible && create.encrypts(&new.options) {
         return Err(Error::invalid("an encrypted image is not reproducible: its keys have to be random"));
     }
-    let ids = ImageIds::of(&shown, new.size, new.ids)?;
+    let ids = ImageIds::of(&new.shown(), new.size, new.ids)?;
     let request = CreateRequest {
         size: new.size,
         options: &new.options,
-        files: &files,
+        files,
         ids: &ids,
         secrets: opener.secrets(),
         related: &BackingBytes { image: &new.name, opener },
@@ -299,14 +328,7 @@ fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFi
     if let Some(unused) = ids.unused() {
         return Err(Error::unsupported(format!("An image of format '{format}' has no {unused}")));
     }
-    let main = files.main.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let main = main.ok_or_else(|| Error::invalid(format!("'{format}' makes no file")))?;
-    if main.host().is_some_and(|file| file.kind() == storage::FileKind::CharDevice) {
-        was_taken(new, &*main)?;
-    }
-    let beside = files.made.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let options = create.open_options(&new.options);
-    Ok(MadeFiles { main, protocol: place.protocol, path: place.path.into_os_string(), beside, options })
+    Ok(create.open_options(&new.options))
 }
 
 /// Whether a device that may be none for data (`/dev/null`) holds the header that it was given.
@@ -380,6 +402,37 @@ impl CreateFiles for Files<'_> {
         let place = place(self.drivers, name)?;
         let written = place.path.clone().into_os_string();
         Ok((self.second(place, &written)?, written))
+    }
+}
+
+/// The one file of an image that has no other.
+struct OneFile<'a> {
+    name: &'a OsStr,
+    file: Arc<dyn Storage>,
+}
+
+impl OneFile<'_> {
+    fn another<T>(&self) -> Result<T> {
+        let name = self.name.display();
+        Err(Error::unsupported(format!("'{name}' takes one file, and the image would have several files")))
+    }
+}
+
+impl CreateFiles for OneFile<'_> {
+    fn name(&self) -> &OsStr {
+        self.name
+    }
+
+    fn main(&self) -> Result<Arc<dyn Storage>> {
+        Ok(self.file.clone())
+    }
+
+    fn beside(&self, _name: &OsStr) -> Result<Arc<dyn Storage>> {
+        self.another()
+    }
+
+    fn named(&self, _name: &OsStr) -> Result<(Arc<dyn Storage>, OsString)> {
+        self.another()
     }
 }
 

@@ -54,7 +54,7 @@ impl StagedTarget {
         let holes_are_zeros = self.staging.is_blank() && self.node.driver().cipher().is_none();
         let blank = holes_are_zeros || stores_nothing(self.node.driver())?;
         let reads_zero = self.node.backing().is_none() && blank;
-        Ok(TargetFacts { unnamed, reads_zero, blank, shares: self.shares && unnamed })
+        Ok(TargetFacts { unnamed, reads_zero, blank, shares: self.shares && unnamed, ..TargetFacts::default() })
     }
 
     /// Opens it again as it lies in its files, to be read; it is closed.

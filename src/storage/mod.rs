@@ -7,6 +7,7 @@
 //! Invariants: reading past the end gives zeros; a method either does what its contract says or returns an
 //! error, and "the file system cannot do it this way" is never an error when another way exists.
 
+pub mod arranged;
 pub mod confine;
 pub mod direct;
 pub mod error;
@@ -23,6 +24,7 @@ pub mod lock;
 pub mod memory;
 pub mod offload;
 pub mod outgoing;
+pub mod paged;
 pub mod pages;
 pub mod pieces;
 pub mod pipe;
@@ -31,6 +33,7 @@ pub mod room;
 pub mod sparse;
 pub mod staging;
 pub mod temporary;
+pub mod trailing;
 pub mod view;
 mod words;
 pub mod writeback;

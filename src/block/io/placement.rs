@@ -262,6 +262,15 @@ impl Step<'_> {
         Ok(there > 0)
     }
 
+    /// Makes the file as long as it were with all of the step, which it has none of.
+    pub fn reserve(&self) -> Result<()> {
+        let Some((place, before, after)) = self.placement.target() else { return Ok(()) };
+        let (from, child) = (back(place, before)?.at, self.placement.node.child(place)?);
+        let len = before.saturating_add(self.len as u64).saturating_add(after);
+        let doing = || child.doing(Operation::Write, self.placement.start(), place.at);
+        child.storage.zero(from.get(), len, Zeroing::Punch).at(doing)
+    }
+
     fn bytes<'b>(&self, plain: &'b [u8], encoded: &'b [u8]) -> &'b [u8] {
         bytes_of(plain, encoded, self.encoded, self.from, self.len)
     }

@@ -14,8 +14,8 @@ use crate::block::io::punch_at;
 use crate::block::keys::take_size;
 use crate::block::measure::Measure;
 use crate::block::{
-    BlockDriver, Child, Create, CreateRequest, Error, Extent, Format, GuestOffset, HostPlace, OpenRequest, OptionKind,
-    OptionSpec, Placed, Resize, Result, Store, StoredWord, Write,
+    BlockDriver, Child, Create, CreateOptions, CreateRequest, Error, Extent, FileOrder, Format, GuestOffset, HostPlace,
+    OpenRequest, OptionKind, OptionSpec, Placed, Resize, Result, Store, StoredWord, Write,
 };
 use crate::storage::{self, Preallocation, Storage};
 
@@ -79,6 +79,10 @@ impl Format for Raw {
 impl Create for Raw {
     fn options(&self) -> &'static [OptionSpec] {
         OPTIONS
+    }
+
+    fn file_order(&self, _options: &CreateOptions) -> FileOrder {
+        FileOrder::Laid
     }
 
     fn measuring(&self) -> Option<&dyn Measure> {

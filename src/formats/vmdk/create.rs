@@ -13,7 +13,7 @@ use zerocopy::IntoBytes;
 
 use crate::block::error::Context;
 use crate::block::measure::Measure;
-use crate::block::{Create, CreateOptions, CreateRequest, Effort, Error, OptionKind, OptionSpec, Result};
+use crate::block::{Create, CreateOptions, CreateRequest, Effort, Error, FileOrder, OptionKind, OptionSpec, Result};
 use crate::codec::deflate;
 use crate::formats::effort;
 use crate::storage::{Preallocation, Storage, Zeroing};
@@ -304,6 +304,10 @@ fn write_stream(storage: &dyn Storage, size: u64) -> Result<()> {
 impl Create for Vmdk {
     fn grows(&self, options: &CreateOptions) -> bool {
         subformat(options).is_ok_and(|subformat| !subformat.flat)
+    }
+
+    fn file_order(&self, options: &CreateOptions) -> FileOrder {
+        if self.always_compresses(options) { FileOrder::Appended } else { FileOrder::Planned }
     }
 
     fn options(&self) -> &'static [OptionSpec] {

@@ -5,7 +5,7 @@ use super::geometry::ChsGeometry;
 use super::layout::{BLOCK_SIZE, DynamicHeader, FOOTER_BYTES, Footer, MAX_SIZE, SECTOR, TABLE_OFFSET};
 use crate::block::error::Context;
 use crate::block::measure::Measure;
-use crate::block::{Create, CreateOptions, CreateRequest, Error, ErrorKind, OptionKind, OptionSpec, Result};
+use crate::block::{Create, CreateOptions, CreateRequest, Error, ErrorKind, FileOrder, OptionKind, OptionSpec, Result};
 use crate::storage::{Preallocation, Storage, Zeroing};
 
 const OPTIONS: &[OptionSpec] = &[
@@ -81,6 +81,10 @@ impl NewVpc {
 impl Create for Vpc {
     fn grows(&self, options: &CreateOptions) -> bool {
         options.text("subformat") != Some("fixed")
+    }
+
+    fn file_order(&self, options: &CreateOptions) -> FileOrder {
+        if self.grows(options) { FileOrder::Planned } else { FileOrder::Laid }
     }
 
     fn options(&self) -> &'static [OptionSpec] {

@@ -2,6 +2,7 @@
 //!
 //! [`ConvertRequest`] is what is asked for, [`Conversion`] what was decided, [`Job`] does it.
 
+mod away;
 pub mod bitmaps;
 pub mod decide;
 pub mod job;

@@ -100,7 +100,7 @@ fn may_share(source: &Node, shared_on: Option<u64>) -> bool {
 }
 
 /// Whether it is, in part, no file of this host: blocks from all over it would cost more than they tell.
-fn is_far(source: &Node) -> bool {
+pub(super) fn is_far(source: &Node) -> bool {
     let mut layers = std::iter::successors(Some(source), |node| node.backing().map(|below| &**below));
     layers.any(|node| node.driver().files().iter().any(|file| file.storage.facts().identity.is_none()))
 }

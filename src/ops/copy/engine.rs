@@ -17,8 +17,6 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use nix::errno::Errno;
-
 use super::digest::GuestDigest;
 use super::plain::Plain;
 use super::plan::{CHUNK, Chunk, CopyPlan, PlanShape, Zeros};
@@ -27,7 +25,7 @@ use super::source::{self, Content, Joined, Segment};
 use super::target::{self, Piece, PieceKind};
 use super::turn::Turn;
 use super::zero::{SECTOR, SparsePolicy};
-use super::{CopyOptions, Observer, TargetFacts};
+use super::{CopyOptions, Observer, Taking, TargetFacts};
 use crate::block::error::Context;
 use crate::block::io::{Scratch, Step, reserve};
 use crate::block::{Compress, Encoded, Error, ErrorKind, GuestOffset, Node, Result};
@@ -59,7 +57,8 @@ pub struct Engine<'a> {
     digest: Option<&'a GuestDigest>,
     hashing: Turn,
     stop: AtomicBool,
-    failure: Mutex<Option<(Blame, Error)>>,
+    /// The failure of the first chunk that has one, and that chunk.
+    failure: Mutex<Option<(u64, Error)>>,
     rate: Option<Rate>,
     done: AtomicU64,
     source: &'a Joined,
@@ -71,7 +70,7 @@ pub struct Engine<'a> {
     shape: PlanShape,
     unit: u64,
     granule: u64,
-    /// Whether pieces that share a unit of a file that others can see are finished one by one.
+    /// Whether pieces are finished one by one: those that share a unit of a file that others can see, or all.
     one_by_one: bool,
     zeros: Zeros,
     sparse: SparsePolicy,
@@ -81,15 +80,6 @@ pub struct Engine<'a> {
     /// left out, and the user has the target written so.
     detect: Option<bool>,
     compress: Option<&'a dyn Compress>,
-}
-
-/// Which of several failures is told: the least.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Blame {
-    /// Somebody had failed, so this one was told to give up.
-    given_up: bool,
-    /// The chunk.
-    number: u64,
 }
 
 /// What one worker has.
@@ -155,7 +145,8 @@ impl<'a> Engine<'a> {
             Zeros::Skip => writing.granule().max(1),
             _ => writing.fill_unit().max(1),
         };
-        let one_by_one = !facts.unnamed && granule < unit && granule > 1;
+        let in_order = facts.taking == Taking::InOrder;
+        let one_by_one = in_order || (!facts.unnamed && granule < unit && granule > 1);
         // Where parts of a unit are placed alone, a chunk need not be all of it: its place is known to those that come
         // after it, as it is published at once or each is finished in its turn. Zeros are made unit by unit.
         let apart = unit > CUT && CUT.is_multiple_of(granule) && zeros != Zeros::Make && compress.is_none();
@@ -260,22 +251,24 @@ impl<'a> Engine<'a> {
     }
 
     fn fail(&self, number: u64, error: Error) {
-        let blame =
-            Blame { given_up: error.storage().and_then(|error| error.errno()) == Some(Errno::ECANCELED), number };
         let mut failure = lock(&self.failure);
-        if failure.as_ref().is_none_or(|(earlier, _)| blame < *earlier) {
-            *failure = Some((blame, error));
+        if failure.as_ref().is_none_or(|(earlier, _)| number < *earlier) {
+            *failure = Some((number, error));
         }
         drop(failure);
         self.stop.store(true, Ordering::Relaxed);
-        self.observer.failed();
         self.turn.wake();
         self.hashing.wake();
     }
 
+    /// Whether the target takes the bytes of the disk from front to back.
+    fn in_order(&self) -> bool {
+        self.facts.taking == Taking::InOrder
+    }
+
     /// Whether the order of placements can be seen in the target.
     fn ordered(&self) -> bool {
-        self.unit > 1
+        self.unit > 1 || self.in_order()
     }
 
     fn process(&self, worker: &mut Worker<'a>) -> Result<()> {
@@ -470,7 +463,7 @@ impl<'a> Engine<'a> {
         if !self.ordered() {
             return place();
         }
-        self.turn.take(number, !self.options.reorder, &self.stop, place)
+        self.turn.take(number, !self.options.reorder || self.in_order(), &self.stop, place)
     }
 }
 

@@ -72,6 +72,20 @@ pub struct TargetFacts {
     pub blank: bool,
     /// It may share data on the disk with the sources, where the file system can.
     pub shares: bool,
+    /// In which order it takes what is written.
+    pub taking: Taking,
+}
+
+/// In which order a target takes what is written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Taking {
+    /// In any.
+    #[default]
+    AnyOrder,
+    /// In the guest's alone: it goes from front to back.
+    InOrder,
+    /// It takes no data of the disk at all: where they would lie is all that is wanted.
+    Nothing,
 }
 
 /// Receives progress and warnings. Called from all threads.
@@ -90,9 +104,6 @@ pub trait Observer: Sync {
     fn is_cancelled(&self) -> bool {
         false
     }
-
-    /// A thread has failed: the others are going to end.
-    fn failed(&self) {}
 
     /// What follows is another kind of work, and nothing of it is done.
     fn phase(&self, name: &'static str) {

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::block::format::Alone;
@@ -25,31 +25,7 @@ struct Patchy {
     spared: Mutex<u64>,
     parallel: Option<u32>,
     bad_write: Option<u64>,
-    /// Where writing waits until somebody has failed, and gives up.
-    gives_up: Option<(u64, Arc<Failed>)>,
     written: Mutex<BTreeMap<u64, u64>>,
-}
-
-/// Hears of the first failure.
-#[derive(Debug, Default)]
-struct Failed {
-    state: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl Failed {
-    fn wait(&self) {
-        drop(self.changed.wait_while(self.state.lock().unwrap(), |failed| !*failed).unwrap());
-    }
-}
-
-impl Observer for Failed {
-    fn progress(&self, _done: u64, _total: u64) {}
-    fn warn(&self, _text: &str) {}
-    fn failed(&self) {
-        *self.state.lock().unwrap() = true;
-        self.changed.notify_all();
-    }
 }
 
 impl Storage for Patchy {
@@ -72,10 +48,6 @@ impl Storage for Patchy {
     fn write_at(&self, at: u64, buf: &[u8]) -> crate::storage::Result<()> {
         if self.bad_write.is_some_and(|bad| bad >= at && bad < at + buf.len() as u64) {
             return Err(StorageError::Io(std::io::Error::from_raw_os_error(28)));
-        }
-        if let Some((_, failed)) = self.gives_up.as_ref().filter(|(place, _)| *place == at) {
-            failed.wait();
-            return Err(StorageError::Io(std::io::Error::from_raw_os_error(125)));
         }
         self.written.lock().unwrap().insert(at, buf.len() as u64);
         self.inner.write_at(at, buf)
@@ -239,19 +211,6 @@ fn failures_say_where_and_stop_everybody() {
     let small = node(Arc::new(Memory::new(vec![0; 1 << 20])), "small");
     let error = copy(&whole, &small, &options, facts, &Silent).unwrap_err();
     assert_eq!(error.message(), "output file is smaller than input file");
-}
-
-#[test]
-fn who_was_told_to_give_up_is_not_to_blame() {
-    let bytes = vec![7; 32 << 20];
-    let bad = Patchy { inner: Memory::new(bytes.clone()), bad_read: Some((5 << 20) + 700), ..Patchy::default() };
-    let source = Joined::new(&[node(Arc::new(bad), "source")], None);
-    let failed = Arc::new(Failed::default());
-    let gives_up = Some((0, failed.clone()));
-    let target = Arc::new(Patchy { inner: Memory::new(vec![0; bytes.len()]), gives_up, ..Patchy::default() });
-    let options = CopyOptions { threads: Some(2), ..CopyOptions::default() };
-    let error = copy(&source, &node(target, "target"), &options, TargetFacts::default(), &*failed).unwrap_err();
-    assert!(error.message().contains("source: error while reading"), "{}", error.message());
 }
 
 #[test]

@@ -76,7 +76,7 @@ enum Way {
 }
 
 impl Upload {
-    /// Of so many bytes.
+    /// Of so many bytes, or fewer.
     pub fn new(store: Box<dyn Store>, len: u64) -> Self {
         let part_len = part_len(len);
         let shared = Arc::new(Shared { store, state: Mutex::default() });

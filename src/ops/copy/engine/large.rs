@@ -9,7 +9,7 @@ use crate::block::{GuestOffset, Result};
 use crate::ops::copy::engine::store::is_unseen;
 use crate::ops::copy::plan::{CHUNK, Chunk, Zeros};
 use crate::ops::copy::source::Content;
-use crate::ops::copy::target;
+use crate::ops::copy::{Taking, target};
 use crate::storage::offload::Offload;
 
 impl<'a> Engine<'a> {
@@ -131,6 +131,9 @@ impl<'a> Engine<'a> {
 
     /// Writes what has been placed, as many bytes at a time as a part has.
     fn write_parts(&self, whole: &Chunk<'a>, worker: &mut Worker<'a>) -> Result<()> {
+        if self.facts.taking == Taking::Nothing {
+            return worker.steps.iter().try_for_each(Step::reserve);
+        }
         let shared = self.share(whole, &mut worker.steps, &mut worker.scratch);
         shared.map_err(|error| self.wrote(error, whole.at))?;
         self.wait(worker.steps.iter().map(|step| step.done as u64).sum());

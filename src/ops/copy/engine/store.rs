@@ -10,7 +10,7 @@ use crate::block::io::{Scratch, Step, write_steps};
 use crate::block::{Error, GuestOffset, Result, Store};
 use crate::ops::copy::plan::Chunk;
 use crate::ops::copy::source::Content;
-use crate::ops::copy::target;
+use crate::ops::copy::{Taking, target};
 use crate::storage::offload::Offload;
 
 /// Zeros, to be written.
@@ -53,6 +53,10 @@ impl<'a> Engine<'a> {
                     let piece = Piece { at: unit.at, len: unit.len, kind: PieceKind::Data };
                     target::place(self.target, &piece, unit.from, early, steps)?;
                 }
+            }
+            if self.in_order() {
+                write_steps(steps, plain, encoded, self.hole, scratch)?;
+                steps.drain(..).try_for_each(|step| step.placement.publish())?;
             }
             Ok(())
         })
@@ -109,6 +113,9 @@ impl<'a> Engine<'a> {
     /// Writes what has been placed.
     fn write(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
         let Worker { chunk, steps, scratch, .. } = worker;
+        if self.facts.taking == Taking::Nothing {
+            return steps.iter().try_for_each(Step::reserve);
+        }
         self.share(chunk, steps, scratch).map_err(|error| self.wrote(error, chunk.at))?;
         if worker.unread && worker.steps.iter().any(|step| step.done < step.len) {
             self.fill(worker, len, len)?;
