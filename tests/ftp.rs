@@ -145,7 +145,13 @@ fn a_file_on_a_tftp_server_is_read() {
             fs::write(scratch.file("disk"), &file).unwrap();
         }
         let server = tftp::Tftp::new(file.clone(), quirks.clone());
-        let out = convert(&scratch, &server.url("disk"));
+        let url = server.url("disk");
+        // What comes is kept in a file that the user has not named.
+        let args = ["--untrusted", "convert", "-O", "raw", &url, "o"];
+        let untrusted = || vimg(&args).dir(scratch.path()).run();
+        let out = if quirks.deaf.is_none() { untrusted() } else { convert(&scratch, &url) };
+        assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""), "{quirks:?}");
+        let out = convert(&scratch, &url);
         assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""), "{quirks:?}");
         let out = fs::read(scratch.file("out")).unwrap();
         assert!(out.len() == file.len().next_multiple_of(512) && out.starts_with(&file), "{quirks:?}");

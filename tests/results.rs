@@ -107,6 +107,21 @@ fn what_failed_is_told_to_programs() {
     let error = fails(&["convert", "-O", "raw", "cut", "o"]);
     assert_eq!((kind(&error).as_str(), error["file"].as_str()), ("truncated", Some("cut")));
     assert!(error["guest-offset"].as_u64().is_some_and(|at| at < 128 << 10), "{error}");
+    // What is read of the file itself lies past its end.
+    scratch.sh("head -c 200000 a >short && qemu-img create -q -f qcow2 -b gone -F raw -u top 1M && \
+         qemu-img create -q -f qcow2 -b top -F qcow2 -u upper 1M && printf 'QFI\\373' >torn");
+    let error = fails(&["convert", "-O", "raw", "short", "o"]);
+    assert_eq!((kind(&error).as_str(), error["file"].as_str()), ("truncated", Some("short")));
+    assert!(error["offset"].as_u64().is_some_and(|at| at < 400_000), "{error}");
+    // The file is the one that is in the way, however far below.
+    for (image, below) in [("top", "gone"), ("upper", "gone")] {
+        let error = fails(&["convert", "-O", "raw", image, "o"]);
+        assert_eq!((kind(&error).as_str(), error["file"].as_str()), ("not-found", Some(below)), "{error}");
+    }
+    scratch.sh("qemu-img create -q -f qcow2 -b torn -F qcow2 -u above 1M");
+    assert_eq!(fails(&["convert", "-O", "raw", "above", "o"])["file"], "torn");
+    let error = fails(&["--untrusted", "convert", "-O", "raw", "upper", "o"]);
+    assert_eq!((kind(&error).as_str(), error["file"].as_str()), ("forbidden", Some("upper")), "{error}");
     assert_eq!(kind(&fails(&["create", "-f", "nix", "o", "1M"])), "invalid");
     assert_eq!(kind(&fails(&["create", "o", "--wibble"])), "usage");
     assert_eq!(kind(&fails(&["create"])), "usage");
@@ -114,7 +129,8 @@ fn what_failed_is_told_to_programs() {
     let error = fails(&["--untrusted", "rebase", "-u", "-b", "x", "-F", "raw", "a/b"]);
     assert_eq!(kind(&error), "io");
     let zeros = "blake3:0000000000000000000000000000000000000000000000000000000000000000";
-    assert_eq!(kind(&fails(&["convert", "-O", "raw", "--expect-digest", zeros, "a", "o"])), "mismatch");
+    let error = fails(&["convert", "-O", "raw", "--expect-digest", zeros, "a", "o"]);
+    assert_eq!((kind(&error).as_str(), error["file"].as_str()), ("mismatch", Some("a")));
     assert!(!scratch.file("o").exists());
 }
 

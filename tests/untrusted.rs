@@ -139,12 +139,52 @@ fn a_folder_that_is_allowed_allows_nothing_outside() {
         let args = ["convert", "--untrusted", "--allow", "in", "-O", "raw", "t", "o"];
         if good { allowed(&scratch, &args) } else { refused(&scratch, &args, name) }
     }
-    // Names that are no file names cannot be allowed.
-    for name in ["json:{\"driver\":\"qcow2\",\"file\":{\"filename\":\"base\"}}", "file:base"] {
-        scratch.judge(&["create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", "qcow2", "t", "1M"]);
-        let out = run(&scratch, &["convert", "--untrusted", "--allow", ".", "-O", "raw", "t", "o"]);
-        assert_eq!(out.code, Some(1), "{out:?}");
+}
+
+/// However the image spells the name, and however the command line does.
+#[test]
+fn what_is_allowed_is_a_file_not_a_name() {
+    let scratch = folder();
+    fs::write(scratch.file("other"), "").unwrap();
+    let tree = |file: &str| format!(r#"json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{file}"}}}}"#);
+    let make = |name: &str| scratch.judge(&["create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", "qcow2", "t", "1M"]);
+    for name in [&tree("base"), &tree("./base"), "file:base", "./base", r#"json:{"file.filename":"base"}"#] {
+        make(name);
+        for allow in ["base", ".", "file:base", &tree("base")] {
+            allowed(&scratch, &["convert", "--untrusted", "--allow", allow, "-O", "raw", "t", "o"]);
+        }
+        for allow in ["other", &tree("other")] {
+            refused(&scratch, &["convert", "--untrusted", "--allow", allow, "-O", "raw", "t", "o"], name);
+        }
+        // The user names it as an image, too.
+        allowed(&scratch, &["convert", "--untrusted", "-O", "raw", &tree("base"), "t", "o"]);
     }
+    // Names that are not those of files alone cannot be allowed.
+    for name in [
+        r#"json:{"driver":"qcow2","file":{"driver":"nbd","path":"base"}}"#,
+        r#"json:{"driver":"qcow2","file":{"filename":"nbd:unix:base"}}"#,
+        r#"json:{"driver":"qcow2","file":{"filename":"base"},"backing":{"driver":"raw","file":{"filename":"/etc/passwd"}}}"#,
+        r#"json:{"driver":"blkverify","raw":{"filename":"base"},"test":{"filename":"base"}}"#,
+    ] {
+        make(name);
+        let out = run(&scratch, &["convert", "--untrusted", "--allow", ".", "-O", "raw", "t", "o"]);
+        assert!(out.code == Some(1) && out.stderr.contains("an untrusted image may name none"), "{out:?}");
+    }
+    let out = run(&scratch, &["info", "--untrusted", "--allow", "nbd://host/x", "base"]);
+    assert!(out.code == Some(1) && out.stderr.contains("names other things than files"), "{out:?}");
+}
+
+/// What the process was started with is not read, should there be a way past the policy.
+#[test]
+fn the_environment_is_out_of_reach() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-u", "-f", "qcow2", "-b", "/proc/self/environ", "-F", "raw", "t", "1M"]);
+    let bypassing = |args: &[&str]| vimg(args).dir(scratch.path()).env("VIMG_TEST_NO_POLICY", "1").run();
+    let out = bypassing(&["convert", "--untrusted", "-O", "raw", "t", "o"]);
+    assert!(out.code == Some(1) && out.stderr.contains("Permission denied"), "{out:?}");
+    // It is the kernel that is in the way.
+    let out = bypassing(&["convert", "-O", "raw", "t", "o"]);
+    assert!(!out.stderr.contains("Permission denied"), "{out:?}");
 }
 
 #[test]
@@ -355,4 +395,17 @@ fn sizes_are_limited() {
     fails(&["convert", "--max-output", "512M", "-O", "raw", "a", "o"], "File too large");
     allowed(&scratch, &["convert", "--max-output", "512M", "-O", "qcow2", "a", "o"]);
     fails(&["convert", "--max-size", "x", "a", "o"], "Invalid largest disk specified");
+    // None is made that is larger.
+    let most = |args: &[&'static str]| [&["--untrusted", "--max-size", "1G"], args].concat();
+    fails(
+        &most(&["create", "-f", "qcow2", "o", "2G"]),
+        "the disk of 'o' has 2147483648 bytes, and may have 1073741824",
+    );
+    allowed(&scratch, &most(&["create", "-q", "-f", "qcow2", "o", "1G"]));
+    fails(&most(&["convert", "-O", "qcow2", "a", "a", "o"]), "the disk of 'o' has 2147483648 bytes");
+    fails(&most(&["convert", "-O", "raw", "a", "a", "/dev/stdout"]), "bytes, and may have");
+    fails(&most(&["resize", "a", "+512"]), "the disk of 'a' has 1073742336 bytes");
+    fails(&most(&["amend", "-o", "size=2G", "a"]), "the disk of 'a' has 2147483648 bytes");
+    fails(&most(&["dd", "-O", "qcow2", "if=a", "of=o", "bs=1G", "count=3", "--max-size", "512M"]), "may have");
+    assert!(scratch.judge(&["info", "a"]).stdout.contains("1 GiB (1073741824 bytes)"));
 }

@@ -128,6 +128,8 @@ enum Beside {
     Advice(String),
     /// The file, by the name that it is shown by.
     File(String),
+    /// Where in it.
+    Offset(u64),
 }
 
 /// See the module.
@@ -166,6 +168,7 @@ impl Error {
             ErrorKind::Truncated,
             format!("the file is truncated: {what} at offset {at} lies past its end at {end}"),
         )
+        .in_file_at(at)
     }
 
     /// The image, or the format, cannot do this.
@@ -202,6 +205,12 @@ impl Error {
         self
     }
 
+    /// Says where in the file it is; the text stays what it is.
+    pub fn in_file_at(mut self, at: u64) -> Self {
+        self.beside.push(Beside::Offset(at));
+        self
+    }
+
     /// Puts what was being done before this error.
     pub fn context(self, context: impl Into<String>) -> Self {
         Self {
@@ -226,7 +235,7 @@ impl Error {
 
     /// Puts the file's name before an error that does not say where it happened.
     pub fn naming(self, file: &str) -> Self {
-        if self.place().is_some() { self } else { self.context(file) }
+        if self.place().is_some() { self } else { self.context(file).about(file) }
     }
 
     /// Where it happened, as far as that is known: the innermost place of the chain.
@@ -286,6 +295,13 @@ impl Error {
         let named = || self.beside.iter().find_map(file);
         let deeper = || self.inner().and_then(Self::file);
         self.place().map(|place| place.file.clone()).or_else(deeper).or_else(named)
+    }
+
+    /// Where in the file, as far as that is known.
+    pub fn offset(&self) -> Option<u64> {
+        let offset = |beside: &Beside| if let Beside::Offset(at) = beside { Some(*at) } else { None };
+        let placed = || self.place().and_then(|place| place.host).map(HostOffset::get);
+        self.inner().and_then(Self::offset).or_else(|| self.beside.iter().find_map(offset)).or_else(placed)
     }
 
     fn all(&self, wanted: fn(&Beside) -> Option<&String>) -> Vec<String> {

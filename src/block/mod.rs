@@ -57,7 +57,7 @@ pub use layering::{BackingChange, Emptying};
 pub use name::ImageRef;
 pub use node::{Layer, Mapping, Node};
 pub use notice::Notice;
-pub use open::{Allowed, MadeFiles, OpenHow, Opener, Policy};
+pub use open::{Allowed, MadeFiles, OpenHow, Opener, Policy, files_named};
 pub use options::{CreateOptions, OptionKind, OptionSpec, OptionValue};
 pub use purpose::Purpose;
 pub use secrets::{KeyUse, NO_SECRETS, SecretBytes, Secrets, TlsCredentials, TlsKind};

@@ -100,6 +100,11 @@ pub trait Protocol: Sync + fmt::Debug {
         Vec::new()
     }
 
+    /// Whether what has come of a file is kept in a temporary one.
+    fn keeps_what_comes(&self) -> bool {
+        false
+    }
+
     /// Takes the name from where it stands: `path`, or an option. Refused here, before options that all nodes have
     /// are judged, where there must be one.
     fn take_name(&self, path: Option<OsString>, options: &mut OptionTree) -> Result<Option<OsString>>;

@@ -11,7 +11,7 @@ use super::progress::{Progress, ProgressArgs};
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, options};
 use crate::block::driver::AmendRequest;
-use crate::block::{CreateOptions, Error, ErrorKind, Format, OpenHow, Purpose, Result, Secrets, format};
+use crate::block::{CreateOptions, Error, ErrorKind, Format, OpenHow, OptionValue, Purpose, Result, Secrets, format};
 use crate::ops::amend;
 use crate::storage::CacheMode;
 
@@ -106,6 +106,9 @@ impl AmendArgs {
             true => error.hint("This option is only supported for image creation"),
             false => error,
         })?;
+        if let Some(OptionValue::Size(size)) = options.given("size") {
+            opener.bound(node.name(), *size)?;
+        }
         let shown = progress.insert(self.progress.start(program, self.common.quiet, "amend")?);
         let report = |done: u64, total: u64| {
             shown.report(done, total);

@@ -250,6 +250,8 @@ impl Subcommand for ConvertArgs {
         program.notices(&opener);
         let new = if self.no_create { None } else { Some(self.new_image(&opener, name, &create_options)?) };
         let conversion = request.decide(sources, new)?;
+        let size = conversion.sources.iter().fold(0, |sum: u64, source| sum.saturating_add(source.virtual_size()));
+        opener.bound(&name.to_string_lossy(), size)?;
         if self.target_format.is_none() && !self.no_create {
             program.warn_of_raw(name, "-O");
         }

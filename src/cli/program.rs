@@ -122,7 +122,7 @@ impl Program {
 
     /// Images may name that file all the same, or the files in that folder.
     pub(super) fn allow(&mut self, path: &OsStr) -> anyhow::Result<()> {
-        Ok(self.allowed.add(Path::new(path))?)
+        Ok(self.allowed.add(DRIVERS, path)?)
     }
 
     /// Refuses exceptions to what is not the rule.

@@ -104,8 +104,8 @@ pub fn to_json(error: &anyhow::Error) -> Value {
         object["file"] = file.into();
     }
     let place = ours.and_then(block::Error::place);
-    if let Some(host) = place.and_then(|place| place.host) {
-        object["offset"] = host.get().into();
+    if let Some(at) = ours.and_then(block::Error::offset) {
+        object["offset"] = at.into();
     }
     if let Some(PlacePart::Guest(guest)) = place.map(|place| place.part) {
         object["guest-offset"] = guest.get().into();

@@ -93,6 +93,7 @@ impl Subcommand for ResizeArgs {
                 return Ok(Exit::Failure);
             }
             Decision::Resize(size) => {
+                opener.bound(node.name(), size)?;
                 let work = || resize::resize(&node, size, fill);
                 interrupt.as_ref().map_or_else(work, |interrupt| interrupt.during(work))?;
             }

@@ -13,10 +13,10 @@ use serde_json::Value;
 
 use super::arguments::{Makes, Takes, known};
 use super::{Complaint, Program, size};
-use crate::block::Named;
 use crate::block::keys::{self, Dialect, Item};
 use crate::block::name;
 use crate::block::protocol::Protocol;
+use crate::block::{Named, files_named};
 use crate::drivers::DRIVERS;
 use crate::storage::confine::Confinement;
 use crate::storage::error::strerror;
@@ -81,7 +81,10 @@ pub fn confine(command: &Command, makes: &[Makes], matches: &[&ArgMatches]) -> a
         let id = arg.get_id().as_str();
         for value in values(id) {
             match known(arg).takes {
-                Takes::File if id == "allow" => typed.allowed.push(value.into()),
+                Takes::File if id == "allow" => {
+                    typed.allowed.extend(files_named(DRIVERS, &value).unwrap_or_default());
+                    typed.allowed.push(value.into());
+                }
                 Takes::File => typed.name(&value),
                 Takes::Object | Takes::CreateOptions | Takes::AmendOptions => typed.list(&value),
                 Takes::Driver => typed.driver(&value.to_string_lossy()),
@@ -105,6 +108,8 @@ pub fn confine(command: &Command, makes: &[Makes], matches: &[&ArgMatches]) -> a
             Makes::Folder(_) => typed.folders.extend(named.iter().map(|word| existing(Path::new(word)))),
         }
     }
+    // No folder for them is within reach then.
+    (0..typed.kept).try_for_each(|_| temporary::make_ahead()).context("A temporary file cannot be made")?;
     typed.confinement().apply().context("Landlock cannot be set up")?;
     Ok(())
 }
@@ -117,6 +122,8 @@ struct Typed {
     /// Folders in which files are made.
     folders: Vec<PathBuf>,
     network: bool,
+    /// Servers of which what has come is kept in a temporary file.
+    kept: usize,
     /// What is made is not written from front to back.
     in_any_order: bool,
     /// Something takes what is made from front to back alone.
@@ -199,6 +206,9 @@ impl Typed {
 
     fn protocol(&mut self, protocol: &dyn Protocol) {
         self.network |= protocol.is_remote();
+        if protocol.keeps_what_comes() {
+            self.kept += 1;
+        }
         self.credentials.extend(protocol.credentials());
     }
 
@@ -241,7 +251,7 @@ impl Typed {
     /// Files that are there, as they are named from here and from where files are made; the folders of those that are made;
     /// of other folders the names alone.
     fn confinement(self) -> Confinement {
-        let Self { names, allowed, mut folders, network, credentials, in_any_order, sends } = self;
+        let Self { names, allowed, mut folders, network, credentials, in_any_order, sends, kept: _ } = self;
         if sends && in_any_order {
             folders.push(temporary::large_folder());
         }

@@ -20,7 +20,8 @@ pub fn check(name: &str, found: Digest, expected: Digest) -> Result<()> {
     if found == expected {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::Mismatch, format!("{name}: the digest is {found}, not {expected}")))
+    let text = format!("{name}: the digest is {found}, not {expected}");
+    Err(Error::new(ErrorKind::Mismatch, text).about(name))
 }
 
 /// A disk that is to hold what other disks hold, one after the other.

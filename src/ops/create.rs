@@ -130,6 +130,9 @@ impl Wanted<'_> {
         }
         let size = size.or(sizeless.then_some(u64::MAX));
         let size = size.ok_or_else(|| Error::invalid("Image creation needs a size parameter"))?;
+        if !sizeless {
+            opener.bound(&self.name.to_string_lossy(), size)?;
+        }
         let format = self.target.format;
         Ok(NewImage { name: self.name.to_owned(), format, size, options: self.options, ids: self.ids })
     }

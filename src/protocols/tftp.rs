@@ -19,7 +19,7 @@ use crate::storage::temporary::unnamed_file;
 use crate::storage::{Error, Result};
 
 /// The protocol.
-pub const TFTP: ByUrl = ByUrl { name: "tftp", open, send: None, credentials: Vec::new };
+pub const TFTP: ByUrl = ByUrl { name: "tftp", open, send: None, credentials: Vec::new, keeps: true };
 
 /// Bytes in a block that are asked for (in one Ethernet frame, with the headers of IPv6), and where nothing is agreed.
 const WISHED_BLOCK: usize = 1428;

@@ -15,7 +15,17 @@ use landlock::{
 const KNOWN: ABI = ABI::V5;
 
 /// What any command may read: who we are, what devices are like, what time it is here, and the terminal.
-const READABLE: [&str; 5] = ["/proc/self", "/sys/block", "/sys/devices", "/etc/localtime", "/usr/share/zoneinfo"];
+/// Not all of `/proc/self`: the variables that we were started with may hold what is nobody's.
+const READABLE: [&str; 8] = [
+    "/proc/self/fd",
+    "/proc/self/status",
+    "/proc/self/mountinfo",
+    "/proc/self/cgroup",
+    "/sys/block",
+    "/sys/devices",
+    "/etc/localtime",
+    "/usr/share/zoneinfo",
+];
 /// And where there is a network: names, certificates, and the C library's ways to them.
 const OF_NETWORK: [&str; 11] = [
     "/etc/resolv.conf",

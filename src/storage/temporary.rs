@@ -17,8 +17,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::ptr;
-use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Mutex, Once, PoisonError};
 
 use nix::libc::{self, c_char, c_int};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
@@ -88,8 +88,23 @@ pub fn large_file() -> io::Result<TemporaryName> {
     TemporaryName::beside(&folder.join("pipe"), make).map(|((), name)| name)
 }
 
+/// Files that were made before they are needed.
+static AHEAD: Mutex<Vec<File>> = Mutex::new(Vec::new());
+
+/// Makes a file for a later [`unnamed_file`], which may not be able to any more.
+pub fn make_ahead() -> io::Result<()> {
+    let file = make_unnamed()?;
+    AHEAD.lock().unwrap_or_else(PoisonError::into_inner).push(file);
+    Ok(())
+}
+
 /// A file that nobody can find, in the host's folder for such: it goes with its handle.
 pub fn unnamed_file() -> io::Result<File> {
+    let ahead = AHEAD.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    ahead.map_or_else(make_unnamed, Ok)
+}
+
+fn make_unnamed() -> io::Result<File> {
     let make = |path: &Path| OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
     // The name goes at once.
     TemporaryName::beside(&std::env::temp_dir().join("vimg"), make).map(|(file, _)| file)

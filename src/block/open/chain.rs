@@ -34,8 +34,13 @@ impl Opener<'_> {
         let mut layers: Vec<OpenedLayer> = Vec::new();
         let mut next = Some(ask);
         while let Some(ask) = next.take() {
-            let (layer, below) = match self.layer(ask, how, trail).and_then(|layer| {
-                let below = self.below(&layer, trail)?;
+            let named = ask.path.as_ref().map(|path| path.to_string_lossy().into_owned());
+            let opened = match (self.layer(ask, how, trail), named) {
+                (Err(error), Some(name)) => Err(error.about(name)),
+                (opened, _) => opened,
+            };
+            let (layer, below) = match opened.and_then(|layer| {
+                let below = self.below(&layer, trail).map_err(|error| error.about(layer.name()))?;
                 Ok((layer, below))
             }) {
                 Ok(opened) => opened,
@@ -49,7 +54,8 @@ impl Opener<'_> {
         while let Some(layer) = layers.pop() {
             let depth = layers.len();
             if let Some(below) = &node {
-                self.accept(&layer, below, how).map_err(|error| in_chain(error, depth))?;
+                let accepted = self.accept(&layer, below, how).map_err(|error| error.about(layer.name()));
+                accepted.map_err(|error| in_chain(error, depth))?;
             }
             if let Some(key) = layer.key.clone() {
                 fresh.push((key, layer.origin.base.clone(), layer.layer.clone()));

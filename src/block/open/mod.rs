@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use held::HeldLayers;
 use layer::Ask;
 pub use opened::MadeFiles;
-pub use policy::{Allowed, Policy};
+pub use policy::{Allowed, Policy, files_named};
 use settings::Names;
 
 use super::{Drivers, Error, ErrorKind, ImageRef, Node, Notice, Purpose, Result, Secrets};
@@ -127,7 +127,7 @@ impl<'a> Opener<'a> {
 
     /// The same, but images may name that file too: the user has typed its name.
     pub fn allowing(mut self, path: &Path) -> Self {
-        self.policy.allow_typed(path);
+        self.policy.allow_typed(self.drivers, path.as_os_str());
         self
     }
 
@@ -162,12 +162,21 @@ impl<'a> Opener<'a> {
     pub fn open_named(&self, image: &ImageRef, how: &OpenHow) -> Result<Arc<Node>> {
         let node = self.ask(image, how).and_then(|ask| self.chain(ask, how, &mut Trail::default()))?;
         let mut layers = std::iter::successors(Some(&*node), |node| node.backing().map(|below| &**below));
-        match (self.largest, layers.find(|node| self.largest.is_some_and(|largest| node.virtual_size() > largest))) {
-            (Some(largest), Some(node)) if how.purpose != Purpose::Look => Err(Error::new(
+        if how.purpose != Purpose::Look {
+            layers.try_for_each(|node| self.bound(node.name(), node.virtual_size()))?;
+        }
+        Ok(node)
+    }
+
+    /// Refuses a disk that is larger than it may be, be it there or still to be made.
+    pub fn bound(&self, name: &str, size: u64) -> Result<()> {
+        match self.largest {
+            Some(largest) if size > largest => Err(Error::new(
                 ErrorKind::TooLarge,
-                format!("the disk of '{}' has {} bytes, and may have {largest}", node.name(), node.virtual_size()),
-            )),
-            _ => Ok(node),
+                format!("the disk of '{name}' has {size} bytes, and may have {largest}"),
+            )
+            .about(name)),
+            _ => Ok(()),
         }
     }
 

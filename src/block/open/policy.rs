@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 
 use super::Opener;
 use crate::block::error::Context;
-use crate::block::{Error, ErrorKind, Result, name};
+use crate::block::{Drivers, Error, ErrorKind, Result, name};
 use crate::storage::{self, HostFile, Storage};
 
 /// See the module.
@@ -27,10 +27,18 @@ pub struct Allowed {
 }
 
 impl Allowed {
-    /// Allows a file, or a folder, that is there.
-    pub fn add(&mut self, path: &Path) -> Result<()> {
-        let resolved = std::fs::canonicalize(path).map_err(storage::Error::from);
-        self.resolved.push(resolved.with_context(|| format!("Could not find '{}'", path.display()))?);
+    /// Allows a file, or a folder, that is there; or the files of a name that is spelt `file:` or `json:`.
+    pub fn add(&mut self, drivers: &Drivers, name: &OsStr) -> Result<()> {
+        let shown = name.display();
+        let files = match Path::new(name).exists() {
+            true => Some(vec![PathBuf::from(name)]),
+            false => files_named(drivers, name),
+        };
+        let files = files.ok_or_else(|| Error::invalid(format!("'{shown}' names other things than files")))?;
+        for path in files {
+            let resolved = std::fs::canonicalize(&path).map_err(storage::Error::from);
+            self.resolved.push(resolved.with_context(|| format!("Could not find '{}'", path.display()))?);
+        }
         Ok(())
     }
 
@@ -40,25 +48,56 @@ impl Allowed {
 }
 
 impl Policy {
-    /// Allows a file whose name the user has typed; one that is not there allows nothing.
-    pub(super) fn allow_typed(&mut self, path: &Path) {
+    /// Allows the files of a name that the user has typed; those that are not there allow nothing.
+    pub(super) fn allow_typed(&mut self, drivers: &Drivers, name: &OsStr) {
         if let Self::Refuse(allowed) = self {
-            allowed.resolved.extend(std::fs::canonicalize(path).ok().filter(|path| !path.is_dir()));
+            let literally = Path::new(name).exists().then(|| PathBuf::from(name));
+            let files = literally.into_iter().chain(files_named(drivers, name).unwrap_or_default());
+            let found = files.filter_map(|path| std::fs::canonicalize(path).ok());
+            allowed.resolved.extend(found.filter(|path| !path.is_dir()));
         }
     }
 }
 
+/// The files that a name stands for: a path, spelt `file:` or not, or those of a tree (`json:`). Nothing where it may lead to
+/// anything else, such as a server.
+pub fn files_named(drivers: &Drivers, name: &OsStr) -> Option<Vec<PathBuf>> {
+    let Some(text) = name::json_text(name) else {
+        return match name::protocol(name) {
+            None => Some(vec![name.into()]),
+            Some((prefix, path)) => (prefix == "file").then(|| vec![path.into()]),
+        };
+    };
+    let mut files = Vec::new();
+    for (key, value) in name::parse_json(&text).ok()? {
+        let Some(value) = value.as_str() else { continue };
+        match key.rsplit('.').next() {
+            Some("driver") if value == "file" || drivers.format(value).is_some() => {}
+            Some("filename") => files.extend(files_named(drivers, OsStr::new(value))?),
+            _ => return None,
+        }
+    }
+    (!files.is_empty()).then_some(files)
+}
+
 impl Opener<'_> {
     /// Refuses, where the policy says so, to open what an image names; `path` is what the name comes to, seen from
-    /// the image. Only files can be allowed.
+    /// the image. Only files can be allowed, however they are spelt.
     pub fn may_open(&self, image: &str, named: &str, path: Option<&OsStr>) -> Result<()> {
-        self.may_open_file(image, named, path.filter(|path| name::protocol(path).is_none()))
+        self.may_open_files(image, named, path.and_then(|path| files_named(self.drivers, path)))
     }
 
     /// The same for a name that is never taken for a protocol.
     pub fn may_open_file(&self, image: &str, named: &str, path: Option<&OsStr>) -> Result<()> {
-        let allowed = || path.is_some_and(|path| std::fs::canonicalize(path).is_ok_and(|path| self.allows(&path)));
-        if self.policy == Policy::Follow || allowed() { Ok(()) } else { Err(forbidden(image, named)) }
+        self.may_open_files(image, named, path.map(|path| vec![path.into()]))
+    }
+
+    fn may_open_files(&self, image: &str, named: &str, files: Option<Vec<PathBuf>>) -> Result<()> {
+        let allowed = |path: &PathBuf| std::fs::canonicalize(path).is_ok_and(|path| self.allows(&path));
+        match self.policy == Policy::Follow || files.is_some_and(|files| files.iter().all(allowed)) {
+            true => Ok(()),
+            false => Err(forbidden(image, named)),
+        }
     }
 
     /// Whether an image may be looked for what belongs to it beside it: where it may name nothing there is nothing to find.
@@ -110,7 +149,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
-    use crate::block::{Drivers, NO_SECRETS};
+    use crate::block::NO_SECRETS;
     use crate::storage::file::FileHow;
 
     #[test]
@@ -122,8 +161,8 @@ mod tests {
             std::fs::write(at(name), name).unwrap();
         }
         let mut allowed = Allowed::default();
-        allowed.add(&at("in")).unwrap();
         let drivers = Drivers { formats: &[], protocols: &[], filters: &[] };
+        allowed.add(&drivers, at("in").as_os_str()).unwrap();
         let opener = Opener::new(&drivers, Policy::Refuse(allowed), &NO_SECRETS);
         let opens = |name: &str| opener.allows_open(&HostFile::open(&at(name), &FileHow::default()).unwrap());
         assert!(opener.may_open_file("image", "base", Some(at("in/base").as_os_str())).is_ok() && opens("in/base"));

@@ -19,7 +19,7 @@ use crate::storage::outgoing::Outgoing;
 use crate::storage::{Error, Result};
 
 /// The protocol.
-pub const AZ: ByUrl = ByUrl { name: "az", open, send: Some(&Blobs), credentials: Vec::new };
+pub const AZ: ByUrl = ByUrl { name: "az", open, send: Some(&Blobs), credentials: Vec::new, keeps: false };
 
 /// Blobs that are written.
 #[derive(Debug)]

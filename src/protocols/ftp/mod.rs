@@ -23,9 +23,9 @@ use super::url::{ByUrl, Login, Remote, Wanted, Wishes};
 use crate::storage::{Error, Result};
 
 /// Without encryption.
-pub const FTP: ByUrl = ByUrl { name: "ftp", open, send: None, credentials: Vec::new };
+pub const FTP: ByUrl = ByUrl { name: "ftp", open, send: None, credentials: Vec::new, keeps: false };
 /// Over TLS.
-pub const FTPS: ByUrl = ByUrl { name: "ftps", open, send: None, credentials: Vec::new };
+pub const FTPS: ByUrl = ByUrl { name: "ftps", open, send: None, credentials: Vec::new, keeps: false };
 
 /// Sessions at once: servers allow an address but a few.
 const PARALLEL: u32 = 4;

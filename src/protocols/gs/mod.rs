@@ -18,7 +18,7 @@ use crate::storage::outgoing::Outgoing;
 use crate::storage::{Error, Result};
 
 /// The protocol.
-pub const GS: ByUrl = ByUrl { name: "gs", open, send: Some(&Objects), credentials: token::files };
+pub const GS: ByUrl = ByUrl { name: "gs", open, send: Some(&Objects), credentials: token::files, keeps: false };
 
 /// Where the store is, unless a variable says where another one is.
 const ENDPOINT: &str = "https://storage.googleapis.com";

@@ -14,9 +14,9 @@ use super::url::{ByUrl, Remote, Wanted, Wishes};
 use crate::storage::Result;
 
 /// Without encryption.
-pub const HTTP: ByUrl = ByUrl { name: "http", open, send: None, credentials: Vec::new };
+pub const HTTP: ByUrl = ByUrl { name: "http", open, send: None, credentials: Vec::new, keeps: false };
 /// Over TLS.
-pub const HTTPS: ByUrl = ByUrl { name: "https", open, send: None, credentials: Vec::new };
+pub const HTTPS: ByUrl = ByUrl { name: "https", open, send: None, credentials: Vec::new, keeps: false };
 
 /// Requests under way at once.
 const PARALLEL: u32 = 16;

@@ -21,7 +21,7 @@ use crate::storage::outgoing::Outgoing;
 use crate::storage::{Error, Result};
 
 /// The protocol.
-pub const S3: ByUrl = ByUrl { name: "s3", open, send: Some(&Objects), credentials: credentials::files };
+pub const S3: ByUrl = ByUrl { name: "s3", open, send: Some(&Objects), credentials: credentials::files, keeps: false };
 
 /// Objects that are written.
 #[derive(Debug)]

@@ -28,6 +28,8 @@ pub struct ByUrl {
     pub send: Option<&'static dyn SendFile>,
     /// The files that say who asks, as [`Protocol::credentials`] does.
     pub credentials: fn() -> Vec<PathBuf>,
+    /// As [`Protocol::keeps_what_comes`] says.
+    pub keeps: bool,
 }
 
 /// What is to be opened.
@@ -89,6 +91,10 @@ impl Protocol for ByUrl {
 
     fn credentials(&self) -> Vec<PathBuf> {
         (self.credentials)()
+    }
+
+    fn keeps_what_comes(&self) -> bool {
+        self.keeps
     }
 
     fn spelt(&self, rest: &OsStr) -> Result<Spelt> {
