@@ -10,8 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use self::server::{Manner, Server};
-use crate::common::run::{plain, vimg_within_memory};
-use crate::common::{Output, Scratch, assert_same_bytes, pattern, vimg};
+use crate::common::run::{own, plain, vimg_within_memory};
+use crate::common::{Output, Scratch, assert_same_bytes, judge, pattern, vimg};
 
 /// `qemu-nbd` on the socket `s` of a folder, until it is dropped.
 struct Served(Child);
@@ -83,6 +83,53 @@ fn disks_go_to_a_server_and_come_back() {
     }
     scratch.assert_same_content("raw", "disk", "qcow2", "t.qcow2");
     scratch.assert_clean("qcow2", "t.qcow2");
+}
+
+/// Clusters that are marked are shown as absent, and are read all the same.
+#[test]
+fn a_map_shows_a_bitmap_as_the_reference_does() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 a 4M && qemu-img bitmap --add -g 64k a b0");
+    scratch.qemu_io("qcow2", "a", &["write -q -P 7 1M 128k", "write -q -P 8 3M 10k"]);
+    let _served = Served::new(&scratch, &["-r", "-f", "qcow2", "-B", "b0", "a"]);
+    let named = |driver: &str, context: &str| format!("{driver},x-dirty-bitmap={context}");
+    let raw = "driver=raw,file.driver=nbd,file.path=s,file.x-dirty-bitmap=qemu:dirty-bitmap:b0".to_owned();
+    for name in [named("driver=nbd,path=s", "qemu:dirty-bitmap:b0"), raw] {
+        for form in ["json", "human"] {
+            let args = ["map", "--output", form, "--image-opts", &name];
+            let (ours, theirs) = (vimg(&args).dir(scratch.path()).ok(), judge(&args).dir(scratch.path()).ok());
+            assert_eq!(ours.stdout, theirs.stdout);
+        }
+        let marked = vimg(&["map", "--output=json", "--image-opts", &name]).dir(scratch.path()).ok();
+        assert_eq!(marked.stdout.matches("\"present\": false").count(), 2, "{marked:?}");
+        scratch.vimg(&["convert", "--image-opts", &name, "-O", "raw", "out"]);
+        scratch.assert_same_content("qcow2", "a", "raw", "out");
+    }
+    for context in ["qemu:dirty-bitmap:nix", ""] {
+        let args = ["info", "--image-opts", &named("driver=nbd,path=s", context)];
+        let (ours, theirs) = (vimg(&args).dir(scratch.path()).fails(1), judge(&args).dir(scratch.path()).fails(1));
+        assert_eq!(ours.stderr, theirs.stderr);
+    }
+}
+
+#[test]
+fn an_export_that_is_not_there_is_told_with_those_that_are() {
+    let scratch = Scratch::new();
+    disk(&scratch.file("disk"));
+    let socket = scratch.file("s");
+    let all = ["-k", socket.to_str().unwrap(), "-t", "-e", "8", "-x", "first\"'\n", "-r", "-f", "raw", "disk"];
+    let _served = Served(plain("qemu-nbd", &all).dir(scratch.path()).spawn());
+    let end = Instant::now() + Duration::from_secs(600);
+    while std::os::unix::net::UnixStream::connect(&socket).is_err() && Instant::now() < end {
+        thread::sleep(Duration::from_millis(5));
+    }
+    let name = "nbd+unix:///nix?socket=s";
+    let out = own(&["info", name]).dir(scratch.path()).fails(1);
+    assert!(out.stderr.contains("Requested export not available"), "{out:?}");
+    assert!(out.stderr.contains(r#"the server has 'first\"\'\n'"#), "{out:?}");
+    // Those who call it by the reference's name are told what that tells.
+    let (ours, theirs) = (vimg(&["info", name]), judge(&["info", name]));
+    assert_eq!(ours.dir(scratch.path()).fails(1).stderr, theirs.dir(scratch.path()).fails(1).stderr);
 }
 
 #[test]

@@ -5,7 +5,8 @@
 use std::sync::Arc;
 
 use crate::block::error::Context;
-use crate::block::{ExtentKind, GuestOffset, HostPlace, MapCursor, Mapping, Node, Result, StoredWord};
+use crate::block::{Error, ExtentKind, GuestOffset, HostPlace, MapCursor, Mapping, Node, Result, StoredWord};
+use crate::storage::{HostExtent, HostKind};
 
 /// What is true of a part of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -133,11 +134,26 @@ pub fn entry_of<'a>(mapping: &Mapping<'a>) -> Result<MapEntry<'a>> {
         let below = entry_of(&inner.map(GuestOffset(place.at.get()), left, usize::MAX)?)?;
         return Ok(MapEntry { start, depth, ..below });
     }
+    let known = match (word, mapping.kind) {
+        (StoredWord::File, ExtentKind::Data(place)) => told_by_file(node, mapping, place)?,
+        _ => None,
+    };
+    let len = known.map_or(len, |known| known.len.min(len));
+    if known.is_some_and(|known| known.kind == HostKind::Absent) {
+        return Ok(MapEntry { start, len, depth, ..MapEntry::default() });
+    }
     // Encrypted bytes are not what the guest reads.
     let place = place.filter(|_| node.driver().cipher().is_none());
     let place = place.filter(|place| addressed(*place));
     let file = place.and_then(child).map(|file| file.name.as_str());
     Ok(MapEntry { start, len, depth, present, zero, data, compressed, offset: place.map(|place| place.at.get()), file })
+}
+
+/// What the file of a disk that is the file says of a run, if it is none of this host: those are whole.
+fn told_by_file(node: &Node, mapping: &Mapping<'_>, place: HostPlace) -> Result<Option<HostExtent>> {
+    let file = node.driver().files().get(place.file).filter(|file| file.storage.facts().identity.is_none());
+    let told = file.map(|file| file.storage.extent(place.at.get(), mapping.len)).transpose();
+    told.map_err(Error::from).map(|told| told.filter(|told| told.len > 0))
 }
 
 /// The image that a file of a layer is.

@@ -55,6 +55,8 @@ pub enum HostKind {
     Zero,
     /// Reads as zeros, and takes no space.
     Hole,
+    /// Anything, of which whoever keeps its map says that a layer below has it.
+    Absent,
 }
 
 /// A run of bytes of the same kind, starting where it was asked for.
@@ -79,7 +81,7 @@ impl HostExtent {
 
     /// Whether it need not be read to know that it reads as zeros.
     pub fn is_zero(&self) -> bool {
-        self.kind != HostKind::Data
+        matches!(self.kind, HostKind::Zero | HostKind::Hole)
     }
 }
 

@@ -23,6 +23,8 @@ pub enum Wrong {
     Contexts,
     /// Information without an end.
     Information,
+    /// The export is not there, and others without an end are.
+    Exports,
     /// An export that is longer than a file can be.
     Size,
     /// Blocks of three bytes.
@@ -65,6 +67,7 @@ pub const WRONG: &[Wrong] = &[
     Wrong::LongOptionReply,
     Wrong::Contexts,
     Wrong::Information,
+    Wrong::Exports,
     Wrong::Size,
     Wrong::Blocks,
     Wrong::Magic,
@@ -236,6 +239,13 @@ impl Client {
                 self.option_reply(option, 4, &context)?;
                 self.option_reply(option, ACK, &[])?;
             }
+            3 => {
+                while self.is(Wrong::Exports) {
+                    self.option_reply(option, 2, &[&[255; 4][..], &[9; 4000]].concat())?;
+                }
+                self.option_reply(option, UNSUPPORTED, &[])?;
+            }
+            7 if self.is(Wrong::Exports) => self.option_reply(option, 1 << 31 | 6, &[])?,
             7 => {
                 let size = if self.is(Wrong::Size) { u64::MAX } else { self.bytes.len() as u64 };
                 let flags: u16 = 1 | if self.manner.several { 1 << 8 } else { 0 };

@@ -4,7 +4,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::layout::state;
+use super::layout::{BASE_ALLOCATION, state};
 use super::requests::StatusRun;
 use crate::storage::{HostExtent, HostKind};
 
@@ -50,7 +50,7 @@ impl KnownExtents {
     }
 
     /// An answer of the server, about `asked` bytes from `at` on in an export of `size` bytes.
-    pub fn learn(&self, at: u64, asked: u64, size: u64, answer: &[StatusRun], plan: u64) {
+    pub fn learn(&self, at: u64, asked: u64, size: u64, answer: &[StatusRun], plan: u64, meaning: Meaning) {
         let mut known = self.lock();
         if known.writes != plan {
             return;
@@ -66,7 +66,7 @@ impl KnownExtents {
         let mut end = at;
         for (len, flags) in answer {
             end = end.saturating_add(*len).min(size);
-            let kind = kind(*flags);
+            let kind = meaning(*flags);
             match known.runs.last_mut() {
                 Some((last, same)) if *same == kind => *last = end,
                 _ => known.runs.push((end, kind)),
@@ -87,10 +87,23 @@ impl KnownExtents {
 }
 
 /// "`base:allocation` metadata context". A hole that need not read as zeros is to be read.
-pub fn kind(flags: u64) -> HostKind {
+fn allocated(flags: u64) -> HostKind {
     match (flags & state::ZERO != 0, flags & state::HOLE != 0) {
         (true, true) => HostKind::Hole,
         (true, false) => HostKind::Zero,
         (false, _) => HostKind::Data,
     }
+}
+
+/// Of another context, shown as the reference does: what is marked there is absent here.
+fn marked(flags: u64) -> HostKind {
+    if flags & state::MARKED != 0 { HostKind::Absent } else { HostKind::Data }
+}
+
+/// What the flags of a context mean.
+pub type Meaning = fn(u64) -> HostKind;
+
+/// That of a context by its name.
+pub fn meaning(context: &str) -> Meaning {
+    if context == BASE_ALLOCATION { allocated } else { marked }
 }

@@ -55,13 +55,15 @@ pub struct Refusal {
     pub text: String,
     /// Lines to show after it.
     pub hints: Vec<String>,
+    /// What there is instead.
+    pub advice: Option<String>,
     /// Another try may go better.
     pub passing: bool,
 }
 
 impl From<String> for Refusal {
     fn from(text: String) -> Self {
-        Self { text, hints: Vec::new(), passing: false }
+        Self { text, hints: Vec::new(), advice: None, passing: false }
     }
 }
 
@@ -87,6 +89,9 @@ pub struct Ready {
 const LONGEST_REPLY: u32 = 2 * layout::LONGEST_STRING as u32;
 /// Replies to one option.
 const MOST_REPLIES: usize = 1024;
+
+/// Names of exports that are shown.
+const NAMES_SHOWN: usize = 16;
 
 /// Connects, and opens the export. No answer is waited for longer than `timeout`.
 pub fn open(target: &Target, tls: Option<&Tls>, timeout: Option<Duration>) -> Result<Ready> {
@@ -151,6 +156,9 @@ impl Haggle<'_> {
         if export.structured {
             export.context = self.set_context()?;
         }
+        if export.context.is_none() && self.target.context != BASE_ALLOCATION {
+            return Err("Could not open image: Invalid argument".into());
+        }
         match self.go(&mut export)? {
             true => self.ready(export),
             false => self.export_name(padded),
@@ -195,7 +203,7 @@ impl Haggle<'_> {
         const OPTION: u32 = option::SET_META_CONTEXT;
         let mut data = string(&self.target.export);
         data.extend_from_slice(U32::new(1).as_bytes());
-        data.extend(string(BASE_ALLOCATION));
+        data.extend(string(&self.target.context));
         self.option(OPTION, &data)?;
         let mut found = None;
         for _ in 0..MOST_REPLIES {
@@ -204,7 +212,7 @@ impl Haggle<'_> {
                 (reply::META_CONTEXT, data) => {
                     let (number, name) =
                         U32::read_from_prefix(&data).map_err(|_| "Server sent a metadata context without a number")?;
-                    if name != BASE_ALLOCATION.as_bytes() || found.is_some() {
+                    if name != self.target.context.as_bytes() || found.is_some() {
                         return Err("Server sent a metadata context that was not asked for".into());
                     }
                     found = Some(number.get());
@@ -307,8 +315,27 @@ impl Haggle<'_> {
         Ok((head.kind.get(), data))
     }
 
+    /// The exports that the server has, as far as it tells.
+    fn list(&mut self) -> Result<Vec<String>> {
+        self.option(option::LIST, &[])?;
+        let mut names = Vec::new();
+        for _ in 0..MOST_REPLIES {
+            match self.reply(option::LIST)? {
+                (reply::SERVER, data) => {
+                    let (len, rest) =
+                        U32::read_from_prefix(&data).map_err(|_| "Server sent an export without a name")?;
+                    let name = usize::try_from(len.get()).ok().and_then(|len| rest.get(..len));
+                    names.push(String::from_utf8_lossy(name.unwrap_or_default()).escape_debug().to_string());
+                }
+                _ => break,
+            }
+        }
+        Ok(names)
+    }
+
     /// What an error that answers an option says.
     fn refused(&mut self, option: u32, kind: u32, data: &[u8]) -> Refusal {
+        let names = if kind == reply::UNKNOWN { self.list().unwrap_or_default() } else { Vec::new() };
         // Politely; whether it is heard or not.
         let _ = self.option(option::ABORT, &[]);
         let shown = match option {
@@ -331,7 +358,7 @@ impl Haggle<'_> {
             other => (format!("Unknown error code {} when asking for option {shown}", other & !reply::ERROR), None),
         };
         let hints = hint.into_iter().chain(reported(data)).collect();
-        Refusal { hints, passing: kind == reply::SHUTDOWN, text }
+        Refusal { hints, advice: shown_names(&names), passing: kind == reply::SHUTDOWN, text }
     }
 
     fn read<T: FromBytes + IntoBytes>(&mut self, what: &str) -> Result<T> {
@@ -361,6 +388,13 @@ const UNTOLD: Export = Export {
 fn string(text: &str) -> Vec<u8> {
     let len = u32::try_from(text.len()).unwrap_or(u32::MAX);
     [U32::new(len).as_bytes(), text.as_bytes()].concat()
+}
+
+/// The first of the exports that a server has.
+fn shown_names(names: &[String]) -> Option<String> {
+    let shown: Vec<String> = names.iter().take(NAMES_SHOWN).map(|name| format!("'{name}'")).collect();
+    let more = if names.len() > NAMES_SHOWN { ", ..." } else { "" };
+    (!shown.is_empty()).then(|| format!("the server has {}{more}", shown.join(", ")))
 }
 
 /// The message of an error, if it has one that can be shown.

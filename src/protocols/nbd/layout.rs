@@ -79,6 +79,7 @@ pub mod option {
     #![allow(missing_docs)]
     pub const EXPORT_NAME: u32 = 1;
     pub const ABORT: u32 = 2;
+    pub const LIST: u32 = 3;
     pub const STARTTLS: u32 = 5;
     pub const GO: u32 = 7;
     pub const STRUCTURED_REPLY: u32 = 8;
@@ -90,6 +91,7 @@ pub mod option {
 pub mod reply {
     #![allow(missing_docs)]
     pub const ACK: u32 = 1;
+    pub const SERVER: u32 = 2;
     pub const INFO: u32 = 3;
     pub const META_CONTEXT: u32 = 4;
     /// Set in all that are errors.
@@ -311,11 +313,13 @@ const _: () = assert!(size_of::<ExtendedStatus>() == 16);
 /// "Metadata contexts": what the context says of a run.
 pub const BASE_ALLOCATION: &str = "base:allocation";
 
-/// Flags of [`BASE_ALLOCATION`].
+/// Flags of [`BASE_ALLOCATION`], and of a bitmap.
 pub mod state {
     #![allow(missing_docs)]
     pub const HOLE: u64 = 1;
     pub const ZERO: u64 = 2;
+    /// Of a bitmap, or of any other context of one bit.
+    pub const MARKED: u64 = 1;
 }
 
 /// "Error values": the operating system's numbers where it is Linux.

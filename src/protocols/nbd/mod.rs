@@ -108,9 +108,9 @@ impl Protocol for Nbd {
 /// Opens an export, for writing if that is wanted.
 fn connect(target: Target, secrets: &Secrets, write: bool, write_through: bool) -> Result<Remote> {
     let tls = Tls::of(&target, secrets)?;
-    let remote = Remote::open(target, tls, write_through).map_err(|Refusal { text, hints, .. }| {
+    let remote = Remote::open(target, tls, write_through).map_err(|Refusal { text, hints, advice, .. }| {
         let error = Error::new(ErrorKind::Io, text);
-        hints.into_iter().fold(error, Error::hint)
+        advice.into_iter().fold(hints.into_iter().fold(error, Error::hint), Error::advise)
     })?;
     if write && remote.export().has(flag::READ_ONLY) {
         return Err(Error::new(ErrorKind::Io, "Could not open image: Permission denied"));

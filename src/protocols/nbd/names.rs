@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde_json::{Map, Value};
 
-use super::layout::{LONGEST_STRING, PORT};
+use super::layout::{BASE_ALLOCATION, LONGEST_STRING, PORT};
 use crate::block::keys::{take_number, take_switch, take_text};
 use crate::block::name::{first_key, take_below};
 use crate::block::{Error, OptionTree, Result};
@@ -72,6 +72,8 @@ pub struct Target {
     pub address: Address,
     /// The export; the server's default one has no name.
     pub export: String,
+    /// The context that its map is of.
+    pub context: String,
     /// How it is spoken with.
     pub tls: WantedTls,
     /// Seconds for which a lost connection is tried to be made again, while requests wait.
@@ -93,7 +95,8 @@ fn no_address() -> Error {
 
 impl Target {
     fn new(address: Address, export: String) -> Self {
-        Self { address, export, tls: WantedTls::default(), reconnect: 0, patience: 0 }
+        let context = BASE_ALLOCATION.to_owned();
+        Self { address, export, context, tls: WantedTls::default(), reconnect: 0, patience: 0 }
     }
 
     /// What a name says.
@@ -146,8 +149,8 @@ impl Target {
         if let Some(hostname) = take_text(options, "tls-hostname") {
             target.tls.hostname = Some(hostname);
         }
-        if take_text(options, "x-dirty-bitmap").is_some() {
-            return Err(Error::unsupported("'x-dirty-bitmap' is not supported: a map shows what is allocated"));
+        if let Some(context) = take_text(options, "x-dirty-bitmap") {
+            target.context = context;
         }
         target.reconnect = take_number(options, "reconnect-delay")?.unwrap_or(0);
         target.patience = take_number(options, "open-timeout")?.unwrap_or(0);
@@ -158,6 +161,9 @@ impl Target {
     fn check(&self) -> Result<()> {
         if self.export.len() > LONGEST_STRING {
             return Err(Error::invalid("export name too long to send to server"));
+        }
+        if self.context.len() > LONGEST_STRING {
+            return Err(Error::invalid("x-dirty-bitmap query too long to send to server"));
         }
         match &self.address {
             Address::Unix { path, .. } if path.len() >= LONGEST_SOCKET => {

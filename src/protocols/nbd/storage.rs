@@ -330,12 +330,13 @@ impl Storage for Remote {
         let (start, len) = self.around(at, self.room(at, wanted));
         let mut runs: Vec<StatusRun> = Vec::new();
         self.request(&Ask::new(command::BLOCK_STATUS, start, len), Sink::Status(&mut runs))?;
-        self.extents.learn(start, len, self.export.size, &runs, plan);
+        let meaning = extents::meaning(&self.target.context);
+        self.extents.learn(start, len, self.export.size, &runs, plan, meaning);
         let mut end = start;
         for (len, flags) in runs {
             end = end.saturating_add(len);
             if end > at {
-                return Ok(HostExtent { len: (end - at).min(left), kind: extents::kind(flags) });
+                return Ok(HostExtent { len: (end - at).min(left), kind: meaning(flags) });
             }
         }
         Err(remote("the server sent block status of less than a block".to_owned()))
