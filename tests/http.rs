@@ -3,9 +3,12 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use crate::common::web::{Reply, Request, Web};
-use crate::common::{Output, Scratch, assert_same_bytes, need, own, pattern, vimg};
+use crate::common::{Output, Scratch, assert_same_bytes, judge, need, own, pattern, vimg};
 
 fn run(scratch: &Scratch, args: &[&str]) -> Output {
     vimg(args).dir(scratch.path()).run()
@@ -454,6 +457,48 @@ fn of_a_sparse_image_little_more_than_its_data_is_fetched() {
     scratch.assert_same_content("qcow2", "a", "qcow2", "d");
     let len = fs::metadata(scratch.file("c")).unwrap().len();
     assert!(web.sent() <= len && web.requests().len() as u64 <= len.div_ceil(256 << 10) + 1, "{len} {}", web.sent());
+}
+
+/// But for the first tables, the server answers no request for one before four of them are there at once, unless they do
+/// not come.
+#[test]
+fn tables_are_fetched_several_at_once() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "qcow2", "a", "16G"]);
+    let writes: Vec<String> = (0..32).map(|n| format!("write -q -P {} {}M 64k", n + 1, n * 512)).collect();
+    let writes: Vec<&str> = writes.iter().map(String::as_str).collect();
+    scratch.qemu_io("qcow2", "a", &writes);
+    let file = fs::read(scratch.file("a")).unwrap();
+    let word = |at: usize| u64::from_be_bytes(file[at..at + 8].try_into().unwrap()) & 0x00ff_ffff_ffff_fe00;
+    let l1 = word(40) as usize;
+    let tables: Vec<u64> = (0..32).map(|n| word(l1 + n * 8)).collect();
+    let (state, most) = (Arc::new((Mutex::new((0, 0)), Condvar::new())), Arc::new(AtomicUsize::new(0)));
+    let (shared, seen) = (state, most.clone());
+    let web = Web::new(move |request| {
+        if request.range.is_some_and(|(from, _)| tables[2..].contains(&from)) {
+            let (lock, changed) = &*shared;
+            let mut state = lock.lock().unwrap();
+            state.0 += 1;
+            state.1 = state.1.max(state.0);
+            seen.fetch_max(state.1, Ordering::SeqCst);
+            changed.notify_all();
+            let (mut state, out) =
+                changed.wait_timeout_while(state, Duration::from_secs(60), |state| state.1 < 4).unwrap();
+            state.0 -= 1;
+            state.1 = if out.timed_out() { 4 } else { state.1 };
+        }
+        Reply::part(&file, request).with("ETag", "\"1\"")
+    });
+    let name = format!("driver=qcow2,file.driver=http,file.url={},file.readahead=65536", web.url("a"));
+    let far = vimg(&["map", "--output=json", "--image-opts", &name]).dir(scratch.path()).ok();
+    let near = judge(&["map", "--output=json", "a"]).dir(scratch.path()).ok();
+    assert_eq!(far.stdout, near.stdout);
+    assert!(most.load(Ordering::SeqCst) >= 4);
+    // What lies past the part that is asked about is not fetched.
+    let before = web.requests().len();
+    let part = vimg(&["map", "--max-length=1G", "--image-opts", &name]).dir(scratch.path()).ok();
+    assert_eq!(part.stdout.lines().count(), 3, "{part:?}");
+    assert!(web.requests().len() - before <= 8, "{:?}", web.requests().len() - before);
 }
 
 /// The signature itself is compared with the reference's own example, beside the code.

@@ -218,6 +218,9 @@ impl Qcow2Driver {
         }
         let index = geometry.l2_index(GuestOffset(pos));
         let width = geometry.l2_entry();
+        if !self.tables.holds(self.l2(table), index * width) {
+            self.fetch_ahead(pos, end);
+        }
         let found = self.tables.view(self.l2(table), index * width, |bytes| {
             let mut found: Option<ClusterRun> = None;
             let mut guest = pos - geometry.in_cluster(pos);

@@ -20,6 +20,7 @@
 //! Lock order: `alloc` → `header` → the cache's own. Whoever changes a table or the header holds `alloc`. No lock is
 //! held across data I/O; mapping takes `header` for reading, for a moment, and the cache's locks.
 
+mod ahead;
 pub mod alloc;
 pub mod amend;
 pub mod arrange;
@@ -156,6 +157,8 @@ pub struct Qcow2Driver {
     host_holes: OnceLock<bool>,
     /// Whether wrong tables were reported already.
     told_corrupt: AtomicBool,
+    /// Which tables were fetched before they were needed.
+    ahead: ahead::Ahead,
 }
 
 impl BlockDriver for Qcow2Driver {

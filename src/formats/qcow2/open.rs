@@ -9,6 +9,7 @@ use crate::block::Notice;
 use crate::block::keys::{take_number, take_size, take_switch, take_text};
 use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Purpose, Result};
 
+use super::ahead::Ahead;
 use super::alloc::Allocator;
 use super::crypt::{self, Unlocked};
 use super::header::Qcow2Header;
@@ -88,6 +89,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         unclean: incompatible & layout::DIRTY != 0,
         host_holes: OnceLock::new(),
         told_corrupt: AtomicBool::new(false),
+        ahead: Ahead::default(),
     };
     if purpose.mends() {
         driver.make_ready()?;
@@ -135,6 +137,7 @@ impl Qcow2Driver {
             unclean: self.unclean,
             host_holes: OnceLock::new(),
             told_corrupt: AtomicBool::new(false),
+            ahead: Ahead::default(),
         }
     }
 }

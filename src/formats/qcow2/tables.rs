@@ -178,6 +178,13 @@ impl Tables {
         Ok(look(bytes.get(skip..).unwrap_or(&[])))
     }
 
+    /// Whether the table's byte `from` has been read.
+    pub fn holds(&self, table: Table, from: u64) -> bool {
+        let at = table.at.saturating_add(from - from % SLICE);
+        let slice = lock(&self.shards[shard_of(at)]).slices.get(&at).map(Arc::clone);
+        slice.is_some_and(|slice| slice.bytes.try_read().is_ok_and(|bytes| bytes.is_some()))
+    }
+
     /// Gives `change` the table's `len` bytes from `from` on, which must lie in one slice (any aligned unit up to
     /// 512 bytes does); they are dirty afterwards.
     pub fn change<R>(&self, table: Table, from: u64, len: u64, change: impl FnOnce(&mut [u8]) -> R) -> Result<R> {
@@ -380,9 +387,7 @@ impl Tables {
         let at = table.at.saturating_add(start);
         let len = SLICE.min(table.len - start);
         let now = self.clock.fetch_add(1, Ordering::Relaxed);
-        // Tables lie at multiples of the cluster size: mix the bits.
-        let shard = ((at >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize % SHARDS;
-        let mut shard = lock(&self.shards[shard]);
+        let mut shard = lock(&self.shards[shard_of(at)]);
         let slice = match shard.slices.entry(at) {
             // A corrupt image can give one place two lengths; the one that is used now counts.
             Entry::Occupied(entry) if entry.get().len == len => {
@@ -435,6 +440,11 @@ impl Shard {
             }
         }
     }
+}
+
+/// Where the slice at that place is kept. Tables lie at multiples of the cluster size: the bits are mixed.
+fn shard_of(at: u64) -> usize {
+    ((at >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize % SHARDS
 }
 
 fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
