@@ -113,6 +113,14 @@ fn what_failed_is_told_to_programs() {
     let error = fails(&["convert", "-O", "raw", "short", "o"]);
     assert_eq!((kind(&error).as_str(), error["file"].as_str()), ("truncated", Some("short")));
     assert!(error["offset"].as_u64().is_some_and(|at| at < 400_000), "{error}");
+    // An entry of a table is wrong: where that is.
+    scratch.sh("qemu-img create -q -f qcow2 wrong 1M && qemu-io -c 'write 0 64k' wrong");
+    let mut bytes = fs::read(scratch.file("wrong")).unwrap();
+    bytes[0x40000..0x40008].copy_from_slice(&0x8000_0000_0005_0200_u64.to_be_bytes());
+    fs::write(scratch.file("wrong"), bytes).unwrap();
+    let error = fails(&["convert", "-O", "raw", "wrong", "o"]);
+    assert_eq!((kind(&error).as_str(), error["file"].as_str()), ("corrupt", Some("wrong")));
+    assert_eq!((error["offset"].as_u64(), error["guest-offset"].as_u64()), (Some(0x40000), Some(0)), "{error}");
     // The file is the one that is in the way, however far below.
     for (image, below) in [("top", "gone"), ("upper", "gone")] {
         let error = fails(&["convert", "-O", "raw", image, "o"]);

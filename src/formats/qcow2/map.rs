@@ -40,8 +40,8 @@ struct Position {
 enum Trouble {
     /// A table cannot be read.
     Unreadable(Error),
-    /// A table is wrong, in the reference's words.
-    Wrong(String),
+    /// A table is wrong: how, in the reference's words, and at what offset of the file its entry is.
+    Wrong(String, u64),
 }
 
 impl From<Error> for Trouble {
@@ -211,7 +211,8 @@ impl Qcow2Driver {
         }
         let table = L1Entry(entry).table().unwrap_or_default().get();
         if geometry.in_cluster(table) != 0 {
-            return Err(Trouble::Wrong(format!("L2 table offset {table:#x} unaligned (L1 index: {})", hex(first))));
+            let text = format!("L2 table offset {table:#x} unaligned (L1 index: {})", hex(first));
+            return Err(Trouble::Wrong(text, l1.at.saturating_add(first.saturating_mul(ENTRY))));
         }
         if !self.write {
             self.tables.require(self.l2(table))?;
@@ -251,14 +252,14 @@ impl Qcow2Driver {
             }
             found.ok_or_else(|| format!("L2 table at {table:#x} has no entry {index}"))
         })?;
-        found.map_err(Trouble::Wrong)
+        found.map_err(|text| Trouble::Wrong(text, table.saturating_add(index * width)))
     }
 
     /// Told only where an answer starts: what comes later is asked for again.
     fn tell(&self, trouble: Trouble) -> Error {
         match trouble {
             Trouble::Unreadable(error) => error,
-            Trouble::Wrong(text) => self.corruption(&text),
+            Trouble::Wrong(text, at) => self.corruption(&text).in_file_at(at),
         }
     }
 
