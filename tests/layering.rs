@@ -307,6 +307,49 @@ fn a_failed_rebase_leaves_the_disk_as_it_was() {
     rebases().iter().for_each(every_point);
 }
 
+/// A write fails for want of room, whichever it is, and others go on: what was placed for it is no leak.
+#[test]
+fn a_qed_that_finds_no_room_for_a_write_leaks_nothing() {
+    for case in [
+        Case::commit(("raw", "", 0), ("qed", "", 24 * MIB)),
+        Case::rebase(("qed", "", 24 * MIB), ("raw", "", 24 * MIB), ("", "", 0)),
+    ] {
+        let commits = case.new.is_none();
+        let files = Files::default();
+        let make = |format: &str, name: &str, options: &str| {
+            inside::create_wrapped(&files, find(format), name, 24 * MIB, options, &|file| file).expect("create");
+        };
+        let (top, below) = if commits { ("qcow2", "qed") } else { ("qed", "raw") };
+        make(below, "old", "");
+        make(top, "image", &format!("backing_file=old,backing_fmt={below}"));
+        let case = Case { top: (top, "", 24 * MIB), ..case };
+        let data = if commits { "image" } else { "old" };
+        let node = match data {
+            "image" => case.open(&files, true),
+            _ => Arc::new(inside::open(&files, find(below), data, true, None).expect("open")),
+        };
+        node.write(GuestOffset(0), &pattern(3, 24 << 20), &mut Buffers::default()).expect("write");
+        node.driver().close().expect("close");
+        drop(node);
+        let changed = if commits { "old" } else { "image" };
+        let scratch = Scratch::new();
+        let (recorded, worked, _) = case.run(&files, Faulty::recording);
+        let operations = recorded.operations();
+        assert!(worked && operations.len() > 12);
+        for at in 0..operations.len() {
+            // What is written after the failure may be any of the rest.
+            let (_, worked, after) = case.run(&files, |inner| Faulty::new(inner, at, Fault::Fail(Errno::ENOSPC)));
+            let large = matches!(operations[at], FaultyOperation::Write { len: 65536.., .. });
+            if worked || !large {
+                continue;
+            }
+            after.save(scratch.path());
+            let out = judge(&["check", "-f", "qed", changed]).dir(scratch.path()).run();
+            assert!(out.code == Some(0), "{}: {at} of {}: {out:?}", case.label(), operations.len());
+        }
+    }
+}
+
 #[test]
 fn lost_writes_of_a_commit_or_a_rebase_leave_the_disk_as_it_was() {
     for (seed, case) in commits().iter().chain(&rebases()).enumerate() {

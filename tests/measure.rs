@@ -8,6 +8,8 @@ use fastrand::Rng;
 use crate::common::{Scratch, files::pattern};
 
 const GRAIN: u64 = 64 << 10;
+/// What the name of an extent and a content id are shorter by than the longest ones.
+const NAME: u64 = 255 + 8;
 
 /// A kind of target: its format, its options, what its figures may be too large by for each extent, and whether what is
 /// written is known but for that.
@@ -42,9 +44,9 @@ const KINDS: &[Kind] = &[
     kind("vpc", "subformat=fixed,force_size=on", 0),
     kind("vmdk", "", 0),
     kind("vmdk", "zeroed_grain=on", 0),
-    kind("vmdk", "subformat=monolithicFlat", 5000),
-    kind("vmdk", "subformat=twoGbMaxExtentSparse", 5000),
-    kind("vmdk", "subformat=twoGbMaxExtentFlat", 5000),
+    kind("vmdk", "subformat=monolithicFlat", NAME),
+    kind("vmdk", "subformat=twoGbMaxExtentSparse", NAME),
+    kind("vmdk", "subformat=twoGbMaxExtentFlat", NAME),
     Kind { format: "vmdk", options: "subformat=streamOptimized", slack: 0, exact: false },
 ];
 

@@ -64,6 +64,11 @@ fn difference(theirs: &Output, ours: &Output) -> Option<&'static str> {
     if ours.stderr.contains("snapshot table") && left_marks(theirs) && !left_marks(ours) {
         return Some("qemu-img leaves marks wrong where a snapshot table reached too far");
     }
+    // The bit is read as an entry, where an L2 table is said to be in the header.
+    let without_bit = |out: &Output| out.stderr.replace("ERROR found l2 entry with reserved bits set: 4\n", "");
+    if ours.stderr != theirs.stderr && without_bit(ours) == theirs.stderr {
+        return Some("qemu-img clears autoclear bits before it looks");
+    }
     if theirs.code.is_none() {
         return Some("qemu-img crashes");
     }

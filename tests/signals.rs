@@ -75,3 +75,31 @@ fn a_signal_at_any_point_of_a_change_leaves_the_image_consistent() {
         assert!(ended > 5, "{change:?}: {ended} of those up to {calls}");
     }
 }
+
+/// A repair comes to its end, or has not begun.
+#[test]
+fn a_signal_at_any_point_of_a_repair_lets_it_come_to_its_end() {
+    let scratch = Scratch::new();
+    let folder = scratch.file("in");
+    std::fs::create_dir(&folder).unwrap();
+    scratch.sh("qemu-img create -q -f qcow2 -o cluster_size=4k image 4M; qemu-io -c 'write -P 1 0 1M' image; \
+         qemu-img snapshot -c one image; qemu-io -c 'write -P 2 0 64k' image");
+    let mut damaged = std::fs::read(scratch.file("image")).unwrap();
+    // No snapshots: what they used leaks, and marks change.
+    damaged[60..64].fill(0);
+    let (mut calls, mut mended, mut before) = (40, 0, 0);
+    loop {
+        std::fs::write(scratch.file("changed"), &damaged).unwrap();
+        let args = ["check", "-q", "-r", "all", "../changed"];
+        let Some(by_signal) = terminated_at(&folder, &args, calls) else { break };
+        if std::fs::read(scratch.file("changed")).unwrap() == damaged {
+            before += 1;
+        } else {
+            let check = scratch.judge(&["check", "-f", "qcow2", "changed"]).stdout;
+            assert!(check.starts_with("No errors were found"), "call {calls}: {check}");
+            mended += usize::from(by_signal);
+        }
+        calls += 7;
+    }
+    assert!(before > 3 && mended > 3, "{before} and {mended} of those up to {calls}");
+}

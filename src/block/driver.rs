@@ -351,6 +351,12 @@ pub trait Write: Send + Sync {
         Ok(())
     }
 
+    /// Room that is withdrawn is lost to the file unless it is the last that was given: none is to be given before what
+    /// was given is published.
+    fn only_appends(&self) -> bool {
+        false
+    }
+
     /// Gives back a placement that will not be published.
     fn withdraw(&self, placed: &Placed) {
         let _ = placed;

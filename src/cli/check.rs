@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::arguments::Makes;
 use super::common::Common;
 use super::exit::Exit;
+use super::interrupt::Interrupt;
 use super::output::OutputForm;
 use super::program::stderr_line;
 use super::source::ImageArgs;
@@ -85,6 +86,7 @@ impl Subcommand for CheckArgs {
         let copy = self.repair_to.as_deref();
         let fix = self.repair.unwrap_or(if copy.is_some() { Fix::All } else { Fix::Nothing });
         let purpose = if fix.is_asked_for() && copy.is_none() { Purpose::Repair } else { Purpose::Check };
+        let interrupt = (purpose == Purpose::Repair).then(Interrupt::catch);
         let (image, how) = source.image(program, name)?;
         let opener = program.opener(&secrets);
         // No backing file is needed for this: the reference misses one all the same, and an untrusted image may name none.
@@ -100,10 +102,11 @@ impl Subcommand for CheckArgs {
             }
         };
         let console = Console { name: program.name(), shown: AtomicUsize::new(0) };
-        let checked = match copy {
+        let work = || match copy {
             Some(copy) => check::repair_to(&opener, &node, copy, fix, &console, &show),
             None => check::check(&node, fix, &console, &show),
         };
+        let checked = interrupt.as_ref().map_or_else(work, |interrupt| interrupt.during(work));
         program.notices(&opener);
         let Some(report) = checked.context("Check failed")? else {
             program.error("This image format does not support checks");

@@ -245,6 +245,10 @@ impl Write for QedDriver {
         if state.wants_writing() { state.write_tables(self.storage()) } else { Ok(()) }
     }
 
+    fn only_appends(&self) -> bool {
+        true
+    }
+
     fn withdraw(&self, placed: &Placed) {
         match placed.ticket {
             Ticket::New { unit, count, entry } => {

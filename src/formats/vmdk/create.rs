@@ -96,6 +96,35 @@ pub fn subformat(options: &CreateOptions) -> Result<Subformat> {
     known.copied().ok_or_else(|| Error::invalid(format!("invalid parameter value: {name}")))
 }
 
+/// What the options put into the descriptor.
+pub struct Words<'a> {
+    /// `ddb.adapterType`.
+    pub adapter: &'a str,
+    /// `ddb.virtualHWVersion`.
+    pub hardware: &'a str,
+    /// `ddb.toolsVersion`.
+    pub tools: &'a str,
+}
+
+impl<'a> Words<'a> {
+    /// Refuses those that make no sense.
+    pub fn of(options: &'a CreateOptions) -> Result<Self> {
+        let adapter = options.text("adapter_type").unwrap_or("ide");
+        let compat6 = options.switch("compat6");
+        let hardware = match options.text("hwversion").unwrap_or("undefined") {
+            "undefined" if compat6 => "6",
+            "undefined" => "4",
+            _ if compat6 => return Err(Error::invalid("compat6 cannot be enabled with hwversion set")),
+            version => version,
+        };
+        if !ADAPTERS.contains(&adapter) {
+            return Err(Error::invalid(format!("invalid parameter value: {adapter}")));
+        }
+        let tools = options.text("toolsversion").unwrap_or("2147483647");
+        Ok(Self { adapter, hardware, tools })
+    }
+}
+
 /// Everything decided.
 struct VmdkCreatePlan<'a> {
     subformat: Subformat,
@@ -110,17 +139,7 @@ struct VmdkCreatePlan<'a> {
 impl<'a> VmdkCreatePlan<'a> {
     fn new(request: &CreateRequest<'a>) -> Result<Self> {
         let options = request.options;
-        let adapter = options.text("adapter_type").unwrap_or("ide");
-        let compat6 = options.switch("compat6");
-        let hardware = match options.text("hwversion").unwrap_or("undefined") {
-            "undefined" if compat6 => "6",
-            "undefined" => "4",
-            _ if compat6 => return Err(Error::invalid("compat6 cannot be enabled with hwversion set")),
-            version => version,
-        };
-        if !ADAPTERS.contains(&adapter) {
-            return Err(Error::invalid(format!("invalid parameter value: {adapter}")));
-        }
+        let Words { adapter, hardware, tools } = Words::of(options)?;
         let subformat = subformat(options)?;
         let zeroed = options.switch("zeroed_grain");
         let backing = options.name("backing_file").filter(|name| !name.is_empty());
@@ -150,7 +169,6 @@ impl<'a> VmdkCreatePlan<'a> {
             Some(name) => Some((name, parent_cid(request, name)?)),
             None => None,
         };
-        let tools = options.text("toolsversion").unwrap_or("2147483647");
         Ok(Self { subformat, size, zeroed, adapter, hardware, tools, parent })
     }
 
@@ -220,6 +238,12 @@ pub fn extent_name(main: &OsStr, subformat: &Subformat, index: usize) -> OsStrin
         (true, false) => format!("-s{:03}", index + 1),
     };
     OsString::from_vec([stem, number.as_bytes(), extension].concat())
+}
+
+/// The line of an extent of so many bytes: what comes before its name, and behind it.
+pub fn extent_line(subformat: &Subformat, size: u64) -> (String, &'static str) {
+    let (kind, end) = if subformat.flat { ("FLAT", "\" 0\n") } else { ("SPARSE", "\"\n") };
+    (format!("RW {} {kind} \"", size / SECTOR), end)
 }
 
 /// Where the tables of a sparse extent lie.
@@ -348,18 +372,14 @@ impl Create for Vmdk {
                 let name = extent_name(request.files.name(), &subformat, index);
                 (request.files.beside(&name)?, name)
             };
-            let mut line = |kind: &str, end: &str| {
-                lines.extend_from_slice(format!("RW {} {kind} \"", size / SECTOR).as_bytes());
-                lines.extend_from_slice(name.as_bytes());
-                lines.extend_from_slice(end.as_bytes());
-            };
+            let (start, end) = extent_line(&subformat, size);
+            lines.extend([start.as_bytes(), name.as_bytes(), end.as_bytes()].concat());
             if subformat.flat {
                 let failed = || format!("Could not create '{}'", name.display());
                 storage.set_len(size, fill).with_context(failed)?;
                 // Like every plain file of the reference: its first block is allocated.
                 let first = if size < 4096 { 512 } else { 4096 };
                 storage.write_at(0, &vec![0; first]).with_context(failed)?;
-                line("FLAT", "\" 0\n");
                 continue;
             }
             if subformat.compressed {
@@ -367,7 +387,6 @@ impl Create for Vmdk {
             } else {
                 SparseLayout::new(size, plan.zeroed)?.write(&*storage)?;
             }
-            line("SPARSE", "\"\n");
         }
         let text = NewDescriptor {
             cid: request.ids.word("cid"),

@@ -1,20 +1,42 @@
 //! How large the files of a vmdk become, all together.
 //!
-//! What the descriptor beside its extents takes depends on their names: it is counted with the longest ones, and is the
-//! only part of an image without compression that is not exact. A compressed grain is counted with the most that it may
-//! take.
+//! What the descriptor beside its extents takes depends on their names and the content id, which nobody knows yet: it is
+//! counted with the longest ones, and is the only part of an image without compression that is not exact. A compressed
+//! grain is counted with the most that it may take.
 
 use super::Vmdk;
-use super::create::{SPLIT, SparseLayout, Subformat, decide_size, subformat, tables};
+use super::create::{SPLIT, SparseLayout, Subformat, Words, decide_size, extent_line, subformat, tables};
+use super::descriptor::NewDescriptor;
 use super::grain;
 use super::layout::{GRAIN_SECTORS, GT_SECTORS, GrainMarker, HOSTED_GTES, SECTOR, Sectors};
 use crate::block::Result;
 use crate::block::measure::{Measure, MeasureRequest, Measured};
 
-/// Bytes of a descriptor without the lines of its extents: its own lines, and room for what the options put there.
-const DESCRIPTOR: u64 = 4096;
-/// The longest line of an extent: the longest name, numbers and words.
-const EXTENT_LINE: u64 = 255 + 64;
+/// The longest name of a file.
+const LONGEST_NAME: usize = 255;
+
+/// Bytes of the descriptor of such extents, with the longest names.
+fn descriptor_bytes(request: &MeasureRequest<'_>, subformat: &Subformat, size: u64, extents: &[u64]) -> Result<u64> {
+    let Words { adapter, hardware, tools } = Words::of(request.options)?;
+    let name = "n".repeat(LONGEST_NAME);
+    let line = |size: &u64| {
+        let (start, end) = extent_line(subformat, *size);
+        start + &name + end
+    };
+    let lines: String = extents.iter().map(line).collect();
+    let text = NewDescriptor {
+        cid: u32::MAX,
+        parent_cid: u32::MAX,
+        create_type: subformat.name,
+        parent: request.options.name("backing_file").filter(|name| !name.is_empty()),
+        extents: lines.as_bytes(),
+        hardware,
+        size,
+        adapter,
+        tools,
+    };
+    Ok(text.text().len() as u64)
+}
 
 impl Measure for Vmdk {
     fn measure(&self, request: &MeasureRequest<'_>) -> Result<Measured> {
@@ -26,7 +48,8 @@ impl Measure for Vmdk {
             true => (0..size.div_ceil(SPLIT)).map(|n| SPLIT.min(size - n * SPLIT)).collect(),
             false => vec![size],
         };
-        let descriptor = if split || flat { DESCRIPTOR + extents.len() as u64 * EXTENT_LINE } else { 0 };
+        let beside = split || flat;
+        let descriptor = if beside { descriptor_bytes(request, &subformat, size, &extents)? } else { 0 };
         let grain = GRAIN_SECTORS.bytes();
         let (required, fully_allocated) = if flat {
             // An empty one has its first sector.

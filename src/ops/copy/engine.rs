@@ -146,7 +146,8 @@ impl<'a> Engine<'a> {
             _ => writing.fill_unit().max(1),
         };
         let in_order = facts.taking == Taking::InOrder;
-        let one_by_one = in_order || (!facts.unnamed && granule < unit && granule > 1);
+        let alone = granule < unit && granule > 1 || writing.only_appends();
+        let one_by_one = in_order || (!facts.unnamed && alone);
         // Where parts of a unit are placed alone, a chunk need not be all of it: its place is known to those that come
         // after it, as it is published at once or each is finished in its turn. Zeros are made unit by unit.
         let apart = unit > CUT && CUT.is_multiple_of(granule) && zeros != Zeros::Make && compress.is_none();
