@@ -11,7 +11,7 @@ use vimg::block::io::Scratch as Buffers;
 use vimg::block::{ErrorKind, GuestOffset, ImageRef, NO_SECRETS, Node, OpenHow, Opener, Policy, Purpose, Result};
 use vimg::drivers::DRIVERS;
 
-use crate::common::{Scratch, judge};
+use crate::common::{Scratch, judge, own};
 
 fn opener() -> Opener<'static> {
     Opener::new(DRIVERS, Policy::Follow, &NO_SECRETS)
@@ -207,4 +207,25 @@ fn a_corrupt_image_is_refused_to_writers_of_guest_data_alone() {
         assert!(judged.stderr.contains("qcow2: Image is corrupt; cannot be opened read/write"), "{}", judged.stderr);
     }
     assert!(fs::read(&image).unwrap() == bytes);
+}
+
+#[test]
+fn protocols_that_are_none_here_are_refused_with_another_way() {
+    let scratch = Scratch::new();
+    for (name, way) in [
+        ("ssh://user@host/disk", "sshfs"),
+        ("sheepdog:vdi", "'dog vdi read'"),
+        ("sheepdog+unix:///vdi?socket=s", "'dog vdi read'"),
+        ("rbd:pool/disk", "'rbd map'"),
+        ("iscsi://host/target/1", "iscsiadm"),
+        ("nfs://host/disk", "mount the volume"),
+        ("wibble:disk", "a file of that name is written './wibble:disk'"),
+    ] {
+        let (protocol, _) = name.split_once(':').unwrap();
+        for args in [&["info", name][..], &["create", "-f", "raw", name, "1M"]] {
+            let out = own(args).dir(scratch.path()).fails(1);
+            let refusal = format!("Unknown protocol '{protocol}'\n");
+            assert!(out.stderr.contains(&refusal) && out.stderr.contains(way), "{args:?}: {out:?}");
+        }
+    }
 }

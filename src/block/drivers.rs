@@ -42,6 +42,15 @@ pub enum Named {
     Filter(&'static dyn Filter, Wrapped),
 }
 
+/// Protocols that are none here, and what else leads to what they lead to.
+const ELSEWHERE: &[(&[&str], &str)] = &[
+    (&["ssh", "sftp"], "mount the folder with sshfs, or serve the image there over nbd"),
+    (&["sheepdog", "sheepdog+tcp", "sheepdog+unix"], "copy the disk with 'dog vdi read' and 'dog vdi write'"),
+    (&["rbd"], "make it a block device with 'rbd map'"),
+    (&["iscsi"], "log in to the target with iscsiadm: it is a block device then"),
+    (&["nfs", "gluster", "gluster+tcp", "gluster+unix"], "mount the volume"),
+];
+
 impl Drivers {
     /// The driver with that name.
     pub fn find(&self, name: &str) -> Option<Driver> {
@@ -110,9 +119,10 @@ impl Drivers {
         let protocol = protocol.ok_or_else(|| {
             let plain = plain_path(name);
             let error = Error::invalid(format!("Unknown protocol '{prefix}'"));
-            error.advise(match &*prefix {
-                "ssh" | "sftp" => "mount the folder with sshfs, or serve the image there over nbd".to_owned(),
-                _ => format!("a file of that name is written '{}'", plain.display()),
+            let known = ELSEWHERE.iter().find(|(names, _)| names.contains(&&*prefix));
+            error.advise(match known {
+                Some((_, way)) => (*way).to_owned(),
+                None => format!("a file of that name is written '{}'", plain.display()),
             })
         })?;
         Ok(Named::Protocol(protocol, self.spelt(protocol, name)?))
