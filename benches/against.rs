@@ -25,7 +25,7 @@
 //! Ratio = the other's time / vimg's time: above 1 vimg is faster. There are the ratio of the medians and that of the best
 //! runs: what else the machine does, and pages that a virtual machine has given back to its host, only ever add time, to
 //! either program. The floor of a plain job is its bytes copied in memory, that of a compressed one the codec alone, both
-//! on all cores. Memory is the largest, with pages of files that are mapped.
+//! on all cores. Memory is the largest resident set.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "against/ciphers.rs"]

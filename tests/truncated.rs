@@ -392,7 +392,7 @@ fn nothing_is_placed_behind_the_end(extended_l2: &str) {
 }
 
 /// A source that somebody cuts short while it is converted, at any time: an error that names it and where it ends, and
-/// no target; never a crash (the source's pages are mapped), and never zeros in place of what is gone.
+/// no target; never a crash, and never zeros in place of what is gone.
 #[test]
 fn cut_while_it_is_converted() {
     let scratch = Scratch::new();

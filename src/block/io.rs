@@ -20,7 +20,6 @@ pub use stored::{clear_stored, move_stored, punch, punch_at, read_stored, read_u
 use super::driver::Store;
 use super::error::{Context, Operation};
 use super::{CompressedUnit, Error, ExtentKind, GuestOffset, HostOffset, HostPlace, Mapping, Node, Result};
-use crate::storage::view::Window;
 use crate::storage::{self, Event, zeros};
 
 /// Bytes that are moved, or zeros that are encrypted, in one go.
@@ -234,17 +233,6 @@ impl Mapping<'_> {
             ExtentKind::Compressed(unit) => self.read_compressed(&unit, buf, scratch)?,
         }
         Ok(())
-    }
-
-    /// Shows the run's first `len` bytes as the next ones of a window, without a copy. False where they have to be read:
-    /// they are not stored as they are, or there is no looking at them (see [`Window::add`]).
-    pub fn show(&self, len: usize, window: &mut Window) -> Result<bool> {
-        let ExtentKind::Data(place) = self.kind else { return Ok(false) };
-        if self.node.driver().cipher().is_some() || self.there()? < len as u64 {
-            return Ok(false);
-        }
-        self.node.announce(Event::READ_AIO);
-        Ok(window.add(&*self.node.child(place)?.storage, place.at.get(), len))
     }
 
     fn read_compressed(&self, unit: &CompressedUnit, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {

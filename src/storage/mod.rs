@@ -34,7 +34,6 @@ pub mod sparse;
 pub mod staging;
 pub mod temporary;
 pub mod trailing;
-pub mod view;
 mod words;
 pub mod writeback;
 pub mod zeros;

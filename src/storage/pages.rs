@@ -44,6 +44,11 @@ impl Pages {
         }
         Ok(&mut self[..len])
     }
+
+    /// The same, as they are; none where there are fewer.
+    pub fn first(&self, len: usize) -> &[u8] {
+        self.get(..len).unwrap_or_default()
+    }
 }
 
 impl Default for Pages {

@@ -8,7 +8,6 @@ use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::plain::Plain;
 use super::plan::{Chunk, CopyPlan, PlanShape, Zeros};
 use super::source::{self, Content, Joined};
 use super::turn::Turn;
@@ -17,6 +16,7 @@ use super::{MOST_THREADS, Observer};
 use crate::block::io::Scratch;
 use crate::block::{Error, Result};
 use crate::crypto::{Digest, DigestKind, Hasher};
+use crate::storage::pages::Pages;
 
 /// Most bytes that are read at once to be hashed.
 const PIECE: u64 = 1 << 20;
@@ -146,7 +146,7 @@ struct Readers<'a> {
 
 impl Readers<'_> {
     fn work(&self) {
-        let (mut chunk, mut plain, mut scratch) = (Chunk::default(), Plain::default(), Scratch::default());
+        let (mut chunk, mut plain, mut scratch) = (Chunk::default(), Pages::default(), Scratch::default());
         while !self.stop.load(Ordering::Relaxed) {
             let more = lock(&self.plan).next(&mut chunk);
             let result = match more {
@@ -170,7 +170,7 @@ impl Readers<'_> {
         }
     }
 
-    fn hash(&self, chunk: &Chunk<'_>, plain: &mut Plain, scratch: &mut Scratch) -> Result<()> {
+    fn hash(&self, chunk: &Chunk<'_>, plain: &mut Pages, scratch: &mut Scratch) -> Result<()> {
         let len = usize::try_from(chunk.len).map_err(|_| Error::invalid("a chunk is too long"))?;
         let whole = plain.room(len)?;
         for segment in &chunk.segments {
@@ -179,7 +179,7 @@ impl Readers<'_> {
             let part = whole.get_mut(from..to).ok_or_else(|| Error::invalid("a segment is too long"))?;
             source::read_told(segment, part, scratch)?;
         }
-        self.turn.take(chunk.number, true, &self.stop, || self.digest.bytes(chunk.at, plain.bytes(len)))?;
+        self.turn.take(chunk.number, true, &self.stop, || self.digest.bytes(chunk.at, plain.first(len)))?;
         let done = self.done.fetch_add(chunk.len, Ordering::Relaxed) + chunk.len;
         self.observer.progress(done.min(self.total), self.total);
         Ok(())

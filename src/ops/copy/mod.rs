@@ -8,7 +8,6 @@ pub mod digest;
 pub mod engine;
 pub mod onto;
 mod piece;
-mod plain;
 pub mod plan;
 mod rate;
 mod segment;

@@ -39,7 +39,7 @@ pub enum Zeros {
 
 impl PlanShape {
     /// The most bytes that a chunk spans.
-    pub fn longest(&self) -> u64 {
+    fn longest(&self) -> u64 {
         // Rounded out to units, and then to the end of a compressed unit of a source.
         CHUNK + 2 * self.unit.max(1 << 20)
     }

@@ -6,7 +6,6 @@
 use super::{Engine, MOST, Piece, PieceKind, Worker, short_len};
 use crate::block::io::Step;
 use crate::block::{GuestOffset, Result};
-use crate::ops::copy::engine::store::is_unseen;
 use crate::ops::copy::plan::{CHUNK, Chunk, Zeros};
 use crate::ops::copy::source::Content;
 use crate::ops::copy::{Taking, target};
@@ -63,18 +62,14 @@ impl<'a> Engine<'a> {
             let rest = (whole.end() - at).min(self.granule.max(CHUNK) - at % self.granule.max(1));
             whole.part(at, rest.min(CHUNK), &mut worker.chunk);
             let len = short_len(worker.chunk.len);
-            self.look(worker, len)?;
+            self.fill(worker, len, len)?;
             if let Some(digest) = self.digest {
                 match worker.chunk.keeps() {
                     true => digest.up_to(worker.chunk.end())?,
-                    false => digest.bytes(at, worker.plain.bytes(len))?,
+                    false => digest.bytes(at, worker.plain.first(len))?,
                 }
             }
             self.decide_part(worker, len);
-            if !worker.plain.is_whole() {
-                self.fill(worker, len, len)?;
-                self.decide_part(worker, len);
-            }
             for piece in &worker.pieces {
                 match pieces.last_mut() {
                     Some(last) if last.kind == piece.kind && last.at + last.len == piece.at => last.len += piece.len,
@@ -87,19 +82,11 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    fn look(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
-        let read = self.one_by_one || self.digest.is_some();
-        if read || !worker.plain.see(&worker.chunk, MOST)? {
-            self.fill(worker, len, len)?;
-        }
-        Ok(())
-    }
-
     fn decide_part(&self, worker: &mut Worker<'a>, len: usize) {
         let Worker { chunk, plain, pieces, .. } = worker;
-        target::decide(chunk, plain.bytes(len), self.sparse, self.zeros, pieces);
+        target::decide(chunk, plain.first(len), self.sparse, self.zeros, pieces);
         if self.detect.is_some() {
-            target::detect_zeros(chunk.at, plain.bytes(len), pieces);
+            target::detect_zeros(chunk.at, plain.first(len), pieces);
         }
     }
 
@@ -157,43 +144,20 @@ impl<'a> Engine<'a> {
             self.load(worker, to - from)?;
             let inside = |step: &Step<'_>| (step.from + step.len).min(to).saturating_sub(step.from + step.done) as u64;
             self.wait(worker.steps[next..].iter().map(inside).sum());
-            for n in next..worker.steps.len() {
-                let step = &worker.steps[n];
-                if step.from >= to {
-                    break;
+            let Worker { plain, scratch, steps, .. } = &mut *worker;
+            for step in steps[next..].iter_mut().take_while(|step| step.from < to) {
+                let (start, end) = (step.from + step.done, (step.from + step.len).min(to));
+                if start < end {
+                    let bytes = plain.first(to - from).get(start - from..end - from).unwrap_or_default();
+                    step.write_next(bytes, self.hole, scratch)?;
                 }
-                self.write_some(worker, n, from, to)?;
             }
         }
         Ok(())
     }
 
-    /// Writes what of a step lies in a part that has been loaded, from one offset in the whole chunk to another.
-    fn write_some(&self, worker: &mut Worker<'a>, n: usize, from: usize, to: usize) -> Result<()> {
-        for again in [false, true] {
-            let Worker { plain, scratch, steps, .. } = worker;
-            let Some(step) = steps.get_mut(n) else { break };
-            let (start, end) = (step.from + step.done, (step.from + step.len).min(to));
-            if start >= end {
-                break;
-            }
-            let before = step.done;
-            let bytes = plain.bytes(to - from).get(start - from..end - from).unwrap_or_default();
-            let written = step.write_next(bytes, self.hole, scratch);
-            if again || !plain.is_seen() || !is_unseen(&written, plain.is_whole()) {
-                return written;
-            }
-            step.done = before;
-            self.fill(worker, to - from, to - from)?;
-        }
-        Ok(())
-    }
-
-    /// Reads a part that is written, unless it can be seen. What is kept, in a granule with data, is what the target holds.
+    /// Reads a part that is written. What is kept, in a granule with data, is what the target holds.
     fn load(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
-        if !self.one_by_one && worker.plain.see(&worker.chunk, MOST)? {
-            return Ok(());
-        }
         self.fill(worker, len, len)?;
         let Worker { chunk, plain, scratch, .. } = worker;
         let bytes = plain.room(len)?;

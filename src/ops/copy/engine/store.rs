@@ -2,8 +2,6 @@
 
 use std::sync::atomic::Ordering;
 
-use nix::errno::Errno;
-
 use super::{Engine, Piece, PieceKind, Worker, short_len};
 use crate::block::error::Operation;
 use crate::block::io::{Scratch, Step, write_steps};
@@ -20,7 +18,7 @@ impl<'a> Engine<'a> {
     /// Places, writes and publishes what a chunk has come to.
     pub(super) fn store(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
         let Worker { chunk, plain, encoded, units, scratch, pieces, steps, .. } = worker;
-        let plain = plain.bytes(len);
+        let plain = plain.first(len);
         let early = self.facts.unnamed;
         let deferred_zeros = !self.ordered();
         // Before the turn, in which some of it may be written.
@@ -121,14 +119,7 @@ impl<'a> Engine<'a> {
             self.fill(worker, len, len)?;
         }
         let Worker { plain, encoded, scratch, steps, .. } = worker;
-        let written = write_steps(steps, plain.bytes(len), encoded, self.hole, scratch);
-        if !plain.is_seen() || !is_unseen(&written, plain.is_whole()) {
-            return written;
-        }
-        // It is gone, or cannot be read: which of them reading will tell.
-        self.fill(worker, len, len)?;
-        let Worker { plain, encoded, scratch, steps, .. } = worker;
-        write_steps(steps, plain.bytes(len), encoded, self.hole, scratch)
+        write_steps(steps, plain.first(len), encoded, self.hole, scratch)
     }
 
     /// Which file, and where: unless that is said already.
@@ -143,26 +134,5 @@ impl<'a> Engine<'a> {
         let unmap = self.detect.unwrap_or(true);
         let done = self.target.write_zeroes(GuestOffset(at), len, unmap, &mut Scratch::default());
         done.map_err(|error| self.wrote(error, at))
-    }
-}
-
-/// Whether what was written from a window may be something else than the file. The kernel says so (`EFAULT`) where it took
-/// the bytes itself; where we took them (a cipher, a part of a unit, an aligned buffer), they are no longer whole. A server
-/// that could not be sent to may have been sent nothing for the same reason.
-pub(super) fn is_unseen(written: &Result<()>, whole: bool) -> bool {
-    let by_kernel =
-        |error: &Error| error.storage().is_some_and(|host| host.errno().is_none_or(|errno| errno == Errno::EFAULT));
-    !whole || written.as_ref().is_err_and(by_kernel)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_may_not_have_been_the_file_is_written_again() {
-        let failed = |errno: Errno| Err(Error::from(crate::storage::Error::from(errno)));
-        assert!(!is_unseen(&Ok(()), true) && !is_unseen(&failed(Errno::ENOSPC), true));
-        assert!(is_unseen(&Ok(()), false) && is_unseen(&failed(Errno::EFAULT), true));
     }
 }
