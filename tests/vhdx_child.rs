@@ -12,6 +12,7 @@ use vimg::formats::FORMATS;
 
 use crate::common::inside::{self, Files};
 use crate::common::{Scratch, need, pattern, plain, vimg};
+use crate::differencing::Pair;
 use crate::vhdx::{BAT, M, METADATA, header, put, said, word};
 
 const SIZE: u64 = 9 * M;
@@ -181,6 +182,20 @@ fn a_differencing_disk_is_read_and_written_through_its_parent() {
     disk[5_000_192..].fill(0);
     assert_reads(&scratch, "child.vhdx", &disk);
     scratch.vimg(&["check", "child.vhdx"]);
+}
+
+#[test]
+fn a_resize_of_a_differencing_vhdx_may_stop_anywhere() {
+    // Where the disk ends in a block that is partly its own, and in one that is all its parent's.
+    for sizes in [&[5_000_192, 9 * M, 5000 * M][..], &[8_500_224, 9 * M], &[1_000_448, 9 * M]] {
+        let scratch = Scratch::new();
+        let (child, disk) = family(&scratch, BESIDE);
+        let parent = ("parent.vhdx", fs::read(scratch.file("parent.vhdx")).expect("parent"));
+        let mut pair = Pair { format: "vhdx", parent, child: ("child.vhdx", child), disk };
+        for size in sizes {
+            pair.resize_stopping_anywhere(&scratch, *size);
+        }
+    }
 }
 
 #[test]

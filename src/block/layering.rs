@@ -1,6 +1,13 @@
 //! What a layer can do about those below it: name another backing file, give up what it stores over the one that it has.
 
-use super::{BackingRef, BlockDriver, Result};
+use super::{BackingRef, BlockDriver, Error, Result};
+
+/// The refusal of another backing file by a layer whose format is tied to the one that it was made on.
+pub fn keeps_its_parent(layer: &dyn BlockDriver) -> Error {
+    let format = layer.format();
+    Error::unsupported(format!("Operation not supported: a {format} image keeps the parent that it was made on"))
+        .hint("Convert it to qcow2, and rebase that.")
+}
 
 /// Able to name another backing file.
 pub trait BackingChange {

@@ -53,7 +53,7 @@ pub use format::{
     Create, CreateFiles, CreateRequest, FileOrder, Format, Ids, OpenRequest, Related, TRAILER_BYTES, Trailer,
 };
 pub use keys::OptionTree;
-pub use layering::{BackingChange, Emptying};
+pub use layering::{BackingChange, Emptying, keeps_its_parent};
 pub use name::ImageRef;
 pub use node::{Layer, Mapping, Node};
 pub use notice::Notice;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::copy::{self, CopyOptions, Joined, Observer, Onto, TargetFacts};
 use super::written;
 use crate::block::error::Context;
-use crate::block::{BackingChange, BackingRef, BlockDriver, Error, Node, Result, name};
+use crate::block::{BackingChange, BackingRef, BlockDriver, Error, Node, Result, keeps_its_parent, name};
 use crate::storage::Identity;
 
 /// What the image is to stand on.
@@ -65,8 +65,12 @@ impl NewBacking {
     }
 
     fn change_of<'a>(&self, node: &'a Node) -> Result<&'a dyn BackingChange> {
-        let change = node.driver().backing_change();
-        change.ok_or_else(|| Error::unsupported("Operation not supported")).with_context(|| self.failed())
+        let driver = node.driver();
+        let refusal = || match driver.backing() {
+            Some(_) => keeps_its_parent(driver),
+            None => Error::unsupported("Operation not supported"),
+        };
+        driver.backing_change().ok_or_else(refusal).with_context(|| self.failed())
     }
 
     fn failed(&self) -> String {

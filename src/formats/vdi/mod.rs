@@ -178,8 +178,7 @@ impl BlockDriver for VdiDriver {
     }
 
     fn resizing(&self) -> Option<&dyn Resize> {
-        // VirtualBox has no differencing image of another size than its parent's.
-        self.parent.is_none().then_some(self)
+        Some(self)
     }
 
     fn checking(&self) -> Option<&dyn Check> {

@@ -121,7 +121,10 @@ fn grow(state: &mut VdiState, image: &VdiDriver, size: u64, fixed: Option<Preall
         // In place the entries that are there stay as they are.
         let from = if skip > 0 { 0 } else { old };
         let top = top.max(skip) - skip;
-        write_map(state, storage, u64::from(map), from..new, skip, fixed.map(|_| HostBlock(top)))?;
+        // What is new reads as zeros, whatever a parent has there.
+        let blank = if image.parent.is_some() { MapEntry::Discarded } else { MapEntry::Unallocated };
+        let added = fixed.map_or(blank, |_| MapEntry::At(HostBlock(top)));
+        write_map(state, storage, u64::from(map), from..new, skip, added)?;
         let end_of_used = u64::from(data) + top * block;
         let top = if fixed.is_some() { top + (new - old) } else { top };
         let end = u64::from(data) + top * block;
@@ -176,15 +179,15 @@ fn make_way(state: &mut VdiState, image: &VdiDriver, count: u64) -> Result<()> {
     storage.flush().context("Could not flush")
 }
 
-/// Writes the entries `range` of a map at `at`: those of the old one, less `skip`, then new ones: from `first` on,
-/// or unallocated.
+/// Writes the entries `range` of a map at `at`: those of the old one, less `skip`, then new ones: `added` or, where that
+/// has a place, from there on.
 fn write_map(
     state: &mut VdiState,
     storage: &dyn Storage,
     at: u64,
     range: Range<u64>,
     skip: u64,
-    first: Option<HostBlock>,
+    added: MapEntry,
 ) -> Result<()> {
     let old = u64::from(state.header.blocks());
     let mut next = range.start;
@@ -204,7 +207,10 @@ fn write_map(
             next += run;
         }
         while next < last {
-            let entry = first.map_or(MapEntry::Unallocated, |first| MapEntry::At(first + (next - old)));
+            let entry = match added {
+                MapEntry::At(first) => MapEntry::At(first + (next - old)),
+                none => none,
+            };
             bytes.extend(entry.stored()?.to_le_bytes());
             next += 1;
         }

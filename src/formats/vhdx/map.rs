@@ -10,7 +10,7 @@ use crate::block::info::ImageInfo;
 use crate::block::io::punch;
 use crate::block::{
     Action, BackingChange, BackingRef, BlockDriver, Check, Child, Error, Extent, ExtentKind, Format, GuestOffset,
-    HostPlace, Placed, Resize, Result, Store, StoredWord, Ticket, Write,
+    HostPlace, Placed, Resize, Result, Store, StoredWord, Ticket, Write, keeps_its_parent,
 };
 use crate::formats::one_file::Tables;
 
@@ -101,7 +101,7 @@ impl BlockDriver for VhdxDriver {
 /// The parent stays the same file: its name is in the locator in forms that only the system has which made it.
 impl BackingChange for VhdxDriver {
     fn check(&self, _new: Option<&BackingRef>, _below: Option<&dyn BlockDriver>) -> Result<()> {
-        Err(Error::unsupported("Operation not supported"))
+        Err(keeps_its_parent(self))
     }
 
     fn begin(&self) {}

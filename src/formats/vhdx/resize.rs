@@ -1,7 +1,7 @@
 //! The virtual size of a VHDX image: grow and shrink.
 //!
 //! The switch from old to new is one write, of the size in the metadata. What it makes visible is in place and flushed
-//! before: the entries of new blocks, and a BAT that has room for them. What it hides is cleared after.
+//! before: the entries of new blocks, zeros where the parent has something, and a BAT that has room for them. What it hides is cleared after.
 //!
 //! A BAT that must be longer is written anew at the end of the file, and both region tables are made to name it, one
 //! after the other; until the second does, the old one stays as it is.
@@ -13,7 +13,7 @@ use super::layout::{BlockState, ENTRY, MAX_SIZE, MIB};
 use super::regions::{Region, RegionTable, Shape};
 use super::state::VhdxState;
 use crate::block::error::Context;
-use crate::block::{Error, Resize, Result};
+use crate::block::{Error, Resize, ResizeFiles, Result};
 use crate::formats::one_file::{Tables, clear_last_unit};
 use crate::formats::table::copy;
 use crate::storage::{Preallocation, Storage, Zeroing};
@@ -36,7 +36,18 @@ impl Resize for VhdxDriver {
     }
 
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
-        self.check(size, fill)?;
+        self.resize_over(size, fill, 0)
+    }
+
+    fn resize_with(&self, size: u64, fill: Preallocation, files: &dyn ResizeFiles) -> Result<()> {
+        self.resize_over(size, fill, files.covered())
+    }
+}
+
+impl VhdxDriver {
+    /// The parent covers the first `covered` bytes.
+    fn resize_over(&self, size: u64, fill: Preallocation, covered: u64) -> Result<()> {
+        Resize::check(self, size, fill)?;
         let storage = self.storage();
         let mut state = self.state();
         state.write_tables(storage)?;
@@ -48,6 +59,10 @@ impl Resize for VhdxDriver {
             clear_tail(&mut state, self, size)?;
             drop_blocks(&mut state, storage, shape)?;
         } else {
+            let covered = if self.parent.is_some() { covered.min(size) } else { 0 };
+            if covered > old {
+                own_the_tail(&mut state, storage, old)?;
+            }
             // The guest sees whole blocks again.
             clear_tail(&mut state, self, old)?;
             let all_there = match (self.fixed, fill) {
@@ -55,7 +70,7 @@ impl Resize for VhdxDriver {
                 (true, fill) => Some(fill),
                 (false, _) => None,
             };
-            grow(&mut state, storage, Shape { size, ..shape }, all_there)?;
+            grow(&mut state, storage, Shape { size, ..shape }, covered, all_there)?;
         }
         self.size.store(size, Ordering::Relaxed);
         Ok(())
@@ -71,6 +86,20 @@ fn set_size(state: &mut VhdxState, storage: &dyn Storage, size: u64) -> Result<(
     state.metadata.shape.size = size;
     state.forget();
     Ok(())
+}
+
+/// Gives the block in which a disk of `size` bytes ends, if all of it is the parent's, a place of its own: that can be
+/// cleared.
+fn own_the_tail(state: &mut VhdxState, storage: &dyn Storage, size: u64) -> Result<()> {
+    let shape = state.shape();
+    let last = size / shape.block;
+    if size.is_multiple_of(shape.block) || state.sound_run(storage, last, 1)?.0 != BlockState::NotPresent {
+        return Ok(());
+    }
+    state.need_bitmap(storage, last)?;
+    let (first, _) = state.take(storage, 1)?;
+    state.mark_sectors(storage, last, 0..shape.block / shape.sector, false)?;
+    state.set(storage, last, BlockState::Partial(first))
 }
 
 /// Makes the rest of the last block read as zeros: it lies past `size`, and may come into view.
@@ -124,8 +153,15 @@ fn clear_entries(state: &mut VhdxState, storage: &dyn Storage, end: u64) -> Resu
     Ok(())
 }
 
-/// Grows to that shape; `all_there` says how the space of new blocks is treated where they are all allocated.
-fn grow(state: &mut VhdxState, storage: &dyn Storage, new: Shape, all_there: Option<Preallocation>) -> Result<()> {
+/// Grows to that shape, of which a parent covers so much; `all_there` says how the space of new blocks is treated where
+/// they are all allocated.
+fn grow(
+    state: &mut VhdxState,
+    storage: &dyn Storage,
+    new: Shape,
+    covered: u64,
+    all_there: Option<Preallocation>,
+) -> Result<()> {
     let old = state.shape();
     // What a stopped shrink has left must not come into view.
     clear_entries(state, storage, (state.bat.length / ENTRY).min(new.entries()))?;
@@ -157,6 +193,15 @@ fn grow(state: &mut VhdxState, storage: &dyn Storage, new: Shape, all_there: Opt
             let at = bat.offset + new.entry_of(block) * ENTRY;
             storage.write_at(at, &entry.to_le_bytes()).context("Could not write the VHDX BAT")?;
         }
+    }
+    // What is new reads as zeros, whatever the parent has there.
+    let (mut block, end) = (old.blocks(), covered.div_ceil(new.block));
+    while block < end {
+        let count = (end - block).min(new.chunk() - block % new.chunk());
+        let entries = BlockState::Zero.entry().to_le_bytes().repeat(usize::try_from(count).unwrap_or(0));
+        let at = bat.offset + new.entry_of(block) * ENTRY;
+        storage.write_at(at, &entries).context("Could not write the VHDX BAT")?;
+        block += count;
     }
     if moved {
         name_bat(state, storage, bat)?;

@@ -48,6 +48,11 @@ impl Dynamic {
         Ok(Self { image: OneFile::new(file, size, state, write), block, bitmap, uuid, parent })
     }
 
+    /// Whether another disk shows where this one has nothing.
+    pub fn has_parent(&self) -> bool {
+        self.parent.is_some()
+    }
+
     /// Where a byte of a block is whose bitmap is at `at`.
     fn data(&self, at: HostOffset, within: u64) -> HostPlace {
         HostPlace { file: 0, at: at + self.bitmap + within }
@@ -136,8 +141,7 @@ impl BlockDriver for Dynamic {
     }
 
     fn resizing(&self) -> Option<&dyn Resize> {
-        // The locators would be in the way of a longer table.
-        self.parent.is_none().then_some(self)
+        Some(self)
     }
 
     fn checking(&self) -> Option<&dyn Check> {

@@ -17,6 +17,8 @@ pub use crate::formats::sectors::{SECTOR, Sectors};
 pub const FOOTER: &str = "the VHD footer";
 /// What they call a block's bitmap.
 pub const BITMAP: &str = "the bitmap of a block";
+/// What they call the table of blocks.
+pub const TABLE: &str = "block allocation table";
 /// What they call the dynamic header.
 pub const HEADER: &str = "the dynamic VHD header";
 /// Bytes of a footer.
@@ -309,6 +311,12 @@ impl DynamicHeader {
 
     /// Sets the number of entries.
     pub fn set_entries(&mut self, entries: u32) {
+        self.set_table(self.table(), entries);
+    }
+
+    /// Sets where the table is, and the number of its entries: both are in the header's first sector.
+    pub fn set_table(&mut self, at: u64, entries: u32) {
+        self.raw.table = at.into();
         self.raw.entries = entries.into();
         self.raw.checksum = checksum(self.raw.as_bytes(), self.raw.checksum).into();
     }

@@ -4,18 +4,19 @@
 //! the one that ends the file. As long as the file is longer than the disk that footer carries a mark, without which
 //! nobody could tell the image from a raw one. Of a dynamic one the copy at the start does, which readers trust first: it changes
 //! last when the disk grows and first when it shrinks. A table grows only over blocks that were copied away and named
-//! at their new place.
+//! at their new place; where a parent locator or the header is in its way, it is written anew at the end of the file.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::dynamic::Dynamic;
 use super::fixed::Fixed;
 use super::geometry::{ChsGeometry, SizeRule};
-use super::layout::{BITMAP, FOOTER, FOOTER_BYTES, Footer, HEADER, MAX_SIZE, MAX_TABLE, SECTOR};
+use super::layout::{BITMAP, FOOTER, FOOTER_BYTES, Footer, HEADER, MAX_SIZE, MAX_TABLE, SECTOR, Sectors, TABLE};
 use super::table::{VpcState, can_name, overlap};
 use crate::block::error::Context;
 use crate::block::io::move_stored;
-use crate::block::{Child, Error, GuestOffset, HostOffset, HostPlace, Resize, Result};
+use crate::block::{Child, Error, GuestOffset, HostOffset, HostPlace, Resize, ResizeFiles, Result};
 use crate::formats::one_file::{Tables, clear_last_unit};
 use crate::formats::table;
 use crate::storage::{Preallocation, Zeroing};
@@ -186,15 +187,23 @@ impl Resize for Dynamic {
             return Err(unsupported(fill));
         }
         let mut state = self.state();
-        let entries = entries_for(&state, size)?.max(state.header.entries());
-        if overlap(&state.header_range(), &(state.header.table()..state.table_end_with(entries))) {
-            return Err(Error::unsupported("the header lies where the block allocation table would grow"));
-        }
+        entries_for(&state, size)?;
         state.check_apart(self.storage())
     }
 
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
-        self.check(size, fill)?;
+        self.resize_over(size, fill, 0)
+    }
+
+    fn resize_with(&self, size: u64, fill: Preallocation, files: &dyn ResizeFiles) -> Result<()> {
+        self.resize_over(size, fill, files.covered())
+    }
+}
+
+impl Dynamic {
+    /// The parent covers the first `covered` bytes.
+    fn resize_over(&self, size: u64, fill: Preallocation, covered: u64) -> Result<()> {
+        Resize::check(self, size, fill)?;
         let storage = self.storage();
         let mut state = self.state();
         state.prepare(storage)?;
@@ -203,7 +212,7 @@ impl Resize for Dynamic {
         if size < old {
             shrink(&mut state, self, size)?;
         } else {
-            grow(&mut state, self, old, size)?;
+            grow(&mut state, self, old, size, covered)?;
         }
         self.size.store(size, Ordering::Relaxed);
         storage.flush().context("Could not flush")
@@ -226,34 +235,91 @@ fn write_header(state: &VpcState, file: &Child) -> Result<()> {
     storage.flush().context("Could not flush")
 }
 
-fn grow(state: &mut VpcState, image: &Dynamic, old: u64, size: u64) -> Result<()> {
+fn grow(state: &mut VpcState, image: &Dynamic, old: u64, size: u64, covered: u64) -> Result<()> {
     let storage = image.storage();
     clear_tail(state, image, old)?;
     let wanted = entries_for(state, size)?;
     let had = state.header.entries();
     let first = u32::try_from(old.div_ceil(state.block())).unwrap_or(had).min(had);
-    if wanted > had {
+    let elsewhere = wanted > had && !can_grow_in_place(state, wanted);
+    if wanted > had && !elsewhere {
         let table_end = state.table_end_with(wanted);
         make_way(state, image, table_end)?;
         // Entries that the header does not count yet, and the rest of their sector.
         let from = state.header.table() + u64::from(had) * 4;
         let bytes = vec![0xff; usize::try_from(table_end - from).unwrap_or(0)];
-        image.files[0].write_metadata("block allocation table", from, &bytes)?;
+        image.files[0].write_metadata(TABLE, from, &bytes)?;
         state.forget_table();
     }
     for block in first..had.min(wanted) {
         state.set(storage, u64::from(block), None)?;
     }
     state.write_tables(storage)?;
-    if wanted > had {
+    if elsewhere {
+        move_table(state, image, wanted)?;
+    } else if wanted > had {
         state.header.set_entries(wanted);
         write_header(state, &image.files[0])?;
+    }
+    if image.has_parent() {
+        hide_parent(state, image, old..covered.min(size))?;
     }
     set_size(&mut state.footer, size);
     state.write_front(storage)?;
     let free = state.free;
     state.move_footer(free);
     state.write_tables(storage)
+}
+
+/// Makes part of the disk, which ends before it yet, the image's own: zeros, whatever the parent has there. Where a block
+/// is, it reads as zeros already if its sectors are marked.
+fn hide_parent(state: &mut VpcState, image: &Dynamic, range: Range<u64>) -> Result<()> {
+    let (storage, unit, bitmap) = (image.storage(), state.block(), state.bitmap());
+    let mut from = range.start;
+    while from < range.end {
+        let (block, within) = (from / unit, from % unit);
+        let own = Sectors::within(within)..Sectors::within(unit);
+        match state.run(storage, block, 1)?.0 {
+            Some(at) => state.mark_sectors(storage, block, at, own)?,
+            None => {
+                let (at, fresh) = state.take(storage)?;
+                if !fresh {
+                    let start = (at + bitmap + within).get();
+                    storage.zero(start, unit - within, Zeroing::Allocate).context("Could not clear a new block")?;
+                }
+                image.files[0].write_metadata(BITMAP, at.get(), &vec![0; usize::try_from(bitmap).unwrap_or(0)])?;
+                state.mark_sectors(storage, block, at, own)?;
+                state.set(storage, block, Some(at))?;
+            }
+        }
+        from += unit - within;
+    }
+    state.write_tables(storage)?;
+    storage.flush().context("Could not flush")
+}
+
+/// Whether nothing but blocks, which can be moved, lies where a table with that many entries would end.
+fn can_grow_in_place(state: &VpcState, entries: u32) -> bool {
+    let grown = state.table_end()..state.table_end_with(entries);
+    !state.metadata().iter().any(|range| overlap(range, &grown))
+}
+
+/// Writes the table anew, with that many entries, behind all that there is, and then names it in the header.
+fn move_table(state: &mut VpcState, image: &Dynamic, entries: u32) -> Result<()> {
+    let (storage, file) = (image.storage(), &image.files[0]);
+    let (from, used) = (state.header.table(), u64::from(state.header.entries()) * 4);
+    let at = state.free.get();
+    let end = (at + u64::from(entries) * 4).next_multiple_of(SECTOR);
+    // The last footer is where the table goes: some readers know no other.
+    state.move_footer(HostOffset(end));
+    state.write_tables(storage)?;
+    storage.flush().context("Could not flush")?;
+    table::copy(storage, &file.name, TABLE, from, at, used)?;
+    let bytes = vec![0xff; usize::try_from(end - at - used).unwrap_or(0)];
+    file.write_metadata(TABLE, at + used, &bytes)?;
+    state.header.set_table(at, entries);
+    state.forget_table();
+    write_header(state, file)
 }
 
 /// Copies blocks away that lie where the table shall be, up to `end`, and names the copies.
@@ -326,8 +392,8 @@ fn shrink(state: &mut VpcState, image: &Dynamic, size: u64) -> Result<()> {
     kept.sort_unstable();
     holes.sort_unstable();
     let mut holes = holes.into_iter();
-    let end = state.table_end_with(wanted).max(state.header_range().end.next_multiple_of(SECTOR));
-    let mut end = HostOffset(end);
+    let end = state.metadata().iter().map(|range| range.end).max().unwrap_or(0);
+    let mut end = HostOffset(end.next_multiple_of(SECTOR));
     while let Some((at, block)) = kept.pop() {
         match holes.next().filter(|hole| *hole < at) {
             Some(hole) => {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::layout::{
-    BITMAP, DynamicHeader, FOOTER, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, Sectors, UNALLOCATED,
+    BITMAP, DynamicHeader, FOOTER, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, Sectors, TABLE, UNALLOCATED,
 };
 use crate::block::error::{Context, Operation, Place};
 use crate::block::{Child, Error, HostOffset, Purpose, Result, metadata};
@@ -108,7 +108,7 @@ impl VpcState {
         let mut state = Self {
             footer,
             header,
-            table: TableCache::new(CACHE, file, "block allocation table"),
+            table: TableCache::new(CACHE, file, TABLE),
             full: Vec::new(),
             free,
             fresh,
