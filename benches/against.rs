@@ -245,7 +245,7 @@ fn main() {
         programs.push(("base", std::fs::canonicalize(path).expect("VIMG_BASE is a program")));
     }
     let mut floors = floor::Floors::new(&disk);
-    println!("ratio = the other's time / vimg's: above 1.00 vimg is faster; {rounds} rounds, in turn");
+    println!("ratio = the other's time / vimg's: above 1.00 vimg is faster; {rounds} rounds, in turn, there and back");
     println!("{}", report::head(&programs.iter().map(|(name, _)| *name).collect::<Vec<_>>()));
     let mut system: Option<(&str, FileSystem)> = None;
     for job in JOBS.iter().filter(|job| job.name.contains(&filter)) {
@@ -326,10 +326,16 @@ fn run_job(
     let runs = |contender: &Contender| Runs { name: contender.name, costs: Vec::new(), size: 0, fetched: 0 };
     let mut all: Vec<Runs> = contenders.iter().map(runs).collect();
     let mut unable = vec![false; all.len()];
-    // One run of each to warm up, then in turn.
+    // One run of each to warm up, then in turn, there and back: who comes after a certain other finds the memory as that
+    // one has left it.
     for round in 0..=rounds {
-        for ((contender, runs), unable) in contenders.iter().zip(&mut all).zip(&mut unable) {
-            if *unable {
+        let mut turns: Vec<usize> = (0..contenders.len()).collect();
+        if round % 2 == 1 {
+            turns.reverse();
+        }
+        for turn in turns {
+            let (contender, runs) = (&contenders[turn], &mut all[turn]);
+            if unable[turn] {
                 continue;
             }
             scene::set(dir, disk, job.run);
@@ -339,7 +345,7 @@ fn run_job(
             }
             let cost = match measure(&contender.command, dir) {
                 Err(_) if contender.name == "base" => {
-                    *unable = true;
+                    unable[turn] = true;
                     continue;
                 }
                 other => other?,

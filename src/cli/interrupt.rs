@@ -8,9 +8,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, raise};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
-use super::passphrase;
+use super::signals::{have_effect, heeded};
+use super::terminal;
 
 const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
@@ -32,7 +33,7 @@ impl Interrupt {
             let (seen, begun) = (caught.clone(), begun.clone());
             let waits = spawn_deaf(move || {
                 while let Ok(signal) = set.wait() {
-                    let asking = passphrase::give_terminal_back();
+                    let asking = terminal::give_terminal_back();
                     if asking || seen.swap(signal as i32, Ordering::SeqCst) != 0 || !begun.load(Ordering::SeqCst) {
                         have_effect(signal);
                     }
@@ -78,27 +79,4 @@ pub fn spawn_deaf(work: impl FnOnce() + Send + 'static) -> bool {
     let spawned = std::thread::Builder::new().spawn(work).is_ok();
     let _ = before.thread_set_mask();
     spawned
-}
-
-/// Lets a signal that is blocked have its usual effect.
-pub fn have_effect(signal: Signal) {
-    let mut set = SigSet::empty();
-    set.add(signal);
-    let _ = set.thread_unblock().and_then(|()| raise(signal));
-}
-
-/// Those of the signals that are not ignored.
-pub fn heeded(signals: &[Signal]) -> SigSet {
-    let ignored = ignored();
-    let wanted = |signal: &&Signal| ignored & (1 << (**signal as i32 - 1)) == 0;
-    let mut set = SigSet::empty();
-    signals.iter().filter(wanted).for_each(|signal| set.add(*signal));
-    set
-}
-
-/// The signals that are ignored: signal n is bit n - 1.
-fn ignored() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }

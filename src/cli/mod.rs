@@ -41,9 +41,12 @@ pub mod progress;
 pub mod rebase;
 pub mod report;
 pub mod resize;
+mod secret_file;
+mod signals;
 pub mod size;
 pub mod snapshot;
 pub mod source;
+mod terminal;
 mod trace;
 mod trust;
 

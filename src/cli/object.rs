@@ -12,7 +12,7 @@ use self::credentials::{check_certificates, check_helper, check_shared_keys, rea
 use self::members::{Members, PropertyValue, does_not_accept, json, list};
 use self::properties::{check_properties, check_together, last_of, throttle_limits};
 use self::types::{ELSEWHERE, ObjectType, PropertyKind, Standing, TYPES};
-use super::{Complaint, Program};
+use super::{Complaint, Program, secret_file};
 use crate::block::throttle::Limits;
 use crate::block::{SecretBytes, Secrets, TlsCredentials, TlsKind};
 use crate::codec::base64;
@@ -73,7 +73,7 @@ pub struct SealedSecret {
 /// Reads the value of `--object`.
 pub fn parse(text: &str) -> Result<Object, Complaint> {
     // It may hold a secret, or name a file with one.
-    keep_from_core_files();
+    secret_file::keep_from_core_files();
     let given = if text.starts_with('{') { json(text)? } else { list(text)? };
     let kind = given.iter().find(|(key, _)| key == "qom-type").map(|(_, value)| value.text("qom-type")).transpose()?;
     let row = kind.and_then(|kind| TYPES.iter().find(|row| row.name == kind));
@@ -193,12 +193,6 @@ pub fn define(program: &Program, objects: &[Object]) -> anyhow::Result<Option<Se
         }
     }
     Ok(Some(secrets))
-}
-
-/// From here on no core file of this program is written, and nobody but root can look into it.
-pub fn keep_from_core_files() {
-    // Where the kernel refuses, a passphrase is still wanted.
-    let _ = nix::sys::prctl::set_dumpable(false);
 }
 
 /// Decrypts a secret. Checks are in the reference's order.

@@ -1,28 +1,18 @@
 //! Passphrases that no option names: from a file that the user names, or asked for on the terminal with echo off.
 //!
-//! Invariant: the terminal is given back as it was found, whatever signal comes while the user types, and to whichever
-//! thread: the one that asks hears them, and so does the one that [`Interrupt`](super::interrupt::Interrupt) has; all
-//! others that are there by then are deaf. Lock order: `known`, held while the user is asked, so that no two prompts mix;
-//! `FOUND` is a leaf.
+//! Lock order: `known`, held while the user is asked, so that no two prompts mix; then what [`Hidden`] takes.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::{self, IsTerminal, Read, Write};
-use std::os::fd::AsFd;
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
-use nix::unistd::read;
-use zeroize::Zeroizing;
 
-use super::interrupt::{have_effect, heeded};
-use super::{Complaint, help, object};
+use super::signals::have_effect;
+use super::terminal::Hidden;
+use super::{Complaint, help, secret_file};
 use crate::block::secrets::AskPassphrase;
 use crate::block::{Error, KeyUse, Result, SecretBytes, Secrets};
 use crate::storage::error::strerror;
@@ -82,41 +72,16 @@ impl PassphraseArgs {
 
 /// The passphrase that a file holds.
 fn from_file(path: &Path) -> anyhow::Result<SecretBytes> {
-    object::keep_from_core_files();
+    secret_file::keep_from_core_files();
     let failed = || format!("Could not read the passphrase file '{}'", path.display());
     let told = |error: io::Error| Complaint::value(strerror(&error));
-    let bytes = whole_file(path, MOST + 1).map_err(told).with_context(failed)?;
+    let bytes = secret_file::whole_file(path, MOST + 1).map_err(told).with_context(failed)?;
     if bytes.len() > MOST {
         return Err(Complaint::value(format!("it holds more than {MOST} bytes"))).with_context(failed);
     }
     let held = &bytes[..];
     let held = held.strip_suffix(b"\n").map_or(held, |line| line.strip_suffix(b"\r").unwrap_or(line));
     Ok(held.to_vec().into())
-}
-
-/// What a file holds, but for what lies behind so many bytes. What grows leaves copies behind: each is wiped.
-pub(super) fn whole_file(path: &Path, most: usize) -> io::Result<Zeroizing<Vec<u8>>> {
-    let mut file = File::open(path)?;
-    let mut bytes = Zeroizing::new(vec![0; most.min(4096)]);
-    let mut length = 0;
-    loop {
-        if length == bytes.len() {
-            if length == most {
-                break;
-            }
-            let mut longer = Zeroizing::new(vec![0; length.saturating_mul(2).min(most)]);
-            longer[..length].copy_from_slice(&bytes);
-            bytes = longer;
-        }
-        match file.read(&mut bytes[length..]) {
-            Ok(0) => break,
-            Ok(n) => length += n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    bytes.truncate(length);
-    Ok(bytes)
 }
 
 /// See the module.
@@ -156,7 +121,7 @@ impl AskPassphrase for Passphrases {
         if let Some(passphrase) = known.get(image).filter(|_| !added) {
             return Ok(Some(passphrase.clone()));
         }
-        object::keep_from_core_files();
+        secret_file::keep_from_core_files();
         let what = if added { "New password" } else { "Password" };
         let typed = typed(&format!("{what} for '{image}': "))?;
         let twice = added || key_use == KeyUse::New;
@@ -174,9 +139,6 @@ impl AskPassphrase for Passphrases {
     }
 }
 
-/// Signals that end or stop the program, or come from the terminal.
-const SIGNALS: [Signal; 5] = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGTSTP];
-
 /// A line that is typed and not shown, without its end.
 fn typed(prompt: &str) -> Result<SecretBytes> {
     let failed = |error: Errno| {
@@ -190,99 +152,4 @@ fn typed(prompt: &str) -> Result<SecretBytes> {
         }
     };
     line.ok_or_else(|| Error::invalid("No password was typed"))
-}
-
-/// To where the user looks.
-fn show(prompt: &str) {
-    let stderr = io::stderr();
-    // Where it cannot be written there is nobody to tell.
-    let _ = match OpenOptions::new().write(true).open("/dev/tty") {
-        Ok(mut terminal) if !stderr.is_terminal() => terminal.write_all(prompt.as_bytes()),
-        _ => stderr.lock().write_all(prompt.as_bytes()),
-    };
-}
-
-/// How the terminal was found that has its echo off.
-static FOUND: Mutex<Option<Termios>> = Mutex::new(None);
-
-/// Gives the terminal back as it was found; false if it was never taken.
-pub fn give_terminal_back() -> bool {
-    let found = FOUND.lock().unwrap_or_else(PoisonError::into_inner).take();
-    // Where it cannot be done there is no terminal any more.
-    let given = |before: Termios| tcsetattr(io::stdin(), SetArg::TCSADRAIN, &before).is_ok();
-    found.map(given).is_some()
-}
-
-/// The terminal with echo off, and signals held back; as it was when dropped.
-struct Hidden {
-    blocked: SigSet,
-    signals: SignalFd,
-}
-
-impl Hidden {
-    fn start() -> nix::Result<Self> {
-        let before = tcgetattr(io::stdin())?;
-        let set = heeded(&SIGNALS);
-        let blocked = set.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
-        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK);
-        let hidden = match signals {
-            Ok(signals) => Self { blocked, signals },
-            Err(error) => {
-                blocked.thread_set_mask()?;
-                return Err(error);
-            }
-        };
-        let mut silent = before.clone();
-        *FOUND.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
-        silent.local_flags.remove(LocalFlags::ECHO);
-        // The end of the line is shown all the same, and editing is the terminal's own.
-        silent.local_flags.insert(LocalFlags::ECHONL | LocalFlags::ICANON | LocalFlags::ISIG);
-        tcsetattr(io::stdin(), SetArg::TCSAFLUSH, &silent)?;
-        Ok(hidden)
-    }
-
-    /// A line; nothing at the end of what there is to read; or the signal that came instead.
-    fn read_line(prompt: &str) -> nix::Result<std::result::Result<Option<SecretBytes>, Signal>> {
-        let hidden = Self::start()?;
-        // Not before echo is off: what is typed earlier is shown, and thrown away.
-        show(prompt);
-        let mut line = Zeroizing::new(Vec::with_capacity(8192));
-        let mut piece = Zeroizing::new([0; 4096]);
-        loop {
-            let stdin = io::stdin();
-            let mut wanted =
-                [PollFd::new(hidden.signals.as_fd(), PollFlags::POLLIN), PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut wanted, PollTimeout::NONE) {
-                Err(Errno::EINTR) => continue,
-                other => other?,
-            };
-            if let Some(signal) = hidden.signals.read_signal()? {
-                let signal = i32::try_from(signal.ssi_signo).map_err(|_| Errno::EINVAL)?;
-                return Ok(Err(Signal::try_from(signal)?));
-            }
-            if !wanted[1].any().unwrap_or(false) {
-                continue;
-            }
-            let n = match read(&stdin, &mut *piece) {
-                Err(Errno::EINTR | Errno::EAGAIN) => continue,
-                other => other?,
-            };
-            let got = piece.get(..n).unwrap_or_default();
-            if let Some(rest) = got.strip_suffix(b"\n") {
-                line.extend_from_slice(rest);
-                return Ok(Ok(Some(line.to_vec().into())));
-            }
-            line.extend_from_slice(got);
-            if n == 0 || line.len() > 4096 {
-                return Ok(Ok((!line.is_empty()).then(|| line.to_vec().into())));
-            }
-        }
-    }
-}
-
-impl Drop for Hidden {
-    fn drop(&mut self) {
-        give_terminal_back();
-        let _ = self.blocked.thread_set_mask();
-    }
 }

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use super::members::Members;
 use super::properties::last_of;
 use crate::block::{SecretBytes, TlsCredentials, TlsKind};
-use crate::cli::{Complaint, passphrase};
+use crate::cli::{Complaint, secret_file};
 use crate::storage::error::strerror;
 
 /// The bytes of a file, or why there are none: `doing` and the file's name come first.
 pub(super) fn read(doing: &str, file: &Path) -> Result<SecretBytes, Complaint> {
-    passphrase::whole_file(file, usize::MAX).map(SecretBytes::from).map_err(|error| {
+    secret_file::whole_file(file, usize::MAX).map(SecretBytes::from).map_err(|error| {
         let step = match error.raw_os_error() {
             Some(code) if code == nix::errno::Errno::EISDIR as i32 => "Error reading file",
             _ => "Failed to open file",

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 
 use zeroize::Zeroizing;
 
-use super::wire::{Dialer, Wire};
+use super::wire::{Dialer, Wire, broken};
 use crate::protocols::url::Login;
 use crate::protocols::url::again::Trouble;
 
@@ -238,16 +238,6 @@ fn passive_port(text: &str) -> Option<u16> {
         [_, _, _, _, high, low] => Some(u16::from_be_bytes([high, low])),
         _ => None,
     }
-}
-
-/// What the net says.
-pub fn broken(error: &std::io::Error) -> Trouble {
-    use std::io::ErrorKind;
-    Trouble::passing(match error.kind() {
-        ErrorKind::WouldBlock | ErrorKind::TimedOut => "Timeout was reached".to_owned(),
-        ErrorKind::UnexpectedEof => "the server closed the connection".to_owned(),
-        _ => crate::storage::error::strerror(error),
-    })
 }
 
 #[cfg(test)]

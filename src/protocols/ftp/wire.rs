@@ -10,7 +10,6 @@ use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme, StreamOwned};
 
-use super::session::broken;
 use crate::protocols::url::Wishes;
 use crate::protocols::url::address::Address;
 use crate::protocols::url::again::Trouble;
@@ -191,4 +190,14 @@ impl ServerCertVerifier for Anybody {
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.0.signature_verification_algorithms.supported_schemes()
     }
+}
+
+/// What the net says.
+pub fn broken(error: &std::io::Error) -> Trouble {
+    use std::io::ErrorKind;
+    Trouble::passing(match error.kind() {
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => "Timeout was reached".to_owned(),
+        ErrorKind::UnexpectedEof => "the server closed the connection".to_owned(),
+        _ => crate::storage::error::strerror(error),
+    })
 }
