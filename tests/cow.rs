@@ -78,6 +78,28 @@ fn a_base_that_changed_is_refused() {
 }
 
 #[test]
+fn what_a_bitmap_says_is_there_lies_in_the_file() {
+    let scratch = Scratch::new();
+    // 21 sectors; bits in three bytes at 4608, data from 5120 on.
+    let mut bytes = header(3, 21 * 512, 512, 512, "");
+    bytes.resize(5120 + 10 * 512, 0);
+    let check = |bits: [u8; 3], code| {
+        let mut bytes = bytes.clone();
+        bytes[4608..4611].copy_from_slice(&bits);
+        std::fs::write(scratch.file("a"), &bytes).unwrap();
+        let out = vimg(&["check", "-f", "cow", "a"]).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(code), "{out:?}");
+        out
+    };
+    let sound = check([0b0000_1001, 0b10, 0], 0);
+    assert!(sound.stdout.contains("3/21 = ") && sound.stdout.contains("Image end offset: 10240"), "{sound:?}");
+    let lost = check([1, 0b1100, 0], 2);
+    assert!(lost.stderr.contains("ERROR: sectors 10 to 11 lie past the end of the file"), "{lost:?}");
+    let past = check([1, 0, 0b100_0000], 2);
+    assert!(past.stderr.contains("ERROR: the bitmap has sectors past the end of the disk"), "{past:?}");
+}
+
+#[test]
 fn corrupt_headers_end() {
     let mut bytes = header(3, 64 << 10, 512, 512, "");
     bytes.resize(4608, 0);

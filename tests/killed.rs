@@ -42,7 +42,7 @@ fn ends(folder: &Path) {
 fn a_conversion_killed_at_any_point_leaves_nothing() {
     let scratch = Scratch::new();
     write_pattern(&scratch.file("disk.raw"), 0, 1, 12 << 20);
-    for (format, options) in [("qcow2", &["-c"][..]), ("raw", &[])] {
+    for (format, options) in [("qcow2", &["-c"][..]), ("raw", &[]), ("vhdx", &[]), ("qed", &[]), ("parallels", &[])] {
         let args = |target| [&["convert", "-f", "raw", "-O", format][..], options, &["../disk.raw", target]].concat();
         let folder = scratch.file(format);
         fs::create_dir(&folder).expect("a folder");
@@ -176,22 +176,32 @@ fn killed_in_place_leaves_no_disk_that_is_not_complete() {
     let scratch = Scratch::new();
     write_pattern(&scratch.file("old.raw"), 0, 1, 1 << 20);
     write_pattern(&scratch.file("new.raw"), 0, 2, 1 << 20);
-    for subformat in ["dynamic", "fixed"] {
-        let options = format!("subformat={subformat},force_size=on");
-        let convert = |from| ["convert", "-f", "raw", "-O", "vpc", "-o", &options, from, "disk.vpc"].map(str::to_owned);
+    for (row, (format, options)) in [
+        ("vpc", "subformat=dynamic,force_size=on"),
+        ("vpc", "subformat=fixed,force_size=on"),
+        ("vhdx", "subformat=dynamic"),
+        ("vhdx", "subformat=fixed"),
+        ("qed", "cluster_size=4096"),
+        ("parallels", "cluster_size=65536"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let subformat = format!("{format} {options}");
+        let convert = |from| ["convert", "-f", "raw", "-O", format, "-o", options, from, "disk"].map(str::to_owned);
         let (mut n, mut none, mut after) = (0, 0, 0);
         loop {
             n += 11;
-            let folder = scratch.file(&format!("{subformat}-{n}"));
+            let folder = scratch.file(&format!("{row}-{n}"));
             fs::create_dir(&folder).expect("a folder");
             let (old, new) = (convert("../old.raw"), convert("../new.raw"));
             vimg(&old.each_ref().map(String::as_str)).dir(&folder).ok();
-            fs::hard_link(folder.join("disk.vpc"), folder.join("link")).expect("link");
+            fs::hard_link(folder.join("disk"), folder.join("link")).expect("link");
             if killed_at(&folder, &new.each_ref().map(String::as_str), n) != Ended::Killed {
                 break;
             }
             ends(&folder);
-            let shown = ["convert", "-f", "vpc", "-O", "raw", "disk.vpc", "seen.raw"];
+            let shown = ["convert", "-f", format, "-O", "raw", "disk", "seen.raw"];
             for read in [vimg(&shown), plain("qemu-img", &shown)] {
                 let opens = read.dir(&folder).run().code == Some(0);
                 let seen = opens.then(|| fs::read(folder.join("seen.raw")).expect("read"));
@@ -203,5 +213,52 @@ fn killed_in_place_leaves_no_disk_that_is_not_complete() {
             fs::remove_dir_all(&folder).expect("remove");
         }
         assert!(none > 5 && after > 0, "{subformat}: {none} none, {after} after");
+    }
+}
+
+/// The disk has one of the two sizes and what it had, and nothing is wrong with it, or nothing that is not mended.
+#[test]
+fn a_resize_killed_at_any_system_call_leaves_the_old_or_the_new_disk() {
+    let scratch = Scratch::new();
+    let old = pattern(1, 2 << 20);
+    fs::write(scratch.file("old.raw"), &old).expect("write");
+    // qed does not shrink.
+    for (row, (format, options, size)) in [
+        ("vhdx", "block_size=1048576", 5 << 20),
+        ("vhdx", "block_size=1048576", 1 << 20),
+        ("vhdx", "subformat=fixed", 5 << 20),
+        ("qed", "cluster_size=4096", 300 << 20),
+        ("parallels", "cluster_size=4096", 5 << 20),
+        ("parallels", "cluster_size=4096", 1 << 20),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        scratch.vimg(&["convert", "-f", "raw", "-O", format, "-o", options, "old.raw", "whole"]);
+        let text = size.to_string();
+        let (mut n, mut sizes) = (0, [0; 2]);
+        loop {
+            n += 3;
+            let (folder, when) = (scratch.file(&format!("{row}-{n}")), format!("{format} to {size}: call {n}"));
+            fs::create_dir(&folder).expect("a folder");
+            fs::copy(scratch.file("whole"), folder.join("disk")).expect("copy");
+            if killed_at(&folder, &["resize", "-f", format, "--shrink", "disk", &text], n) != Ended::Killed {
+                break;
+            }
+            ends(&folder);
+            let run = |args: &[&str]| plain("qemu-img", args).dir(&folder).run();
+            let mended = run(&["check", "-q", "-f", format, "-r", "all", "disk"]);
+            assert_eq!(mended.code, Some(0), "{when}: {mended:#?}");
+            let is = run(&["info", "--output=json", "-f", format, "disk"]).json()["virtual-size"].as_u64();
+            let which = [2 << 20, size].iter().position(|size| is == Some(*size));
+            sizes[which.unwrap_or_else(|| panic!("{when}: {is:?}"))] += 1;
+            let kept = size.min(2 << 20);
+            let part = format!("driver=raw,size={kept},file.driver={format},file.file.filename=disk");
+            let shown = run(&["convert", "--image-opts", "-O", "raw", &part, "seen"]);
+            assert_eq!(shown.code, Some(0), "{when}: {shown:#?}");
+            assert!(fs::read(folder.join("seen")).expect("read") == old[..kept as usize], "{when}");
+            fs::remove_dir_all(&folder).expect("remove");
+        }
+        assert!(sizes[0] > 10 && sizes[1] > 0, "{format} to {size}: {sizes:?}");
     }
 }

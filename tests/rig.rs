@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use fastrand::Rng;
 use vimg::block::io::Scratch as Buffers;
-use vimg::block::{Effort, Encoded, GuestOffset, Node, Store, format};
+use vimg::block::{Effort, Encoded, Fix, GuestOffset, Node, Store, format};
 use vimg::formats::FORMATS;
 use vimg::storage::memory::Memory;
 use vimg::storage::{Preallocation, Storage};
@@ -282,6 +282,9 @@ pub fn assert_survives_mutations(format: &str, bytes: &[u8], head: usize) {
             cases += 1;
             let Ok(node) = open_bytes(changed, format, true) else { continue };
             opened += 1;
+            if let Some(checking) = node.driver().checking() {
+                let _ = checking.check(Fix::Nothing, &|_: &str| {});
+            }
             walk(&node);
         }
     }

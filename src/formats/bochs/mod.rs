@@ -4,6 +4,7 @@
 //!
 //! One lock, over the tables; it is never held while guest data moves.
 
+mod check;
 mod layout;
 
 use std::sync::Mutex;
@@ -14,7 +15,7 @@ use self::layout::{ENTRY_BYTES, GROWING, HEADER_BYTES, Header, MAGIC, NO_EXTENT,
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    BlockDriver, Child, Error, Extent, ExtentKind, FileEnd, Format, GuestOffset, HostPlace, OpenRequest, Result,
+    BlockDriver, Check, Child, Error, Extent, ExtentKind, FileEnd, Format, GuestOffset, HostPlace, OpenRequest, Result,
 };
 use crate::formats::table::TableCache;
 
@@ -154,6 +155,10 @@ impl BlockDriver for BochsDriver {
 
     fn files(&self) -> &[Child] {
         &self.files
+    }
+
+    fn checking(&self) -> Option<&dyn Check> {
+        Some(self)
     }
 
     fn info(&self) -> Result<ImageInfo> {

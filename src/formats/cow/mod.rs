@@ -4,6 +4,7 @@
 //!
 //! One lock, over the bitmap; it is never held while guest data moves.
 
+mod check;
 mod layout;
 
 use std::ffi::OsString;
@@ -17,8 +18,8 @@ use self::layout::{HEADER_BYTES, HeaderV2, HeaderV3, MAGIC, VERSION_AT};
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::{
-    BackingRef, BlockDriver, Child, Error, Extent, ExtentKind, FileEnd, Format, GuestOffset, HostPlace, OpenRequest,
-    Result,
+    BackingRef, BlockDriver, Check, Child, Error, Extent, ExtentKind, FileEnd, Format, GuestOffset, HostPlace,
+    OpenRequest, Result,
 };
 use crate::formats::table::TableCache;
 use crate::storage;
@@ -180,6 +181,10 @@ impl BlockDriver for CowDriver {
             )));
         }
         Ok(())
+    }
+
+    fn checking(&self) -> Option<&dyn Check> {
+        Some(self)
     }
 
     fn info(&self) -> Result<ImageInfo> {

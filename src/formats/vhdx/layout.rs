@@ -94,7 +94,7 @@ pub const LOGICAL_SECTOR: Guid = Guid::new(0x8141BF1D_A96F_4709_BA47_F233A8FAAB5
 pub const PHYSICAL_SECTOR: Guid = Guid::new(0xCDA348C7_445D_4471_9CC9_E9885251C556);
 /// Metadata: where the parent is.
 pub const PARENT_LOCATOR: Guid = Guid::new(0xA8D35F2D_B30B_454D_ABF7_D3D84834AB0C);
-/// The parent is a VHDX (section 2.6.2.6.1).
+/// The parent is a VHDX (section 2.6.2.6.3).
 pub const LOCATOR_TYPE: Guid = Guid::new(0xB04AEFB7_D19E_4A81_B789_25B8E9445913);
 
 /// What the first 64 KiB start with (section 2.2.1).
@@ -260,7 +260,7 @@ pub struct LogData {
     pub sequence_low: U32,
 }
 
-/// The start of a parent locator (section 2.6.2.6.2).
+/// The start of a parent locator (section 2.6.2.6.1).
 #[derive(Debug, Clone, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct LocatorHeader {
@@ -272,7 +272,7 @@ pub struct LocatorHeader {
     pub count: U16,
 }
 
-/// A key and its value, UTF-16, both in the locator's item (section 2.6.2.6.3).
+/// A key and its value, UTF-16, both in the locator's item (section 2.6.2.6.2).
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct LocatorEntry {
