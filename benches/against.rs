@@ -40,6 +40,8 @@ mod floor;
 mod report;
 #[path = "against/scene.rs"]
 mod scene;
+#[path = "against/udif.rs"]
+mod udif;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -125,6 +127,7 @@ const JOBS: &[Job] = &[
     Job { name: "qed→raw", needs: &[QED], run: "convert -f qed -O raw disk.qed out" },
     Job { name: "raw→parallels", needs: &[], run: "convert -f raw -O parallels {disk} out" },
     Job { name: "parallels→raw", needs: &[PARALLELS], run: "convert -f parallels -O raw disk.hdd out" },
+    Job { name: "dmg zlib→raw", needs: &[], run: "convert -f dmg -O raw disk.dmg out" },
     Job { name: "qcow→raw", needs: &[QCOW], run: "convert -f qcow -O raw disk.qcow out" },
     Job {
         name: "raw→qcow2 LUKS",
@@ -321,6 +324,9 @@ fn run_job(
     }
     if job.run.contains("layer30") && !dir.join("layer30").exists() {
         shell(dir, CHAIN);
+    }
+    if job.run.contains("disk.dmg") && !dir.join("disk.dmg").exists() {
+        shell(dir, &format!("python3 -c '{}' '{}'", udif::MAKER, disk.display()));
     }
     let contenders = contenders(job, disk, programs);
     let runs = |contender: &Contender| Runs { name: contender.name, costs: Vec::new(), size: 0, fetched: 0 };

@@ -1,5 +1,5 @@
 //! `preallocate`: reserves space ahead of what is written past the end of a file, so that the file grows in few, large
-//! steps. What is left over is cut off when the file is flushed, and when nobody has it open any more.
+//! steps. What is left over is cut off when nobody has it open any more, and before its length is set.
 //!
 //! Lock order: the lock of `ends` is held while the file changes its length, and for nothing else.
 
@@ -145,7 +145,6 @@ impl Storage for Preallocated {
     }
 
     fn flush(&self) -> storage::Result<()> {
-        self.cut()?;
         self.inner.flush()
     }
 
@@ -163,5 +162,28 @@ impl Storage for Preallocated {
 
     fn announce(&self, event: Event) {
         self.inner.announce(event);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::storage::memory::Memory;
+
+    /// As the reference does: a flush is no end.
+    #[test]
+    fn what_is_left_over_is_cut_off_at_the_end_alone() {
+        let inner: Arc<dyn Storage> = Arc::new(Memory::new(vec![1; 512]));
+        let ends = Mutex::new(Ends { data: 512, reserved: Some(512) });
+        let file = Preallocated { inner: Arc::clone(&inner), align: 4096, size: 10_000, ends };
+        file.write_at(512, &[2; 100]).unwrap();
+        for _ in 0..2 {
+            file.flush().unwrap();
+            assert_eq!((file.len().unwrap(), inner.len().unwrap()), (612, 12_288));
+        }
+        drop(file);
+        assert_eq!(inner.len().unwrap(), 612);
     }
 }

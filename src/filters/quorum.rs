@@ -247,3 +247,26 @@ impl Storage for Voted {
         self.copies.iter().for_each(|copy| copy.announce(event));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::storage::memory::Memory;
+
+    #[test]
+    fn outvoted_copies_are_mended_where_that_is_asked_for() {
+        for rewrite in [false, true] {
+            let copies =
+                [b"same", b"same", b"sXme"].map(|bytes| Arc::new(Memory::new(bytes.to_vec())) as Arc<dyn Storage>);
+            let voted = Voted { copies: copies.to_vec(), threshold: 2, first: false, verify: false, rewrite };
+            let mut read = [0; 3];
+            voted.read_at(0, &mut read).unwrap();
+            assert_eq!(&read, b"sam");
+            let mut third = [0; 4];
+            copies[2].read_at(0, &mut third).unwrap();
+            assert_eq!(&third, if rewrite { b"same" } else { b"sXme" });
+        }
+    }
+}
