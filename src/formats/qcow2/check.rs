@@ -7,7 +7,9 @@
 //!
 //! 1. entries of zeroed clusters that cannot be, which lose their place: from then on it is a leak;
 //! 2. refcounts: where they are, or, where a cluster in use has none or a refcount block cannot be used, all of them
-//!    anew in room that nothing refers to, to which the header changes over once they are written (`repair.rs`);
+//!    anew in room that nothing refers to, to which the header changes over once they are written (`repair.rs`). Where
+//!    the file lacks something, it must not grow over that: without room before it they are mended where they are, or
+//!    nothing more is;
 //! 3. marks, whose refcounts are right by then;
 //! 4. the snapshot table, written anew beside the old one;
 //! 5. the dirty bit and the corrupt bit, if nothing is wrong any more.
@@ -56,6 +58,10 @@ struct Checker<'a> {
     report: CheckReport,
     /// The refcounts cannot be mended where they are.
     rebuild: bool,
+    /// Not even for want of room: a block cannot be used, or there is none where one is needed.
+    unusable: bool,
+    /// The first cluster of which the file lacks something that is nowhere else.
+    missing: Option<ClusterIndex>,
     /// Lines told so far.
     lines: u64,
     snapshots: SnapshotTable,
@@ -76,6 +82,8 @@ impl<'a> Checker<'a> {
             file,
             report: CheckReport::default(),
             rebuild: false,
+            unusable: false,
+            missing: None,
             lines: 0,
             snapshots: SnapshotTable::default(),
             freed: Vec::new(),
@@ -87,7 +95,12 @@ impl<'a> Checker<'a> {
         self.driver.tables.forget(0, u64::MAX);
         self.read_snapshots()?;
         let count = self.count(self.fix.corruptions())?;
-        let settled = self.settle_refcounts(count.references, &count.beyond)?;
+        let Some(settled) = self.settle_refcounts(count.references, &count.cut)? else {
+            // What is free cannot be told, nor which marks are right.
+            self.leave_snapshots();
+            self.driver.tables.forget(0, u64::MAX);
+            return Ok(self.report);
+        };
         if !(settled.alone && count.all_marked && self.is_clean()) {
             self.check_marks()?;
         }
@@ -111,13 +124,22 @@ impl<'a> Checker<'a> {
         Ok(())
     }
 
-    /// Compares the refcounts with the counts, and mends them as far as that is asked for.
-    fn settle_refcounts(&mut self, references: References, beyond: &References) -> Result<Settled> {
+    /// Compares the refcounts with the counts, and mends them as far as that is asked for. `None` if it was, and cannot
+    /// be done.
+    fn settle_refcounts(&mut self, mut references: References, cut: &References) -> Result<Option<Settled>> {
         let before = self.report;
         let alone = references.is_single();
         self.compare(&references, Settling::Tell)?;
         if self.rebuild && self.fix.corruptions() {
-            return self.rebuild(references, beyond);
+            if let Some(settled) = self.rebuild(&mut references, cut)? {
+                return Ok(Some(settled));
+            }
+            if self.unusable {
+                let at = self.geometry.offset_of(self.missing.unwrap_or(ClusterIndex::MAX));
+                self.tell(&format!("ERROR no room for new refcounts before what the file lacks at offset {at:#x}"));
+                return Ok(None);
+            }
+            self.rebuild = false;
         }
         if self.fix.is_asked_for() {
             if self.rebuild {
@@ -131,16 +153,19 @@ impl<'a> Checker<'a> {
                 self.flush()?;
             }
         }
-        Ok(Settled { alone: alone && self.report.leaks_fixed == 0 && self.report.corruptions_fixed == 0 })
+        Ok(Some(Settled { alone: alone && self.report.leaks_fixed == 0 && self.report.corruptions_fixed == 0 }))
     }
 
-    /// New refcounts; then what only the old ones used is free.
-    fn rebuild(&mut self, references: References, beyond: &References) -> Result<Settled> {
+    /// New refcounts, if there is room for them; then what only the old ones used is free.
+    fn rebuild(&mut self, references: &mut References, cut: &References) -> Result<Option<Settled>> {
         let old = self.report;
+        let end = self.missing.unwrap_or(ClusterIndex::MAX);
+        if !super::repair::renew(self.driver, references, cut, end)? {
+            return Ok(None);
+        }
         self.tell("Rebuilding refcount structure");
-        super::repair::renew(self.driver, references, beyond)?;
         self.file = self.driver.file().storage.len().context("Could not get file size")?;
-        (self.rebuild, self.places) = (false, None);
+        (self.rebuild, self.unusable, self.places) = (false, false, None);
         self.report = CheckReport::default();
         let count = self.count(false)?;
         self.compare(&count.references, Settling::Mend { corruptions: false })?;
@@ -148,7 +173,12 @@ impl<'a> Checker<'a> {
         let new = self.report;
         self.report.corruptions_fixed = old.corruptions_fixed + old.corruptions.saturating_sub(new.corruptions);
         self.report.leaks_fixed = old.leaks.saturating_sub(new.leaks);
-        Ok(Settled { alone: false })
+        Ok(Some(Settled { alone: false }))
+    }
+
+    /// New ones have to be made, elsewhere.
+    fn give_up_refcounts(&mut self) {
+        (self.rebuild, self.unusable) = (true, true);
     }
 
     /// Clears what says that something is wrong, if nothing is.

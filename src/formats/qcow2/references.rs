@@ -156,8 +156,8 @@ impl References {
     }
 
     /// From now on every cluster counts, wherever it lies.
-    pub fn without_limit(self) -> Self {
-        Self { limit: ClusterIndex::MAX, ..self }
+    pub fn lift_limit(&mut self) {
+        self.limit = ClusterIndex::MAX;
     }
 
     /// Whether no cluster has more than one reference.

@@ -122,78 +122,98 @@ impl Visitor for Count<'_> {
 /// over to them. The old ones stay what and where they are, counted as `references` has them.
 ///
 /// Room is taken as the reference takes it: the first there is, for one block after the other, then for the table; but
-/// for clusters that are referred to past the end of the file (`beyond`): what the file grows over of them is in use.
-pub(super) fn renew(driver: &Qcow2Driver, references: References, beyond: &References) -> Result<()> {
-    let per_block = driver.geometry.refcounts_per_block();
-    let start = ClusterIndex(0);
-    let mut room = Room { references: references.without_limit(), beyond, from: start, grown: start };
-    let mut blocks: BTreeMap<u64, ClusterIndex> = BTreeMap::new();
-    loop {
-        let missing = room.without_block(per_block, &blocks);
-        if !missing.is_empty() {
-            room.place_blocks(&missing, &mut blocks);
-            continue;
-        }
-        let entries = blocks.keys().next_back().map_or(1, |last| last + 1);
-        let clusters = table_clusters(driver, entries)?;
-        let table = room.take(start, clusters);
-        room.grow();
-        let missing = room.without_block(per_block, &blocks);
-        if missing.is_empty() {
-            let blocks: Vec<(u64, ClusterIndex)> = blocks.into_iter().collect();
-            return write_elsewhere(driver, &room.references, &blocks, table, clusters);
-        }
-        // The table needs more blocks itself: once more, with them.
-        room.references.clear(table, table + (clusters - 1));
-        room.place_blocks(&missing, &mut blocks);
-    }
+/// none that `cut` refers to, and all of it below `end`, the first cluster that the file lacks: it must not grow over
+/// that, or nobody could tell any more that something is missing. Whether there was room; if not, nothing has changed.
+pub(super) fn renew(
+    driver: &Qcow2Driver,
+    references: &mut References,
+    cut: &References,
+    end: ClusterIndex,
+) -> Result<bool> {
+    references.lift_limit();
+    let mut blocks = BTreeMap::new();
+    let mut room = Room { references, cut, from: ClusterIndex(0), end };
+    let Some((table, clusters)) = room.place(driver, &mut blocks)? else {
+        blocks.values().for_each(|block| references.clear(*block, *block));
+        return Ok(false);
+    };
+    let blocks: Vec<(u64, ClusterIndex)> = blocks.into_iter().collect();
+    write_elsewhere(driver, references, &blocks, table, clusters).map(|()| true)
 }
 
 /// Where new refcounts can go.
 struct Room<'a> {
-    references: References,
-    beyond: &'a References,
+    references: &'a mut References,
+    /// Other clusters that are in use.
+    cut: &'a References,
     /// There is none before.
     from: ClusterIndex,
-    /// How far `beyond` is counted in `references`.
-    grown: ClusterIndex,
+    /// Nor from here on.
+    end: ClusterIndex,
 }
 
 impl Room<'_> {
+    /// Takes room for the blocks, then for the table: where it is, and its clusters. `None` if there is not enough, with
+    /// nothing taken but what `blocks` names.
+    fn place(
+        &mut self,
+        driver: &Qcow2Driver,
+        blocks: &mut BTreeMap<u64, ClusterIndex>,
+    ) -> Result<Option<(ClusterIndex, u64)>> {
+        let per_block = driver.geometry.refcounts_per_block();
+        loop {
+            let missing = self.without_block(per_block, blocks);
+            if !missing.is_empty() {
+                if !self.place_blocks(&missing, blocks) {
+                    return Ok(None);
+                }
+                continue;
+            }
+            let entries = blocks.keys().next_back().map_or(1, |last| last + 1);
+            let clusters = table_clusters(driver, entries)?;
+            let Some(table) = self.take(ClusterIndex(0), clusters) else { return Ok(None) };
+            let missing = self.without_block(per_block, blocks);
+            if missing.is_empty() {
+                return Ok(Some((table, clusters)));
+            }
+            // The table needs more blocks itself: once more, with them.
+            self.references.clear(table, table + (clusters - 1));
+            if !self.place_blocks(&missing, blocks) {
+                return Ok(None);
+            }
+        }
+    }
+
     /// The blocks (by index) that are needed and are not there.
     fn without_block(&self, per_block: u64, blocks: &BTreeMap<u64, ClusterIndex>) -> Vec<u64> {
         self.references.units(per_block).into_iter().filter(|index| !blocks.contains_key(index)).collect()
     }
 
-    fn place_blocks(&mut self, missing: &[u64], blocks: &mut BTreeMap<u64, ClusterIndex>) {
+    /// Whether there was room for all of them.
+    fn place_blocks(&mut self, missing: &[u64], blocks: &mut BTreeMap<u64, ClusterIndex>) -> bool {
         for index in missing {
-            self.from = self.take(self.from, 1);
-            blocks.insert(*index, self.from);
+            let Some(cluster) = self.take(self.from, 1) else { return false };
+            self.from = cluster;
+            blocks.insert(*index, cluster);
         }
+        true
     }
 
     /// Takes `n` clusters in a row, from `from` on.
-    fn take(&mut self, from: ClusterIndex, n: u64) -> ClusterIndex {
+    fn take(&mut self, from: ClusterIndex, n: u64) -> Option<ClusterIndex> {
         let mut start = from;
         loop {
             start = self.references.free_run(start, n);
-            match self.beyond.range(start, start + n).last() {
+            match self.cut.range(start, start + n).last() {
                 Some((used, _)) => start = used + 1,
                 None => break,
             }
         }
-        self.references.add(start, start + (n - 1), 1);
-        start
-    }
-
-    /// Counts what lies past the end of the file no more.
-    fn grow(&mut self) {
-        let end = self.references.end();
-        let used: Vec<(ClusterIndex, u32)> = self.beyond.range(self.grown, end).collect();
-        for (cluster, count) in used {
-            self.references.add(cluster, cluster, count);
+        if start + n > self.end {
+            return None;
         }
-        self.grown = self.grown.max(end);
+        self.references.add(start, start + (n - 1), 1);
+        Some(start)
     }
 }
 

@@ -141,6 +141,7 @@ impl Checker<'_> {
                 if is > 0 || should > 0 {
                     highest = first + at as u64;
                 }
+                self.unusable |= should > 0 && block.is_empty();
                 if is != should && self.settle(highest, is, should, settling) && !block.is_empty() {
                     refcount::set(order, &mut block, at, should);
                     let byte = (at << order) / 8;

@@ -15,8 +15,6 @@ use super::Checker;
 
 /// Most entries of L1 tables that are gone through.
 const MOST_ENTRIES: u64 = 1 << 26;
-/// Most clusters past the end of the file that are remembered.
-const MOST_BEYOND: u64 = 1 << 16;
 /// Compressed clusters that are decoded because their room ends past the end of the file.
 const MOST_DECODED: u32 = 1024;
 /// How often a table with something wrong in it is gone through again, to tell of it again.
@@ -26,8 +24,8 @@ const MOST_REPEATS: u32 = 64;
 pub(super) struct Count {
     /// References to each cluster. Those of the refcount structures too.
     pub references: References,
-    /// References to clusters past the end of the file, as far as there is room for them.
-    pub beyond: References,
+    /// Clusters of what reaches past the end of the file, which are in no count.
+    pub cut: References,
     /// Every entry of the active tables with a place for itself has the mark that says so.
     pub all_marked: bool,
 }
@@ -35,9 +33,9 @@ pub(super) struct Count {
 /// A count that is under way.
 struct Tally {
     references: References,
-    beyond: References,
-    /// References in `beyond`.
-    dangling: u64,
+    cut: References,
+    /// The first cluster of which the file lacks something that is not made anew from what else is there.
+    missing: Option<ClusterIndex>,
     all_marked: bool,
     /// Clusters whose L2 table has nothing wrong in it.
     sound: References,
@@ -49,6 +47,13 @@ struct Tally {
     /// Compressed clusters that were decoded.
     decoded: u32,
     table: Vec<u8>,
+}
+
+impl Tally {
+    /// Something is missing from that cluster on.
+    fn lacks(&mut self, cluster: ClusterIndex) {
+        self.missing = Some(self.missing.map_or(cluster, |first| first.min(cluster)));
+    }
 }
 
 /// Clusters in a row that are referred to one after the other.
@@ -73,8 +78,8 @@ impl Checker<'_> {
         let limit = self.clusters() + 1;
         let mut tally = Tally {
             references: References::new(limit, self.geometry.refcount_max()),
-            beyond: References::new(ClusterIndex::MAX, u64::from(u32::MAX)),
-            dangling: 0,
+            cut: References::new(limit, 1),
+            missing: None,
             all_marked: true,
             sound: References::new(limit, 1),
             damaged: BTreeMap::new(),
@@ -89,17 +94,18 @@ impl Checker<'_> {
         self.region(&mut tally, 0, self.geometry.cluster_size(), 1);
         self.l1(&mut tally, fields.l1_table_offset, u64::from(fields.l1_size), true, mend)?;
         self.snapshot_l1s(&mut tally, mend)?;
-        self.table(&mut tally, "Snapshot table", self.snapshots.at, self.snapshots.bytes);
+        self.known_table(&mut tally, "Snapshot table", self.snapshots.at, self.snapshots.bytes);
         if let Some((at, len)) = header.crypto {
             self.region(&mut tally, at, len, 1);
         }
         let table = self.driver.refcount_table();
-        self.table(&mut tally, "Refcount table", table.at, table.len);
+        self.known_table(&mut tally, "Refcount table", table.at, table.len);
         self.bitmaps(&mut tally)?;
         self.repeats(&mut tally)?;
         self.refcount_blocks(&mut tally, mend)?;
-        let Tally { references, beyond, all_marked, .. } = tally;
-        Ok(Count { references, beyond, all_marked })
+        let Tally { references, cut, missing, all_marked, .. } = tally;
+        self.missing = missing;
+        Ok(Count { references, cut, all_marked })
     }
 
     /// The cluster behind the last one that the file has, perhaps in part.
@@ -127,13 +133,9 @@ impl Checker<'_> {
                      offset {at:#x} size {len:#x}"
                 ));
             }
-            let first = geometry.cluster_of(at).max(self.clusters());
-            let last = geometry.cluster_of(end - 1);
-            let more = last.since(first).saturating_add(1);
-            if tally.dangling.saturating_add(more) <= MOST_BEYOND {
-                tally.dangling += more;
-                tally.beyond.add(first, last, times);
-            }
+            let first = geometry.cluster_of(at);
+            tally.cut.add(first, geometry.cluster_of(end - 1), 1);
+            tally.lacks(first.max(self.clusters()));
             return;
         }
         let (findings, mut full) = (self.findings, 0);
@@ -155,7 +157,15 @@ impl Checker<'_> {
         self.region(tally, at, len, 1);
         if self.is_cut(at, len) {
             self.wrong(&format!("ERROR: {what} at offset {at:#x} is cut off by the end of the file"));
+            tally.lacks(self.geometry.cluster_of(self.file));
         }
+    }
+
+    /// The same of one whose content is known, or will be: nothing is lost with it.
+    fn known_table(&mut self, tally: &mut Tally, what: &str, at: u64, len: u64) {
+        let missing = tally.missing;
+        self.table(tally, what, at, len);
+        tally.missing = missing;
     }
 
     /// Whether a run of bytes ends past the end of the file, by less than [`region`](Self::region) tells of.
@@ -320,6 +330,7 @@ impl Checker<'_> {
         self.region(tally, at, len, pass.times);
         if self.is_cut(at, len) && !self.decodes(tally, at, len)? {
             self.wrong(&format!("ERROR: compressed cluster at offset {at:#x} is cut off by the end of the file"));
+            tally.lacks(self.geometry.cluster_of(self.file));
         }
         if pass.active {
             let times = u64::from(pass.times);
@@ -428,14 +439,14 @@ impl Checker<'_> {
             let at = word & REFCOUNT_OFFSET_MASK;
             if word & REFCOUNT_RESERVED != 0 {
                 checker.wrong(&format!("ERROR refcount table entry {index} has reserved bits set"));
-                checker.rebuild = true;
+                checker.give_up_refcounts();
                 return Ok(());
             }
             if checker.geometry.in_cluster(at) != 0 {
                 checker.wrong(&format!(
                     "ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted"
                 ));
-                checker.rebuild = true;
+                checker.give_up_refcounts();
                 return Ok(());
             }
             let own = checker.geometry.cluster_of(at);
@@ -443,14 +454,16 @@ impl Checker<'_> {
                 // It holds nothing: new refcounts do without.
                 let word = if mend { "Repairing" } else { "ERROR" };
                 checker.wrong(&format!("{word} refcount block {index} is outside image"));
-                checker.rebuild |= mend;
+                if mend {
+                    checker.give_up_refcounts();
+                }
                 return Ok(());
             }
-            checker.table(tally, "Refcount block", at, cluster);
+            checker.known_table(tally, "Refcount block", at, cluster);
             let times = tally.references.get(own);
             if times != 1 {
                 checker.wrong(&format!("ERROR refcount block {index} refcount={times}"));
-                checker.rebuild = true;
+                checker.give_up_refcounts();
             }
             Ok(())
         })

@@ -180,6 +180,11 @@ impl Checker<'_> {
         Ok(())
     }
 
+    /// Leaves the table as it is, with all that is wrong with it.
+    pub(super) fn leave_snapshots(&mut self) {
+        self.report.corruptions += self.snapshots.wrong + self.snapshots.mended;
+    }
+
     /// Whether there was room for it.
     fn renew_snapshots(&mut self) -> Result<bool> {
         let driver = self.driver;
@@ -202,10 +207,10 @@ impl Checker<'_> {
             driver.forget_behind(self.geometry.offset_of(end));
             alloc.cursor = Cursor::at(end);
         }
-        if let Some(missing) = missing.filter(|_| !bytes.is_empty()) {
+        if (missing.is_some() || self.missing.is_some()) && !bytes.is_empty() {
             // Behind the end of the file it would make up for what is missing.
             let Some(room) = self.room_in_file((bytes.len() as u64).div_ceil(self.geometry.cluster_size()))? else {
-                self.tell(&format!("ERROR no room for a new snapshot table: {}", missing.message()));
+                self.tell("ERROR no room for a new snapshot table within the file, which lacks something");
                 return Ok(false);
             };
             alloc.cursor = Cursor::at(room);
