@@ -168,10 +168,13 @@ fn what_goes_through_a_pipe_is_the_file_that_goes_to_a_path() {
     dir.sh("qemu-img bitmap --add a.qcow2 b0");
     dir.qemu_io("qcow2", "a.qcow2", &["write -P 10 20M 64k"]);
     let program = crate::common::vimg_path().display().to_string();
+    // A run that is read at once and lies in two grain tables.
+    dir.sh("truncate -s 40M b.raw; head -c 2M /dev/urandom | dd of=b.raw bs=64k seek=497 conv=notrunc status=none");
     let run = |folder: &str, threads: u32, options: &str| {
+        let source = if options.ends_with("raw") && options.contains("stream") { "../b.raw" } else { "../a.qcow2" };
         let line = format!(
             "cd {folder}; {{ TMPDIR=/missing SOURCE_DATE_EPOCH=1000000000 '{program}' convert --reproducible -m {threads} \
-             {options} ../a.qcow2 out; echo $? >code; [ $(cat code) = 0 ] || : >out; }} {}; exit $(cat code)",
+             {options} {source} out; echo $? >code; [ $(cat code) = 0 ] || : <>out; }} {}; exit $(cat code)",
             if folder == "pipe" { "& cat <out >got; wait" } else { "" }
         );
         sh(&line).dir(dir.path()).run()
@@ -182,6 +185,7 @@ fn what_goes_through_a_pipe_is_the_file_that_goes_to_a_path() {
         "-O vpc -o subformat=fixed",
         "-O vpc -o subformat=fixed,force_size=on",
         "-O vmdk -o subformat=streamOptimized",
+        "-O vmdk -o subformat=streamOptimized -f raw",
         "-O qcow2",
         "-O qcow2 --bitmaps",
         "-O qcow2 -S 64k",
@@ -208,9 +212,14 @@ fn what_goes_through_a_pipe_is_the_file_that_goes_to_a_path() {
             dir.sh("cmp path/out pipe/got");
         }
     }
-    // Here the lengths of what is encoded would have to be found out twice, or tell what is in a backing file.
-    for options in ["-O qcow2 -c", "-O qcow2 -B ../a.qcow2 -F qcow2"] {
-        let out = run("pipe", 2, &format!("--no-space-check {options}"));
-        assert!(out.code == Some(1) && out.stderr.contains("in a temporary file"), "{options}: {out:?}");
+    // Here the lengths of what is encoded would have to be found out twice.
+    let out = run("pipe", 2, "--no-space-check -O qcow2 -c");
+    assert!(out.code == Some(1) && out.stderr.contains("in a temporary file"), "{out:?}");
+    // And here what is in a backing file told, which is named from where we are.
+    let overlay = "-O qcow2 -B ../a.qcow2 -F qcow2";
+    for (folder, threads) in [("path", 1), ("pipe", 8)] {
+        let out = run(folder, threads, overlay);
+        assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""), "{folder}");
     }
+    dir.sh("cmp path/out pipe/got; [ \"$(ls -A pipe | tr '\\n' ' ')\" = 'code got out ' ]");
 }

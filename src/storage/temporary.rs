@@ -83,7 +83,11 @@ pub fn large_folder() -> PathBuf {
 /// A file of nobody else, empty, in the host's folder for large temporary files: what has come to be in it goes with the
 /// name.
 pub fn large_file() -> io::Result<TemporaryName> {
-    let folder = large_folder();
+    large_file_in(&large_folder())
+}
+
+/// The same in another folder.
+pub fn large_file_in(folder: &Path) -> io::Result<TemporaryName> {
     let make = |path: &Path| OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map(drop);
     TemporaryName::beside(&folder.join("pipe"), make).map(|((), name)| name)
 }

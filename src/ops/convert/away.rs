@@ -27,7 +27,7 @@ use crate::storage::arranged::{Arranged, DiskRun, FilePlan};
 use crate::storage::in_order::InOrder;
 use crate::storage::outgoing::Outgoing;
 use crate::storage::paged::PagedMemory;
-use crate::storage::temporary::large_file;
+use crate::storage::temporary::{large_file, large_file_in};
 use crate::storage::trailing::Trailing;
 use crate::storage::{self, CacheMode, Storage};
 
@@ -206,7 +206,9 @@ impl Job<'_> {
     /// By way of a temporary file.
     fn by_file(&self, new: &NewImage, way: &WayOut, opener: &Opener<'_>) -> Result<Option<Digest>> {
         let shown = new.name.to_string_lossy();
-        let name = large_file().map_err(storage::Error::from);
+        // A backing file is named from where the image lies; what lies nowhere is where we are.
+        let made = if self.conversion.backed { large_file_in(Path::new(".")) } else { large_file() };
+        let name = made.map_err(storage::Error::from);
         let name = name.with_context(|| format!("Could not keep what goes to '{shown}' in a temporary file"))?;
         let path = name.path().unwrap_or(Path::new(""));
         let (format, options) = (new.format, new.options.clone());

@@ -454,12 +454,14 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Runs `place` when all chunks before this one have been placed.
+    /// Runs `place` when all chunks before this one have been placed. (What nothing but encoded units can be stored in goes
+    /// on from where it ends: there the user's leave to write in another order is none.)
     fn in_turn(&self, number: u64, place: impl FnOnce() -> Result<()>) -> Result<()> {
         if !self.ordered() {
             return place();
         }
-        self.turn.take(number, !self.options.reorder || self.in_order(), &self.stop, place)
+        let stream = self.compress.is_some_and(Compress::always);
+        self.turn.take(number, !self.options.reorder || self.in_order() || stream, &self.stop, place)
     }
 }
 

@@ -51,10 +51,11 @@ impl<'a> Engine<'a> {
                     let piece = Piece { at: unit.at, len: unit.len, kind: PieceKind::Data };
                     target::place(self.target, &piece, unit.from, early, steps)?;
                 }
-            }
-            if self.in_order() {
-                write_steps(steps, plain, encoded, self.hole, scratch)?;
-                steps.drain(..).try_for_each(|step| step.placement.publish())?;
+                // The place of the next one may come with a table that lies behind this one.
+                if self.in_order() {
+                    write_steps(steps, plain, encoded, self.hole, scratch)?;
+                    steps.drain(..).try_for_each(|step| step.placement.publish())?;
+                }
             }
             Ok(())
         })
