@@ -111,6 +111,7 @@ fn another_digest_than_the_expected_one_leaves_no_target() {
     assert_eq!((out.code, out.stdout.as_str()), (Some(0), ""), "{out:?}");
     let check = |digest: &str| own(&["checksum", "--expect-digest", digest, "o"]).dir(scratch.path()).run();
     assert_eq!((check(&sha).code, check(&wrong).code), (Some(0), Some(1)));
+    assert_eq!(check(&sha.to_uppercase()).code, Some(0));
     for bad in ["sha256:00", "md5:00", "x"] {
         assert!(check(bad).stderr.contains("is no digest"), "{bad}");
     }

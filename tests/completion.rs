@@ -57,6 +57,12 @@ fn bash_completes_what_there_is() {
         ("vimg convert -pO vm", "vmdk"),
         ("vimg convert -pOvm", "-pOvmdk"),
         ("vimg info -f clo", "cloop"),
+        // Formats alone.
+        ("vimg info -f q", "qcow qcow2 qed"),
+        ("vimg convert -f az", ""),
+        ("vimg dd ", "if= of= bs= count= skip="),
+        ("vimg dd -f raw bs=1k c", "count="),
+        ("vimg dd if=", ""),
         ("vimg create -f clo", ""),
         ("vimg convert -t w", "writeback writethrough"),
         ("vimg check -T n", "none"),

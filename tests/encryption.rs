@@ -269,6 +269,14 @@ fn every_command_takes_passphrases_from_files() {
     assert_eq!(measure(&["--passphrase-file", "key", "-f", "luks", "b"]), measure(&named));
     scratch.vimg(&["dd", "--passphrase-file", "key", "--target-passphrase-file", "new", "-O", "luks", "if=a", "of=c"]);
     scratch.vimg(&["compare", "--passphrase-file", "new", "c", "disk"]);
+    // What is read back opens with the target's, be it new or not.
+    for (format, options) in [("luks", "iter-time=0"), ("qcow2", "encrypt.format=luks,encrypt.iter-time=0")] {
+        let proof = ["convert", "--verify", "--passphrase-file", "new", "--target-passphrase-file", "key"];
+        scratch.vimg(&[&proof[..], &["-f", "luks", "-O", format, "-o", options, "c", "v"]].concat());
+        scratch.vimg(&[&proof[..], &["-n", "-f", "luks", "-O", format, "c", "v"]].concat());
+        scratch.vimg(&["compare", "--passphrase-file", "key", "v", "disk"]);
+        scratch.sh("rm v");
+    }
 
     // An image in an encrypted one.
     scratch.judge(&["create", "-q", "-f", "qcow2", "inner", "64M"]);

@@ -10,7 +10,8 @@ use crate::common::{Scratch, judge, own, plain, vimg, vimg_path};
 fn an_error_says_what_can_be_done_about_it() {
     let scratch = Scratch::new();
     scratch
-        .sh("truncate -s 1M disk; cp disk a:b; mkdir folder; cp disk folder/image; qemu-img create -q -f qcow2 q 1M");
+        .sh("truncate -s 1M disk; cp disk a:b; mkdir folder; cp disk folder/image; qemu-img create -q -f qcow2 q 1M; \
+             qemu-img snapshot -c before q");
     for (args, hint) in [
         (&["info", "a:b"][..], "a file of that name is written './a:b'"),
         (&["convert", "-O", "vhd", "disk", "o"], "did you mean 'vpc'?"),
@@ -39,6 +40,13 @@ fn an_error_says_what_can_be_done_about_it() {
         (&["create", "-f", "qcow2", "-o", "cluster_size=64KiB", "o", "1M"], "did you mean '64K'?"),
         (&["resize", "-f", "raw", "disk", "+1,5 gb"], "did you mean '+1.5g'?"),
         (&["resize", "-f", "raw", "--preallocation", "fallocate", "disk", "2M"], "did you mean 'falloc'?"),
+        (&["rezise", "disk", "2M"], "did you mean 'resize'?"),
+        (&["wibble"], "'vimg help' lists the commands"),
+        (&["snapshot", "-a", "befor", "q"], "did you mean 'before'?"),
+        (&["snapshot", "-d", "befroe", "q"], "did you mean 'before'?"),
+        (&["convert", "-l", "befor", "q", "o"], "did you mean 'before'?"),
+        (&["convert", "-l", "snapshot.name=befor", "q", "o"], "did you mean 'before'?"),
+        (&["create", "-f", "qcow2", "-b", "q", "o"], "-F qcow2 names it, where that is right"),
         (&["convert", "-t", "writebakc", "disk", "o"], "did you mean 'writeback'?"),
         (&["info", "dsik"], "did you mean 'disk'?"),
         (&["info", "flder/image"], "did you mean 'folder/image'?"),
@@ -48,6 +56,13 @@ fn an_error_says_what_can_be_done_about_it() {
         assert!(out.stderr.ends_with(&format!("\nhint: {hint}\n")), "{out:?}");
         let theirs = vimg(args).dir(scratch.path()).fails(1);
         assert!(!theirs.stderr.contains("hint:") && !theirs.stderr.contains("did you mean"), "{theirs:?}");
+    }
+    let out = own(&["convert", "--progress", "json", "disk", "o"]).dir(scratch.path()).fails(1);
+    assert!(out.stderr.ends_with("\nhint: a form of progress follows '=': --progress=json\n"), "{out:?}");
+    scratch.sh("qemu-img create -q -f qcow2 -b q -F qcow2 l && qemu-img rebase -u -b l -F qcow2 q");
+    for args in [&["resize", "--shrink", "q", "-1K"][..], &["resize", "q", "2M"]] {
+        let out = own(args).dir(scratch.path()).fails(1);
+        assert!(out.stderr.contains("hint: its backing files lead back to it: they are an infinite loop\n"), "{out:?}");
     }
     assert!(own(&["info", "./a:b"]).dir(scratch.path()).ok().stdout.contains("image: ./a:b"));
 }
@@ -119,6 +134,10 @@ fn info_shows_several_images() {
     let out = run(&["info", "a", "nowhere", "c"]);
     assert_eq!((out.code, out.stdout), (Some(1), [one("a"), one("c")].join("\n")));
     assert!(out.stderr.contains("Could not open 'nowhere'"), "{}", out.stderr);
+    let told = json(&run(&["info", "--output=json", "a", "nowhere", "c"]).stdout);
+    assert_eq!((&told[0], &told[2]), (&alone("a"), &alone("c")));
+    let failed = &told[1];
+    assert_eq!((&failed["filename"], &failed["error"]["kind"]), (&"nowhere".into(), &"not-found".into()));
     assert!(vimg(&["info", "a", "c"]).dir(scratch.path()).fails(1).stderr.contains("Expecting one image file name"));
 }
 
@@ -196,6 +215,13 @@ fn help_is_short_or_long() {
         }
     }
     assert!(short.lines().all(|line| line.chars().count() <= 100), "{short}");
+    // The synopsis has what is our own, and each text is one that says something alone.
+    for option in ["[--verify]", "[--digest KIND]", "[--target-passphrase-file FILE]", "[--allow DIR_OR_FILE]"] {
+        assert!(short.contains(option) && long.contains(option), "{option}: {long}");
+    }
+    assert!(!short.contains("the same for the target") && !short.contains(" with --untrusted\n"), "{short}");
+    assert!(own(&["info", "-h"]).ok().stdout.contains("json] FILENAME [FILENAME2...]\n"));
+    assert!(own(&["rebase", "-h"]).ok().stdout.contains("-b BACKING_FILENAME [-F BACKING_FMT]"));
     // Called qemu-img it is the one that it was.
     let theirs = vimg(&["convert", "-h"]).ok().stdout;
     assert!(

@@ -41,6 +41,13 @@ fn the_same_command_makes_the_same_bytes() {
         let converted = || run(&["convert", "-f", "raw", "-O", format], &["disk", "o"], None);
         assert!(converted() == converted(), "{format} {options}");
     }
+    // Wherever it lies, however that is spelt.
+    let folder = scratch.file("o").display().to_string();
+    let files = ["o", "./o", "file:o", &folder].map(|name| {
+        own(&["create", "-q", "-f", "vdi", "--reproducible", name, "1M"]).dir(scratch.path()).ok();
+        fs::read(scratch.file("o")).unwrap()
+    });
+    assert!(files.iter().all(|bytes| *bytes == files[0]));
     for (args, words) in [
         (&["convert", "--reproducible", "-W", "-O", "qcow2", "disk", "o"][..], "-W"),
         (&["convert", "--reproducible", "-n", "disk", "o"], "no effect"),
@@ -110,6 +117,8 @@ fn ids_are_those_that_were_asked_for() {
         ("vdi", "--cid", "deadbeef", "An image of format 'vdi' has no content id (CID)"),
         ("vdi", "--uuid", "12345678", "'12345678' is no UUID"),
         ("vmdk", "--cid", "xyz", "'xyz' is no content id"),
+        ("vmdk", "--cid", "FFFFFFFF", "means that there is no parent"),
+        ("vdi", "--uuid", "00000000-0000-0000-0000-000000000000", "a UUID of zeros alone is none"),
     ] {
         let out = own(&["create", "-q", "-f", format, option, value, "o", "4M"]).dir(scratch.path()).fails(1);
         assert!(out.stderr.contains(words) && !scratch.file("o").exists(), "{out:?}");

@@ -131,18 +131,26 @@ fn convert_writes_to_pipes() {
         assert!(out.code == Some(1) && out.stderr.contains(text), "{arguments}: {out:?}");
         dir.sh("test $(stat -c %s x) = 41943040 && rm x");
     }
-    for (option, way) in [("--digest=sha256", ">x"), ("--output=json", ">x"), ("--digest=sha256", "| cat >x")] {
+    for (option, way) in [
+        ("--digest=sha256", ">x"),
+        ("--output=json", ">x"),
+        ("--digest=sha256", "| cat >x"),
+        ("--progress=json:1", ">x"),
+        ("--progress=json:1", "| cat >x"),
+        ("--progress=json:3", "3>&1 | cat >x"),
+    ] {
+        let told = option.starts_with("--output");
         let program = crate::common::vimg_path().display().to_string();
         let line = format!("{{ '{program}' convert {option} -O raw a.qcow2 /dev/stdout; echo $? >code; }} {way}");
         let out = run(&line);
-        let wanted = format!("is where {} prints to", option.trim_end_matches("=sha256"));
-        let said =
-            if option.contains("json") { fs::read_to_string(dir.file("x")).unwrap() } else { out.stderr.clone() };
+        let wanted =
+            format!("is where {} prints to", option.trim_end_matches("=sha256").trim_end_matches([':', '1', '3']));
+        let said = if told { fs::read_to_string(dir.file("x")).unwrap() } else { out.stderr.clone() };
         assert!(
             said.contains(&wanted) && fs::read_to_string(dir.file("code")).unwrap() == "1\n",
             "{option}: {out:?} {said}"
         );
-        if !option.contains("json") {
+        if !told {
             dir.sh("test ! -s x");
         }
     }

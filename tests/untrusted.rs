@@ -393,6 +393,21 @@ fn sizes_are_limited() {
     // Who looks sees how large it is.
     allowed(&scratch, &["info", "--untrusted", "--max-size", "512M", "a"]);
     fails(&["convert", "--max-output", "512M", "-O", "raw", "a", "o"], "File too large");
+    for (args, hint) in [
+        (
+            &["convert", "--max-output", "512M", "-O", "raw"][..],
+            "--max-output lets no file have more than 536870912 bytes",
+        ),
+        (&["convert", "--max-output", "1k", "-O", "qcow2"], "--max-output lets no file have more than 1024 bytes"),
+        (&["convert", "--max-size", "512M", "-O", "raw"], "--max-size says how large a disk may be"),
+    ] {
+        let out = own(&[args, &["a", "o"]].concat()).dir(scratch.path()).fails(1);
+        assert!(out.stderr.ends_with(&format!("\nhint: {hint}\n")), "{out:?}");
+    }
+    let out = own(&["create", "--max-output", "1k", "-f", "qcow2", "o", "1G"]).dir(scratch.path()).fails(1);
+    assert!(out.stderr.ends_with("\nhint: --max-output lets no file have more than 1024 bytes\n"), "{out:?}");
+    let out = own(&["convert", "--untrusted", "-O", "raw", "top", "o"]).dir(scratch.path()).fails(1);
+    assert!(out.stderr.ends_with("\nhint: --allow DIR_OR_FILE says what images may name\n"), "{out:?}");
     allowed(&scratch, &["convert", "--max-output", "512M", "-O", "qcow2", "a", "o"]);
     fails(&["convert", "--max-size", "x", "a", "o"], "Invalid largest disk specified");
     // None is made that is larger.

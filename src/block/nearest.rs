@@ -1,7 +1,7 @@
 //! What was probably meant by a name that is not known.
 
 /// The candidate that is the fewest slips away from `word` (letters too many, missing, wrong or swapped), if those are
-/// few for its length.
+/// few for its length. Of several the one that has the same letters: those were swapped.
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let most = match word.chars().count() {
         0 | 1 => return None,
@@ -10,7 +10,15 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
         _ => 3,
     };
     let near = candidates.into_iter().map(|candidate| (slips(word, candidate), candidate));
-    near.filter(|(slips, _)| *slips <= most).min_by_key(|(slips, _)| *slips).map(|(_, candidate)| candidate)
+    near.filter(|(slips, _)| *slips <= most)
+        .min_by_key(|(slips, candidate)| (*slips, sorted(candidate) != sorted(word)))
+        .map(|(_, candidate)| candidate)
+}
+
+fn sorted(text: &str) -> Vec<char> {
+    let mut letters: Vec<char> = text.to_lowercase().chars().collect();
+    letters.sort_unstable();
+    letters
 }
 
 /// The distance of two words by optimal string alignment (Damerau and Levenshtein), whatever their case.
@@ -53,6 +61,7 @@ mod tests {
         ] {
             assert_eq!(nearest(word, formats), meant, "{word}");
         }
+        assert_eq!(nearest("rezise", ["rebase", "resize"]), Some("resize"));
         assert_eq!((slips("abc", "acb"), slips("", "ab"), slips("kitten", "sitting")), (1, 2, 3));
     }
 }

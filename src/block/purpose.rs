@@ -9,6 +9,8 @@ pub enum Purpose {
     /// Its disk is read.
     #[default]
     Read,
+    /// Its disk is read, to see whether it holds what was just written: with the key that it was written with.
+    ReadBack,
     /// Its disk is read and written.
     Write,
     /// Its tables are checked: what is wrong with them is what is wanted to be known.
@@ -32,7 +34,7 @@ impl Purpose {
 
     /// An image that says of itself that it is damaged is opened all the same.
     pub fn takes_damaged(self) -> bool {
-        matches!(self, Self::Look | Self::Read | Self::Check | Self::Repair)
+        matches!(self, Self::Look | Self::Read | Self::ReadBack | Self::Check | Self::Repair)
     }
 
     /// Damage is what is looked for: as long as the image can be told for one, it is opened, whatever is wrong with it.
@@ -52,6 +54,10 @@ impl Purpose {
 
     /// What the image is opened for that this one lies in.
     pub(super) fn inside(self) -> Self {
-        if self.writes() { Self::Write } else { Self::Read }
+        match self {
+            Self::ReadBack => Self::ReadBack,
+            _ if self.writes() => Self::Write,
+            _ => Self::Read,
+        }
     }
 }

@@ -60,7 +60,7 @@ impl fmt::Debug for SecretBytes {
 pub enum KeyUse {
     /// The image is read.
     Read,
-    /// It is written to.
+    /// It is written to, or what was written is read back.
     Write,
     /// It is made.
     New,
@@ -70,7 +70,7 @@ pub enum KeyUse {
 
 impl From<Purpose> for KeyUse {
     fn from(purpose: Purpose) -> Self {
-        if purpose.writes() { Self::Write } else { Self::Read }
+        if purpose.writes() || purpose == Purpose::ReadBack { Self::Write } else { Self::Read }
     }
 }
 

@@ -91,6 +91,9 @@ _vimg() {
         COMPREPLY=($(compgen -W "$(_vimg_options "$command")" -- "$current"))
     elif [[ ! $command || $command == help ]]; then
         COMPREPLY=($(compgen -W "$(_vimg_commands)" -- "$current"))
+    elif [[ $current != *=* ]] && takes=$(_vimg_operands "$command"); then
+        COMPREPLY=($(compgen -W "$takes" -- "$current"))
+        compopt -o nospace 2>/dev/null
     fi
 
     # What is before the last of these, bash leaves alone.

@@ -11,7 +11,8 @@ use clap::{Arg, Command, ValueHint};
 use clap_complete::Shell;
 
 use super::arguments::{Takes, known, takes_value};
-use crate::block::{CreateOptions, OptionKind, OptionSpec};
+use super::dd;
+use crate::block::{CreateOptions, Format, OptionKind, OptionSpec};
 use crate::drivers::DRIVERS;
 use crate::ops::create::Target;
 
@@ -35,7 +36,7 @@ pub fn script(shell: Shell, whole: &Command) -> Vec<u8> {
 pub fn completed(arg: Arg) -> Arg {
     let values = match known(&arg).takes {
         Takes::NewFormat => new_formats(),
-        Takes::Driver => DRIVERS.names(),
+        Takes::Driver => formats(),
         Takes::Words(words) => words.to_vec(),
         Takes::CreateOptions => Scope::Convert.all().into_keys().collect(),
         Takes::AmendOptions => Scope::Amend.all().into_keys().collect(),
@@ -45,10 +46,19 @@ pub fn completed(arg: Arg) -> Arg {
     arg.value_parser(PossibleValuesParser::new(values))
 }
 
-/// The formats that can be made.
+/// The formats that there are.
+fn formats() -> Vec<&'static str> {
+    formats_that(|_| true)
+}
+
+/// Those that can be made.
 fn new_formats() -> Vec<&'static str> {
-    let made = DRIVERS.formats.iter().filter(|format| format.creating().is_some());
-    let mut names: Vec<_> = made.map(|format| format.name()).collect();
+    formats_that(|format| format.creating().is_some())
+}
+
+fn formats_that(wanted: fn(&dyn Format) -> bool) -> Vec<&'static str> {
+    let known = DRIVERS.formats.iter().filter(|format| wanted(**format));
+    let mut names: Vec<_> = known.map(|format| format.name()).collect();
     names.sort_unstable();
     names
 }
@@ -119,7 +129,7 @@ impl Scope {
 fn values(spec: &OptionSpec) -> Vec<&'static str> {
     match (spec.kind, spec.name) {
         (OptionKind::Switch, _) => vec!["on", "off"],
-        (_, "backing_fmt") if spec.choices.is_empty() => DRIVERS.names(),
+        (_, "backing_fmt") if spec.choices.is_empty() => formats(),
         _ => spec.choices.to_vec(),
     }
 }
@@ -144,7 +154,7 @@ fn follows(name: &str, command: &Command, arg: &Arg) -> Option<String> {
     let words = |words: &[&str]| format!("words {}", words.join(" "));
     Some(match takes {
         Takes::NewFormat => words(&new_formats()),
-        Takes::Driver => words(&DRIVERS.names()),
+        Takes::Driver => words(&formats()),
         Takes::Words(list) => words(list),
         Takes::CreateOptions | Takes::AmendOptions => {
             let scope = Scope::of(name, takes).map(Scope::name).unwrap_or_default();
@@ -199,6 +209,7 @@ fn bash(whole: &Command) -> String {
         "# Completions of vimg for bash, made by 'vimg generate'.\n".to_owned(),
         format!("\n_vimg_commands() {{\n    echo '{}'\n}}\n", names.join(" ")),
         table("_vimg_options", "$1", all_options),
+        table("_vimg_operands", "$1", [("'dd'".to_owned(), dd::KEYS.map(|key| format!("{key}=")).join(" "))]),
         table("_vimg_takes", "\"$1 $2\"", takes),
         table("_vimg_keys", "\"$1 $2\"", keys),
         table("_vimg_key_values", "\"$1 $2 $3\"", key_values),

@@ -15,7 +15,7 @@ use super::ids::IdArgs;
 use super::interrupt::Interrupt;
 use super::output::ResultArgs;
 use super::passphrase::{PassphraseArgs, TargetPassphraseArgs};
-use super::progress::ProgressArgs;
+use super::progress::{ProgressArgs, STANDARD_OUTPUT};
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, cache, help, human, object, options, size};
 use crate::block::driver::SnapshotKey;
@@ -66,12 +66,12 @@ pub struct ConvertArgs {
     target_cache: Option<String>,
     /// backing file of the target: only what the source has above it is copied
     ///
-    /// default: none
+    /// default: no backing file
     #[arg(short = 'B', short_alias = 'b', long, value_name = "BACKING_FILENAME")]
     backing: Option<OsString>,
     /// format of the backing file
     ///
-    /// default: none: where -B names a file, this has to be given
+    /// default: none; it has to be given where -B names a file
     #[arg(short = 'F', long, value_name = "BACKING_FMT")]
     backing_format: Option<String>,
     /// do not write runs of zeros that are at least this long, 4k if not given; 0 writes everything
@@ -241,7 +241,7 @@ impl Subcommand for ConvertArgs {
         if let Some(way) = &way {
             self.check_way(name, way)?;
         }
-        self.check_standard_output(program, name)?;
+        self.check_printed(program, name)?;
         // What a store has taken so far is given up.
         let interrupt = way.as_ref().filter(|way| !way.is_pipe()).map(|_| Interrupt::catch());
         let source_cache = self.source_cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
@@ -316,22 +316,24 @@ impl ConvertArgs {
     }
 
     /// Refuses to print to where the image goes.
-    fn check_standard_output(&self, program: &Program, name: &OsStr) -> Result<(), Complaint> {
+    fn check_printed(&self, program: &Program, name: &OsStr) -> anyhow::Result<()> {
         let file = |path: &Path| {
             let found = std::fs::metadata(path).ok().filter(|meta| !meta.file_type().is_char_device());
             found.map(|meta| (meta.dev(), meta.ino()))
         };
-        let prints = match () {
-            () if program.tells_results() => "--output=json",
-            () if self.digest.is_shown() => "--digest",
-            () if self.progress.ends_line(self.quiet) => "-p",
-            () => return Ok(()),
-        };
-        match file(Path::new(name)) {
-            Some(target) if file(Path::new("/dev/stdout")) == Some(target) => {
-                Err(Complaint::value(format!("'{}' is where {prints} prints to", name.to_string_lossy())))
+        let to_output = |option, printed: bool| printed.then_some((option, STANDARD_OUTPUT));
+        let printed = [
+            to_output("--output=json", program.tells_results()),
+            to_output("--digest", self.digest.is_shown()),
+            self.progress.printed(self.quiet)?,
+        ];
+        let Some(target) = file(Path::new(name)) else { return Ok(()) };
+        let there = |fd: i32| file(Path::new(&format!("/dev/fd/{fd}"))) == Some(target);
+        match printed.into_iter().flatten().find(|(_, fd)| there(*fd)) {
+            Some((option, _)) => {
+                Err(Complaint::value(format!("'{}' is where {option} prints to", name.to_string_lossy())).into())
             }
-            _ => Ok(()),
+            None => Ok(()),
         }
     }
 

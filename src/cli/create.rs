@@ -27,12 +27,12 @@ pub struct CreateArgs {
     format: Option<String>,
     /// backing file: what the new image does not hold itself is read from it
     ///
-    /// default: none
+    /// default: no backing file
     #[arg(short, long, value_name = "BACKING_FILENAME")]
     backing: Option<OsString>,
     /// format of the backing file
     ///
-    /// default: none: where -b names a file, this has to be given
+    /// default: none; it has to be given where -b names a file
     #[arg(short = 'F', short_alias = 'B', long, value_name = "BACKING_FMT")]
     backing_format: Option<String>,
     /// do not open the backing file

@@ -46,6 +46,9 @@ pub struct DdArgs {
     operands: Vec<OsString>,
 }
 
+/// What operands begin with, in front of `=`.
+pub(super) const KEYS: [&str; 5] = ["if", "of", "bs", "count", "skip"];
+
 /// What the operands say. Of several with one name the last counts.
 #[derive(Debug, Default)]
 struct Operands {

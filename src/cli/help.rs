@@ -139,7 +139,9 @@ fn own_help(program: &Program, long: bool) {
 /// where it is long; else as the reference has it.
 pub fn print_subcommand(program: &Program, row: &Row, command: &Command, long: bool) -> anyhow::Result<()> {
     program.print(&format!("{}.  Usage:\n\n", row.about));
-    for (n, line) in row.usage.iter().enumerate() {
+    let usage =
+        if program.is_vimg() { own_usage(row, command) } else { row.usage.iter().map(ToString::to_string).collect() };
+    for (n, line) in usage.iter().enumerate() {
         let lead = if n == 0 { format!("  {} {} ", program.name(), row.name) } else { " ".repeat(8) };
         program.println(&format!("{lead}{line}"));
     }
@@ -158,6 +160,29 @@ pub fn print_subcommand(program: &Program, row: &Row, command: &Command, long: b
         program.print(&format!("\n'{} {} --help' tells more.\n", program.name(), row.name));
     }
     Ok(())
+}
+
+/// What may follow a subcommand's name, with options of our own before the line that ends with the operands.
+fn own_usage(row: &Row, command: &Command) -> Vec<String> {
+    let mut lines: Vec<String> = row.own_usage.iter().map(ToString::to_string).collect();
+    let last = lines.pop();
+    let known = |arg: &Arg| {
+        let long = arg.get_long().map(|long| format!("--{long}"));
+        long.is_none_or(|long| row.own_usage.iter().any(|line| line.contains(&format!("[{long}"))))
+    };
+    let own = command.get_arguments().filter(|arg| is_own(arg) && !known(arg));
+    let mut line = String::new();
+    for arg in own {
+        let word = format!("[{}]", spelt(arg));
+        if line.len() + word.len() > 70 {
+            lines.push(std::mem::take(&mut line));
+        }
+        line.push_str(if line.is_empty() { "" } else { " " });
+        line.push_str(&word);
+    }
+    lines.extend((!line.is_empty()).then_some(line));
+    lines.extend(last);
+    lines
 }
 
 /// The groups, each with what is in it; empty ones are left out.

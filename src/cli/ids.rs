@@ -6,7 +6,7 @@ use crate::ops::ids::IdChoice;
 /// The options.
 #[derive(Debug, clap::Args)]
 pub struct IdArgs {
-    /// the same bytes at every run: ids follow from name and size, the time is SOURCE_DATE_EPOCH or 1970
+    /// the same bytes at every run: ids follow from the last part of the name and from the size, the time is SOURCE_DATE_EPOCH or 1970
     #[arg(long, help_heading = help::OWN)]
     reproducible: bool,
     /// the UUID of the new image (vdi, vpc, vhdx, luks)
@@ -27,13 +27,24 @@ fn uuid(text: &str) -> Result<u128, Complaint> {
     let formed = lengths.eq([8, 4, 4, 4, 12]) || text.len() == 32;
     let number = Some(&digits).filter(|digits| formed && digits.bytes().all(|byte| byte.is_ascii_hexdigit()));
     let number = number.and_then(|digits| u128::from_str_radix(digits, 16).ok());
-    number.ok_or_else(|| Complaint::value(format!("'{text}' is no UUID")))
+    match number {
+        Some(0) => Err(Complaint::value("a UUID of zeros alone is none: an image could not be known by it")),
+        Some(number) => Ok(number),
+        None => Err(Complaint::value(format!("'{text}' is no UUID"))),
+    }
 }
+
+/// What a vmdk without a backing file has for the content id of one.
+const NO_PARENT: u32 = u32::MAX;
 
 fn cid(text: &str) -> Result<u32, Complaint> {
     let bad = || Complaint::value(format!("'{text}' is no content id: it is eight hexadecimal digits"));
     let formed = text.len() == 8 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    u32::from_str_radix(text, 16).ok().filter(|_| formed).ok_or_else(bad)
+    let number = u32::from_str_radix(text, 16).ok().filter(|_| formed).ok_or_else(bad)?;
+    match number {
+        NO_PARENT => Err(Complaint::value(format!("the content id '{text}' means that there is no parent"))),
+        number => Ok(number),
+    }
 }
 
 impl IdArgs {

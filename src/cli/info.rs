@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use serde_json::Value;
+use serde_json::{Value, json as tree};
 
 use super::exit::{self, Exit};
 use super::output::OutputForm;
@@ -55,6 +55,10 @@ impl Subcommand for InfoArgs {
         "[-f FMT | --image-opts] [--backing-chain] [-U] [-t CACHE]",
         "[--object OBJDEF] [--output human|json] FILENAME",
     ];
+    const OWN_USAGE: &'static [&'static str] = &[
+        "[-f FMT | --image-opts] [--backing-chain] [-U] [-t CACHE]",
+        "[--object OBJDEF] [--output human|json] FILENAME [FILENAME2...]",
+    ];
     const EXAMPLE: &'static str = "vimg info --output=json --backing-chain overlay.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
@@ -83,21 +87,23 @@ impl Subcommand for InfoArgs {
             return Ok(Exit::Success);
         }
         // Of several, those that cannot be shown do not keep the others from being.
-        let (mut shown, mut exit) = (Vec::new(), Exit::Success);
+        let (mut trees, mut shown, mut exit) = (Vec::new(), Vec::new(), Exit::Success);
         for name in &self.operands {
             match look(name) {
-                Ok(infos) => shown.push(infos),
+                Ok(infos) => {
+                    trees.push(self.tree(program, &infos));
+                    shown.push(texts(program, &infos));
+                }
                 Err(error) => {
                     report::error(program, &error);
                     exit = exit::of(&error);
+                    trees.push(tree!({"filename": name.to_string_lossy(), "error": report::to_json(&error)}));
                 }
             }
         }
         match self.output {
-            Some(OutputForm::Json) => {
-                program.println(&json::pretty(&shown.iter().map(|infos| self.tree(program, infos)).collect()));
-            }
-            _ => program.print(&shown.iter().map(|infos| texts(program, infos)).collect::<Vec<_>>().join("\n")),
+            Some(OutputForm::Json) => program.println(&json::pretty(&trees.into())),
+            _ => program.print(&shown.join("\n")),
         }
         Ok(exit)
     }

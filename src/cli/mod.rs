@@ -71,6 +71,8 @@ pub trait Subcommand: clap::Args {
     const ABOUT: &'static str;
     /// What may follow its name; one line of help each.
     const USAGE: &'static [&'static str];
+    /// The same under our own name, where options of our own are added to it.
+    const OWN_USAGE: &'static [&'static str] = Self::USAGE;
     /// A command line of it, for the help and the manual.
     const EXAMPLE: &'static str;
     /// True if an operand may look like `-1M`.
@@ -96,6 +98,8 @@ pub struct Row {
     pub about: &'static str,
     /// What may follow its name.
     pub usage: &'static [&'static str],
+    /// The same under our own name, but for options of our own.
+    pub own_usage: &'static [&'static str],
     /// A command line of it.
     pub example: &'static str,
     /// The help does not list it.
@@ -135,6 +139,7 @@ const fn row<S: Subcommand>() -> Row {
         name: S::NAME,
         about: S::ABOUT,
         usage: S::USAGE,
+        own_usage: S::OWN_USAGE,
         example: S::EXAMPLE,
         hidden: S::HIDDEN,
         signed_operands: S::SIGNED_OPERANDS,
@@ -240,7 +245,7 @@ fn find(program: &Program, name: &str) -> Option<&'static Row> {
 
 fn not_found(program: &Program, name: &str) -> Complaint {
     let meant = nearest(name, rows(program).map(|row| row.name));
-    Complaint::Usage(format!("Command not found: {name}"), meant.map(str::to_owned))
+    Complaint::NoCommand(name.to_owned(), meant.map(str::to_owned))
 }
 
 /// Whether the help that is asked for is all that there is.

@@ -31,7 +31,7 @@ pub struct PassphraseArgs {
 /// The same for a target.
 #[derive(Debug, clap::Args)]
 pub struct TargetPassphraseArgs {
-    /// the same for the target
+    /// the passphrase of an encrypted target is what FILE holds, but for a line end at its end; without it a terminal is asked
     #[arg(long, value_name = "FILE", help_heading = help::OWN)]
     target_passphrase_file: Option<PathBuf>,
 }

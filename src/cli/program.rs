@@ -10,6 +10,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::SUBCOMMANDS;
 use super::exit::Exit;
 use super::json;
 use super::report::Complaint;
@@ -35,6 +36,8 @@ pub struct Program {
     allowed: Allowed,
     /// The largest disk that an image may have.
     largest: Option<u64>,
+    /// How long a file may be.
+    longest_file: Option<u64>,
     /// What was done, and why not, is told in JSON.
     json_results: bool,
     out: RefCell<Out>,
@@ -59,6 +62,7 @@ impl Program {
             untrusted: false,
             allowed: Allowed::default(),
             largest: None,
+            longest_file: None,
             json_results: false,
             out: RefCell::new(out),
             trouble: RefCell::default(),
@@ -81,6 +85,12 @@ impl Program {
             Some(subcommand) => format!("{} {subcommand}", self.typed),
             None => self.typed.clone(),
         }
+    }
+
+    /// Whether the subcommand shows progress.
+    pub(super) fn shows_progress(&self) -> bool {
+        let row = SUBCOMMANDS.iter().find(|row| Some(row.name) == self.subcommand);
+        row.is_some_and(|row| (row.command)().get_arguments().any(|arg| arg.get_id() == "progress"))
     }
 
     /// From here on it is this subcommand that runs.
@@ -113,6 +123,16 @@ impl Program {
     /// Whether they may not.
     pub(super) fn is_untrusting(&self) -> bool {
         self.untrusted
+    }
+
+    /// From here on no longer file is written.
+    pub(super) fn limit_files(&mut self, longest: u64) {
+        self.longest_file = Some(longest);
+    }
+
+    /// How long files may be, where the user says so.
+    pub fn longest_file(&self) -> Option<u64> {
+        self.longest_file
     }
 
     /// From here on an image whose disk is larger is refused.

@@ -26,6 +26,9 @@ use crate::storage::host;
 /// How far apart reports are, where nothing else is said, in percent.
 const STEP: f64 = 1.0;
 
+/// Where what is for people goes off a terminal, and what options have printed.
+pub const STANDARD_OUTPUT: i32 = 1;
+
 /// Where `--progress=json` goes where it does not say.
 const STANDARD_ERROR: i32 = 2;
 
@@ -77,17 +80,31 @@ impl ProgressArgs {
         phase: &'static str,
         step: f64,
     ) -> anyhow::Result<Progress> {
-        let variable = std::env::var_os(VARIABLE).filter(|word| !word.is_empty());
-        let wished = match (self.progress, variable) {
-            (Some(ProgressWish::Json(fd)), _) => Some(ProgressWish::Json(fd)),
-            (_, Some(word)) => Some(ProgressWish::parse(&word.to_string_lossy()).context(VARIABLE)?),
-            (wished, None) => wished,
-        };
+        let wished = self.wished()?;
         if let Some(ProgressWish::Json(fd)) = wished {
             let out = host::descriptor(fd).with_context(|| format!("Progress cannot go to descriptor {fd}"))?;
             return Ok(Progress::with_form(ProgressForm::Json(Mutex::new(JsonProgress::new(out, phase))), step));
         }
         Ok(Progress::with_step(wished.is_some() && !quiet, program.tells_results(), step))
+    }
+
+    /// By the option, or else by the variable.
+    fn wished(&self) -> anyhow::Result<Option<ProgressWish>> {
+        let variable = std::env::var_os(VARIABLE).filter(|word| !word.is_empty());
+        Ok(match (self.progress, variable) {
+            (Some(ProgressWish::Json(fd)), _) => Some(ProgressWish::Json(fd)),
+            (_, Some(word)) => Some(ProgressWish::parse(&word.to_string_lossy()).context(VARIABLE)?),
+            (wished, None) => wished,
+        })
+    }
+
+    /// The option that has something printed, and the descriptor that it goes to.
+    pub fn printed(&self, quiet: bool) -> anyhow::Result<Option<(&'static str, i32)>> {
+        Ok(match self.wished()? {
+            Some(ProgressWish::Json(fd)) => Some(("--progress=json", fd)),
+            Some(ProgressWish::Human) if !quiet => Some(("-p", STANDARD_OUTPUT)),
+            _ => None,
+        })
     }
 
     /// Whether there is to be a line at the end, whatever becomes of the work.

@@ -66,6 +66,10 @@ impl Subcommand for RebaseArgs {
         "[-f FMT | --image-opts] [-t CACHE] [-b BACKING_FILENAME [-B BACKING_FMT]",
         "[-T CACHE]] [-u] [-c] [-U] [--object OBJDEF] [-p] [-q] FILENAME",
     ];
+    const OWN_USAGE: &'static [&'static str] = &[
+        "[-f FMT | --image-opts] [-t CACHE] [-b BACKING_FILENAME [-F BACKING_FMT]",
+        "[-T CACHE]] [-u] [-c] [-U] [--object OBJDEF] [-p] [-q] FILENAME",
+    ];
     const EXAMPLE: &'static str = "vimg rebase -b other.qcow2 -F qcow2 overlay.qcow2";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {

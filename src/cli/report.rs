@@ -6,8 +6,8 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{Program, beside};
-use crate::block::SecretBytes;
 use crate::block::error::PlacePart;
+use crate::block::{ErrorKind, SecretBytes};
 use crate::storage::holder::Holder;
 use crate::{block, storage};
 
@@ -18,6 +18,8 @@ pub enum Complaint {
     Getopt(String, Option<String>),
     /// Wrong use; then where help is. Perhaps what was meant.
     Usage(String, Option<String>),
+    /// Wrong use: there is no such command. Perhaps what was meant.
+    NoCommand(String, Option<String>),
     /// A bad value: its text, and lines that follow it.
     Value(String, &'static [&'static str]),
     /// A bad value, and what was probably meant.
@@ -43,7 +45,7 @@ pub enum Complaint {
 impl Complaint {
     /// Whether it is about a value, not about how the program is used.
     pub fn is_of_value(&self) -> bool {
-        !matches!(self, Self::Getopt(..) | Self::Usage(..))
+        !matches!(self, Self::Getopt(..) | Self::Usage(..) | Self::NoCommand(..))
     }
 
     /// Wrong use.
@@ -78,6 +80,7 @@ impl fmt::Display for Complaint {
             | Self::Value(text, _)
             | Self::Misspelt(text, _)
             | Self::Withheld { text, .. } => f.write_str(text),
+            Self::NoCommand(name, _) => write!(f, "Command not found: {name}"),
             Self::Snapshot { text, .. } => write!(f, "Failed in parsing snapshot param '{text}'"),
         }
     }
@@ -133,7 +136,7 @@ pub fn words(program: &Program, error: &anyhow::Error) {
             program.line(&format!("{}: {text}", program.invocation()));
             program.line(&try_help(program));
         }
-        Some(Complaint::Usage(..)) => {
+        Some(Complaint::Usage(..) | Complaint::NoCommand(..)) => {
             program.error(&text);
             program.line(&try_help(program));
         }
@@ -155,20 +158,32 @@ pub fn words(program: &Program, error: &anyhow::Error) {
         error.all_hints().iter().for_each(|hint| program.line(hint));
     }
     if program.is_vimg() {
-        advice(error).iter().for_each(|line| program.line(&format!("hint: {line}")));
+        advice(program, error).iter().for_each(|line| program.line(&format!("hint: {line}")));
     }
 }
 
 /// What the user can do about it: what the reference does not say.
-fn advice(error: &anyhow::Error) -> Vec<String> {
+fn advice(program: &Program, error: &anyhow::Error) -> Vec<String> {
     let mut advice = Vec::new();
-    if let Some(Complaint::Getopt(_, Some(meant)) | Complaint::Usage(_, Some(meant)) | Complaint::Misspelt(_, meant)) =
-        complaint(error)
-    {
-        advice.push(format!("did you mean '{meant}'?"));
+    match complaint(error) {
+        Some(
+            Complaint::Getopt(_, Some(meant))
+            | Complaint::Usage(_, Some(meant))
+            | Complaint::NoCommand(_, Some(meant))
+            | Complaint::Misspelt(_, meant),
+        ) => advice.push(format!("did you mean '{meant}'?")),
+        Some(Complaint::NoCommand(_, None)) => advice.push("'vimg help' lists the commands".to_owned()),
+        _ => {}
     }
     if let Some(error) = error.chain().find_map(|cause| cause.downcast_ref::<block::Error>()) {
         advice.extend(error.all_advice());
+        // What is advised already is another limit.
+        if let Some(longest) = program.longest_file()
+            && error.kind == ErrorKind::TooLarge
+            && advice.is_empty()
+        {
+            advice.push(format!("--max-output lets no file have more than {longest} bytes"));
+        }
         if let Some(storage::Error::File { name, cause, doing }) = error.storage()
             && cause.kind() == std::io::ErrorKind::NotFound
         {
@@ -181,6 +196,9 @@ fn advice(error: &anyhow::Error) -> Vec<String> {
                 _ => beside::meant(path),
             };
             advice.extend(meant.map(|meant| format!("did you mean '{}'?", meant.display())));
+            if program.shows_progress() && ["human", "json"].contains(&name.as_str()) {
+                advice.push(format!("a form of progress follows '=': --progress={name}"));
+            }
         }
         if let Some(storage::Error::Locked { lock: Some(lock), .. }) = error.storage() {
             let who = |holder: &Holder| match holder.pid == std::process::id() {

@@ -34,8 +34,8 @@ pub fn args() -> [Arg; 4] {
             .value_name("DIR_OR_FILE")
             .value_parser(clap::value_parser!(OsString))
             .action(ArgAction::Append)
-            .help("with --untrusted: images may name that file, or files in that folder")
-            .long_help("with --untrusted: images may name that file, or files in that folder; may be given several times\n\ndefault: what the command line names itself"),
+            .help("let images name that file, or files in that folder, all the same")
+            .long_help("let images name that file, or files in that folder, all the same where --untrusted is given; may be given several times\n\ndefault: what the command line names itself"),
         Arg::new("max-size")
             .long("max-size")
             .value_name("SIZE")
@@ -66,6 +66,7 @@ pub fn apply(program: &mut Program, matches: &ArgMatches) -> anyhow::Result<()> 
         host::limit_file_size(*size)
             .map_err(|errno| Complaint::value(strerror(&errno.into())))
             .context("The length of files cannot be limited")?;
+        program.limit_files(*size);
     }
     Ok(())
 }

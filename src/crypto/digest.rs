@@ -68,10 +68,10 @@ impl Digest {
         self.value.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// What `KIND:HEX` says.
+    /// What `KIND:HEX` says, in letters of any case.
     pub fn parse(text: &str) -> Option<Self> {
         let (kind, hex) = text.split_once(':')?;
-        let (kind, hex) = (DigestKind::parse(kind)?, hex.as_bytes());
+        let (kind, hex) = (DigestKind::parse(&kind.to_ascii_lowercase())?, hex.as_bytes());
         let mut value = [0; 32];
         if hex.len() != 2 * value.len() {
             return None;

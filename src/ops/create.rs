@@ -158,7 +158,9 @@ impl Wanted<'_> {
             .open_named(&ImageRef::name(path), &how)
             .map_err(|error| error.hint("Could not open backing image."))?;
         if backing_format.is_none() {
-            return Err(no_format().hint(format!("Detected format of {}.", node.driver().format())));
+            let format = node.driver().format();
+            let error = no_format().hint(format!("Detected format of {format}."));
+            return Err(error.advise(format!("-F {format} names it, where that is right")));
         }
         let mut layer = Some(&node);
         while let Some(node) = layer {
@@ -349,7 +351,7 @@ fn too_large(new: &NewImage) -> Error {
     let format = new.format.name();
     let clusters = new.options.number("cluster_size").is_some_and(|size| size > 0);
     let advice = if clusters { " (try using a larger cluster size)" } else { "" };
-    Error::invalid(format!("The image size is too large for file format '{format}'{advice}"))
+    Error::new(ErrorKind::TooLarge, format!("The image size is too large for file format '{format}'{advice}"))
 }
 
 /// Makes files for one image.

@@ -1,7 +1,7 @@
 //! Where identifiers and times of new images come from.
 //!
 //! With `SOURCE_DATE_EPOCH` in the environment they are the same at every run: the time is that one, identifiers
-//! follow from it, from the image's name and size, and from what they are for. Without it they are now and random, but
+//! follow from it, from the last part of the image's name, from its size, and from what they are for. Without it they are now and random, but
 //! for what the user has chosen ([`IdChoice`]).
 
 use std::cell::RefCell;
@@ -44,8 +44,11 @@ enum IdSource {
 }
 
 impl ImageIds {
-    /// Those of the image with that name and size.
+    /// Those of the image with that name and size. Of the name the last part counts: what folders lead to it is no
+    /// matter of the image's.
     pub fn of(name: &str, size: u64, choice: IdChoice) -> Result<Self> {
+        let name = name.rsplit('/').next().unwrap_or(name);
+        let name = name.strip_prefix("file:").unwrap_or(name);
         let set = std::env::var_os("SOURCE_DATE_EPOCH").filter(|text| !text.is_empty());
         let seconds = |text: OsString| {
             let seconds = text.to_str().and_then(|text| text.parse().ok());

@@ -5,6 +5,7 @@ use super::resize::naming_file;
 use crate::block::driver::{NewSnapshot, SnapshotKey};
 use crate::block::error::Context;
 use crate::block::info::SnapshotInfo;
+use crate::block::nearest::nearest;
 use crate::block::{Error, ErrorKind, Node, Result};
 
 /// What is done.
@@ -30,7 +31,13 @@ pub fn change(node: &Node, change: &SnapshotChange) -> Result<()> {
         SnapshotChange::Apply(name) => ("apply", name, apply(node, name)),
         SnapshotChange::Delete(name) => ("delete", name, delete(node, name)),
     };
-    let did = did.and_then(|()| node.driver().close()).map_err(|error| naming_file(node, error));
+    let meant = |error| match change {
+        SnapshotChange::Create(_) => error,
+        SnapshotChange::Apply(name) | SnapshotChange::Delete(name) => {
+            advising(error, node, &SnapshotKey::IdOrName(name.clone()))
+        }
+    };
+    let did = did.map_err(meant).and_then(|()| node.driver().close()).map_err(|error| naming_file(node, error));
     did.with_context(|| format!("Could not {done} snapshot '{name}'"))
 }
 
@@ -51,5 +58,16 @@ fn delete(node: &Node, name: &str) -> Result<()> {
     match (node.driver().snapshots(), index) {
         (Some(snapshots), Some(index)) => snapshots.delete(index),
         _ => Err(Error::new(ErrorKind::NotFound, "snapshot not found")),
+    }
+}
+
+/// The error, where no snapshot is of that name, with the one that was probably meant.
+pub fn advising(error: Error, node: &Node, key: &SnapshotKey) -> Error {
+    let (SnapshotKey::IdOrName(name) | SnapshotKey::Exact { name: Some(name), .. }) = key else { return error };
+    let known = list(node).unwrap_or_default();
+    let missing = !known.iter().any(|one| one.name == *name || one.id == *name);
+    match nearest(name, known.iter().map(|one| one.name.as_str())).filter(|_| missing) {
+        Some(meant) => error.advise(format!("did you mean '{meant}'?")),
+        None => error,
     }
 }

@@ -62,7 +62,7 @@ impl StagedTarget {
         let Self { node, files, cache, .. } = self;
         drop(node);
         let format = Some(new.format.name().to_owned());
-        let how = OpenHow { format, purpose: Purpose::Read, cache, ..OpenHow::default() };
+        let how = OpenHow { format, purpose: Purpose::ReadBack, cache, ..OpenHow::default() };
         let node = opener.open_made(&new.name, files.clone(), &how)?;
         Ok(Self { node, files, ..self })
     }

@@ -88,7 +88,13 @@ pub(super) struct Trail {
 impl Trail {
     /// Takes the permissions on a file.
     fn lock(&self, storage: &dyn Storage, access: Access) -> Result<()> {
-        lock(storage, access, &self.instead)
+        lock(storage, access, &self.instead).map_err(|error| {
+            let identity = storage.facts().identity;
+            match self.seen.iter().any(|(seen, _)| Some(*seen) == identity) {
+                true => error.advise("its backing files lead back to it: they are an infinite loop"),
+                false => error,
+            }
+        })
     }
 }
 
@@ -175,7 +181,8 @@ impl<'a> Opener<'a> {
                 ErrorKind::TooLarge,
                 format!("the disk of '{name}' has {size} bytes, and may have {largest}"),
             )
-            .about(name)),
+            .about(name)
+            .advise("--max-size says how large a disk may be")),
             _ => Ok(()),
         }
     }

@@ -140,6 +140,7 @@ fn forbidden(image: &str, named: &str) -> Error {
         ErrorKind::Forbidden,
         format!("'{image}' names the file '{named}', and an untrusted image may name none that is not allowed"),
     )
+    .advise("--allow DIR_OR_FILE says what images may name")
 }
 
 #[cfg(test)]

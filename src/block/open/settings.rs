@@ -72,7 +72,7 @@ impl Settings {
             (true, _) => Access::SHARED,
             (false, Purpose::Write | Purpose::Repair | Purpose::Commit) => Access::WRITE,
             (false, Purpose::Look) => Access::LOOK,
-            (false, Purpose::Read | Purpose::Check) => Access::READ,
+            (false, Purpose::Read | Purpose::ReadBack | Purpose::Check) => Access::READ,
         }
     }
 

@@ -67,7 +67,7 @@ impl Job<'_> {
         let digest = self.send(new, way, opener)?;
         if self.conversion.proof.verify {
             let format = Some(new.format.name().to_owned());
-            let how = OpenHow { format, purpose: Purpose::Read, ..OpenHow::default() };
+            let how = OpenHow { format, purpose: Purpose::ReadBack, ..OpenHow::default() };
             self.verify(&opener.open(&ImageRef::name(&new.name), &how)?, digest)?;
         }
         Ok(digest)
@@ -107,7 +107,7 @@ impl Job<'_> {
             }
             drop(target);
             let format = Some(new.format.name().to_owned());
-            let how = OpenHow { format, purpose: Purpose::Read, ..OpenHow::default() };
+            let how = OpenHow { format, purpose: Purpose::ReadBack, ..OpenHow::default() };
             opener.open_made(&new.name, files, &how)
         });
         let target = match filled {

@@ -13,6 +13,7 @@ use crate::block::{CreateOptions, Error, Node, OptionValue, Result};
 use crate::crypto::{Digest, DigestKind};
 use crate::ops::copy::CopyOptions;
 use crate::ops::create::NewImage;
+use crate::ops::snapshot;
 
 /// What the user asks for, as typed.
 #[derive(Debug, Default)]
@@ -225,6 +226,6 @@ pub fn at_snapshot(node: &Arc<Node>, key: &SnapshotKey) -> Result<Arc<Node>> {
             "Block format '{format}' used by device '' does not support temporarily loading internal snapshots"
         ))
     })?;
-    let driver = snapshots.open(key)?;
+    let driver = snapshots.open(key).map_err(|error| snapshot::advising(error, node, key))?;
     Ok(Arc::new(Node::new(driver, node.backing().cloned(), node.name().to_owned())))
 }

@@ -80,7 +80,7 @@ impl Job<'_> {
         let digest = done?;
         if self.conversion.proof.verify {
             drop(target);
-            let again = opener.open(image, &OpenHow { purpose: Purpose::Read, cache, ..how.clone() })?;
+            let again = opener.open(image, &OpenHow { purpose: Purpose::ReadBack, cache, ..how.clone() })?;
             self.verify(&again, digest)?;
         }
         Ok(digest)
