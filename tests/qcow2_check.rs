@@ -344,6 +344,29 @@ fn one_run_mends_a_snapshot_table_that_reaches_too_far() {
     }
 }
 
+/// What is said to be a snapshot table may be another table, which stays what it is.
+#[test]
+fn a_snapshot_table_said_to_lie_in_another_table_is_written_elsewhere() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 base 4M; qemu-io -c 'write -P 1 0 1M' base; qemu-img snapshot -c a base
+         qemu-img snapshot -c b base; qemu-io -c 'write -P 2 64k 256k' base");
+    let base = fs::read(scratch.file("base")).unwrap();
+    for (count, place) in [(2, 40), (1, 48)] {
+        let mut bytes = base.clone();
+        let table = damage::get(&bytes, place, 8);
+        damage::put(&mut bytes, 60, 4, count);
+        damage::put(&mut bytes, 64, 8, table);
+        let mend = |ours: bool, name: &str| {
+            fs::write(scratch.file(name), &bytes).unwrap();
+            check(ours, &scratch, name, Some("all"))
+        };
+        let (ours, theirs) = (mend(true, "ours"), mend(false, "theirs"));
+        assert_eq!((ours.code, &ours.stdout, &ours.stderr), (Some(0), &theirs.stdout, &theirs.stderr));
+        scratch.assert_clean("qcow2", "ours");
+        scratch.judge(&["compare", "ours", "theirs"]);
+    }
+}
+
 /// A repair that is killed before any of its writes leaves an image that reads as before, and that both can mend
 /// afterwards, to the same disk.
 #[test]

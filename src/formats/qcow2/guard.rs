@@ -125,16 +125,29 @@ impl Qcow2Driver {
     /// blocks cannot be what they are said to be; and one of which clusters are missing, though it was closed: what is
     /// placed behind them would make the file long enough to hold them, and nobody could tell any more.
     pub(super) fn learn_metadata(&self) -> Result<()> {
-        match self.learn_metadata_of_cut()? {
+        match self.learn(Survey::new(self, DEEP)?)? {
             Some(missing) if !self.unclean => Err(missing),
             _ => Ok(()),
         }
     }
 
-    /// The same, but gives the error where clusters are missing: for who places nothing behind the end then.
-    pub(super) fn learn_metadata_of_cut(&self) -> Result<Option<Error>> {
+    /// The same, before the snapshot table of `len` bytes is written anew: it may be said to lie where another table is,
+    /// which is not changed then. Nothing is given out where it lies.
+    pub(super) fn learn_metadata_but_snapshots(&self, at: u64, len: u64) -> Result<Option<Error>> {
+        let missing = self.learn(Survey { snapshots_go: true, ..Survey::new(self, DEEP)? })?;
+        if len > 0 {
+            self.places().add_run(
+                at - self.geometry.in_cluster(at),
+                self.whole(at, len),
+                MetadataPart::SnapshotTable.name(),
+            );
+        }
+        Ok(missing)
+    }
+
+    /// Gives the error where clusters are missing: for who places nothing behind the end then.
+    fn learn(&self, mut survey: Survey<'_>) -> Result<Option<Error>> {
         self.bitmaps_apart()?;
-        let mut survey = Survey::new(self, DEEP)?;
         self.walk(&mut survey)?;
         if let Some(what) = survey.clash.or(survey.refcounts_clash) {
             return Err(self.overlaps(what));
@@ -221,6 +234,8 @@ pub(super) struct Survey<'a> {
     fixed: [(u64, u64, &'static str); 4],
     file: u64,
     deep: u64,
+    /// The snapshot table is given up.
+    snapshots_go: bool,
     places: Places,
     /// Bits of bitmaps: tables of another kind as far as refcount blocks are concerned.
     bits: BTreeSet<u64>,
@@ -248,6 +263,7 @@ impl<'a> Survey<'a> {
             fixed,
             file: driver.file().storage.len().context("Could not get file size")?,
             deep,
+            snapshots_go: false,
             places: Places::default(),
             bits: BTreeSet::new(),
             clash: None,
@@ -408,6 +424,7 @@ impl Visitor for Survey<'_> {
             | MetadataPart::ActiveL1
             | MetadataPart::RefcountTable
             | MetadataPart::BitmapDirectory => {}
+            MetadataPart::SnapshotTable if self.snapshots_go => {}
             MetadataPart::SnapshotTable
             | MetadataPart::LuksHeader
             | MetadataPart::InactiveL1

@@ -197,7 +197,7 @@ impl Checker<'_> {
         let count = u32::try_from(self.snapshots.entries.len()).map_err(|_| Error::corrupt("too many snapshots"))?;
         driver.tables.forget(0, u64::MAX);
         let mut alloc = driver.lock_alloc();
-        let missing = driver.learn_metadata_of_cut()?;
+        let missing = driver.learn_metadata_but_snapshots(self.snapshots.at, self.snapshots.bytes)?;
         alloc.learned = true;
         // Where nothing can be given out, though it is counted as free: a table that says it is longer than the file is
         // not counted. What comes behind all that is there is free in any case.
@@ -207,7 +207,10 @@ impl Checker<'_> {
             driver.forget_behind(self.geometry.offset_of(end));
             alloc.cursor = Cursor::at(end);
         }
-        if (missing.is_some() || self.missing.is_some()) && !bytes.is_empty() {
+        // As far as that can grow: by the table, and by new refcounts of all.
+        let needed = (bytes.len() as u64 >> self.geometry.cluster_bits) + 8 + 2 * driver.refcount_table().len;
+        let near = self.missing.is_some_and(|first| first.since(self.clusters()) < needed);
+        if (missing.is_some() || near) && !bytes.is_empty() {
             // Behind the end of the file it would make up for what is missing.
             let Some(room) = self.room_in_file((bytes.len() as u64).div_ceil(self.geometry.cluster_size()))? else {
                 self.tell("ERROR no room for a new snapshot table within the file, which lacks something");
