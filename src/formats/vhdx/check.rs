@@ -101,14 +101,13 @@ impl VhdxDriver {
     fn look_at_blocks(&self, state: &mut VhdxState, tally: &mut Tally<'_>) -> Result<VhdxLook> {
         let storage = self.storage();
         let length = storage.len().context("Could not get the size of the file")?;
-        let whole = length.checked_next_multiple_of(512).unwrap_or(length);
         let mut look = VhdxLook::default();
         let (log, log_length) = state.headers.log();
         let mut tables = vec![(0, MIB), (log, log_length)];
         tables.extend(RegionTable::find(storage)?.all()?.iter().map(|region| (region.offset, region.length)));
         for (at, len) in &tables {
             let end = at.saturating_add(*len);
-            if end > whole {
+            if end > length {
                 tally.wrong(format!("log or region at offset {at} lies past the end of the file"));
                 look.lost = true;
             } else {
@@ -135,7 +134,7 @@ impl VhdxDriver {
                 }
             };
             let at = at.saturating_mul(MIB);
-            if at.saturating_add(wanted) > whole {
+            if at.saturating_add(wanted) > length {
                 tally.wrong(format!("{what} at offset {at} lies past the end of the file"));
                 look.lost = true;
             } else {

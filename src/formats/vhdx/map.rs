@@ -26,6 +26,11 @@ impl BlockDriver for VhdxDriver {
         self.image.virtual_size()
     }
 
+    /// Blocks are written as a whole.
+    fn short_unit(&self) -> Option<u64> {
+        Some(1)
+    }
+
     fn extent(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let max = max.min(self.virtual_size().saturating_sub(at.get()));
         let found = self.look(at.get(), max).map_err(|error| error.naming(&self.files[0].name));
