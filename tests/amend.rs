@@ -382,6 +382,29 @@ fn sequences_of_changes_leave_what_qemu_img_leaves() {
     }
 }
 
+/// What is refused changes nothing, whatever else is asked for; a size of 0 asks for nothing.
+#[test]
+fn a_refused_amendment_leaves_all_of_the_disk() {
+    let s = Scratch::new();
+    s.judge(&["create", "-q", "-f", "qcow2", "a", "4M"]);
+    // Two compressed clusters in one of the host's: a refcount of 2.
+    s.qemu_io("qcow2", "a", &["write -c 0 64k", "write -c 64k 64k", "write -P 9 3M 64k"]);
+    fs::copy(s.file("a"), s.file("b")).expect("copy");
+    let before = fs::read(s.file("a")).expect("read");
+    for (options, code) in [
+        ("size=2M,refcount_bits=1", 1),
+        ("size=8M,lazy_refcounts=on,refcount_bits=1", 1),
+        ("lazy_refcounts=on,compat=0.10", 1),
+        ("refcount_bits=8,compat=0.10", 1),
+        ("size=0", 0),
+    ] {
+        let out = vimg(&["amend", "-o", options, "a"]).dir(s.path()).run();
+        let theirs = judge(&["amend", "-o", options, "b"]).dir(s.path()).run();
+        assert_eq!((out.code, out.code, &out.stderr), (Some(code), theirs.code, &theirs.stderr), "{options}");
+        assert!(fs::read(s.file("a")).expect("read") == before, "{options}");
+    }
+}
+
 /// Whether a passphrase opens the header of a volume.
 fn opens(volume: &[u8], passphrase: &[u8]) -> bool {
     let header = LuksHeader::parse(volume.first_chunk::<HEADER>().expect("header"), false).expect("header");

@@ -25,7 +25,7 @@ fn amend_unnamed(node: &Node, request: &AmendRequest<'_>) -> Result<()> {
         .map(|driver| node.with_driver(driver));
     let node = changed.as_ref().unwrap_or(node);
     if let Some(OptionValue::Size(size)) = request.options.given("size")
-        && *size != node.virtual_size()
+        && ![0, node.virtual_size()].contains(size)
     {
         resize::resize(node, *size, Preallocation::Off)?;
     }

@@ -95,7 +95,8 @@ impl Qcow2Driver {
             Some(_) => return invalid("Refcount width must be a power of two and may not exceed 64 bits"),
         };
         let size = match options.given("size") {
-            Some(OptionValue::Size(size)) => Some(*size),
+            // 0 stands for the size that it has.
+            Some(OptionValue::Size(size)) if *size > 0 => Some(*size),
             _ => None,
         };
         Ok(Amendment { version, order, lazy: switch(options, "lazy_refcounts"), data_file, data_file_raw, size })
@@ -107,13 +108,14 @@ impl Qcow2Driver {
             return Err(Error::unsupported("Block node is read-only"));
         }
         let version = wanted.version.max(self.geometry.version);
-        if wanted.order != self.geometry.refcount_order && version < 3 {
+        let other = ![self.geometry.refcount_order, V2_REFCOUNT_ORDER].contains(&wanted.order);
+        if other && wanted.version < 3 {
             return invalid(
                 "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)",
             );
         }
         self.check_backing(options)?;
-        if wanted.lazy == Some(true) && version < 3 {
+        if wanted.lazy == Some(true) && wanted.version < 3 {
             return invalid(
                 "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)",
             );
@@ -130,7 +132,10 @@ impl Qcow2Driver {
         if wanted.version < version {
             begun.check_downgrade(wanted)?;
         }
-        Ok(())
+        match wanted.order < self.geometry.refcount_order {
+            true => self.check_width(wanted.order),
+            false => Ok(()),
+        }
     }
 
     /// A backing file is told only to say that it is the one that is there.

@@ -179,6 +179,20 @@ impl NewRefcounts<'_> {
 }
 
 impl Qcow2Driver {
+    fn new_refcounts(&self, order: u32) -> Result<NewRefcounts<'_>> {
+        let new = Geometry { refcount_order: order, ..self.geometry };
+        let (blocks, old) = (BTreeMap::new(), BTreeSet::new());
+        let mut plan =
+            NewRefcounts { driver: self, new, blocks, table: (ClusterIndex(0), 0), old, next: ClusterIndex(0) };
+        plan.find_old()?;
+        Ok(plan)
+    }
+
+    /// Refuses a width that a refcount does not fit in.
+    pub(super) fn check_width(&self, order: u32) -> Result<()> {
+        self.new_refcounts(order)?.find_needed(&|_, _| Ok(())).map(drop)
+    }
+
     /// Writes refcounts of another width. `change` is what else the header changes at the same time, the width among it.
     /// The layer is not used any more then: it has the old one.
     pub(super) fn change_width(
@@ -190,11 +204,8 @@ impl Qcow2Driver {
     ) -> Result<()> {
         self.before_resize(alloc)?;
         self.settle(alloc)?;
-        let new = Geometry { refcount_order: order, ..self.geometry };
-        let (blocks, old) = (BTreeMap::new(), BTreeSet::new());
-        let mut plan =
-            NewRefcounts { driver: self, new, blocks, table: (ClusterIndex(0), 0), old, next: ClusterIndex(0) };
-        plan.find_old()?;
+        let mut plan = self.new_refcounts(order)?;
+        let new = plan.new;
         let needed = plan.find_needed(progress)?;
         plan.place(needed)?;
         plan.write(progress)?;
