@@ -199,14 +199,34 @@ struct Outcome {
 }
 
 fn check(case: &Case) -> Result<(), String> {
-    let scratch = Scratch::new();
     let real = Path::new(&run::which("qemu-img")).parent().expect("a folder").to_path_buf();
-    let theirs = play(case, &scratch, &real, "theirs")?;
-    let ours = play(case, &scratch, run::links(), "ours")?;
-    match &case.deviation {
-        Some(deviation) => check_deviation(case, deviation, &theirs, &ours),
-        None => check_equal(case, &theirs, &ours),
+    for tries_left in (0..=3).rev() {
+        let scratch = Scratch::new();
+        let theirs = play(case, &scratch, &real, "theirs")?;
+        let ours = play(case, &scratch, run::links(), "ours")?;
+        let verdict = match &case.deviation {
+            Some(deviation) => check_deviation(case, deviation, &theirs, &ours),
+            None => check_equal(case, &theirs, &ours),
+        };
+        if verdict.is_ok() || tries_left == 0 || !only_disk_sizes_differ(&theirs, &ours) {
+            return verdict;
+        }
     }
+    unreachable!("the last try returns")
+}
+
+/// Whether what was said differs in nothing but what files take on the disk. ext4 needs a block more for the extents of a file
+/// that it happened to scatter, whoever wrote it: such a case is played again. A difference of the programs comes each time.
+fn only_disk_sizes_differ(theirs: &Outcome, ours: &Outcome) -> bool {
+    let said =
+        |outcome: &Outcome| outcome.outputs.iter().map(|out| dialect::normalise(&out.stdout)).collect::<Vec<_>>();
+    let without = |texts: &[String]| {
+        let is_size = |line: &&str| line.contains("disk size: ") || line.contains("\"actual-size\": ");
+        let rest = |text: &String| text.lines().filter(|line| !is_size(line)).map(str::to_owned).collect();
+        texts.iter().map(rest).collect::<Vec<Vec<String>>>()
+    };
+    let (theirs, ours) = (said(theirs), said(ours));
+    theirs != ours && without(&theirs) == without(&ours)
 }
 
 /// qemu-img does the case well, and twice alike, so that the case is sound; vimg does it in another way, or not at all.
