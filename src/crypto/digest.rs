@@ -91,9 +91,9 @@ impl fmt::Display for Digest {
 }
 
 /// Makes a digest.
-pub struct Hasher(State);
+pub struct Hasher(Function);
 
-enum State {
+enum Function {
     Sha256(sha2::Sha256),
     Blake3(Box<blake3::Hasher>),
     Tree(Tree),
@@ -103,26 +103,26 @@ impl Hasher {
     /// Of nothing so far.
     pub fn new(kind: DigestKind) -> Self {
         Self(match kind {
-            DigestKind::Sha256 => State::Sha256(sha2::Sha256::new()),
-            DigestKind::Blake3 => State::Blake3(Box::default()),
-            DigestKind::Blake3Tree => State::Tree(Tree::default()),
+            DigestKind::Sha256 => Function::Sha256(sha2::Sha256::new()),
+            DigestKind::Blake3 => Function::Blake3(Box::default()),
+            DigestKind::Blake3Tree => Function::Tree(Tree::default()),
         })
     }
 
     /// These bytes come next.
     pub fn bytes(&mut self, bytes: &[u8]) {
         match &mut self.0 {
-            State::Sha256(state) => state.update(bytes),
-            State::Blake3(state) => {
+            Function::Sha256(state) => state.update(bytes),
+            Function::Blake3(state) => {
                 state.update(bytes);
             }
-            State::Tree(tree) => tree.bytes(bytes),
+            Function::Tree(tree) => tree.bytes(bytes),
         }
     }
 
     /// So many zeros come next.
     pub fn zeros(&mut self, mut len: u64) {
-        if let State::Tree(tree) = &mut self.0 {
+        if let Function::Tree(tree) = &mut self.0 {
             return tree.zeros(len);
         }
         while len > 0 {
@@ -135,9 +135,9 @@ impl Hasher {
     /// The digest of all that came.
     pub fn finish(self) -> Digest {
         match self.0 {
-            State::Sha256(state) => Digest { kind: DigestKind::Sha256, value: state.finalize().into() },
-            State::Blake3(state) => Digest { kind: DigestKind::Blake3, value: state.finalize().into() },
-            State::Tree(tree) => Digest { kind: DigestKind::Blake3Tree, value: tree.finish() },
+            Function::Sha256(state) => Digest { kind: DigestKind::Sha256, value: state.finalize().into() },
+            Function::Blake3(state) => Digest { kind: DigestKind::Blake3, value: state.finalize().into() },
+            Function::Tree(tree) => Digest { kind: DigestKind::Blake3Tree, value: tree.finish() },
         }
     }
 }

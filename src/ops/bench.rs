@@ -60,7 +60,7 @@ enum Step {
 
 /// How far it has come.
 #[derive(Debug, Default)]
-struct State {
+struct Counters {
     next: u64,
     started: u64,
     in_flight: u64,
@@ -91,7 +91,7 @@ impl Workload {
     }
 
     /// Takes what is next.
-    fn take(&self, state: &mut State, size: u64) -> Step {
+    fn take(&self, state: &mut Counters, size: u64) -> Step {
         let drain = self.write.is_some_and(|writes| writes.drain);
         if state.failure.is_some() {
             return Step::Nothing;
@@ -115,7 +115,7 @@ impl Workload {
     }
 
     /// Takes note of what was done. Whether others may have waited for that.
-    fn did(&self, state: &mut State, step: Step, outcome: Result<()>) -> bool {
+    fn did(&self, state: &mut Counters, step: Step, outcome: Result<()>) -> bool {
         let mut concerns_others = outcome.is_err();
         match step {
             Step::Request(_) => {
@@ -155,7 +155,7 @@ pub fn run(node: &Node, workload: &Workload) -> Result<Duration> {
         size,
         writing: workload.write.is_some().then(|| node.writing()).transpose()?,
         written: workload.write.map_or(Ok(Vec::new()), |writes| filled(workload.len, writes.pattern))?,
-        state: Mutex::new(State { next: workload.offset, ..State::default() }),
+        state: Mutex::new(Counters { next: workload.offset, ..Counters::default() }),
         changed: Condvar::new(),
         units: Units::default(),
     };
@@ -196,7 +196,7 @@ struct Bench<'a> {
     writing: Option<&'a dyn Write>,
     /// What every write writes.
     written: Vec<u8>,
-    state: Mutex<State>,
+    state: Mutex<Counters>,
     changed: Condvar,
     units: Units,
 }
@@ -322,7 +322,7 @@ mod tests {
 
     /// What one thread that takes whatever it is given, `depth` at a time, comes to do.
     fn steps(workload: &Workload, size: u64) -> Vec<Step> {
-        let (mut state, mut all) = (State { next: workload.offset, ..State::default() }, Vec::new());
+        let (mut state, mut all) = (Counters { next: workload.offset, ..Counters::default() }, Vec::new());
         let mut under_way = std::collections::VecDeque::new();
         loop {
             match workload.take(&mut state, size) {

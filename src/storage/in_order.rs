@@ -14,10 +14,10 @@ use super::{Event, Facts, HostExtent, HostFile, Preallocation, Result, Storage, 
 /// See the module.
 pub struct InOrder {
     len: u64,
-    state: Mutex<State>,
+    state: Mutex<Position>,
 }
 
-struct State {
+struct Position {
     /// Nothing when it was given up.
     sink: Option<Box<dyn Outgoing>>,
     /// So much was put.
@@ -33,7 +33,7 @@ impl fmt::Debug for InOrder {
 impl InOrder {
     /// Takes `len` bytes.
     pub fn new(sink: Box<dyn Outgoing>, len: u64) -> Self {
-        Self { len, state: Mutex::new(State { sink: Some(sink), at: 0 }) }
+        Self { len, state: Mutex::new(Position { sink: Some(sink), at: 0 }) }
     }
 
     /// Nothing more is put, and what takes the bytes is told so: whoever has this open still may go later.
@@ -41,7 +41,7 @@ impl InOrder {
         drop(self.state().sink.take());
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Position> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

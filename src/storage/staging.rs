@@ -3,7 +3,7 @@
 //! A [`Staging`] makes files that have no name yet; [`Staging::commit`] gives them their names when all of them
 //! are complete. Dropped before that, nothing is left, and an older file of the same name is as it was.
 //!
-//! How a file comes to its name is decided when it is made (`Way`, in `make`): linked where nothing was; renamed
+//! How a file comes to its name is decided when it is made (`Naming`, in `make`): linked where nothing was; renamed
 //! over an older regular file, which stays locked until then and whose owner, mode, flags and attributes are kept; or
 //! written in place, where the file itself must stay: devices, hard links, mount points, files behind loop devices,
 //! folders that we cannot write to. A symbolic link stays one: what it points at is made or replaced. The names are
@@ -71,7 +71,7 @@ pub struct Staging {
 
 /// How a file comes to its name.
 #[derive(Debug)]
-enum Way {
+enum Naming {
     /// Nothing was there. The claim keeps others off the name.
     Link { _claim: Option<File> },
     /// In the place of that file, which is held open for its lock.
@@ -91,7 +91,7 @@ struct Staged {
     storage: Arc<HostFile>,
     /// Keeps back the beginning of a header that is written in place.
     head: Option<Arc<HeadLast>>,
-    way: Way,
+    way: Naming,
     /// The name it has meanwhile, where it has one.
     temporary: Option<TemporaryName>,
     /// The permissions it will have, where it has others while it is hidden.
@@ -188,7 +188,7 @@ impl Staging {
 
     /// Whether nobody else can see any of the files before they are complete.
     pub fn is_unseen(&self) -> bool {
-        let hidden = |staged: &Staged| matches!(staged.way, Way::Link { .. } | Way::Replace { .. });
+        let hidden = |staged: &Staged| matches!(staged.way, Naming::Link { .. } | Naming::Replace { .. });
         !self.has_remote() && self.files().iter().all(hidden)
     }
 
@@ -203,7 +203,7 @@ impl Staging {
         let files = self.files();
         let space = |file: &HostFile| file.allocated().ok().flatten().unwrap_or(0);
         let old = |staged: &Staged| match &staged.way {
-            Way::Replace { old } => space(old),
+            Naming::Replace { old } => space(old),
             _ => 0,
         };
         let sum = |of: &dyn Fn(&Staged) -> u64| files.iter().map(of).fold(0, u64::saturating_add);
@@ -233,7 +233,7 @@ impl Staging {
         };
         // What was lost on the way to the disk is not told again by a sync.
         let behind = self.writeback.finish().map_err(named)?;
-        let replaces = files.iter().any(|staged| matches!(staged.way, Way::Replace { .. }) || staged.in_place());
+        let replaces = files.iter().any(|staged| matches!(staged.way, Naming::Replace { .. }) || staged.in_place());
         let durable = self.durability == Durability::Always || (self.durability != Durability::Never && replaces);
         let sync = durable || (self.durability != Durability::Never && behind <= LITTLE);
         // What is written in place loses its older header when nothing else can fail any more.
@@ -264,13 +264,13 @@ impl Staged {
     }
 
     fn in_place(&self) -> bool {
-        matches!(self.way, Way::InPlace) && self.storage.kind() == FileKind::Regular
+        matches!(self.way, Naming::InPlace) && self.storage.kind() == FileKind::Regular
     }
 
     /// What it is to take the place of is no image any more; not after a power cut either, if `sync` says so.
     fn drop_older_header(&self, sync: bool) -> Result<()> {
         let file = match (&self.way, &self.head) {
-            (Way::Replace { old }, _) => {
+            (Naming::Replace { old }, _) => {
                 old.set_len(0, Preallocation::Off)?;
                 old
             }
@@ -303,7 +303,7 @@ impl Staged {
     /// It is what it will be, and on stable storage if `sync` says so; a device follows the cache mode.
     fn settle(&self, sync: bool, cache: CacheMode) -> Result<()> {
         if let Some(mode) = self.mode {
-            if let Way::Replace { old } = &self.way {
+            if let Naming::Replace { old } = &self.way {
                 host::copy_attributes(old.file(), self.storage.file());
             }
             host::set_mode(self.storage.file(), mode).map_err(|cause| self.failed(cause.into()))?;

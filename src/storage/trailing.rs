@@ -21,10 +21,10 @@ const MOST: u64 = 64 << 20;
 /// See the module.
 pub struct Trailing {
     kept: PagedMemory,
-    state: Mutex<State>,
+    state: Mutex<Sending>,
 }
 
-struct State {
+struct Sending {
     /// Nothing when it was given up.
     sink: Option<Box<dyn Outgoing>>,
     /// So much was sent.
@@ -41,11 +41,11 @@ impl fmt::Debug for Trailing {
 impl Trailing {
     /// An empty file.
     pub fn new(sink: Box<dyn Outgoing>) -> Self {
-        let state = Mutex::new(State { sink: Some(sink), sent: 0, begun: false });
+        let state = Mutex::new(Sending { sink: Some(sink), sent: 0, begun: false });
         Self { kept: PagedMemory::new(MOST), state }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Sending> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -67,7 +67,7 @@ impl Trailing {
         state.sink.as_mut().ok_or(Errno::ECANCELED)?.complete()
     }
 
-    fn send_before(&self, state: &mut State, at: u64) -> Result<()> {
+    fn send_before(&self, state: &mut Sending, at: u64) -> Result<()> {
         if at < state.sent {
             // It has gone.
             return Err(Errno::ESPIPE.into());
@@ -79,7 +79,7 @@ impl Trailing {
         Ok(())
     }
 
-    fn ready(&self, at: u64) -> Result<MutexGuard<'_, State>> {
+    fn ready(&self, at: u64) -> Result<MutexGuard<'_, Sending>> {
         let mut state = self.state();
         if state.begun {
             self.send_before(&mut state, at)?;

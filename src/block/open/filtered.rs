@@ -85,7 +85,7 @@ impl Opener<'_> {
                     let below = take_below(&mut options, role);
                     let reference = options.shift_remove(*role).as_ref().and_then(as_text);
                     let path = names.iter().position(|(named, _)| named == role).map(|at| names.swap_remove(at).1);
-                    wanted.push(Wanted { role: (*role).to_owned(), image, path, below, reference });
+                    wanted.push(ChildOptions { role: (*role).to_owned(), image, path, below, reference });
                 }
                 Lower::Images(list) => {
                     let all = take_list(&mut options, list)?;
@@ -101,7 +101,7 @@ impl Opener<'_> {
         let mut open_below = |role: &str| {
             let missing = || Error::invalid(format!("A block device must be specified for \"{role}\""));
             let at = wanted.iter().position(|wanted| wanted.role == role).ok_or_else(missing)?;
-            let Wanted { image, mut path, mut below, reference, .. } = wanted.swap_remove(at);
+            let ChildOptions { image, mut path, mut below, reference, .. } = wanted.swap_remove(at);
             if let Some(reference) = &reference {
                 return Err(no_such_node(reference, below.is_empty() && path.is_none()));
             }
@@ -178,7 +178,7 @@ impl Opener<'_> {
 }
 
 /// What is said of one that lies below.
-struct Wanted {
+struct ChildOptions {
     role: String,
     /// An image, whose format must be said or found out.
     image: bool,
@@ -188,7 +188,7 @@ struct Wanted {
 }
 
 /// What is said of those of a list, which are counted from 0 on.
-fn take_list(options: &mut OptionTree, list: &str) -> Result<Vec<Wanted>> {
+fn take_list(options: &mut OptionTree, list: &str) -> Result<Vec<ChildOptions>> {
     let wrong = || Error::invalid(format!("Option {list} is not a valid array"));
     let mut all = take_below(options, list);
     let index = |key: &String| key.split('.').next().and_then(|index| index.parse::<usize>().ok());
@@ -201,7 +201,7 @@ fn take_list(options: &mut OptionTree, list: &str) -> Result<Vec<Wanted>> {
         let key = index.to_string();
         let below = take_below(&mut all, &key);
         let reference = all.shift_remove(&key).as_ref().and_then(as_text);
-        Wanted { role: format!("{list}.{index}"), image: true, path: None, below, reference }
+        ChildOptions { role: format!("{list}.{index}"), image: true, path: None, below, reference }
     };
     Ok(indexes.into_iter().map(take).collect())
 }

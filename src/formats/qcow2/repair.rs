@@ -121,7 +121,7 @@ impl Visitor for Count<'_> {
 /// Refcounts that say what `references` does, written anew in room to which it has no reference; then the header changes
 /// over to them. The old ones stay what and where they are, counted as `references` has them.
 ///
-/// Room is taken as the reference takes it: the first there is, for one block after the other, then for the table; but
+/// FreeRoom is taken as the reference takes it: the first there is, for one block after the other, then for the table; but
 /// none that `cut` refers to, and all of it below `end`, the first cluster that the file lacks: it must not grow over
 /// that, or nobody could tell any more that something is missing. Whether there was room; if not, nothing has changed.
 pub(super) fn renew(
@@ -132,7 +132,7 @@ pub(super) fn renew(
 ) -> Result<bool> {
     references.lift_limit();
     let mut blocks = BTreeMap::new();
-    let mut room = Room { references, cut, from: ClusterIndex(0), end };
+    let mut room = FreeRoom { references, cut, from: ClusterIndex(0), end };
     let Some((table, clusters)) = room.place(driver, &mut blocks)? else {
         blocks.values().for_each(|block| references.clear(*block, *block));
         return Ok(false);
@@ -142,7 +142,7 @@ pub(super) fn renew(
 }
 
 /// Where new refcounts can go.
-struct Room<'a> {
+struct FreeRoom<'a> {
     references: &'a mut References,
     /// Other clusters that are in use.
     cut: &'a References,
@@ -152,7 +152,7 @@ struct Room<'a> {
     end: ClusterIndex,
 }
 
-impl Room<'_> {
+impl FreeRoom<'_> {
     /// Takes room for the blocks, then for the table: where it is, and its clusters. `None` if there is not enough, with
     /// nothing taken but what `blocks` names.
     fn place(

@@ -18,7 +18,7 @@ enum Slot {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct Slots {
     slots: HashMap<u64, Slot>,
     clock: u64,
 }
@@ -27,7 +27,7 @@ struct State {
 #[derive(Debug)]
 pub struct Blocks {
     most: usize,
-    state: Mutex<State>,
+    state: Mutex<Slots>,
     changed: Condvar,
 }
 
@@ -48,7 +48,7 @@ impl Blocks {
         Self { most, state: Mutex::default(), changed: Condvar::new() }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Slots> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

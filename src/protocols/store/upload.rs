@@ -50,27 +50,27 @@ pub struct Upload {
     /// The part that is being filled, and its number.
     part: Vec<u8>,
     number: u32,
-    way: Way,
+    way: Stage,
 }
 
 struct Shared {
     store: Box<dyn Store>,
-    state: Mutex<State>,
+    state: Mutex<Parts>,
 }
 
 #[derive(Default)]
-struct State {
+struct Parts {
     /// What the parts are called that have been sent, and their numbers.
     sent: Vec<(u32, String)>,
     failed: Option<String>,
 }
 
 /// How far it is.
-enum Way {
+enum Stage {
     /// Less than a part so far.
     Short,
     /// In parts.
-    Parts { upload: String, sender: Option<SyncSender<(u32, Vec<u8>)>>, workers: Vec<JoinHandle<()>> },
+    InParts { upload: String, sender: Option<SyncSender<(u32, Vec<u8>)>>, workers: Vec<JoinHandle<()>> },
     /// The object is there, or never will be.
     Ended,
 }
@@ -80,15 +80,17 @@ impl Upload {
     pub fn new(store: Box<dyn Store>, len: u64) -> Self {
         let part_len = part_len(len);
         let shared = Arc::new(Shared { store, state: Mutex::default() });
-        Self { shared, part_len, part: Vec::new(), number: 1, way: Way::Short }
+        Self { shared, part_len, part: Vec::new(), number: 1, way: Stage::Short }
     }
 
     /// Gives a whole part away.
     fn send_part(&mut self) -> Result<()> {
-        if matches!(self.way, Way::Short) {
+        if matches!(self.way, Stage::Short) {
             self.way = self.begin()?;
         }
-        let Way::Parts { upload, sender, .. } = &self.way else { return Err(Error::Other("it has ended".to_owned())) };
+        let Stage::InParts { upload, sender, .. } = &self.way else {
+            return Err(Error::Other("it has ended".to_owned()));
+        };
         let part = std::mem::take(&mut self.part);
         let number = self.number;
         self.number += 1;
@@ -100,7 +102,7 @@ impl Upload {
         self.shared.look()
     }
 
-    fn begin(&self) -> Result<Way> {
+    fn begin(&self) -> Result<Stage> {
         let upload = again::open(|| self.shared.store.begin())?;
         let workers = (MEMORY / self.part_len as u64).clamp(1, MOST_WORKERS);
         let (sender, receiver) = sync_channel(0);
@@ -113,12 +115,12 @@ impl Upload {
             .collect();
         // Without a thread parts are sent by whoever fills them.
         let sender = (!workers.is_empty()).then_some(sender);
-        Ok(Way::Parts { upload, sender, workers })
+        Ok(Stage::InParts { upload, sender, workers })
     }
 }
 
 impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Parts> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -167,15 +169,15 @@ impl Outgoing for Upload {
     }
 
     fn complete(&mut self) -> Result<()> {
-        if matches!(self.way, Way::Short) {
+        if matches!(self.way, Stage::Short) {
             again::repeat(|| self.shared.store.put(&self.part))?;
-            self.way = Way::Ended;
+            self.way = Stage::Ended;
             return Ok(());
         }
         if !self.part.is_empty() {
             self.send_part()?;
         }
-        let Way::Parts { upload, sender, workers } = &mut self.way else { return Ok(()) };
+        let Stage::InParts { upload, sender, workers } = &mut self.way else { return Ok(()) };
         drop(sender.take());
         for worker in workers.drain(..) {
             worker.join().map_err(|_| Error::Other("a thread has died".to_owned()))?;
@@ -185,14 +187,14 @@ impl Outgoing for Upload {
         sent.sort_unstable_by_key(|(number, _)| *number);
         let sent: Vec<String> = sent.into_iter().map(|(_, name)| name).collect();
         again::repeat(|| self.shared.store.complete(upload, &sent))?;
-        self.way = Way::Ended;
+        self.way = Stage::Ended;
         Ok(())
     }
 }
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        if let Way::Parts { upload, sender, workers } = &mut self.way {
+        if let Stage::InParts { upload, sender, workers } = &mut self.way {
             self.shared.state().failed.get_or_insert_with(String::new);
             drop(sender.take());
             workers.drain(..).for_each(|worker| drop(worker.join()));

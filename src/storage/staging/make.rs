@@ -12,7 +12,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
 
 use super::head::HeadLast;
-use super::{Durability, Staged, Staging, Way};
+use super::{Durability, Naming, Staged, Staging};
 use crate::storage::file::{self, HostFile, cache_flags};
 use crate::storage::lock::{self, Access};
 use crate::storage::temporary::TemporaryName;
@@ -72,14 +72,14 @@ impl Staging {
             Ok(Unnamed { file, temporary }) => {
                 // Its permissions are those that a file made with its own name would have.
                 let mode = temporary.as_ref().map(|_| MODE & !host::umask());
-                let way = Way::Link { _claim: claim };
+                let way = Naming::Link { _claim: claim };
                 self.staged(file, Parts { path, full, target, way, temporary, mode, secondary })
             }
             Err(cause) if is_policy(&cause) => {
                 let made = create_new(&target, MODE, cache_flags(self.cache, true));
                 let file = made.map_err(|cause| failed(without_direct(cause, self.cache)))?;
                 let temporary = Some(TemporaryName::adopt(&target));
-                let way = Way::VeryName;
+                let way = Naming::VeryName;
                 self.staged(file, Parts { path, full, target, way, temporary, mode: None, secondary })
             }
             Err(cause) => Err(failed(cause)),
@@ -99,7 +99,7 @@ impl Staging {
                 replacement(&old, &target, self.cache).map_err(|cause| named("create", path, cause))?
         {
             let Unnamed { file, temporary } = unnamed;
-            let way = Way::Replace { old };
+            let way = Naming::Replace { old };
             return self.staged(file, Parts { path, full, target, way, temporary, mode, secondary });
         }
         let mut old = old;
@@ -107,7 +107,7 @@ impl Staging {
         let storage = Arc::new(old);
         let head =
             (storage.kind() == FileKind::Regular && !secondary).then(|| Arc::new(HeadLast::new(storage.clone())));
-        let (way, target, temporary, mode) = (Way::InPlace, full.clone(), None, None);
+        let (way, target, temporary, mode) = (Naming::InPlace, full.clone(), None, None);
         Ok(Staged { path: full, target, storage, head, way, temporary, mode, secondary, committed: false })
     }
 
@@ -123,7 +123,7 @@ impl Staging {
         let Some(target) = follow(&full).map_err(failed)? else { return Ok(None) };
         let Some((unnamed, mode)) = replacement(&old, &target, self.cache).map_err(failed)? else { return Ok(None) };
         let Unnamed { file, temporary } = unnamed;
-        let way = Way::Replace { old };
+        let way = Naming::Replace { old };
         self.staged(file, Parts { path, full, target, way, temporary, mode, secondary: false }).map(Some)
     }
 
@@ -140,7 +140,7 @@ impl Staging {
     fn staged(&self, file: File, from: Parts<'_>) -> Result<Staged> {
         let Parts { path, full, target, way, temporary, mode, secondary } = from;
         let mut storage = HostFile::from_file(file, self.cache, &path.to_string_lossy())?;
-        self.track(&mut storage, matches!(way, Way::Replace { .. }));
+        self.track(&mut storage, matches!(way, Naming::Replace { .. }));
         let storage = Arc::new(storage);
         Ok(Staged { path: full, target, storage, head: None, way, temporary, mode, secondary, committed: false })
     }
@@ -151,7 +151,7 @@ struct Parts<'a> {
     path: &'a Path,
     full: PathBuf,
     target: PathBuf,
-    way: Way,
+    way: Naming,
     temporary: Option<TemporaryName>,
     mode: Option<u32>,
     secondary: bool,

@@ -26,7 +26,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::make::{create_new, errno, folder_of, is_policy, named};
 use super::steps::{Call, Step, run_apart};
-use super::{Staged, Way};
+use super::{Naming, Staged};
 use crate::storage::file::{FileHow, HostFile};
 use crate::storage::lock::Access;
 use crate::storage::temporary::{self, TemporaryName};
@@ -91,7 +91,7 @@ fn plan(
     files: &[Staged],
     durable: Option<&Vec<(PathBuf, File)>>,
 ) -> std::result::Result<Vec<Step>, (PathBuf, io::Error)> {
-    let replaces = |staged: &Staged| matches!(staged.way, Way::Replace { .. });
+    let replaces = |staged: &Staged| matches!(staged.way, Naming::Replace { .. });
     let last = files.len().saturating_sub(1);
     let header_first = files.iter().take(last).any(replaces) && files.last().is_some_and(replaces);
     let mut steps = Vec::new();
@@ -108,8 +108,8 @@ fn plan(
     for (index, staged) in files.iter().enumerate() {
         let at = |cause| (staged.target.clone(), cause);
         match &staged.way {
-            Way::InPlace | Way::VeryName => {}
-            Way::Replace { old } => match (is_at(&staged.target, old.identity()), index == last) {
+            Naming::InPlace | Naming::VeryName => {}
+            Naming::Replace { old } => match (is_at(&staged.target, old.identity()), index == last) {
                 // Somebody has put another file there.
                 (Ok(false), _) => return Err(at(Errno::EEXIST.into())),
                 (Ok(true), true) if !header_first => put_over(staged, index, &mut steps).map_err(at)?,
@@ -120,7 +120,7 @@ fn plan(
                 // It has gone, or will have.
                 _ => put(staged, index, &mut steps).map_err(at)?,
             },
-            Way::Link { .. } => put(staged, index, &mut steps).map_err(at)?,
+            Naming::Link { .. } => put(staged, index, &mut steps).map_err(at)?,
         }
     }
     steps.extend(aside.into_iter().map(|name| Step { call: Call::Remove { name }, undo: None, file: last }));
@@ -129,7 +129,7 @@ fn plan(
 
 /// The older file's name becomes a hidden one.
 fn move_aside(staged: &Staged, file: usize, steps: &mut Vec<Step>) -> io::Result<Option<CString>> {
-    let Way::Replace { old } = &staged.way else { return Ok(None) };
+    let Naming::Replace { old } = &staged.way else { return Ok(None) };
     if !is_at(&staged.target, old.identity()).unwrap_or(false) {
         return Ok(None);
     }
@@ -185,8 +185,8 @@ fn taken(target: &Path) -> Error {
 
 /// Copies each into a file of its very name.
 fn copy_all(files: &mut [Staged], sync: bool) -> Result<()> {
-    if files.iter().rev().skip(1).any(|staged| matches!(staged.way, Way::Replace { .. }))
-        && let Some(Staged { way: Way::Replace { .. }, target, .. }) = files.last()
+    if files.iter().rev().skip(1).any(|staged| matches!(staged.way, Naming::Replace { .. }))
+        && let Some(Staged { way: Naming::Replace { .. }, target, .. }) = files.last()
     {
         // The older header must not be seen with what is copied next.
         let header = OpenOptions::new().write(true).open(target);
@@ -200,8 +200,8 @@ fn copy_all(files: &mut [Staged], sync: bool) -> Result<()> {
     for staged in files.iter() {
         let failed = |cause| named("create", &staged.target, cause);
         let to = match &staged.way {
-            Way::InPlace | Way::VeryName => continue,
-            Way::Link { .. } => match create_new(&staged.target, 0o644, OFlag::O_CLOEXEC) {
+            Naming::InPlace | Naming::VeryName => continue,
+            Naming::Link { .. } => match create_new(&staged.target, 0o644, OFlag::O_CLOEXEC) {
                 Ok(file) => {
                     made.push(TemporaryName::adopt(&staged.target));
                     file
@@ -209,7 +209,7 @@ fn copy_all(files: &mut [Staged], sync: bool) -> Result<()> {
                 Err(cause) if errno(&cause) == Errno::EEXIST => return Err(taken(&staged.target)),
                 Err(cause) => return Err(failed(cause)),
             },
-            Way::Replace { .. } => OpenOptions::new().read(true).write(true).open(&staged.target).map_err(failed)?,
+            Naming::Replace { .. } => OpenOptions::new().read(true).write(true).open(&staged.target).map_err(failed)?,
         };
         if let Err(cause) = copy(staged.storage.file(), &to, sync) {
             // Half an image must not look like one.
