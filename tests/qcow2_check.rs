@@ -57,6 +57,9 @@ fn difference(theirs: &Output, ours: &Output) -> Option<&'static str> {
     if theirs.stderr.contains("exceeding the end of the file") && renewed {
         return Some("new refcounts of a truncated image");
     }
+    if renewed && theirs.stderr.contains("Check failed: Invalid argument") && ours.code == Some(0) {
+        return Some("qemu-img stops behind new refcounts where there are bitmaps");
+    }
     let emptied = |out: &Output| out.stderr.contains("snapshot table entry 0 is incomplete");
     if emptied(theirs) && !emptied(ours) {
         return Some("qemu-img takes a damaged snapshot table for leaked, and empties it");
@@ -367,6 +370,41 @@ fn a_snapshot_table_said_to_lie_in_another_table_is_written_elsewhere() {
     }
 }
 
+/// A snapshot table that lies where guest data is, whose cluster no refcount can count twice: the data keeps its cluster
+/// when the table goes elsewhere.
+#[test]
+fn what_shared_a_cluster_with_a_snapshot_table_keeps_it() {
+    let scratch = Scratch::new();
+    for bits in [1, 2, 4, 8] {
+        scratch.judge(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            &format!("cluster_size=1k,refcount_bits={bits}"),
+            "i",
+            "4M",
+        ]);
+        // What is all zeros can be read as a snapshot: one that is incomplete.
+        scratch.qemu_io("qcow2", "i", &["write -P 0 0 1k", "write -P 1 1k 7k"]);
+        let mut bytes = fs::read(scratch.file("i")).unwrap();
+        let l2 = Tables::of(&bytes).l2s[0];
+        let data = damage::get(&bytes, l2, 8);
+        // Other entries for the same cluster, until its count is full.
+        for n in 1..(1u64 << bits) - 1 {
+            damage::put(&mut bytes, l2 + 8 * (8 + n % 100), 8, data);
+        }
+        damage::put(&mut bytes, 60, 4, 1);
+        damage::put(&mut bytes, 64, 8, data & 0x00ff_ffff_ffff_fe00);
+        fs::write(scratch.file("i"), &bytes).unwrap();
+        check(true, &scratch, "i", Some("all"));
+        let found = check(false, &scratch, "i", None);
+        assert_eq!(found.code, Some(0), "{bits} bits: {found:?}");
+        scratch.qemu_io("qcow2", "i", &["read -P 0 0 1k", "read -P 1 1k 7k"]);
+    }
+}
+
 /// A repair that is killed before any of its writes leaves an image that reads as before, and that both can mend
 /// afterwards, to the same disk.
 #[test]
@@ -374,7 +412,7 @@ fn a_repair_that_is_killed_at_any_write_leaves_no_worse() {
     let scratch = Scratch::new();
     damage::make_bases(&scratch);
     let mut points = 0;
-    for base in ["p512", "s4096"] {
+    for base in ["p512", "s4096", "b4096"] {
         let honest = fs::read(scratch.file(base)).unwrap();
         let tables = Tables::of(&honest);
         for (what, bytes) in damage::mendable(&honest, &tables) {

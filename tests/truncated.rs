@@ -377,19 +377,76 @@ fn nothing_is_placed_behind_the_end(extended_l2: &str) {
     ];
     fs::write(scratch.file("s"), pattern(3, 4 << 20)).unwrap();
     for len in [2 << 20, 4 << 16] {
-        for args in change {
-            fs::copy(scratch.file("whole"), scratch.file("i")).unwrap();
-            cut(&scratch.file("i"), len);
+        let mut bytes = fs::read(scratch.file("whole")).unwrap();
+        bytes.truncate(len);
+        for (args, dirty) in change.iter().flat_map(|args| [(args, false), (args, true)]) {
+            bytes[79] = u8::from(dirty) | bytes[79] & !1;
+            fs::write(scratch.file("i"), &bytes).unwrap();
             let out = vimg(args).dir(scratch.path()).fails(1);
-            assert!(out.stderr.contains("the file is truncated"), "{args:?}: {out:?}");
-            assert_eq!(fs::metadata(scratch.file("i")).unwrap().len(), len, "{args:?}");
+            assert!(out.stderr.contains("the file is truncated"), "{args:?}, dirty {dirty}: {out:?}");
+            assert!(fs::read(scratch.file("i")).unwrap() == bytes, "{args:?}, dirty {dirty}");
             vimg(&["convert", "-O", "raw", "i", "o"]).dir(scratch.path()).fails(1);
         }
+        bytes[79] &= !1;
+        fs::write(scratch.file("i"), &bytes).unwrap();
         // The reference's check finds it too, and does not mend it. What is there can be had.
         let out = vimg(&["check", "-r", "all", "i"]).dir(scratch.path()).run();
         assert_eq!(out.code, judge(&["check", "-r", "all", "i"]).dir(scratch.path()).run().code, "{out:?}");
         scratch.vimg(&["convert", "--salvage", "-O", "qcow2", "i", "saved"]);
         vimg(&["snapshot", "-c", "a", "saved"]).dir(scratch.path()).ok();
+    }
+}
+
+/// The same of tables that no guest data is in: each is named to lie where the file ends, or to end a little behind it.
+#[test]
+fn nothing_is_placed_over_missing_tables() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 whole 4M; qemu-io -c 'write -P 9 0 1M' whole; qemu-img snapshot -c a whole
+         qemu-img bitmap --add whole b; qemu-io -c 'write -P 8 0 64k' whole");
+    let whole = fs::read(scratch.file("whole")).unwrap();
+    let word = |at: u64| u64::from_be_bytes(whole[at as usize..at as usize + 8].try_into().unwrap());
+    let extension = whole.windows(8).position(|at| at == [0x23, 0x85, 0x28, 0x75, 0, 0, 0, 24]).unwrap() as u64;
+    let (snapshots, directory) = (word(64), word(extension + 24));
+    // What the bitmap's first clusters are told by; bits that are all 0 have none.
+    let places = [
+        ("inactive L1 table", snapshots),
+        ("inactive L2 table", word(snapshots)),
+        ("bitmap table", directory),
+        ("bitmap data", word(directory)),
+        ("active L2 table", word(40)),
+        ("active L1 table", 40),
+    ];
+    let change: [&[&str]; 4] = [
+        &["resize", "i", "8G"],
+        &["bench", "-w", "-c", "1", "-o", "3M", "i"],
+        &["snapshot", "-c", "b", "i"],
+        &["bitmap", "--add", "i", "c"],
+    ];
+    for (what, at) in places {
+        for (args, dirty) in change.iter().flat_map(|args| [(args, 0), (args, 1)]) {
+            let mut bytes = whole.clone();
+            let end = bytes.len().next_multiple_of(65536) as u64;
+            bytes.resize(end as usize, 0);
+            bytes[at as usize..at as usize + 8].copy_from_slice(&end.to_be_bytes());
+            bytes[79] |= dirty;
+            fs::write(scratch.file("i"), &bytes).unwrap();
+            let out = vimg(args).dir(scratch.path()).fails(1);
+            let text = format!("the file is truncated: {what} at offset {end} lies past its end at {end}");
+            assert!(out.stderr.contains(&text), "{what}, {args:?}, {dirty}: {out:?}");
+            assert!(fs::read(scratch.file("i")).unwrap() == bytes, "{what}, {args:?}, {dirty}");
+        }
+    }
+    // The last table of the file, less a byte; and what has more tables than are looked into at once.
+    scratch.sh("qemu-img create -q -f qcow2 half 4M; qemu-io -c 'write -z 0 64k' half
+         qemu-img create -q -f qcow2 -o cluster_size=2M large 5T
+         qemu-io -c 'write 0 4k' -c 'write 1T 4k' -c 'write 2T 4k' -c 'write 3T 4k' -c 'write 4T 4k' large
+         truncate -s -2M large");
+    let mut bytes = fs::read(scratch.file("half")).unwrap();
+    bytes.pop();
+    fs::write(scratch.file("half"), bytes).unwrap();
+    for (name, what) in [("half", "active L2 table"), ("large", "data cluster")] {
+        let out = vimg(&["resize", name, "6T"]).dir(scratch.path()).fails(1);
+        assert!(out.stderr.contains(&format!("the file is truncated: {what}")), "{name}: {out:?}");
     }
 }
 

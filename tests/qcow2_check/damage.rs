@@ -375,6 +375,11 @@ pub fn mendable(honest: &[u8], tables: &Tables) -> Vec<(&'static str, Vec<u8>)> 
         let count = get(honest, 60, 4);
         all.push(("more snapshots than there are entries", vec![(60, 4, count + 2)]));
     }
+    if bits > 9 {
+        // There it is one entry that says little.
+        all.push(("a snapshot table in the refcount table", vec![(60, 4, 1), (64, 8, table)]));
+        all.push(("the same, and leaks", vec![(60, 4, 1), (64, 8, table), (tables.refcount(tables.l1 >> bits), 2, 2)]));
+    }
     let pokes = |list: Pokes| {
         let mut bytes = honest.to_vec();
         for (at, width, value) in list {

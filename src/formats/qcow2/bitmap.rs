@@ -80,10 +80,12 @@ pub fn read_directory(file: &Child, header: &Qcow2Header, tables: bool) -> Resul
     }
     for bitmap in &found {
         let fields = &bitmap.fields;
-        if !header.geometry().places(fields.table_offset, u64::from(fields.table_size) * ENTRY) {
+        // What was not saved is not read.
+        let read = fields.flags & layout::BITMAP_IN_USE == 0;
+        if read && !header.geometry().places(fields.table_offset, u64::from(fields.table_size) * ENTRY) {
             return Err(unreadable(bitmap, "Input/output error"));
         }
-        if tables {
+        if tables && read {
             check_table(file, &header.geometry(), bitmap)?;
         }
         check_length(&bitmap.fields, &bitmap.name, &header.geometry(), header.fields.size)?;
@@ -127,9 +129,6 @@ fn check_length(fields: &BitmapFields, name: &str, geometry: &Geometry, disk: u6
 
 /// Refuses a bitmap that was saved and whose table cannot be. The text is the reference's.
 fn check_table(file: &Child, geometry: &Geometry, bitmap: &Bitmap) -> Result<()> {
-    if bitmap.fields.flags & layout::BITMAP_IN_USE != 0 {
-        return Ok(());
-    }
     let mut window = Window::new(file, BITMAP_TABLE, bitmap.fields.table_offset);
     for _ in 0..bitmap.fields.table_size {
         if !is_table_entry(geometry, layout::word(window.take(ENTRY)?, 0).unwrap_or(0)) {

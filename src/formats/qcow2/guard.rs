@@ -5,6 +5,8 @@
 //! refcount block are known, and of what else does not move with the header: the snapshots' table and L1 tables, the
 //! bitmaps' tables, the LUKS header. What moves adds its new place before it writes there. The lock is a leaf.
 
+mod missing;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{MutexGuard, PoisonError};
 
@@ -15,6 +17,8 @@ use super::Qcow2Driver;
 use super::geometry::{ClusterIndex, Geometry};
 use super::layout::{self, ENTRY};
 use super::walk::{Found, MetadataPart, Visitor};
+
+pub use missing::MOST_DECODED;
 
 /// Marks an L2 table's offset.
 pub const L2: u64 = 0;
@@ -122,13 +126,9 @@ impl Qcow2Driver {
 
     /// Looks up where tables are, once, before the first change. Refuses an image in which a table that is going to
     /// be changed lies in the place of another kind: a change to one would be a change to the other; one whose refcount
-    /// blocks cannot be what they are said to be; and one of which clusters are missing, though it was closed: what is
-    /// placed behind them would make the file long enough to hold them, and nobody could tell any more.
+    /// blocks cannot be what they are said to be; and one of whose file something is missing (`guard/missing.rs`).
     pub(super) fn learn_metadata(&self) -> Result<()> {
-        match self.learn(Survey::new(self, DEEP)?)? {
-            Some(missing) if !self.unclean => Err(missing),
-            _ => Ok(()),
-        }
+        self.learn(Survey::new(self, DEEP)?)?.map_or(Ok(()), Err)
     }
 
     /// The same, before the snapshot table of `len` bytes is written anew: it may be said to lie where another table is,
@@ -161,8 +161,15 @@ impl Qcow2Driver {
                 return Err(self.corrupt(format!("Refblock at offset {at:#x} has a refcount of {count}")));
             }
         }
-        let missing = survey.missing.map(|(at, what)| Error::truncated(what, at, survey.file));
+        let mut missing = survey.lacking();
+        let file = survey.file;
         *self.places() = survey.places;
+        if missing.is_none() && survey.deep < u64::MAX && self.counts_past(file)? {
+            // Perhaps clusters of a disk with more tables than were looked into; perhaps they leaked.
+            let mut all = Survey::new(self, u64::MAX)?;
+            self.walk(&mut all)?;
+            missing = all.lacking();
+        }
         Ok(missing)
     }
 
@@ -248,7 +255,9 @@ pub(super) struct Survey<'a> {
     /// The table in which guest data lies.
     pub data_clash: Option<&'static str>,
     /// Something that lies past the end of the file: where, and what.
-    pub missing: Option<(u64, &'static str)>,
+    missing: Option<(u64, &'static str)>,
+    /// Compressed clusters that were decoded.
+    decoded: u32,
     /// Bytes of the file, from the first to the second, in which nothing but guest data lies. Guest data is seen when
     /// all else has been, and most of it lies close together: few looks tell that it is apart.
     gap: (u64, u64),
@@ -271,6 +280,7 @@ impl<'a> Survey<'a> {
             refcounts_wrong: None,
             data_clash: None,
             missing: None,
+            decoded: 0,
             gap: (0, 0),
         };
         let table = MetadataPart::RefcountTable.name();
@@ -290,6 +300,11 @@ impl<'a> Survey<'a> {
         self.placed(at, end.saturating_sub(at))
             .or_else(run)
             .or_else(|| block().then(|| MetadataPart::RefcountBlock.name()))
+    }
+
+    /// The error where something is missing.
+    pub fn lacking(&self) -> Option<Error> {
+        self.missing.map(|(at, what)| Error::truncated(what, at, self.file))
     }
 
     /// Whether the refcounts can be changed where they are.
@@ -335,9 +350,6 @@ impl<'a> Survey<'a> {
         if let Some(what) = self.placed(at, len).or(run.filter(|_| found.active)) {
             self.clashes(what == MetadataPart::RefcountTable.name(), what);
         }
-        if at >= self.file {
-            self.missing.get_or_insert((at, "an L2 table"));
-        }
         if self.driver.geometry.in_cluster(at) == 0 {
             self.places.clusters.insert(at | mark);
         }
@@ -360,6 +372,9 @@ impl<'a> Survey<'a> {
             self.clashes(true, what);
         } else if self.bits.range(at..end).next().is_some() {
             self.clashes(true, MetadataPart::BitmapData.name());
+        } else if end > self.file {
+            let text = format!("Refblock at offset {at:#x} is cut off by the end of the file");
+            self.refcounts_wrong.get_or_insert(text);
         } else {
             self.places.clusters.insert(at | BLOCK);
         }
@@ -368,11 +383,6 @@ impl<'a> Survey<'a> {
     fn data(&mut self, found: &Found) {
         let start = found.at - self.driver.geometry.in_cluster(found.at);
         let end = self.driver.whole(found.at, found.len);
-        // A cluster of which nothing is read need not be there.
-        let may_lack = found.part == MetadataPart::Data && found.entry.is_some_and(|entry| entry.reads_nothing());
-        if start >= self.file && !may_lack {
-            self.missing.get_or_insert((start, "guest data"));
-        }
         if self.gap.0 <= start && end <= self.gap.1 {
             return;
         }
@@ -419,7 +429,12 @@ impl<'a> Survey<'a> {
 
 impl Visitor for Survey<'_> {
     fn found(&mut self, found: &Found) -> Result<()> {
+        self.look_for_missing(found)?;
         match found.part {
+            MetadataPart::RefcountTable if found.at.saturating_add(found.len) > self.file => {
+                let text = format!("Refcount table at offset {:#x} is past the end of the file", found.at);
+                self.refcounts_wrong.get_or_insert(text);
+            }
             MetadataPart::Qcow2Header
             | MetadataPart::ActiveL1
             | MetadataPart::RefcountTable

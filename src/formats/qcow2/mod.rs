@@ -151,8 +151,6 @@ pub struct Qcow2Driver {
     /// Whether zeros are kept as such though nothing lies below.
     keeps_zeros: AtomicBool,
     write: bool,
-    /// It was not closed when it was opened: what had been placed last need not be there.
-    unclean: bool,
     /// Whether the host has holes under data clusters; found out once (see `holes.rs`).
     host_holes: OnceLock<bool>,
     /// Whether wrong tables were reported already.

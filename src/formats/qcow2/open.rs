@@ -67,7 +67,6 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         format: header.backing_format.clone(),
         elsewhere: Vec::new(),
     });
-    let incompatible = header.fields.incompatible;
     let driver = Qcow2Driver {
         tables: Tables::new(storage.clone(), &files[0].name, cache_bytes),
         files,
@@ -86,7 +85,6 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         backing,
         keeps_zeros: AtomicBool::new(false),
         write: purpose.writes(),
-        unclean: incompatible & layout::DIRTY != 0,
         host_holes: OnceLock::new(),
         told_corrupt: AtomicBool::new(false),
         ahead: Ahead::default(),
@@ -134,7 +132,6 @@ impl Qcow2Driver {
             backing: self.backing.clone(),
             keeps_zeros: AtomicBool::new(false),
             write: false,
-            unclean: self.unclean,
             host_holes: OnceLock::new(),
             told_corrupt: AtomicBool::new(false),
             ahead: Ahead::default(),

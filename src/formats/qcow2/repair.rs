@@ -52,6 +52,10 @@ pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
             "The image was not closed cleanly and cannot be repaired: tables overlap with {what}"
         )));
     }
+    // Wherever new refcounts went, what is written next would go behind the end.
+    if let Some(missing) = survey.lacking() {
+        return Err(missing);
+    }
     let plan = plan(driver, &survey, &mut references)?;
     drop(survey);
     let most = driver.geometry.refcount_max();

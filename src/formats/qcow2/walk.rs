@@ -265,6 +265,9 @@ impl Qcow2Driver {
         let cluster = self.geometry.cluster_size();
         for bitmap in self.bitmap_list() {
             let table = bitmap_table(&bitmap);
+            if !self.geometry.places(table.at, table.len) {
+                continue;
+            }
             let found = |part, at, len, entry| Found { part, at, len, times: 1, active: true, entry };
             self.each_word(table, |index, word| match word & OFFSET_MASK {
                 0 => Ok(()),

@@ -1,9 +1,12 @@
 //! The snapshot table, read entry by entry whatever is wrong with it, and written anew.
 
+use std::collections::BTreeSet;
+use std::ops::Range;
+
 use crate::block::{Child, Error, Result};
 
 use super::super::counts::Counts;
-use super::super::geometry::ClusterIndex;
+use super::super::geometry::{ClusterIndex, Geometry};
 use super::super::header::{Qcow2Header, c_string};
 use super::super::layout::{
     MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, SNAPSHOT_ENTRY, SnapshotFields,
@@ -28,6 +31,16 @@ pub(super) struct SnapshotTable {
     mended: u64,
     /// Findings that stay.
     pub wrong: u64,
+    /// Clusters of it that have more references than a refcount can tell.
+    pub crowded: BTreeSet<ClusterIndex>,
+}
+
+impl SnapshotTable {
+    /// The clusters that it uses.
+    pub fn clusters(&self, geometry: &Geometry) -> Range<ClusterIndex> {
+        let first = geometry.cluster_of(self.at);
+        first..first + self.bytes.div_ceil(geometry.cluster_size())
+    }
 }
 
 /// An entry that starts at `start`, the length of its extra data in the table, and where it ends.
@@ -232,11 +245,16 @@ impl Checker<'_> {
         if old.bytes == 0 || past >= geometry.cluster_size() {
             return self.flush().map(|()| true);
         }
-        let clusters = old.bytes.div_ceil(geometry.cluster_size());
-        let free = driver.lower(geometry.cluster_of(old.at), clusters)?;
+        let table = old.clusters(&geometry);
+        let (first, clusters) = (table.start, table.end.since(table.start));
+        let mut free = 0;
+        for cluster in first.run(clusters).filter(|cluster| !old.crowded.contains(cluster)) {
+            // The others have as many references as a refcount can tell without the table.
+            free += driver.lower(cluster, 1)?.len() as u64;
+        }
         driver.tables.write_back()?;
         self.flush()?;
-        if free.iter().map(|(_, count)| count).sum::<u64>() < clusters {
+        if free < clusters {
             // It was said to reach into what others use, which have it for themselves now.
             driver.tables.forget(0, u64::MAX);
             self.check_marks()?;
