@@ -66,9 +66,6 @@ impl QedDriver {
         // Lengths are counted in whole sectors. A cluster that ends within the last one is there, though not as a whole.
         let sectors = length.checked_next_multiple_of(512).unwrap_or(length);
         let count = sectors / cluster;
-        let cut = (length / cluster < count).then(|| count - 1);
-        let is_cut =
-            |at: u64, clusters: u64| cut.is_some_and(|cut| (at / cluster..at / cluster + clusters).contains(&cut));
         if count > MOST_CLUSTERS {
             let text = format!("images of more than {MOST_CLUSTERS} clusters cannot be checked");
             return Err(Error::unsupported(text));
@@ -79,6 +76,7 @@ impl QedDriver {
         };
         let mut clusters = Clusters { count, bits: Vec::new(), used: 0 };
         let table_clusters = header.table_bytes() / cluster;
+        let is_cut = |at: u64, used: u64| at.saturating_add(used) > length;
         clusters.mark(0, header.end() / cluster);
         clusters.mark(header.l1_offset() / cluster, table_clusters);
         let mut report = CheckReport { total_clusters: header.size().div_ceil(cluster), ..CheckReport::default() };
@@ -96,7 +94,7 @@ impl QedDriver {
                 return Ok(true);
             }
             let twice = clusters.mark(at / cluster, table_clusters);
-            report.corruptions += twice + u64::from(is_cut(at, table_clusters));
+            report.corruptions += twice + u64::from(is_cut(at, state.used_table(number)));
             if twice > 0 {
                 return Ok(true);
             }
@@ -108,7 +106,8 @@ impl QedDriver {
                     report.fragmented_clusters += u64::from(next.is_some_and(|next| next != at));
                     next = Some(at.saturating_add(cluster));
                     if is_there(at, 1) {
-                        report.corruptions += clusters.mark(at / cluster, 1) + u64::from(is_cut(at, 1));
+                        let cut = is_cut(at, header.used_cluster(index + n));
+                        report.corruptions += clusters.mark(at / cluster, 1) + u64::from(cut);
                     } else {
                         wrong(&mut report);
                         lost.push(index + n);

@@ -145,6 +145,11 @@ impl QedHeader {
         self.raw.cluster_size.get().into()
     }
 
+    /// Bytes of the disk in the cluster with that number.
+    pub fn used_cluster(&self, index: u64) -> u64 {
+        self.size().saturating_sub(index.saturating_mul(self.cluster())).min(self.cluster())
+    }
+
     /// Bytes of a table.
     pub fn table_bytes(&self) -> u64 {
         self.cluster() * u64::from(self.raw.table_size.get())

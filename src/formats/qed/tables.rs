@@ -103,6 +103,12 @@ impl QedState {
         Ok(())
     }
 
+    /// Bytes of the L2 table with that number that stand for anything of the disk: what follows need not be there.
+    pub fn used_table(&self, number: u64) -> u64 {
+        let (entries, clusters) = (self.entries(), self.header.size().div_ceil(self.header.cluster()));
+        clusters.saturating_sub(number.saturating_mul(entries)).min(entries) * 8
+    }
+
     /// Where the L2 table with that number is; 0 if it is not there.
     pub fn l2_table(&mut self, storage: &dyn Storage, number: u64) -> Result<u64> {
         let mut entry = [0; 8];
@@ -222,7 +228,8 @@ impl QedState {
         } else {
             // What lies behind the last whole cluster is nobody's, but no zeros either.
             self.fresh = storage.len().context("Could not get the size of the file")?;
-            self.fresh / cluster * cluster
+            // A cluster that ends within the last sector is there.
+            self.fresh.checked_next_multiple_of(512).unwrap_or(self.fresh) / cluster * cluster
         };
         self.end = Some(end);
         Ok(end)
@@ -234,22 +241,27 @@ impl QedState {
         if self.prepared {
             return Ok(());
         }
-        let length = storage.len().context("Could not get the size of the file")?;
-        let length = length.checked_next_multiple_of(512).unwrap_or(length);
+        let there = storage.len().context("Could not get the size of the file")?;
+        let length = there.checked_next_multiple_of(512).unwrap_or(there);
         let header = self.header.clone();
         let (cluster, table_bytes) = (header.cluster(), header.table_bytes());
         let mut runs = Runs::default();
         runs.add(0, header.end().max(HEADER_BYTES as u64));
         runs.add(header.l1_offset(), table_bytes);
         let mut lost = false;
-        let mut add = |at: u64, bytes: u64| {
-            lost |= !header.is_place(at) || at.checked_add(bytes).is_none_or(|end| end > length);
+        let mut add = |at: u64, bytes: u64, used: u64| {
+            lost |= !header.is_place(at)
+                || at.checked_add(bytes).is_none_or(|end| end > length)
+                || at.saturating_add(used) > there;
             runs.add(at, bytes);
             !lost && !runs.is_overlapping()
         };
         self.each_table(storage, |state, number, at| {
-            Ok(add(at, table_bytes)
-                && state.each_run(storage, number, |_, at, run| add(at, run.saturating_mul(cluster)))?)
+            Ok(add(at, table_bytes, state.used_table(number))
+                && state.each_run(storage, number, |index, at, run| {
+                    let (whole, last) = ((run - 1).saturating_mul(cluster), index.saturating_add(run - 1));
+                    add(at, run.saturating_mul(cluster), whole.saturating_add(header.used_cluster(last)))
+                })?)
         })?;
         if lost {
             return Err(Error::corrupt("tables of the image name what lies in no cluster of the file"));
