@@ -397,6 +397,27 @@ fn nothing_is_placed_behind_the_end(extended_l2: &str) {
     }
 }
 
+/// The same of a data file, where what reads as zeros need not be there.
+#[test]
+fn nothing_is_placed_behind_the_end_of_a_cut_data_file() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 -o data_file=d i 4M; qemu-io -c 'write -P 9 0 1M' -c 'write -z 2M 64k' i");
+    for (len, whole) in [(4 << 20, true), (1 << 20, true), ((1 << 20) - 65536, false), (0, false)] {
+        cut(&scratch.file("d"), len);
+        let out = vimg(&["check", "i"]).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(if whole { 0 } else { 2 }), "{len}: {out:?}");
+        let text = format!("ERROR: cluster at offset {len:#x} lies past the end of the data file");
+        assert_eq!(out.stderr.contains(&text), !whole, "{len}: {out:?}");
+        if !whole {
+            for args in [&["resize", "i", "8M"][..], &["bench", "-w", "-c", "1", "-o", "3M", "i"]] {
+                let out = vimg(args).dir(scratch.path()).fails(1);
+                assert!(out.stderr.contains("the file is truncated: a cluster of the data file"), "{out:?}");
+                assert_eq!(fs::metadata(scratch.file("d")).unwrap().len(), len, "{args:?}");
+            }
+        }
+    }
+}
+
 /// The same of tables that no guest data is in: each is named to lie where the file ends, or to end a little behind it.
 #[test]
 fn nothing_is_placed_over_missing_tables() {

@@ -170,6 +170,9 @@ impl Qcow2Driver {
             self.walk(&mut all)?;
             missing = all.lacking();
         }
+        if missing.is_none() {
+            missing = self.data_file_lacks()?;
+        }
         Ok(missing)
     }
 

@@ -8,7 +8,7 @@
 //!
 //! Source: specification, sections "Header", "Cluster mapping", "Snapshots", "Bitmaps".
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::block::Result;
 use crate::block::error::{Context, Operation, Place};
@@ -159,6 +159,19 @@ impl Qcow2Driver {
             }
         }
         Ok(())
+    }
+
+    /// The entries of the active L2 tables of an image with a data file: the places are in that.
+    pub(super) fn walk_data_file(&self, visitor: &mut dyn Visitor) -> Result<()> {
+        let mut tables = BTreeSet::new();
+        self.each_word(self.l1(), |_, word| {
+            let at = word & OFFSET_MASK;
+            if at != 0 && self.geometry.in_cluster(at) == 0 {
+                tables.insert(at);
+            }
+            Ok(())
+        })?;
+        tables.into_iter().try_for_each(|at| self.walk_l2(visitor, at, Sharing { times: 1, active: true }))
     }
 
     fn walk_header(&self, visitor: &mut dyn Visitor) -> Result<()> {

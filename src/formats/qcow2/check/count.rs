@@ -245,6 +245,7 @@ impl Checker<'_> {
         let mut table = std::mem::take(&mut tally.table);
         self.read(at, cluster, &mut table)?;
         let per_entry = usize::from(geometry.extended) + 1;
+        let data_file = self.driver.data_file_len()?;
         let (mut row, mut next) = (Row::default(), 0);
         let words = table.as_chunks::<8>().0;
         for (index, entry) in words.chunks_exact(per_entry).enumerate() {
@@ -276,6 +277,10 @@ impl Checker<'_> {
                 next = offset + cluster;
             }
             if self.driver.external {
+                let zeros = if geometry.extended { bitmap & u64::from(u32::MAX) == 0 } else { word & ZERO != 0 };
+                if data_file.is_some_and(|len| offset >= len) && !zeros {
+                    self.wrong(&format!("ERROR: cluster at offset {offset:#x} lies past the end of the data file"));
+                }
                 continue;
             }
             let inside = offset.saturating_add(cluster).saturating_sub(self.file) < cluster;

@@ -3,9 +3,10 @@
 
 use super::super::Qcow2Driver;
 use super::super::layout::MAX_L1_BYTES;
-use super::super::walk::{Found, MetadataPart};
+use super::super::walk::{Found, MetadataPart, Visitor};
 use super::Survey;
-use crate::block::{CompressedUnit, GuestOffset, HostPlace, Result};
+use crate::block::error::Context;
+use crate::block::{CompressedUnit, Error, GuestOffset, HostPlace, Result};
 
 /// Compressed clusters that are decoded because their room ends past the end of the file.
 pub const MOST_DECODED: u32 = 1024;
@@ -65,6 +66,24 @@ impl Qcow2Driver {
         Ok(self.decode_unit(&unit, &encoded, &mut plain).is_ok())
     }
 
+    /// How long the data file is, if there is one.
+    pub(in super::super) fn data_file_len(&self) -> Result<Option<u64>> {
+        let file = self.files.get(self.data_file()).filter(|_| self.external);
+        file.map(|file| file.storage.len().context("Could not get the size of the data file")).transpose()
+    }
+
+    /// The error where the data file lacks a cluster that is not zeros.
+    pub(super) fn data_file_lacks(&self) -> Result<Option<Error>> {
+        let Some(len) = self.data_file_len()? else { return Ok(None) };
+        if len >= self.header().fields.size {
+            // Every cluster lies in it where it lies on the disk.
+            return Ok(None);
+        }
+        let mut past = Past { len, found: None };
+        self.walk_data_file(&mut past)?;
+        Ok(past.found.map(|at| Error::truncated("a cluster of the data file", at, len)))
+    }
+
     /// Whether a cluster past the end of the file has a refcount.
     pub(super) fn counts_past(&self, file: u64) -> Result<bool> {
         let first = self.geometry.cluster_of(file.saturating_add(self.geometry.cluster_size() - 1));
@@ -83,5 +102,29 @@ impl Qcow2Driver {
             }
         }
         Ok(false)
+    }
+}
+
+/// Looks for guest data past an end.
+struct Past {
+    len: u64,
+    found: Option<u64>,
+}
+
+impl Visitor for Past {
+    fn found(&mut self, found: &Found) -> Result<()> {
+        let reads_nothing = found.entry.is_some_and(|entry| entry.reads_nothing());
+        if found.part == MetadataPart::Data && found.at >= self.len && !reads_nothing {
+            self.found.get_or_insert(found.at);
+        }
+        Ok(())
+    }
+
+    fn contents(&self, _tables: u64) -> bool {
+        true
+    }
+
+    fn too_many(&self) -> Result<()> {
+        Ok(())
     }
 }
