@@ -92,11 +92,43 @@ fn a_terminal_is_asked_for_passphrases() {
     assert!(said.contains("Password for 'a.qcow2': \nPassword for 'c': \nOnce more, for 'c': \n"), "{said}");
     assert_reads(&scratch, "c", "qcow", "new", "disk");
 
+    // What would be made in the place of what is read is asked for its own, and the image is in use.
+    let args = ["convert", "-O", "qcow", "-o", "encrypt.format=aes", "c", "c"];
+    let said = on_terminal(&scratch, "new,other,other", &args);
+    assert!(said.contains("Password for 'c': \nPassword for 'c': \nOnce more, for 'c': \n"), "{said}");
+    assert!(said.contains("lock"), "{said}");
+    assert_reads(&scratch, "c", "qcow", "new", "disk");
+
     let said = on_terminal(&scratch, "open sesame", &["resize", "-f", "qcow2", "a.qcow2", "2M"]);
     assert!(said.contains("Password for 'a.qcow2': \nImage resized."), "{said}");
 
     let said = on_terminal(&scratch, "x,x", &["create", "-q", "-f", "qcow2", "-o", "encryption=on", "d", "1M"]);
     assert!(said.starts_with("Password for 'd': \nOnce more, for 'd': \n\n[exit 0"), "{said}");
+}
+
+/// What goes to a pipe is opened again on its way, to find out where its data lie: with its own passphrase.
+#[test]
+fn what_goes_to_a_pipe_has_a_passphrase_of_its_own() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    for (file, text) in [("one", "first"), ("two", "second")] {
+        fs::write(scratch.file(file), text).unwrap();
+    }
+    let program = vimg_path();
+    let program = program.display();
+    scratch.sh(&format!("'{program}' convert -O luks -o iter-time=10 --target-passphrase-file one disk a.luks"));
+    for (format, options, key) in [
+        ("luks", "iter-time=10", "key-secret"),
+        ("qcow2", "encrypt.format=luks,encrypt.iter-time=10", "encrypt.key-secret"),
+    ] {
+        scratch.sh(&format!(
+            "'{program}' convert -f luks -O {format} -o {options} --passphrase-file one --target-passphrase-file two \
+             a.luks /dev/stdout | cat >piped"
+        ));
+        let name = format!("driver={format},{key}=s,file.filename=piped");
+        scratch.judge(&["convert", "--object", "secret,id=s,file=two", "--image-opts", &name, "-O", "raw", "read"]);
+        scratch.assert_same_content("raw", "read", "raw", "disk");
+    }
 }
 
 #[test]

@@ -86,6 +86,19 @@ fn what_was_done_is_told_to_programs() {
     assert_eq!(done(&["rebase", "-u", "-b", "a", "-F", "qcow2", "top"])["backing-filename"], "a");
     let value = done(&["convert", "-O", "vmdk", "--digest", "sha256", "--verify", "top", "o"]);
     assert_eq!((value["target"]["format"].as_str(), value["verified"].as_bool()), (Some("vmdk"), Some(true)));
+    assert_eq!(value["target"]["virtual-size"], 1 << 20);
+    // What is listed too.
+    for args in [
+        &["create", "-f", "vpc", "-o", "help"][..],
+        &["create", "-f", "vpc", "-o", "help", "x"],
+        &["convert", "-O", "vpc", "-o", "help"],
+    ] {
+        let value = done(args);
+        let options = value["supported-options"].as_array().unwrap();
+        let named = |name: &str| options.iter().find(|option| option["name"] == name).unwrap();
+        assert_eq!((named("subformat")["kind"].as_str(), named("size")["kind"].as_str()), (Some("text"), Some("size")));
+        assert_eq!(named("subformat")["choices"], serde_json::json!(["dynamic", "fixed"]));
+    }
     assert_eq!(done(&["checksum", "--digest", "sha256", "o"])["images"][0]["digest"]["hex"], value["digest"]["hex"]);
     // Without it they say it in words.
     assert_eq!(own(&["resize", "a", "3M"]).dir(scratch.path()).ok().stdout, "Image resized.\n");
@@ -121,6 +134,29 @@ fn what_failed_is_told_to_programs() {
     let error = fails(&["convert", "-O", "raw", "wrong", "o"]);
     assert_eq!((kind(&error).as_str(), error["file"].as_str()), ("corrupt", Some("wrong")));
     assert_eq!((error["offset"].as_u64(), error["guest-offset"].as_u64()), (Some(0x40000), Some(0)), "{error}");
+    // Likewise in other formats: the L2 entry, the L1 entry, the entry of the block allocation table; the marker of a grain;
+    // what a compressed unit holds.
+    scratch.sh("head -c 262144 /usr/bin/bash >program && qemu-img create -q -f qed a.qed 1M && \
+         qemu-io -c 'write 0 128k' a.qed && qemu-img convert -f raw -O vhdx program a.vhdx && \
+         qemu-img convert -f raw -O vmdk -o subformat=streamOptimized program a.vmdk");
+    scratch.vimg(&["convert", "-c", "-f", "raw", "-O", "qcow", "program", "a.qcow"]);
+    for (image, at, wrong, told) in [
+        ("a.qed", 0x70000, &3_u64.to_le_bytes()[..], 0x70000),
+        ("a.qed", 0x10000, &3_u64.to_le_bytes()[..], 0x10000),
+        ("a.vhdx", 0x20_0000, &5_u64.to_le_bytes()[..], 0x20_0000),
+        ("a.vmdk", 0x10008, &[0xff; 4][..], 0x10000),
+        ("a.vmdk", 0x1000c, &[0; 16][..], 0x1000c),
+        ("a.qcow", 0x2000, &[0xff; 16][..], 0x2000),
+    ] {
+        let sound = fs::read(scratch.file(image)).unwrap();
+        let mut bytes = sound.clone();
+        bytes[at..at + wrong.len()].copy_from_slice(wrong);
+        fs::write(scratch.file(image), bytes).unwrap();
+        let error = fails(&["convert", "-O", "raw", image, "o"]);
+        let found = (kind(&error), error["file"].as_str(), error["offset"].as_u64());
+        assert_eq!(found, ("corrupt".to_owned(), Some(image), Some(told)), "{at:#x}: {error}");
+        fs::write(scratch.file(image), sound).unwrap();
+    }
     // The file is the one that is in the way, however far below.
     for (image, below) in [("top", "gone"), ("upper", "gone")] {
         let error = fails(&["convert", "-O", "raw", image, "o"]);
@@ -133,7 +169,20 @@ fn what_failed_is_told_to_programs() {
     assert_eq!(kind(&fails(&["create", "-f", "nix", "o", "1M"])), "invalid");
     assert_eq!(kind(&fails(&["create", "o", "--wibble"])), "usage");
     assert_eq!(kind(&fails(&["create"])), "usage");
-    assert_eq!(kind(&fails(&["resize", "a", "512k"])), "usage");
+    for (args, named, file) in [
+        (&["resize", "a", "512k"][..], "usage", "a"),
+        (&["create", "-f", "nix", "o", "1M"], "invalid", "o"),
+        (&["convert", "-O", "nix", "a", "o"], "invalid", "o"),
+        (&["convert", "-f", "nix", "-O", "raw", "a", "o"], "invalid", "a"),
+        (&["convert", "-l", "none", "-O", "raw", "a", "o"], "not-found", "a"),
+        (&["snapshot", "-a", "none", "a"], "not-found", "a"),
+        (&["snapshot", "-d", "none", "a"], "not-found", "a"),
+        (&["rebase", "-b", "x", "-F", "nix", "a"], "usage", "a"),
+        (&["commit", "a"], "invalid", "a"),
+    ] {
+        let error = fails(args);
+        assert_eq!((kind(&error).as_str(), error["file"].as_str()), (named, Some(file)), "{args:?}: {error}");
+    }
     let error = fails(&["--untrusted", "rebase", "-u", "-b", "x", "-F", "raw", "a/b"]);
     assert_eq!(kind(&error), "io");
     let zeros = "blake3:0000000000000000000000000000000000000000000000000000000000000000";

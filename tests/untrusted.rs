@@ -321,6 +321,27 @@ fn what_hostile_images_name_is_opened_by_nobody() {
     }
 }
 
+/// Whether the backing file that an image names is there is not asked either: who sees the answer would learn it.
+#[test]
+fn backing_files_of_hostile_images_are_not_asked_for() {
+    let scratch = Scratch::new();
+    let mut images: Vec<_> =
+        hostile(&scratch).into_iter().map(|(image, named)| (format!("in/{image}"), named)).collect();
+    symlink("in/relative", scratch.file("led")).unwrap();
+    images.push(("led".to_owned(), "secret"));
+    images.retain(|(_, named)| ["secret", "base.vmdk"].contains(named));
+    for (path, named) in images {
+        let strace = ["-f", "-qq", "-e", "trace=%file,readlink,readlinkat", "-o", "log", vimg_path().to_str().unwrap()]
+            .map(str::to_owned);
+        let args = [&strace[..], &["--untrusted", "info", "--output=json", &path].map(str::to_owned)].concat();
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        plain("strace", &args).dir(scratch.path()).ok();
+        let log = fs::read_to_string(scratch.file("log")).unwrap();
+        let asked: Vec<&str> = log.lines().filter(|line| !line.contains("execve(") && line.contains(named)).collect();
+        assert!(log.contains(&format!("\"{path}\"")) && asked.is_empty(), "{path}: {asked:?}");
+    }
+}
+
 /// What the command line names can be used with the kernel in the way of all else.
 #[test]
 fn confined_commands_work() {

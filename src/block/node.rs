@@ -204,6 +204,11 @@ impl Node {
         name::find_beside(self.origin.base.as_deref(), &self.driver().backing()?.name)
     }
 
+    /// The same as far as the names alone tell it: the host is not asked what is there.
+    pub fn backing_path_as_named(&self) -> Option<OsString> {
+        name::beside(self.origin.base.as_deref(), &self.driver().backing()?.name)
+    }
+
     /// The layer itself.
     pub fn layer(&self) -> &Arc<Layer> {
         &self.layer

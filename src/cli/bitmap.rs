@@ -100,6 +100,11 @@ impl Subcommand for BitmapArgs {
         "[-f FMT | --image-opts] [-b SRC_FILENAME [-F SRC_FMT]] [-g SIZE]",
         "[--object OBJDEF] FILENAME BITMAP",
     ];
+    const OWN_USAGE: &'static [&'static str] = &[
+        "(--merge SOURCE | --add | --remove | --clear | --enable",
+        "| --disable)... [-f FMT | --image-opts] [-b SRC_FILENAME [-F SRC_FMT]]",
+        "[-g SIZE] [--object OBJDEF] FILENAME BITMAP",
+    ];
     const EXAMPLE: &'static str = "vimg bitmap --add disk.qcow2 since-monday";
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {

@@ -92,7 +92,7 @@ impl Subcommand for ChecksumArgs {
                 Err(error) => {
                     report::words(program, &error);
                     exit = exit::of(&error);
-                    found.push((name.to_string_lossy(), Err(report::to_json(&error))));
+                    found.push((name.to_string_lossy(), Err(report::to_json(program, &error))));
                 }
             }
         }

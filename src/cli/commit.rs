@@ -76,6 +76,7 @@ impl Subcommand for CommitArgs {
         let node = opener.open(&image, &OpenHow { purpose: Purpose::Commit, cache, ..how });
         program.notices(&opener);
         let node = node?;
+        program.works_on(node.name());
         let plan = self.plan(&node, cache)?;
         progress.begin();
         interrupt.begin();

@@ -68,7 +68,11 @@ _vimg() {
     if [[ $option ]] && takes=$(_vimg_takes "$command" "$option"); then
         read -r kind rest <<<"$takes"
         case $kind in
-            words | optional) COMPREPLY=($(compgen -P "$lead" -W "$rest" -- "$value")) ;;
+            words | optional | nothing)
+                COMPREPLY=($(compgen -P "$lead" -W "$rest" -- "$value"))
+                # No file would do.
+                compopt +o default +o bashdefault 2>/dev/null
+                ;;
             keys)
                 # For the format that the options named behind it say.
                 read -r kind rest <<<"$rest"

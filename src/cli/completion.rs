@@ -1,7 +1,7 @@
 //! What shells complete, from the tables that the program itself goes by.
 //!
 //! For bash the script is our own: what `clap_complete` makes knows nothing of lists, and offers options where the name of a
-//! file stands. Those of the other shells complete a list's first key alone.
+//! file stands. In those of the other shells a word stands where a list does, for which a function of ours is put.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -19,8 +19,10 @@ use crate::ops::create::Target;
 /// What completes for each shell, and the name that it looks for.
 pub const SHELLS: [(Shell, &str); 3] = [(Shell::Bash, "vimg"), (Shell::Zsh, "_vimg"), (Shell::Fish, "vimg.fish")];
 
-/// The driver of the script for bash; tables stand before it.
+/// The drivers of the scripts; tables stand before them.
 const BASH: &str = include_str!("completion.bash");
+const ZSH: &str = include_str!("completion.zsh");
+const FISH: &str = include_str!("completion.fish");
 
 /// The script for a shell.
 pub fn script(shell: Shell, whole: &Command) -> Vec<u8> {
@@ -28,22 +30,60 @@ pub fn script(shell: Shell, whole: &Command) -> Vec<u8> {
         return bash(whole).into_bytes();
     }
     let mut text = Vec::new();
-    clap_complete::generate(shell, &mut whole.clone(), "vimg", &mut text);
-    text
+    let whole = whole.clone().mut_subcommands(|command| {
+        let name = command.get_name().to_owned();
+        command.mut_args(|arg| completed(&name, arg))
+    });
+    clap_complete::generate(shell, &mut whole.clone().mut_args(|arg| completed("", arg)), "vimg", &mut text);
+    let text = String::from_utf8_lossy(&text).into_owned();
+    match shell {
+        Shell::Zsh => zsh(&whole, text),
+        _ => fish(&whole, text),
+    }
+    .into_bytes()
 }
 
-/// An option with the values that it takes.
-pub fn completed(arg: Arg) -> Arg {
+/// An option with the values that it takes, or the word for a list or for the operands of `dd`.
+fn completed(command: &str, arg: Arg) -> Arg {
     let values = match known(&arg).takes {
-        Takes::NewFormat => new_formats(),
-        Takes::Driver => formats(),
-        Takes::Words(words) => words.to_vec(),
-        Takes::CreateOptions => Scope::Convert.all().into_keys().collect(),
-        Takes::AmendOptions => Scope::Amend.all().into_keys().collect(),
+        Takes::File if command == "dd" && arg.is_positional() => vec![DD],
+        Takes::File if arg.get_id() == "size" => return arg.value_hint(ValueHint::Other),
+        Takes::File if command == "help" => return arg.value_hint(ValueHint::Other),
         Takes::File => return arg.value_hint(ValueHint::FilePath),
-        Takes::Plain | Takes::Object => return arg,
+        Takes::CreateOptions | Takes::AmendOptions => {
+            vec![list_of(command)]
+        }
+        takes => match words(takes) {
+            Some(words) => words,
+            // Numbers, ids, names within an image; or nothing at all.
+            None if arg.get_action().takes_values() => return arg.value_hint(ValueHint::Other),
+            None => return arg,
+        },
     };
     arg.value_parser(PossibleValuesParser::new(values))
+}
+
+/// What stands for the list of keys that a command takes.
+fn list_of(command: &str) -> &'static str {
+    match command {
+        "create" => "VIMG_LIST_CREATE",
+        "convert" => "VIMG_LIST_CONVERT",
+        "measure" => "VIMG_LIST_MEASURE",
+        _ => "VIMG_LIST_AMEND",
+    }
+}
+
+/// Stands for the operands of `dd`.
+const DD: &str = "VIMG_DD";
+
+/// What an option's value may be, where that can be listed.
+pub fn words(takes: Takes) -> Option<Vec<&'static str>> {
+    match takes {
+        Takes::NewFormat => Some(new_formats()),
+        Takes::Driver => Some(formats()),
+        Takes::Words(words) => Some(words.to_vec()),
+        _ => None,
+    }
 }
 
 /// The formats that there are.
@@ -151,22 +191,122 @@ fn follows(name: &str, command: &Command, arg: &Arg) -> Option<String> {
         return arg.get_action().takes_values().then(|| format!("optional {}", words.join(" ")));
     }
     let takes = known(arg).takes;
-    let words = |words: &[&str]| format!("words {}", words.join(" "));
+    if let Some(words) = words(takes) {
+        return Some(format!("words {}", words.join(" ")));
+    }
     Some(match takes {
-        Takes::NewFormat => words(&new_formats()),
-        Takes::Driver => words(&formats()),
-        Takes::Words(list) => words(list),
         Takes::CreateOptions | Takes::AmendOptions => {
             let scope = Scope::of(name, takes).map(Scope::name).unwrap_or_default();
-            let says = |arg: &&Arg| match takes {
-                Takes::AmendOptions => arg.get_id() == "format",
-                _ => known(arg).takes == Takes::NewFormat,
-            };
-            let format = options(command).find(says).map(spellings).unwrap_or_default();
-            format!("keys {scope} {}", format.join(" "))
+            format!("keys {scope} {}", says_format(command, takes).join(" "))
         }
-        Takes::File | Takes::Plain | Takes::Object => "file".to_owned(),
+        Takes::File => "file".to_owned(),
+        // Numbers, ids, names within an image.
+        _ => "nothing".to_owned(),
     })
+}
+
+/// The option that says for which format a list of that kind is.
+fn says_format(command: &Command, takes: Takes) -> Vec<String> {
+    let says = |arg: &&Arg| match takes {
+        Takes::AmendOptions => arg.get_id() == "format",
+        _ => known(arg).takes == Takes::NewFormat,
+    };
+    options(command).find(says).map(spellings).unwrap_or_default()
+}
+
+/// The lists that there are: what stands for each, its scope, and what says its format.
+fn lists(whole: &Command) -> Vec<(&'static str, Scope, Vec<String>)> {
+    let mut lists = Vec::new();
+    for command in whole.get_subcommands() {
+        for takes in options(command).map(|arg| known(arg).takes) {
+            if let Some(scope) = Scope::of(command.get_name(), takes) {
+                lists.push((list_of(command.get_name()), scope, says_format(command, takes)));
+            }
+        }
+    }
+    lists
+}
+
+/// The keys of each scope and format, `None` standing for one that is not named.
+fn all_keys() -> impl Iterator<Item = (Scope, Option<&'static str>, Keys)> {
+    Scope::ALL.into_iter().flat_map(|scope| {
+        let of_formats =
+            DRIVERS.formats.iter().map(move |format| (scope, Some(format.name()), scope.of_format(format.name())));
+        // A format that is not named may be any.
+        of_formats.filter(|(_, _, known)| !known.is_empty()).chain([(scope, None, scope.all())])
+    })
+}
+
+/// The script of clap's, with functions for lists and for `dd`, which call each other by the names that stand for them.
+fn zsh(whole: &Command, mut text: String) -> String {
+    for (word, scope, says) in lists(whole) {
+        text = text.replace(&format!("({word})"), &format!(" _vimg_list {} {}", scope.name(), says.join(" ")));
+    }
+    text = text.replace(&format!("({DD})"), "_vimg_dd");
+    let keys = all_keys().map(|(scope, format, known)| {
+        let specs = known.iter().map(|(key, values)| match values.is_empty() {
+            true if names_file(key) => format!("{key}:file:_files"),
+            true => format!("{key}:value: "),
+            false => format!("{key}:value:({})", values.join(" ")),
+        });
+        let pattern = match format {
+            Some(format) => format!("'{} {format}'", scope.name()),
+            None => format!("'{} '*", scope.name()),
+        };
+        (pattern, specs.collect::<Vec<_>>().join("\n"))
+    });
+    let functions = [
+        table("_vimg_keys", "\"$1 $2\"", keys).replace("echo '", "print -r -- '"),
+        format!("\n_vimg_dd_keys() {{\n    print -r -- '{}'\n}}\n", dd_keys()),
+        ZSH.to_owned(),
+    ]
+    .concat();
+    // What is sourced is called by its last lines.
+    match text.rfind("\nif [ \"$funcstack[1]\"") {
+        Some(at) => text.insert_str(at, &functions),
+        None => text.push_str(&functions),
+    }
+    text
+}
+
+/// Whether an option of a format names a file.
+fn names_file(key: &str) -> bool {
+    let creators = DRIVERS.formats.iter().filter_map(|format| format.creating());
+    creators.flat_map(|create| create.options()).any(|option| option.kind == OptionKind::Name && option.name == key)
+}
+
+/// The same.
+fn fish(whole: &Command, mut text: String) -> String {
+    for (word, scope, says) in lists(whole) {
+        let call = format!(" -a \"(__vimg_list {} {})\"", scope.name(), says.join(" "));
+        text = text.replace(&format!(" -a \"{word}\\t''\""), &call);
+    }
+    let case = |pattern: String, of: &str| format!("        case {pattern}\n            printf '%s\\n' {of}\n");
+    let (mut keys, mut key_values) = (String::new(), String::new());
+    for (scope, format, known) in all_keys() {
+        let pattern = format!("{} {}", scope.name(), format.unwrap_or("*"));
+        let listed: Vec<&str> = known.keys().copied().collect();
+        keys.push_str(&case(format!("'{pattern}'"), &listed.join(" ")));
+        for (key, values) in known.iter().filter(|(_, values)| !values.is_empty()) {
+            key_values.push_str(&case(format!("'{pattern} {key}'"), &values.join(" ")));
+        }
+    }
+    text.push_str(&format!(
+        "\nfunction __vimg_keys\n    switch \"$argv[1] $argv[2]\"\n{keys}    end\nend\n\
+         \nfunction __vimg_key_values\n    switch \"$argv[1] $argv[2] $argv[3]\"\n{key_values}    end\nend\n"
+    ));
+    text.push_str(FISH);
+    text.push_str(&format!("\ncomplete -c vimg -n '__fish_vimg_using_subcommand dd' -a '{}'\n", dd_keys()));
+    text
+}
+
+fn quoted_or(word: Option<&str>, other: &str) -> String {
+    word.map_or_else(|| other.to_owned(), |word| format!("'{word}'"))
+}
+
+/// What `dd` takes, each as it is begun.
+fn dd_keys() -> String {
+    dd::KEYS.map(|key| format!("{key}=")).join(" ")
 }
 
 /// A function of the script: what it says to each pattern.
@@ -192,24 +332,19 @@ fn bash(whole: &Command) -> String {
         })
     });
     let (mut keys, mut key_values) = (Vec::new(), Vec::new());
-    for scope in Scope::ALL {
-        let of_formats =
-            DRIVERS.formats.iter().map(|format| (format!("'{}'", format.name()), scope.of_format(format.name())));
-        // A format that is not named may be any.
-        for (format, known) in of_formats.filter(|(_, known)| !known.is_empty()).chain([("*".to_owned(), scope.all())])
-        {
-            let listed: Vec<String> = known.keys().map(|key| format!("{key}=")).collect();
-            keys.push((format!("'{} '{format}", scope.name()), listed.join(" ")));
-            let listed = known.into_iter().filter(|(_, values)| !values.is_empty());
-            key_values
-                .extend(listed.map(|(key, values)| (format!("'{} '{format}' {key}'", scope.name()), values.join(" "))));
-        }
+    for (scope, format, known) in all_keys() {
+        let format = quoted_or(format, "*");
+        let listed: Vec<String> = known.keys().map(|key| format!("{key}=")).collect();
+        keys.push((format!("'{} '{format}", scope.name()), listed.join(" ")));
+        let listed = known.into_iter().filter(|(_, values)| !values.is_empty());
+        key_values
+            .extend(listed.map(|(key, values)| (format!("'{} '{format}' {key}'", scope.name()), values.join(" "))));
     }
     [
         "# Completions of vimg for bash, made by 'vimg generate'.\n".to_owned(),
         format!("\n_vimg_commands() {{\n    echo '{}'\n}}\n", names.join(" ")),
         table("_vimg_options", "$1", all_options),
-        table("_vimg_operands", "$1", [("'dd'".to_owned(), dd::KEYS.map(|key| format!("{key}=")).join(" "))]),
+        table("_vimg_operands", "$1", [("'dd'".to_owned(), dd_keys())]),
         table("_vimg_takes", "\"$1 $2\"", takes),
         table("_vimg_keys", "\"$1 $2\"", keys),
         table("_vimg_key_values", "\"$1 $2 $3\"", key_values),

@@ -126,7 +126,7 @@ pub struct ConvertArgs {
     ids: IdArgs,
     #[command(flatten)]
     digest: DigestArgs,
-    /// read the target back, and compare it with what was copied
+    /// read the target back, and compare it with what was copied: before it gets its name, or where it is an object of a store when it is there
     #[arg(long, help_heading = help::OWN)]
     verify: bool,
     #[command(flatten)]
@@ -217,6 +217,14 @@ impl Subcommand for ConvertArgs {
         "[-r RATE] [-m NUM] [-W] [-C] [--salvage] [--bitmaps [--skip-broken-bitmaps]]",
         "[--object OBJDEF] [-p] [-q] SRC_FILENAME [SRC_FILENAME2...] TGT_FILENAME",
     ];
+    const OWN_USAGE: &'static [&'static str] = &[
+        "[-f SRC_FMT | --image-opts] [-T SRC_CACHE] [-l SNAPSHOT] [-U]",
+        "[-O TGT_FMT] [-o TGT_FMT_OPTS] [-t TGT_CACHE] [-n [--target-is-zero]]",
+        "[--target-image-opts] [-B BACKING_FILENAME -F BACKING_FMT] [-c]",
+        "[-S SIZE] [-r RATE] [-m NUM] [-W] [-C] [--salvage]",
+        "[--bitmaps [--skip-broken-bitmaps]]",
+        "[--object OBJDEF] [-p] [-q] SRC_FILENAME [SRC_FILENAME2...] TGT_FILENAME",
+    ];
     const EXAMPLE: &'static str = "vimg convert -p -f raw -O qcow2 -c disk.raw disk.qcow2";
     const MAKES: &'static [Makes] = &[Makes::Last("operands")];
 
@@ -246,8 +254,13 @@ impl Subcommand for ConvertArgs {
         let interrupt = way.as_ref().filter(|way| !way.is_pipe()).map(|_| Interrupt::catch());
         let source_cache = self.source_cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;
         let progress = self.progress.start(program, self.quiet, "convert")?;
-        let sources = request.at_snapshot(self.sources(program, &opener, sources, source_cache)?)?;
+        let sources = self.sources(program, &opener, sources, source_cache)?;
+        if let [source] = &sources[..] {
+            program.works_on(source.name());
+        }
+        let sources = request.at_snapshot(sources)?;
         program.notices(&opener);
+        program.works_on(&name.to_string_lossy());
         let new = if self.no_create { None } else { Some(self.new_image(&opener, name, &create_options)?) };
         let conversion = request.decide(sources, new)?;
         let size = conversion.sources.iter().fold(0, |sum: u64, source| sum.saturating_add(source.virtual_size()));
@@ -347,6 +360,9 @@ impl ConvertArgs {
         let target = self.operands.last().map(|name| name.to_string_lossy());
         let format = if self.target_image_opts { self.target_format.as_deref() } else { Some(self.target_format()) };
         members["target"] = json!({"filename": target, "format": format});
+        if let Some(new) = &conversion.new {
+            members["target"]["virtual-size"] = new.size.into();
+        }
         if let Some(digest) = digest {
             members["digest"] = json!({"kind": digest.kind.name(), "hex": digest.hex()});
         }

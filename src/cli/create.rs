@@ -79,6 +79,7 @@ impl Subcommand for CreateArgs {
             return Err(Complaint::usage(format!("Unexpected argument: {}", extra.to_string_lossy())).into());
         }
         let shown = name.to_string_lossy().into_owned();
+        program.works_on(&shown);
         let new = || -> anyhow::Result<NewImage> {
             let target = Target::find(opener.drivers(), format, Some(&name))?;
             let mut options = target.options();

@@ -5,9 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use clap::{Command, ValueHint};
+use clap::{Arg, Command, ValueHint};
 
-use super::arguments::Makes;
+use super::arguments::{Makes, known};
 use super::completion::{self, SHELLS};
 use super::exit::Exit;
 use super::{Complaint, Program, Subcommand, help, rows, trust};
@@ -61,7 +61,19 @@ fn write(path: PathBuf, text: &[u8]) -> Result<(), Complaint> {
     fs::write(&path, text).map_err(|cause| told(&path, &cause))
 }
 
-/// The whole command line, with what options may be given.
+/// An option whose help says all that its value may be.
+fn explained(arg: Arg) -> Arg {
+    let short = arg.get_help().map(ToString::to_string).unwrap_or_default();
+    let help = arg.get_long_help().map_or(short, ToString::to_string);
+    match completion::words(known(&arg).takes) {
+        Some(words) if !words.iter().all(|word| help.contains(word)) => {
+            arg.long_help(format!("{help}\n\none of: {}", words.join(", ")))
+        }
+        _ => arg,
+    }
+}
+
+/// The whole command line.
 fn described(program: &Program) -> Command {
     let subcommands = rows(program).filter(|row| !row.hidden).map(|row| {
         let command = (row.command)().about(row.about).after_long_help(format!("EXAMPLE:\n{}", row.example));
@@ -69,9 +81,14 @@ fn described(program: &Program) -> Command {
         trust::args()
             .into_iter()
             .fold(command, |command, arg| command.mut_arg(arg.get_id().clone(), |arg| arg.hide(false)))
-            .mut_args(completion::completed)
+            .mut_args(explained)
             .override_usage(format!("vimg {} {usage}", row.name))
     });
     let about = "Works on the disk images of virtual machines, with the command line of qemu-img";
-    help::standard_options().about(about).version(env!("CARGO_PKG_VERSION")).subcommands(subcommands)
+    let usage = "vimg [options] COMMAND [command options]";
+    help::standard_options()
+        .override_usage(usage)
+        .about(about)
+        .version(env!("CARGO_PKG_VERSION"))
+        .subcommands(subcommands)
 }

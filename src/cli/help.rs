@@ -116,7 +116,7 @@ fn own_help(program: &Program, long: bool) {
     program.print(&format!("\n{}, before the command or behind it:\n", Group::Trust.title()));
     trusted.into_iter().for_each(|arg| print_option(program, arg, long));
     if !long {
-        program.print("\n'vimg --help' tells more, 'vimg COMMAND -h' and 'vimg COMMAND --help' tell of a command.\n");
+        program.print("\n'vimg --help' tells more, 'vimg COMMAND -h' (or --help) tells of a command.\n");
         return;
     }
     let names = |title: &str, names: Vec<&str>| {
@@ -129,7 +129,7 @@ fn own_help(program: &Program, long: bool) {
     names("Protocols, by which images are reached", DRIVERS.protocols.iter().map(|protocol| protocol.name()).collect());
     names("Filters (by json: and --image-opts)", DRIVERS.filters.iter().map(|filter| filter.name()).collect());
     program.print(
-        "\nAn option without a value is off unless it is given. 'vimg COMMAND --help' has the others' defaults.\n",
+        "\nAn option without a value is off unless it is given; 'vimg COMMAND --help' has\nthe others' defaults.\n",
     );
     program.print("\nExamples:\n");
     EXAMPLES.iter().for_each(|line| program.println(&format!("  {line}")));
@@ -212,8 +212,8 @@ fn spelt(arg: &Arg) -> String {
 
 /// One option: on a line as far as it goes, or with all that there is to say below.
 fn print_option(program: &Program, arg: &Arg, long: bool) {
-    const COLUMN: usize = 38;
-    const WIDTH: usize = 100;
+    const COLUMN: usize = 34;
+    const WIDTH: usize = 79;
     let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
     if long {
         program.println(&format!("  {}", spelt(arg)));

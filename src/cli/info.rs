@@ -97,7 +97,7 @@ impl Subcommand for InfoArgs {
                 Err(error) => {
                     report::error(program, &error);
                     exit = exit::of(&error);
-                    trees.push(tree!({"filename": name.to_string_lossy(), "error": report::to_json(&error)}));
+                    trees.push(tree!({"filename": name.to_string_lossy(), "error": report::to_json(program, &error)}));
                 }
             }
         }

@@ -5,6 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use serde_json::{Value, json};
 
 use super::{Complaint, Program};
 use crate::block::keys::{self, Dialect, Item};
@@ -81,6 +82,10 @@ pub fn apply(given: &Pairs, options: &mut CreateOptions) -> block::Result<()> {
 
 /// The list of options that `-o help` shows; those that the reference does not have only under our own name. `format` where no file was named: its protocol is not known then.
 pub fn help(program: &Program, specs: &[OptionSpec], format: Option<&str>) {
+    if program.tells_results() {
+        let list: Vec<Value> = shown(program, specs).into_iter().map(to_json).collect();
+        return program.result(json!({"supported-options": list}));
+    }
     match format {
         Some(format) => program.println(&format!("Supported {format} options:")),
         None => program.println("Supported options:"),
@@ -93,11 +98,35 @@ pub fn help(program: &Program, specs: &[OptionSpec], format: Option<&str>) {
     }
 }
 
-/// A line for each option.
-pub fn print_specs(program: &Program, specs: &[OptionSpec]) {
+/// Those that are shown, in their order.
+fn shown<'a>(program: &Program, specs: &'a [OptionSpec]) -> Vec<&'a OptionSpec> {
     let mut specs: Vec<&OptionSpec> = specs.iter().filter(|spec| !spec.own || program.is_vimg()).collect();
     specs.sort_by_key(|spec| spec.name);
-    for spec in specs {
+    specs
+}
+
+/// An option for programs.
+fn to_json(spec: &OptionSpec) -> Value {
+    let kind = match spec.kind {
+        OptionKind::Text => "text",
+        OptionKind::Name => "file",
+        OptionKind::Size => "size",
+        OptionKind::Number => "number",
+        OptionKind::Switch => "switch",
+    };
+    let mut option = json!({"name": spec.name, "kind": kind, "help": spec.help});
+    if let Some(default) = spec.default {
+        option["default"] = default.into();
+    }
+    if !spec.choices.is_empty() {
+        option["choices"] = spec.choices.into();
+    }
+    option
+}
+
+/// A line for each option.
+pub fn print_specs(program: &Program, specs: &[OptionSpec]) {
+    for spec in shown(program, specs) {
         let name = format!("  {}={}", spec.name, spec.kind.shown());
         program.println(&format!("{name:24} - {}", spec.help));
     }

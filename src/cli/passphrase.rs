@@ -84,6 +84,9 @@ fn from_file(path: &Path) -> anyhow::Result<SecretBytes> {
     Ok(held.to_vec().into())
 }
 
+/// Whether it is of an image that is made.
+type Made = bool;
+
 /// See the module.
 #[derive(Debug, Default)]
 struct Passphrases {
@@ -93,8 +96,8 @@ struct Passphrases {
     written: Option<SecretBytes>,
     /// Of key slots that are filled.
     added: Option<SecretBytes>,
-    /// What was typed, by the names of the images.
-    known: Mutex<BTreeMap<String, SecretBytes>>,
+    /// What was typed, by the names of the images; what is made may get the name of one that is read.
+    known: Mutex<BTreeMap<(String, Made), SecretBytes>>,
 }
 
 impl Passphrases {
@@ -118,7 +121,14 @@ impl AskPassphrase for Passphrases {
         }
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let added = key_use == KeyUse::Added;
-        if let Some(passphrase) = known.get(image).filter(|_| !added) {
+        // What is written to may be what was made before, or what is there.
+        let which: &[Made] = match key_use {
+            KeyUse::Read => &[false],
+            KeyUse::Write => &[true, false],
+            KeyUse::New => &[true],
+            KeyUse::Added => &[],
+        };
+        if let Some(passphrase) = which.iter().find_map(|made| known.get(&(image.to_owned(), *made))) {
             return Ok(Some(passphrase.clone()));
         }
         secret_file::keep_from_core_files();
@@ -129,7 +139,7 @@ impl AskPassphrase for Passphrases {
             return Err(Error::invalid(format!("The two passwords for '{image}' differ")));
         }
         if !added {
-            known.insert(image.to_owned(), typed.clone());
+            known.insert((image.to_owned(), key_use == KeyUse::New), typed.clone());
         }
         Ok(Some(typed))
     }

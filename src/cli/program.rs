@@ -40,6 +40,8 @@ pub struct Program {
     longest_file: Option<u64>,
     /// What was done, and why not, is told in JSON.
     json_results: bool,
+    /// What it is about that is wrong, if nothing else is said.
+    image: RefCell<Option<String>>,
     out: RefCell<Out>,
     trouble: RefCell<Option<io::Error>>,
 }
@@ -64,6 +66,7 @@ impl Program {
             largest: None,
             longest_file: None,
             json_results: false,
+            image: RefCell::default(),
             out: RefCell::new(out),
             trouble: RefCell::default(),
         }
@@ -106,6 +109,16 @@ impl Program {
     /// Whether what was done is told in JSON, and not in words.
     pub fn tells_results(&self) -> bool {
         self.json_results
+    }
+
+    /// From here on it is about this image, where nothing else is said.
+    pub fn works_on(&self, image: &str) {
+        self.image.replace(Some(image.to_owned()));
+    }
+
+    /// The image that it is about, if that is known.
+    pub fn image(&self) -> Option<String> {
+        self.image.borrow().clone()
     }
 
     /// Tells what was done, where that is told in JSON: `members` of the object.

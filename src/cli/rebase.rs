@@ -67,8 +67,9 @@ impl Subcommand for RebaseArgs {
         "[-T CACHE]] [-u] [-c] [-U] [--object OBJDEF] [-p] [-q] FILENAME",
     ];
     const OWN_USAGE: &'static [&'static str] = &[
-        "[-f FMT | --image-opts] [-t CACHE] [-b BACKING_FILENAME [-F BACKING_FMT]",
-        "[-T CACHE]] [-u] [-c] [-U] [--object OBJDEF] [-p] [-q] FILENAME",
+        "[-f FMT | --image-opts] [-t CACHE]",
+        "[-b BACKING_FILENAME [-F BACKING_FMT] [-T CACHE]] [-u] [-c] [-U]",
+        "[--object OBJDEF] [-p] [-q] FILENAME",
     ];
     const EXAMPLE: &'static str = "vimg rebase -b other.qcow2 -F qcow2 overlay.qcow2";
 
@@ -92,6 +93,7 @@ impl Subcommand for RebaseArgs {
         let node = opener.open(&image, &how);
         program.notices(&opener);
         let node = node?;
+        program.works_on(node.name());
         if self.compress && !self.backing_unsafe {
             rebase::check_compression(&node)?;
         }

@@ -91,11 +91,11 @@ impl std::error::Error for Complaint {}
 /// Tells an error on stderr, and where results are told in JSON there too.
 pub fn error(program: &Program, error: &anyhow::Error) {
     words(program, error);
-    program.result(json!({"error": to_json(error)}));
+    program.result(json!({"error": to_json(program, error)}));
 }
 
 /// An error as the object that programs read.
-pub fn to_json(error: &anyhow::Error) -> Value {
+pub fn to_json(program: &Program, error: &anyhow::Error) -> Value {
     let ours = error.chain().find_map(|cause| cause.downcast_ref::<block::Error>());
     let kind = match (ours, complaint(error)) {
         (Some(error), _) => error.kind.name(),
@@ -103,7 +103,7 @@ pub fn to_json(error: &anyhow::Error) -> Value {
         (None, None) => "other",
     };
     let mut object = json!({"kind": kind, "message": text(error)});
-    if let Some(file) = ours.and_then(block::Error::file) {
+    if let Some(file) = ours.and_then(block::Error::file).or_else(|| program.image()) {
         object["file"] = file.into();
     }
     let place = ours.and_then(block::Error::place);

@@ -82,6 +82,7 @@ impl Subcommand for ResizeArgs {
         let node = opener.open(&image, &OpenHow { purpose: Purpose::Write, ..how });
         program.notices(&opener);
         let node = node?;
+        program.works_on(node.name());
         let old = node.virtual_size();
         match resize::decide(&node, new, fill, self.shrink)? {
             Decision::WouldShrink if program.tells_results() => {

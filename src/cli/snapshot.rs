@@ -71,6 +71,7 @@ impl Subcommand for SnapshotArgs {
         let node = opener.open(&image, &OpenHow { purpose, ..how });
         program.notices(&opener);
         let node = node?;
+        program.works_on(node.name());
         if let (Some(change), Some(interrupt)) = (change, interrupt) {
             interrupt.during(|| snapshot::change(&node, &change))?;
             let (done, name) = match &change {

@@ -53,8 +53,8 @@ pub struct Info {
     pub children: Vec<(String, Info)>,
 }
 
-/// What is known of one opened image.
-pub fn of(node: &Node) -> Result<Info> {
+/// What is known of one opened image. `asks`: what it names may be looked for, though not opened.
+fn of(node: &Node, asks: bool) -> Result<Info> {
     let driver = node.driver();
     let format = driver.format();
     let mut image = driver.info()?;
@@ -65,7 +65,7 @@ pub fn of(node: &Node) -> Result<Info> {
     let mut children = Vec::new();
     for child in driver.files() {
         let file = match inner(&child.role) {
-            Some(node) => of(node)?,
+            Some(node) => of(node, asks)?,
             None => of_file(child)?,
         };
         if window {
@@ -84,16 +84,16 @@ pub fn of(node: &Node) -> Result<Info> {
     // A filter's other children: its bytes are one file.
     for (role, node) in &node.origin().inner {
         if !children.iter().any(|(known, _)| known == role) {
-            children.push((role.clone(), of(node)?));
+            children.push((role.clone(), of(node, asks)?));
         }
     }
     if let Some(below) = node.backing() {
-        children.push(("backing".to_owned(), of(below)?));
+        children.push(("backing".to_owned(), of(below, asks)?));
     }
     children.reverse();
     let backing = driver.backing().map(|backing| BackingInfo {
         name: backing.name.clone(),
-        path: node.backing_path(),
+        path: if asks { node.backing_path() } else { node.backing_path_as_named() },
         format: backing.format.clone(),
     });
     let named = backing.iter().map(|backing| ("backing-file", backing.name.to_string_lossy().into_owned()));
@@ -217,7 +217,7 @@ pub fn chain(opener: &Opener<'_>, image: &ImageRef, how: &OpenHow, whole: bool) 
         if !seen.insert(node.identity()) && node.driver().backing().is_some() {
             return Err(Error::invalid(format!("Backing file '{}' creates an infinite loop.", image.shown())));
         }
-        let info = of(&node)?;
+        let info = of(&node, opener.follows())?;
         if let Some(error) = cut_off(opener, &image, &how, &node) {
             opener.notice(Notice::Warning(error.message()));
         }

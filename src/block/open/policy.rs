@@ -100,6 +100,11 @@ impl Opener<'_> {
         }
     }
 
+    /// Whether images may name whatever they like.
+    pub fn follows(&self) -> bool {
+        self.policy == Policy::Follow
+    }
+
     /// Whether an image may be looked for what belongs to it beside it: where it may name nothing there is nothing to find.
     pub(super) fn may_search(&self) -> bool {
         let made = || self.made.lock().unwrap_or_else(PoisonError::into_inner);

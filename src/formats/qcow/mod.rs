@@ -162,8 +162,9 @@ impl BlockDriver for QcowDriver {
     }
 
     fn decode(&self, unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {
-        let at = unit.start;
-        deflate::decode(Wrap::Raw, input, out).map_err(|e| Error::corrupt(format!("compressed cluster at {at}: {e}")))
+        let (at, host) = (unit.start, unit.place.at.get());
+        deflate::decode(Wrap::Raw, input, out)
+            .map_err(|e| Error::corrupt(format!("compressed cluster at {at}: {e}")).in_file_at(host))
     }
 
     fn files(&self) -> &[Child] {

@@ -176,7 +176,11 @@ impl QedDriver {
         let (entry, run) = state.run(self.storage(), index, max)?;
         match entry {
             QedEntry::Data(at) if !state.header.is_place(at) => {
-                Err(Error::corrupt(format!("cluster {index} cannot be at offset {at}")))
+                let error = Error::corrupt(format!("cluster {index} cannot be at offset {at}"));
+                Err(match state.place_of(self.storage(), index)? {
+                    Some(place) => error.in_file_at(place),
+                    None => error,
+                })
             }
             _ => Ok((entry, run)),
         }

@@ -116,6 +116,13 @@ impl QedState {
         Ok(u64::from_le_bytes(entry))
     }
 
+    /// Where in the file a cluster's entry is, if it has one.
+    pub fn place_of(&mut self, storage: &dyn Storage, index: u64) -> Result<Option<u64>> {
+        let entries = self.entries();
+        let table = self.l2_table(storage, index / entries)?;
+        Ok((table != 0).then(|| table.saturating_add(index % entries * 8)))
+    }
+
     /// Sets where it is.
     pub fn set_l2_table(&mut self, storage: &dyn Storage, number: u64, at: u64) -> Result<()> {
         self.l1.write(storage, self.header.l1_offset().saturating_add(number * 8), &at.to_le_bytes())
@@ -142,7 +149,9 @@ impl QedState {
                 continue;
             }
             match self.need(storage, table) {
-                Err(error) if count == 0 => return Err(error),
+                Err(error) if count == 0 => {
+                    return Err(error.in_file_at(self.header.l1_offset().saturating_add(index / entries * 8)));
+                }
                 // Those who ask for what comes next will hear of it.
                 Err(_) => break,
                 Ok(()) => {}

@@ -77,6 +77,11 @@ impl VhdxState {
         self.shape().block / MIB
     }
 
+    /// Where in the file the entry at that index of the BAT is.
+    fn place_of(&self, index: u64) -> u64 {
+        self.bat.offset.saturating_add(index.saturating_mul(ENTRY))
+    }
+
     /// The entry at that index of the BAT.
     fn entry(&mut self, storage: &dyn Storage, index: u64) -> Result<u64> {
         let mut bytes = [0; ENTRY as usize];
@@ -137,7 +142,8 @@ impl VhdxState {
             }
             _ => None,
         };
-        wrong.map_or(Ok(found), |text| Err(Error::corrupt(text)))
+        wrong
+            .map_or(Ok(found), |text| Err(Error::corrupt(text).in_file_at(self.place_of(self.shape().entry_of(block)))))
     }
 
     /// Says what becomes of a payload block.
@@ -187,11 +193,15 @@ impl VhdxState {
         let index = self.shape().bitmap_entry_of(block);
         match BlockState::of(self.entry(storage, index)?) {
             BlockState::Full(0) => {
-                Err(Error::corrupt(format!("the sector bitmap of block {block} lies over the header")))
+                let text = format!("the sector bitmap of block {block} lies over the header");
+                Err(Error::corrupt(text).in_file_at(self.place_of(index)))
             }
             BlockState::Full(at) => Ok(Some(at)),
             BlockState::NotPresent => Ok(None),
-            _ => Err(Error::corrupt(format!("the sector bitmap of block {block} is in an unknown state"))),
+            _ => {
+                let text = format!("the sector bitmap of block {block} is in an unknown state");
+                Err(Error::corrupt(text).in_file_at(self.place_of(index)))
+            }
         }
     }
 
@@ -283,7 +293,8 @@ impl VhdxState {
                 // What lies past the end of the disk need not be there.
                 let wanted = (count * shape.block).min(shape.size - block * shape.block);
                 if at.saturating_mul(MIB).saturating_add(wanted) > length.next_multiple_of(512) {
-                    return Err(Error::corrupt(format!("block {block} lies past the end of the file")));
+                    let text = format!("block {block} lies past the end of the file");
+                    return Err(Error::corrupt(text).in_file_at(self.place_of(shape.entry_of(block))));
                 }
                 take(&mut space, at, count * unit, || format!("block {block}"))?;
                 lowest = lowest.min(at);
@@ -291,9 +302,8 @@ impl VhdxState {
             if shape.has_parent && block.is_multiple_of(shape.chunk()) {
                 if let Some(at) = self.bitmap(storage, block)? {
                     if at.saturating_add(1).saturating_mul(MIB) > length {
-                        return Err(Error::corrupt(format!(
-                            "the sector bitmap of block {block} lies past the end of the file"
-                        )));
+                        let text = format!("the sector bitmap of block {block} lies past the end of the file");
+                        return Err(Error::corrupt(text).in_file_at(self.place_of(shape.bitmap_entry_of(block))));
                     }
                     take(&mut space, at, 1, || format!("the sector bitmap of block {block}"))?;
                     lowest = lowest.min(at);

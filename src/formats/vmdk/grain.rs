@@ -52,7 +52,8 @@ pub fn read_whole(file: &ExtentFile, sector: Sectors) -> Result<(Vec<u8>, u64)> 
     let marker: GrainMarker = read(&*file.storage, &file.name, "a grain marker", sector.bytes())?;
     let size = u64::from(marker.bytes.get());
     if size > longest(file.shape.grain) {
-        return Err(Error::corrupt(format!("{}: a grain has a compressed size of {size} bytes", file.name)));
+        let text = format!("{}: a grain has a compressed size of {size} bytes", file.name);
+        return Err(Error::corrupt(text).in_file_at(sector.bytes()));
     }
     let (mut input, mut plain) = (buffer(size)?, buffer(file.shape.grain)?);
     let at = sector.bytes() + size_of::<GrainMarker>() as u64;

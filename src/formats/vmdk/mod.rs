@@ -231,8 +231,8 @@ impl BlockDriver for VmdkDriver {
         Ok(if flat { StoredWord::Both } else { StoredWord::Layer })
     }
 
-    fn decode(&self, _unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {
-        grain::decode(input, out).map(drop)
+    fn decode(&self, unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {
+        grain::decode(input, out).map(drop).map_err(|error| error.in_file_at(unit.place.at.get()))
     }
 
     fn files(&self) -> &[Child] {
@@ -358,9 +358,8 @@ impl VmdkDriver {
                 0 if end()? <= marker_at + skip => (skip, 1),
                 size if size == 0 || size > cap => {
                     let name = &sparse.name;
-                    return Err(Error::corrupt(format!(
-                        "{name}: the grain at {at} has a compressed size of {size} bytes"
-                    )));
+                    let text = format!("{name}: the grain at {at} has a compressed size of {size} bytes");
+                    return Err(Error::corrupt(text).in_file_at(marker_at));
                 }
                 size => (skip, size),
             }
