@@ -371,6 +371,36 @@ fn a_table_behind_the_blocks_is_written_and_resized() {
     }
 }
 
+/// Blocks lie right behind the table. What is in the way of a longer one is moved, and the table stays where it is.
+#[test]
+fn a_table_grows_over_the_blocks_behind_it() {
+    let scratch = Scratch::new();
+    let mut pair = Pair::new(&scratch, "vpc", "force_size=on", 200 * M);
+    let node = pair.open();
+    for at in [0, 199 * M, 100 * M] {
+        pair.write(&node, at, 65536);
+    }
+    node.driver().close().unwrap();
+    drop(node);
+    let path = pair.path();
+    let table = |entries: &[usize]| {
+        let file = std::fs::read(&path).unwrap();
+        let number = |at: usize, len: usize| file[at..at + len].iter().fold(0, |n, b| n << 8 | u64::from(*b));
+        let at = number(512 + 16, 8);
+        let place = |n: &usize| number(at as usize + n * 4, 4) * 512;
+        (at, number(512 + 28, 4), entries.iter().map(place).collect::<Vec<_>>())
+    };
+    let (at, count, before) = table(&[0, 99, 50]);
+    assert_eq!((at, count, before[0]), (1536, 100, 2048));
+    pair.assert_resize_is_safe(700 * M, Preallocation::Off);
+    pair.resize(700 * M);
+    let (at, count, after) = table(&[0, 99, 50]);
+    assert_eq!((at, count), (1536, 350));
+    assert!(after[0] > before[2] && after[1..] == before[1..], "{before:?} {after:?}");
+    pair.assert_good();
+    pair.assert_7z_agrees("vhd");
+}
+
 #[test]
 fn what_overlaps_is_not_written_to() {
     let scratch = Scratch::new();

@@ -24,8 +24,12 @@ pub struct Origin {
     pub base: Option<OsString>,
     /// The whole tree that would open it again.
     pub tree: Map<String, Value>,
+    /// What the user calls it (`node-name`).
+    pub node_name: Option<String>,
     /// A bare file, without a format.
     pub protocol: bool,
+    /// A filter over one thing that lies below it.
+    pub filter: bool,
     /// Images that it lies in, by role (a format in a format).
     pub inner: Vec<(String, Arc<Node>)>,
 }
@@ -227,6 +231,23 @@ impl Node {
     /// What lies below it.
     pub fn backing(&self) -> Option<&Arc<Node>> {
         self.backing.as_ref()
+    }
+
+    /// What the filter stands over that it is.
+    pub fn filtered(&self) -> Option<&Arc<Node>> {
+        match &*self.origin.inner {
+            [(_, inner)] if self.origin.filter => Some(inner),
+            _ => None,
+        }
+    }
+
+    /// The image that it is, or that filters stand over which it is. They have to live as long as that is used.
+    pub fn beneath_filters(self: &Arc<Self>) -> Arc<Self> {
+        let mut node = self;
+        while let Some(inner) = node.filtered() {
+            node = inner;
+        }
+        node.clone()
     }
 
     /// The image's name, as it is shown.

@@ -75,8 +75,9 @@ impl Subcommand for CommitArgs {
         let opener = program.opener(&secrets);
         let node = opener.open(&image, &OpenHow { purpose: Purpose::Commit, cache, ..how });
         program.notices(&opener);
-        let node = node?;
-        program.works_on(node.name());
+        let opened = node?;
+        program.works_on(opened.name());
+        let node = opened.beneath_filters();
         let plan = self.plan(&node, cache)?;
         progress.begin();
         interrupt.begin();

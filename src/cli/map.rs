@@ -73,7 +73,7 @@ impl Subcommand for MapArgs {
         let opener = program.opener(&secrets);
         let node = opener.open(&image, &how);
         program.notices(&opener);
-        let node = node?;
+        let node = node?.beneath_filters();
         let from = self.start_offset.unwrap_or(0);
         let entries = map::map(&node, from, self.max_length.unwrap_or(u64::MAX));
         match self.output.unwrap_or_default() {

@@ -92,8 +92,9 @@ impl Subcommand for RebaseArgs {
         let how = OpenHow { purpose: Purpose::Write, no_backing: self.backing_unsafe, cache, ..how };
         let node = opener.open(&image, &how);
         program.notices(&opener);
-        let node = node?;
-        program.works_on(node.name());
+        let opened = node?;
+        program.works_on(opened.name());
+        let node = opened.beneath_filters();
         if self.compress && !self.backing_unsafe {
             rebase::check_compression(&node)?;
         }

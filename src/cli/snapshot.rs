@@ -70,8 +70,9 @@ impl Subcommand for SnapshotArgs {
         let opener = program.opener(&secrets);
         let node = opener.open(&image, &OpenHow { purpose, ..how });
         program.notices(&opener);
-        let node = node?;
-        program.works_on(node.name());
+        let opened = node?;
+        program.works_on(opened.name());
+        let node = opened.beneath_filters();
         if let (Some(change), Some(interrupt)) = (change, interrupt) {
             interrupt.during(|| snapshot::change(&node, &change))?;
             let (done, name) = match &change {

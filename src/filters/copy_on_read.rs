@@ -10,9 +10,12 @@ use serde_json::Map;
 use crate::block::filter::{Below, Filter, FilterRequest, Filtered, Lower};
 use crate::block::io::Scratch;
 use crate::block::keys::take_text;
-use crate::block::{self, Error, GuestOffset, Node};
+use crate::block::{self, Error, ErrorKind, GuestOffset, Layer, Node};
 use crate::storage::lock::Access;
 use crate::storage::{self, Event, Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
+
+/// How much is copied at a time, in bytes.
+const PIECE: u64 = 1 << 20;
 
 /// The filter.
 #[derive(Debug)]
@@ -34,12 +37,37 @@ impl Filter for CopyOnRead {
         if !write {
             return Err(Error::invalid("Block node is read-only"));
         }
-        if let Some(bottom) = bottom {
-            return Err(Error::unsupported(format!("The backing file '{bottom}' cannot be the bottom: all are read")));
-        }
         let image = image.map(|(image, _)| image);
-        let storage = Arc::new(Copied { inner: child.storage, image, copying: Mutex::default() });
+        let from = layers_below(image.as_ref(), bottom.as_deref())?;
+        let storage = Arc::new(Copied { inner: child.storage, image, from, copying: Mutex::default() });
         Ok(Filtered { storage, path: None, strong: Map::new(), access: Access::NONE })
+    }
+}
+
+/// The layers that are copied from: those below the image's own, down to the node that is called `bottom`, if there is
+/// to be one.
+fn layers_below(image: Option<&Arc<Node>>, bottom: Option<&str>) -> block::Result<Vec<Arc<Layer>>> {
+    let mut layers = Vec::new();
+    let mut next = image;
+    while let Some(node) = next {
+        let inner = node.filtered();
+        let is_bottom = bottom.is_some() && node.origin().node_name.as_deref() == bottom;
+        match (bottom, inner) {
+            (Some(bottom), Some(_)) if is_bottom => {
+                return Err(Error::invalid(format!("Bottom node '{bottom}' is a filter")));
+            }
+            (_, Some(_)) => {}
+            (_, None) => layers.push(node.layer().clone()),
+        }
+        if is_bottom {
+            layers.remove(0);
+            return Ok(layers);
+        }
+        next = inner.or(node.backing());
+    }
+    match bottom {
+        Some(bottom) => Err(Error::new(ErrorKind::NotFound, format!("Bottom node '{bottom}' not found"))),
+        None => Ok(layers.split_off(layers.len().min(1))),
     }
 }
 
@@ -48,6 +76,8 @@ struct Copied {
     inner: Arc<dyn Storage>,
     /// `None` for plain bytes, which have no backing file.
     image: Option<Arc<Node>>,
+    /// The layers whose data is copied.
+    from: Vec<Arc<Layer>>,
     copying: Mutex<()>,
 }
 
@@ -60,11 +90,16 @@ impl Copied {
     fn copy(&self, image: &Node, at: u64, len: u64) -> block::Result<()> {
         let (mut at, end) = (at, at.saturating_add(len).min(image.virtual_size()));
         let mut scratch = Scratch::default();
+        let mut bytes = Vec::new();
         while at < end {
-            let mapping = image.map(GuestOffset(at), end - at, usize::MAX)?;
-            let len = usize::try_from(mapping.len).map_err(|_| Error::invalid("a run is too long"))?;
-            if mapping.depth > 0 && !mapping.is_zero() {
-                let mut bytes = vec![0; len];
+            let mut mapping = image.map(GuestOffset(at), (end - at).min(PIECE), usize::MAX)?;
+            while let (Some(inner), false) = (mapping.node.filtered(), mapping.is_zero()) {
+                mapping = inner.map(GuestOffset(at), mapping.len, usize::MAX)?;
+            }
+            let stored = mapping.node.layer();
+            if !mapping.is_zero() && self.from.iter().any(|layer| Arc::ptr_eq(layer, stored)) {
+                let len = usize::try_from(mapping.len).map_err(|_| Error::invalid("a run is too long"))?;
+                bytes.resize(len, 0);
                 mapping.read(&mut bytes, &mut scratch)?;
                 image.write(GuestOffset(at), &bytes, &mut scratch)?;
             }

@@ -36,11 +36,11 @@ impl Over {
     /// As what a format lies in.
     pub fn into_file(self, role: &str) -> Opened {
         let Self { driver, origin, storage, locking, access, .. } = self;
-        let (tree, path, base) = (origin.tree.clone(), origin.path.clone(), origin.base.clone());
+        let Origin { tree, path, base, node_name, .. } = origin.clone();
         let node = Node::new(Box::new(driver), None, shown(&origin)).with_origin(origin);
         let name = node.name().to_owned();
         let child = Child { role: role.to_owned(), name, driver: node.driver().format(), storage };
-        Opened { child, tree, path, base, inner: Some(Arc::new(node)), locking, access }
+        Opened { child, tree, path, base, node_name, inner: Some(Arc::new(node)), locking, access }
     }
 
     /// As an image without a format.
@@ -94,7 +94,7 @@ impl Opener<'_> {
                 }
             }
         }
-        claims.settle(&mut trail.names)?;
+        let node_name = claims.settle(&mut trail.names)?;
         let alone = filter.children().len() == 1 && listed.is_empty();
         let mut opened: Vec<(Opened, Arc<Node>)> = Vec::new();
         trail.depth += 1;
@@ -170,7 +170,8 @@ impl Opener<'_> {
         let file = opened.into_iter().next().ok_or_else(|| Error::invalid("a filter over nothing"))?.0;
         let below = Child { storage: done.storage.clone(), ..file.child };
         let driver = Bare::open(filter.name(), below, settings.purpose.writes())?;
-        let origin = Origin { path: done.path, base: file.base, tree, protocol: false, inner };
+        let (path, base) = (done.path, file.base);
+        let origin = Origin { path, base, tree, node_name, protocol: false, filter: alone, inner };
         let access = done.access.and(file.access);
         let locking = alone && file.locking;
         Ok(Over { driver, origin, storage: done.storage, settings, locking, access })
@@ -211,6 +212,7 @@ fn bare_node(file: &Opened, settings: &Settings) -> Result<Node> {
     let child = Child { role: "file".to_owned(), ..file.child.clone() };
     let driver = Bare::open(file.child.driver, child, settings.purpose.writes())?;
     let (path, base, tree) = (file.path.clone(), file.base.clone(), file.tree.clone());
-    let origin = Origin { path, base, tree, protocol: true, inner: Vec::new() };
+    let node_name = file.node_name.clone();
+    let origin = Origin { path, base, tree, node_name, protocol: true, filter: false, inner: Vec::new() };
     Ok(Node::new(Box::new(driver), None, file.child.name.clone()).with_origin(origin))
 }

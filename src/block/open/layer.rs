@@ -158,7 +158,7 @@ impl Opener<'_> {
             Some(made) => made.opened(),
             None => (self.file_of(path, &mut options, driver.is_some(), &settings, how, trail)?, Vec::new()),
         };
-        claims.settle(&mut trail.names)?;
+        let node_name = claims.settle(&mut trail.names)?;
         let probed = format.is_none();
         let format = match format {
             Some(format) => format,
@@ -201,7 +201,7 @@ impl Opener<'_> {
             side_files.push(file.child);
         }
         let path = file.path.clone().filter(|_| plain);
-        let origin = Origin { path, base: file.base, tree, protocol: false, inner };
+        let origin = Origin { path, base: file.base, tree, node_name, protocol: false, filter: false, inner };
         let given = match &below {
             Below::Given(options) if !format.layered() && !options.is_empty() => {
                 return Err(Error::unsupported("Driver doesn't support backing files"));
@@ -300,8 +300,8 @@ impl Opener<'_> {
             trail.lock(&*opened.child.storage, if how.exclusive { access } else { access.of_raw() })?;
         }
         let driver = Bare::open(protocol.name(), opened.child, settings.purpose.writes())?;
-        let origin =
-            Origin { path: opened.path, base: opened.base, tree: opened.tree, protocol: true, inner: Vec::new() };
+        let Opened { path, base, tree, node_name, .. } = opened;
+        let origin = Origin { path, base, tree, node_name, protocol: true, filter: false, inner: Vec::new() };
         let layer = Layer::new(Box::new(driver)).with_manner(settings.manner());
         Ok(OpenedLayer::new(Arc::new(layer), None, origin, settings, false))
     }
@@ -407,7 +407,7 @@ impl Opener<'_> {
     ) -> Result<(Opened, Settings)> {
         let (settings, claims) = parent.take(&mut options);
         let path = protocol.take_name(path, &mut options)?;
-        claims.settle(names)?;
+        let node_name = claims.settle(names)?;
         let opened = protocol.open(FileRequest {
             path,
             options: &mut options,
@@ -433,6 +433,6 @@ impl Opener<'_> {
         let child = Child { role: role.to_owned(), name, driver: protocol.name(), storage: opened.storage };
         let base = opened.path.clone().filter(|_| opened.based);
         let (path, locking) = (opened.path, opened.locking);
-        Ok((Opened { child, tree, path, base, inner: None, locking, access: Access::NONE }, settings))
+        Ok((Opened { child, tree, path, base, node_name, inner: None, locking, access: Access::NONE }, settings))
     }
 }

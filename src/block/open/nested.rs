@@ -36,8 +36,8 @@ impl Opener<'_> {
             driver: node.driver().format(),
             storage: Arc::new(NodeStorage::new(node.clone())),
         };
-        let (tree, base) = (origin.tree.clone(), origin.base.clone());
-        Ok(Opened { child, tree, path: None, base, inner: Some(node), locking: false, access: Access::NONE })
+        let (tree, base, node_name) = (origin.tree.clone(), origin.base.clone(), origin.node_name.clone());
+        Ok(Opened { child, tree, path: None, base, node_name, inner: Some(node), locking: false, access: Access::NONE })
     }
 }
 

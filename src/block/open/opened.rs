@@ -34,6 +34,8 @@ pub(super) struct Opened {
     pub path: Option<OsString>,
     /// Names found in the image are relative to it.
     pub base: Option<OsString>,
+    /// What the user calls it.
+    pub node_name: Option<String>,
     pub inner: Option<Arc<Node>>,
     pub locking: bool,
     /// Permissions beside those that the layer takes.
@@ -50,6 +52,8 @@ impl MadeFiles {
         ]);
         let child = Child { role: "file".to_owned(), name, driver: self.protocol, storage: self.main };
         let (path, base) = (Some(self.path.clone()), Some(self.path));
-        (Opened { child, tree, path, base, inner: None, locking: true, access: Access::NONE }, self.beside)
+        let opened =
+            Opened { child, tree, path, base, node_name: None, inner: None, locking: true, access: Access::NONE };
+        (opened, self.beside)
     }
 }

@@ -162,8 +162,8 @@ pub struct Claims {
 }
 
 impl Claims {
-    /// Refuses what is wrong with them, and takes the node's name.
-    pub fn settle(self, names: &mut Names) -> Result<()> {
+    /// Refuses what is wrong with them, and takes the node's name, which it gives.
+    pub fn settle(self, names: &mut Names) -> Result<Option<String>> {
         if let Some(key) = self.bad {
             return Err(Error::invalid(format!("Parameter '{key}' expects 'on' or 'off'")));
         }
@@ -183,7 +183,7 @@ impl Claims {
             }
             Some(other) => return Err(Error::invalid(format!("invalid parameter value: {other}"))),
         }
-        self.name.map_or(Ok(()), |name| names.add(name))
+        self.name.map(|name| names.add(name)).transpose()
     }
 }
 
@@ -192,7 +192,7 @@ impl Claims {
 pub struct Names(Vec<String>);
 
 impl Names {
-    fn add(&mut self, name: String) -> Result<()> {
+    fn add(&mut self, name: String) -> Result<String> {
         let good = name.starts_with(|c: char| c.is_ascii_alphabetic())
             && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'));
         if !good {
@@ -204,7 +204,7 @@ impl Names {
         if name.len() > 31 {
             return Err(Error::invalid("Node name too long"));
         }
-        self.0.push(name);
-        Ok(())
+        self.0.push(name.clone());
+        Ok(name)
     }
 }
