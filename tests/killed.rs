@@ -4,7 +4,10 @@
 //! calls all along longer ones with several threads.
 
 use std::fs;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -70,6 +73,62 @@ fn a_conversion_killed_at_any_point_leaves_nothing() {
             }
         }
         assert!(killed >= 8, "only {killed} of 23 were killed in time");
+    }
+}
+
+/// What goes through a pipe is the beginning of the file that a path would hold, in whichever phase it is killed: while
+/// the disk is looked at, while it is sent, and while a temporary file stands in.
+#[test]
+fn a_conversion_to_a_pipe_killed_at_any_point_leaves_nothing() {
+    let scratch = Scratch::new();
+    write_pattern(&scratch.file("disk.raw"), 0, 1, 3 << 20);
+    let based = ["-o", "backing_file=../disk.raw,backing_fmt=raw"];
+    for (n, (format, options)) in
+        [("qcow2", &[][..]), ("vhdx", &["--reproducible"]), ("vmdk", &["--reproducible"]), ("qcow2", &based)]
+            .iter()
+            .enumerate()
+    {
+        let folder = scratch.file(&n.to_string());
+        fs::create_dir(&folder).expect("a folder");
+        let args = [&["convert", "-f", "raw", "-O", format][..], options, &["../disk.raw", "pipe"]].concat();
+        // Ids follow from the name.
+        vimg(&args).dir(&folder).ok();
+        let whole = fs::read(folder.join("pipe")).expect("read");
+        fs::remove_file(folder.join("pipe")).expect("remove");
+        let pipe = folder.join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        let through = |point: usize| {
+            let mut reader =
+                fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&pipe).expect("open");
+            let over = AtomicBool::new(false);
+            thread::scope(|scope| {
+                let got = scope.spawn(|| {
+                    let (mut got, mut piece) = (Vec::new(), vec![0; 1 << 16]);
+                    loop {
+                        let last = over.load(Ordering::SeqCst);
+                        match reader.read(&mut piece) {
+                            Ok(0) | Err(_) if last => return got,
+                            Ok(0) | Err(_) => thread::sleep(Duration::from_millis(1)),
+                            Ok(more) => got.extend(&piece[..more]),
+                        }
+                    }
+                });
+                let ended = killed_at(&folder, &args, point);
+                over.store(true, Ordering::SeqCst);
+                (ended, got.join().expect("what came"))
+            })
+        };
+        let (Ended::Done(calls), got) = through(usize::MAX) else { panic!("nothing kills it") };
+        assert!(got == whole, "{format}");
+        let (mut killed, mut silent) = (0, 0);
+        for point in 1..16 {
+            let (ended, got) = through(calls * point / 16);
+            killed += usize::from(ended == Ended::Killed);
+            silent += usize::from(got.is_empty());
+            assert!(whole.starts_with(&got) && (ended == Ended::Killed || got == whole), "{format} at {point}/16");
+            settles(&folder, 1, &format!("{format} at {point}/16"));
+        }
+        assert!(killed >= 8 && silent >= 2, "{format}: {killed} of 15 were killed, {silent} before anything was sent");
     }
 }
 

@@ -9,7 +9,7 @@ use super::create::{self, NewImage};
 use crate::block::error::Context;
 use crate::block::{BlockDriver, Error, ExtentKind, GuestOffset, MadeFiles, Node, OpenHow, Opener, Purpose, Result};
 use crate::storage::staging::{Durability, Staging};
-use crate::storage::{self, CacheMode};
+use crate::storage::{self, CacheMode, Storage};
 
 /// See the module.
 pub struct StagedTarget {
@@ -65,6 +65,15 @@ impl StagedTarget {
         let how = OpenHow { format, purpose: Purpose::ReadBack, cache, ..OpenHow::default() };
         let node = opener.open_made(&new.name, files.clone(), &how)?;
         Ok(Self { node, files, ..self })
+    }
+
+    /// Its first file without a name, if all has gone well: it goes with what is given.
+    pub fn keep_unnamed(self, done: Result<()>) -> Result<Arc<dyn Storage>> {
+        let Self { staging, node, files, .. } = self;
+        done.map_err(|error| no_room_for_both(error, &staging))?;
+        let file = files.main.clone();
+        drop((node, files));
+        Ok(file)
     }
 
     /// Gives it its name, if all has gone well.

@@ -83,13 +83,8 @@ pub fn large_folder() -> PathBuf {
 /// A file of nobody else, empty, in the host's folder for large temporary files: what has come to be in it goes with the
 /// name.
 pub fn large_file() -> io::Result<TemporaryName> {
-    large_file_in(&large_folder())
-}
-
-/// The same in another folder.
-pub fn large_file_in(folder: &Path) -> io::Result<TemporaryName> {
     let make = |path: &Path| OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map(drop);
-    TemporaryName::beside(&folder.join("pipe"), make).map(|((), name)| name)
+    TemporaryName::beside(&large_folder().join("pipe"), make).map(|((), name)| name)
 }
 
 /// Files that were made before they are needed.
@@ -127,7 +122,7 @@ impl Drop for TemporaryName {
 }
 
 /// A hidden name beside `target`.
-pub(super) fn hidden(target: &Path) -> PathBuf {
+pub fn hidden(target: &Path) -> PathBuf {
     target.with_file_name(format!(".vimg-{:016x}.tmp", fastrand::u64(..)))
 }
 

@@ -7,9 +7,7 @@
 //!
 //! Invariant: the bytes are those of the file that a conversion to a path makes.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::room::is_far;
@@ -27,7 +25,7 @@ use crate::storage::arranged::{Arranged, DiskRun, FilePlan};
 use crate::storage::in_order::InOrder;
 use crate::storage::outgoing::Outgoing;
 use crate::storage::paged::PagedMemory;
-use crate::storage::temporary::{large_file, large_file_in};
+use crate::storage::temporary::{hidden, large_folder};
 use crate::storage::trailing::Trailing;
 use crate::storage::{self, CacheMode, Storage};
 
@@ -206,13 +204,13 @@ impl Job<'_> {
     /// By way of a temporary file.
     fn by_file(&self, new: &NewImage, way: &WayOut, opener: &Opener<'_>) -> Result<Option<Digest>> {
         let shown = new.name.to_string_lossy();
-        // A backing file is named from where the image lies; what lies nowhere is where we are.
-        let made = if self.conversion.backed { large_file_in(Path::new(".")) } else { large_file() };
-        let name = made.map_err(storage::Error::from);
-        let name = name.with_context(|| format!("Could not keep what goes to '{shown}' in a temporary file"))?;
-        let path = name.path().unwrap_or(Path::new(""));
+        // A backing file is named from where the image lies; what lies nowhere is where we are. The name is never given.
+        let folder = if self.conversion.backed { PathBuf::from(".") } else { large_folder() };
+        let there = folder.metadata().map_err(storage::Error::from);
+        there.with_context(|| format!("Could not keep what goes to '{shown}' in a temporary file"))?;
+        let path = hidden(&folder.join("pipe"));
         let (format, options) = (new.format, new.options.clone());
-        let kept = NewImage { name: path.into(), format, size: new.size, options, ids: new.ids };
+        let kept = NewImage { name: path.into_os_string(), format, size: new.size, options, ids: new.ids };
         let target = StagedTarget::make(&kept, self.cache, opener, NewImage::converting)?;
         let done = match target.node().driver().files().len() {
             1 => target.facts().and_then(|facts| self.run(target.node(), facts)),
@@ -225,23 +223,22 @@ impl Job<'_> {
             Ok(digest) => (Ok(()), digest),
             Err(error) => (Err(error), None),
         };
-        target.finish(done)?;
-        let file = File::open(path).map_err(storage::Error::from)?;
-        let len = file.metadata().map_err(storage::Error::from)?.len();
+        let file = target.keep_unnamed(done)?;
+        let len = file.len()?;
         let mut sink = way.open(len).with_context(|| writing(new))?;
-        self.send_file(&file, len, &mut *sink).with_context(|| writing(new))?;
+        self.send_file(&*file, len, &mut *sink).with_context(|| writing(new))?;
         Ok(digest)
     }
 
     /// What a file holds.
-    fn send_file(&self, file: &File, len: u64, sink: &mut dyn Outgoing) -> Result<()> {
+    fn send_file(&self, file: &dyn Storage, len: u64, sink: &mut dyn Outgoing) -> Result<()> {
         let (mut at, mut piece) = (0, vec![0; PIECE]);
         while at < len {
             if self.observer.is_cancelled() {
                 return Err(Error::new(ErrorKind::Io, "it was ended"));
             }
             let n = usize::try_from(len - at).map_or(PIECE, |left| left.min(PIECE));
-            file.read_exact_at(&mut piece[..n], at).map_err(storage::Error::from)?;
+            file.read_at(at, &mut piece[..n])?;
             sink.put(&piece[..n])?;
             at += n as u64;
         }
