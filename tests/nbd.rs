@@ -112,6 +112,22 @@ fn a_map_shows_a_bitmap_as_the_reference_does() {
     }
 }
 
+/// What is marked may be data, and `convert` writes it: the reference counts it for nothing.
+#[test]
+fn a_bitmap_of_an_export_makes_no_image_smaller() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 a 4M && qemu-img bitmap --add -g 64k a b0");
+    scratch.qemu_io("qcow2", "a", &["write -q -P 7 0 4M"]);
+    let _served = Served::new(&scratch, &["-r", "-f", "qcow2", "-B", "b0", "a"]);
+    let name = "driver=raw,file.driver=nbd,file.path=s,file.x-dirty-bitmap=qemu:dirty-bitmap:b0";
+    let args = ["measure", "--output=json", "-O", "qcow2", "--image-opts", name];
+    let required = |run: crate::common::Run| run.dir(scratch.path()).ok().json()["required"].as_u64().unwrap();
+    scratch.vimg(&["convert", "--image-opts", "-O", "qcow2", name, "out"]);
+    let len = fs::metadata(scratch.file("out")).unwrap().len();
+    assert_eq!(required(vimg(&args)), len);
+    assert!(required(judge(&args)) < len);
+}
+
 #[test]
 fn an_export_that_is_not_there_is_told_with_those_that_are() {
     let scratch = Scratch::new();

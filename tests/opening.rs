@@ -214,8 +214,6 @@ fn protocols_that_are_none_here_are_refused_with_another_way() {
     let scratch = Scratch::new();
     for (name, way) in [
         ("ssh://user@host/disk", "sshfs"),
-        ("sheepdog:vdi", "'dog vdi read'"),
-        ("sheepdog+unix:///vdi?socket=s", "'dog vdi read'"),
         ("rbd:pool/disk", "'rbd map'"),
         ("iscsi://host/target/1", "iscsiadm"),
         ("nfs://host/disk", "mount the volume"),

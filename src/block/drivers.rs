@@ -45,7 +45,6 @@ pub enum Named {
 /// Protocols that are none here, and what else leads to what they lead to.
 const ELSEWHERE: &[(&[&str], &str)] = &[
     (&["ssh", "sftp"], "mount the folder with sshfs, or serve the image there over nbd"),
-    (&["sheepdog", "sheepdog+tcp", "sheepdog+unix"], "copy the disk with 'dog vdi read' and 'dog vdi write'"),
     (&["rbd"], "make it a block device with 'rbd map'"),
     (&["iscsi"], "log in to the target with iscsiadm: it is a block device then"),
     (&["nfs", "gluster", "gluster+tcp", "gluster+unix"], "mount the volume"),

@@ -11,6 +11,8 @@ mod nbd;
 mod null;
 mod ranged;
 mod s3;
+mod server;
+mod sheepdog;
 mod store;
 mod tftp;
 mod url;
@@ -31,6 +33,7 @@ pub const PROTOCOLS: &[&dyn Protocol] = &[
     &gs::GS,
     &az::AZ,
     &nbd::Nbd,
+    &sheepdog::Sheepdog,
     &null::CO,
     &null::AIO,
     &vvfat::Vvfat,

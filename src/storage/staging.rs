@@ -66,7 +66,18 @@ pub struct Staging {
     files: Mutex<Vec<Staged>>,
     /// What is there already, and no file of the host.
     remote: Mutex<Vec<Arc<dyn Storage>>>,
+    /// What was made, and is no file of the host.
+    made: Mutex<Vec<Arc<dyn Made>>>,
     notices: Mutex<Vec<String>>,
+}
+
+/// What was made where there are no hidden names: others can see it before it is complete.
+pub trait Made: std::fmt::Debug + Send + Sync {
+    /// It is complete.
+    fn keep(&self) -> Result<()>;
+
+    /// It is of no use: it goes.
+    fn retract(&self);
 }
 
 /// How a file comes to its name.
@@ -110,11 +121,18 @@ impl Drop for Staged {
     }
 }
 
+impl Drop for Staging {
+    fn drop(&mut self) {
+        let made = self.made.get_mut().unwrap_or_else(|e| e.into_inner());
+        made.drain(..).for_each(|made| made.retract());
+    }
+}
+
 impl Staging {
     /// Nothing yet. Files will be made with that cache mode.
     pub fn new(cache: CacheMode, durability: Durability) -> Self {
-        let (writeback, files, remote, notices) = Default::default();
-        Self { cache, durability, writeback, files, remote, notices }
+        let (writeback, files, remote, made, notices) = Default::default();
+        Self { cache, durability, writeback, files, remote, made, notices }
     }
 
     /// A new, empty file that will be called `path`. A device is opened as it is.
@@ -150,6 +168,11 @@ impl Staging {
     pub fn take_remote(&self, storage: Arc<dyn Storage>) -> Arc<dyn Storage> {
         self.remote.lock().unwrap_or_else(|e| e.into_inner()).push(storage.clone());
         storage
+    }
+
+    /// Takes what was just made, and is no file of the host. It reads as zeros, and is kept or retracted with the rest.
+    pub fn add_made(&self, made: Arc<dyn Made>) {
+        self.made.lock().unwrap_or_else(|e| e.into_inner()).push(made);
     }
 
     fn has_remote(&self) -> bool {
@@ -189,7 +212,8 @@ impl Staging {
     /// Whether nobody else can see any of the files before they are complete.
     pub fn is_unseen(&self) -> bool {
         let hidden = |staged: &Staged| matches!(staged.way, Naming::Link { .. } | Naming::Replace { .. });
-        !self.has_remote() && self.files().iter().all(hidden)
+        let seen = !self.made.lock().unwrap_or_else(|e| e.into_inner()).is_empty();
+        !seen && !self.has_remote() && self.files().iter().all(hidden)
     }
 
     /// Whether every file is a new one, so that what was not written reads as zeros.
@@ -224,6 +248,7 @@ impl Staging {
         if self.cache.flushes() {
             self.remote.lock().unwrap_or_else(|e| e.into_inner()).iter().try_for_each(|storage| storage.flush())?;
         }
+        self.made.lock().unwrap_or_else(|e| e.into_inner()).iter().try_for_each(|made| made.keep())?;
         let mut files = std::mem::take(&mut *self.files());
         files.reverse();
         files.sort_by_key(|staged| !staged.secondary);
@@ -246,7 +271,9 @@ impl Staging {
                 staged.settle(sync, self.cache)?;
             }
         }
-        publish::publish(&mut files, durable)
+        publish::publish(&mut files, durable)?;
+        self.made.lock().unwrap_or_else(|e| e.into_inner()).clear();
+        Ok(())
     }
 
     fn files(&self) -> MutexGuard<'_, Vec<Staged>> {

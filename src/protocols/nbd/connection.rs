@@ -17,7 +17,8 @@ use nix::errno::Errno;
 use super::handshake::{Export, Ready};
 use super::layout::command;
 use super::requests::{Ask, Lost, Reply, ReplyHead, Sink};
-use super::stream::{ReceiveHalf, SendHalf, Socket};
+use super::stream::{ReceiveHalf, SendHalf};
+use crate::protocols::server::Socket;
 
 /// See the module.
 #[derive(Debug)]

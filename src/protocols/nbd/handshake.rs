@@ -16,8 +16,9 @@ use super::layout::{
     RESERVED, info, option, reply,
 };
 use super::names::Target;
-use super::stream::{ReceiveHalf, SendHalf, Socket, halves, secure_halves};
+use super::stream::{ReceiveHalf, SendHalf, halves, secure_halves};
 use super::tls::Tls;
+use crate::protocols::server::Socket;
 use crate::storage::error::strerror;
 
 /// What is known of an export.

@@ -3,54 +3,13 @@
 //!
 //! A name is a path to the rest of the house, and taken apart where the export is opened.
 
-use std::fmt;
-
 use serde_json::{Map, Value};
 
 use super::layout::{BASE_ALLOCATION, LONGEST_STRING, PORT};
-use crate::block::keys::{take_number, take_switch, take_text};
-use crate::block::name::{first_key, take_below};
+use crate::block::keys::{take_number, take_text};
+use crate::block::name::take_below;
 use crate::block::{Error, OptionTree, Result};
-
-/// Where a server is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Address {
-    /// A socket of the host: its path, or, if it is an abstract one, its name, filled with zeros unless `tight`.
-    Unix { path: String, namespace: Namespace },
-    /// A port, or the name of a service, which no system here knows.
-    Inet { host: String, port: String, family: Family },
-}
-
-/// What the path of a socket of the host is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Namespace {
-    /// The name of a file.
-    File,
-    /// A name that has no file (unix(7)); `padded`: with zeros up to the longest length.
-    Abstract { padded: bool },
-}
-
-/// Which addresses of a host are tried.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Family {
-    /// Those of IPv4.
-    pub v4: bool,
-    /// Those of IPv6.
-    pub v6: bool,
-}
-
-impl Family {
-    const ANY: Family = Family { v4: true, v6: true };
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unix { path, .. } => write!(f, "{path}"),
-            Self::Inet { host, port, .. } => write!(f, "{host}:{port}"),
-        }
-    }
-}
+use crate::protocols::server::{Address, Family, Namespace, decoded, host_and_port, take_server, unix_address};
 
 /// What a name says of TLS.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -165,13 +124,7 @@ impl Target {
         if self.context.len() > LONGEST_STRING {
             return Err(Error::invalid("x-dirty-bitmap query too long to send to server"));
         }
-        match &self.address {
-            Address::Unix { path, .. } if path.len() >= LONGEST_SOCKET => {
-                Err(Error::invalid(format!("UNIX socket path '{path}' is too long"))
-                    .hint("Path must be less than 108 bytes"))
-            }
-            _ => Ok(()),
-        }
+        self.address.check()
     }
 
     /// As the reference shows it, and whether that is a name of the very same.
@@ -217,48 +170,6 @@ impl Target {
     }
 }
 
-/// Bytes of a socket's address (unix(7)).
-const LONGEST_SOCKET: usize = 108;
-
-/// The options below `server`.
-fn take_server(mut server: OptionTree) -> Result<Address> {
-    let missing = |key: &str| Error::invalid(format!("Parameter '{key}' is missing"));
-    let elsewhere = |what: &str| Error::unsupported(format!("A server cannot be reached by {what} here"));
-    let kind = take_text(&mut server, "type").ok_or_else(|| missing("type"))?;
-    let address = match kind.as_str() {
-        "unix" => {
-            let path = take_text(&mut server, "path").ok_or_else(|| missing("path"))?;
-            let apart = take_switch(&mut server, "abstract")?.unwrap_or(false);
-            let tight = take_switch(&mut server, "tight")?.unwrap_or(true);
-            let namespace = if apart { Namespace::Abstract { padded: !tight } } else { Namespace::File };
-            Address::Unix { path, namespace }
-        }
-        "inet" => {
-            let host = take_text(&mut server, "host").ok_or_else(|| missing("host"))?;
-            let port = take_text(&mut server, "port").ok_or_else(|| missing("port"))?;
-            // Meant for those who listen.
-            take_switch(&mut server, "numeric")?;
-            take_number(&mut server, "to")?;
-            let (v4, v6) = (take_switch(&mut server, "ipv4")?, take_switch(&mut server, "ipv6")?);
-            for key in ["keep-alive", "mptcp"] {
-                if take_switch(&mut server, key)?.unwrap_or(false) {
-                    return Err(Error::unsupported(format!("'{key}' is not supported")));
-                }
-            }
-            // One that is wanted keeps the other away, unless that is wanted too.
-            let family = Family { v4: v4.unwrap_or(v6 != Some(true)), v6: v6.unwrap_or(v4 != Some(true)) };
-            Address::Inet { host, port, family }
-        }
-        "fd" => return Err(elsewhere("the number of an open file")),
-        "vsock" => return Err(elsewhere("vsock")),
-        other => return Err(Error::invalid(format!("Parameter 'type' does not accept value '{other}'"))),
-    };
-    match first_key(&server) {
-        Some(key) => Err(Error::invalid(format!("Parameter '{key}' is unexpected"))),
-        None => Ok(address),
-    }
-}
-
 /// RFC 3986, as far as doc/uri.md has use for it.
 fn of_uri(text: &str) -> Result<Target> {
     let (scheme, rest) = text.split_once("://").ok_or_else(no_url)?;
@@ -272,12 +183,12 @@ fn of_uri(text: &str) -> Result<Target> {
     let rest = rest.split_once('#').map_or(rest, |(before, _)| before);
     let (rest, query) = rest.split_once('?').map_or((rest, ""), |(before, query)| (before, query));
     let (authority, path) = rest.find('/').map_or((rest, ""), |slash| rest.split_at(slash));
-    let export = decoded(path.strip_prefix('/').unwrap_or(path))?;
+    let export = decoded(path.strip_prefix('/').unwrap_or(path)).ok_or_else(no_url)?;
     let mut socket = None;
     let mut tls = WantedTls { required: secure, ..WantedTls::default() };
     for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
         let (key, value) = parameter.split_once('=').ok_or_else(no_url)?;
-        let value = decoded(value)?;
+        let value = decoded(value).ok_or_else(no_url)?;
         match (key, value.as_str()) {
             ("socket", _) if unix => socket = Some(value),
             ("tls-hostname", _) if secure => tls.hostname = Some(value),
@@ -294,7 +205,7 @@ fn of_uri(text: &str) -> Result<Target> {
         (false, None) => {
             let place = authority.rsplit_once('@').map_or(authority, |(_, place)| place);
             let (host, port) = host_and_port(place).ok_or_else(no_url)?;
-            let host = decoded(host)?;
+            let host = decoded(host).ok_or_else(no_url)?;
             let port = match port.unwrap_or("").parse::<u16>() {
                 Ok(0) => PORT,
                 Ok(port) => port,
@@ -309,43 +220,6 @@ fn of_uri(text: &str) -> Result<Target> {
         _ => return Err(no_url()),
     };
     Ok(Target { tls, ..Target::new(address, export) })
-}
-
-/// A socket's path; one that starts with a zero byte is abstract.
-fn unix_address(path: String) -> Address {
-    match path.strip_prefix('\0') {
-        Some(name) => Address::Unix { path: name.to_owned(), namespace: Namespace::Abstract { padded: false } },
-        None => Address::Unix { path, namespace: Namespace::File },
-    }
-}
-
-/// A host, which may be an address of IPv6 in brackets, and what stands behind the colon after it.
-fn host_and_port(text: &str) -> Option<(&str, Option<&str>)> {
-    let (host, after) = match text.strip_prefix('[') {
-        Some(inner) => inner.split_once(']')?,
-        None => text.find(':').map_or((text, ""), |colon| text.split_at(colon)),
-    };
-    match after.strip_prefix(':') {
-        Some(port) => Some((host, Some(port))),
-        None => after.is_empty().then_some((host, None)),
-    }
-}
-
-/// Text without percent-encoding.
-fn decoded(text: &str) -> Result<String> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        bytes.push(match byte {
-            b'%' => {
-                let mut digit = || rest.next().and_then(|digit| char::from(digit).to_digit(16));
-                let (high, low) = (digit().ok_or_else(no_url)?, digit().ok_or_else(no_url)?);
-                u8::try_from(high << 4 | low).map_err(|_| no_url())?
-            }
-            byte => byte,
-        });
-    }
-    String::from_utf8(bytes).map_err(|_| no_url())
 }
 
 /// `nbd:...` without slashes.

@@ -3,130 +3,12 @@
 //! Lock order: the state of TLS is a leaf, and held while bytes are encrypted or decrypted, never while they move.
 
 use std::io::{self, BufReader, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::ops::Range;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr as UnixAddress, UnixStream};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use rustls::ClientConnection;
 
-use super::names::{Address, Family, Namespace};
-use crate::storage::error::strerror;
-
-/// A connected socket.
-#[derive(Debug)]
-pub enum Socket {
-    /// Of the network.
-    Tcp(TcpStream),
-    /// Of the host.
-    Unix(UnixStream),
-}
-
-/// Bytes of an abstract socket's name, filled up (unix(7)).
-const ABSTRACT_NAME: usize = 107;
-
-impl Socket {
-    /// Connects, or says why not.
-    pub fn connect(address: &Address) -> Result<Self, String> {
-        let failed = |error: io::Error| format!("Failed to connect to '{address}': {}", strerror(&error));
-        match address {
-            Address::Unix { path, namespace: Namespace::File } => {
-                // Nothing listens on no name, whatever the host says of it.
-                let empty = || io::Error::from(nix::errno::Errno::ECONNREFUSED);
-                let stream = if path.is_empty() { Err(empty()) } else { UnixStream::connect(path) };
-                stream.map(Self::Unix).map_err(failed)
-            }
-            Address::Unix { path, namespace: Namespace::Abstract { padded } } => {
-                let mut name = path.clone().into_bytes();
-                if *padded {
-                    name.resize(ABSTRACT_NAME.max(name.len()), 0);
-                }
-                let stream = UnixAddress::from_abstract_name(name).and_then(|name| UnixStream::connect_addr(&name));
-                stream.map(Self::Unix).map_err(failed)
-            }
-            Address::Inet { host, port, family } => {
-                let mut last = io::Error::from(nix::errno::Errno::EADDRNOTAVAIL);
-                for candidate in addresses(host, port, *family)? {
-                    match TcpStream::connect(candidate) {
-                        Ok(stream) => {
-                            // "The client and server SHOULD disable Nagle's algorithm".
-                            stream.set_nodelay(true).map_err(failed)?;
-                            return Ok(Self::Tcp(stream));
-                        }
-                        Err(error) => last = error,
-                    }
-                }
-                Err(failed(last))
-            }
-        }
-    }
-
-    /// How long is waited for bytes; `None`: for ever.
-    pub fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => stream.set_read_timeout(timeout),
-            Self::Unix(stream) => stream.set_read_timeout(timeout),
-        }
-    }
-
-    /// Ends it, and whatever waits for it.
-    pub fn shut_down(&self) {
-        // One that is gone already is what is wanted.
-        let _ = match self {
-            Self::Tcp(stream) => stream.shutdown(Shutdown::Both),
-            Self::Unix(stream) => stream.shutdown(Shutdown::Both),
-        };
-    }
-}
-
-/// The addresses of a host.
-fn addresses(host: &str, port: &str, family: Family) -> Result<Vec<SocketAddr>, String> {
-    let failed = |why: &str| format!("address resolution failed for {host}:{port}: {why}");
-    // The C library takes the lower bits, as the reference does.
-    let number: u64 = port.parse().map_err(|_| failed("Servname not supported for ai_socktype"))?;
-    let number = u16::try_from(number & 0xffff).unwrap_or_default();
-    if host.is_empty() {
-        return Err(failed("Name or service not known"));
-    }
-    let found = (host, number).to_socket_addrs().map_err(|error| {
-        let text = strerror(&error);
-        failed(text.rsplit_once(": ").map_or(text.as_str(), |(_, why)| why))
-    })?;
-    let wanted = |address: &SocketAddr| if address.is_ipv4() { family.v4 } else { family.v6 };
-    let found: Vec<_> = found.filter(wanted).collect();
-    if found.is_empty() { Err(failed("Address family for hostname not supported")) } else { Ok(found) }
-}
-
-impl Read for &Socket {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Socket::Tcp(stream) => (&mut &*stream).read(buf),
-            Socket::Unix(stream) => (&mut &*stream).read(buf),
-        }
-    }
-}
-
-impl Write for &Socket {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        match self {
-            Socket::Tcp(stream) => (&mut &*stream).write(buf),
-            Socket::Unix(stream) => (&mut &*stream).write(buf),
-        }
-    }
-
-    fn write_vectored(&mut self, bufs: &[io::IoSlice<'_>]) -> io::Result<usize> {
-        match self {
-            Socket::Tcp(stream) => (&mut &*stream).write_vectored(bufs),
-            Socket::Unix(stream) => (&mut &*stream).write_vectored(bufs),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
+use crate::protocols::server::Socket;
 
 type Tls = Arc<Mutex<ClientConnection>>;
 
@@ -186,18 +68,7 @@ impl SendHalf {
         if self.tls.is_some() {
             return self.send_secure(head).and_then(|()| self.send_secure(body));
         }
-        let mut socket = &*self.socket;
-        let mut sent = 0;
-        while sent < head.len() {
-            let rest = [io::IoSlice::new(head.get(sent..).unwrap_or_default()), io::IoSlice::new(body)];
-            match socket.write_vectored(&rest) {
-                Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                Ok(n) => sent += n,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        socket.write_all(body.get(sent - head.len()..).unwrap_or_default())
+        self.socket.send(head, body)
     }
 
     fn send_secure(&mut self, mut bytes: &[u8]) -> io::Result<()> {

@@ -11,10 +11,10 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
-use super::names::{Address, Target};
-use super::stream::Socket;
+use super::names::Target;
 use crate::block::{Error, Result, Secrets};
 use crate::block::{TlsCredentials, TlsKind};
+use crate::protocols::server::{Address, Socket};
 use crate::storage::error::strerror;
 
 /// How TLS is spoken with a server, and the name that its certificate must have.
