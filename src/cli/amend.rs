@@ -111,6 +111,9 @@ impl AmendArgs {
         }
         let shown = progress.insert(self.progress.start(program, self.common.quiet, "amend")?);
         let report = |done: u64, total: u64| {
+            if done == 0 {
+                shown.begin();
+            }
             shown.report(done, total);
             if interrupt.is_caught() { Err(Error::new(ErrorKind::Cancelled, "Interrupted")) } else { Ok(()) }
         };

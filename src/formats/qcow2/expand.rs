@@ -68,17 +68,23 @@ impl Qcow2Driver {
     pub(super) fn expand_zeros(&self, alloc: &mut Allocator, progress: AmendProgress<'_>) -> Result<()> {
         self.before_state(alloc)?;
         let tables = self.all_l2_tables()?;
-        let total = tables.len() as u64;
         let (mut unused, mut wanted) = (Vec::new(), Ok(()));
-        for (n, (at, index)) in (0..).zip(&tables) {
-            wanted = progress(n, total);
+        // The reference's progress counts the entries of all L1 tables.
+        let snapshots = self.snapshot_list();
+        let entries = snapshots.iter().map(|one| u64::from(one.fields.l1_size)).sum::<u64>();
+        let entries = entries + u64::from(self.header().fields.l1_size);
+        let mut told = 0;
+        for (n, (at, index)) in (1..).zip(&tables) {
+            self.expand_table(alloc, *at, *index, &mut unused)?;
+            let done = entries.saturating_mul(n) / tables.len() as u64;
+            wanted = (told + 1..=done).try_for_each(|done| progress(done, entries));
+            told = done;
             if wanted.is_err() {
                 break;
             }
-            self.expand_table(alloc, *at, *index, &mut unused)?;
         }
         if wanted.is_ok() {
-            wanted = progress(1, 1);
+            wanted = (told + 1..=entries).try_for_each(|done| progress(done, entries));
         }
         if unused.is_empty() {
             self.settle(alloc)?;

@@ -1,11 +1,13 @@
 //! Opening: the header, the user's options, the data file, and what a writer has to put right first.
 
 use std::sync::atomic::AtomicBool;
-use std::sync::{Mutex, OnceLock, RwLock};
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 
 use serde_json::Value;
 
 use crate::block::Notice;
+use crate::block::check::{Check, Fix};
+use crate::block::format::Related;
 use crate::block::keys::{take_number, take_size, take_switch, take_text};
 use crate::block::{BackingRef, Error, OpenRequest, OptionTree, Purpose, Result};
 
@@ -90,24 +92,41 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         ahead: Ahead::default(),
     };
     if purpose.mends() {
-        driver.make_ready()?;
+        driver.make_ready(related)?;
     }
     Ok(driver)
 }
 
 impl Qcow2Driver {
     /// What must be put right before anything is written.
-    fn make_ready(&self) -> Result<()> {
+    fn make_ready(&self, related: &dyn Related) -> Result<()> {
         let (incompatible, autoclear) = {
             let header = self.header();
             (header.fields.incompatible, header.fields.autoclear)
         };
         if incompatible & layout::DIRTY != 0 {
-            super::repair::rebuild(self)?;
+            self.repair(related)?;
             self.update_header(|header| header.fields.incompatible &= !layout::DIRTY)?;
         }
         if autoclear & !layout::AUTOCLEAR != 0 {
             self.update_header(|header| header.fields.autoclear &= layout::AUTOCLEAR)?;
+        }
+        Ok(())
+    }
+
+    /// What an unclean end left behind is found, told and mended as by a check; what a check leaves wrong has its
+    /// refcounts made right all the same.
+    fn repair(&self, related: &dyn Related) -> Result<()> {
+        super::repair::refuse_what_cannot_be_repaired(self)?;
+        let lines = Mutex::new(Vec::new());
+        let checked = self.check(Fix::All, &|line: &str| {
+            lines.lock().unwrap_or_else(PoisonError::into_inner).push(line.to_owned());
+        });
+        let lines = lines.into_inner().unwrap_or_else(PoisonError::into_inner);
+        lines.into_iter().for_each(|line| related.notice(Notice::Line(line)));
+        let report = checked?;
+        if report.corruptions > 0 || report.check_errors > 0 {
+            super::repair::rebuild(self)?;
         }
         Ok(())
     }

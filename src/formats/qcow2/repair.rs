@@ -34,9 +34,13 @@ enum RepairPlan {
     Elsewhere { start: ClusterIndex, blocks: Vec<u64>, table_clusters: u64 },
 }
 
-/// Makes the refcounts of an image whose dirty bit is set what its tables say, and the marks of entries whose cluster
-/// is theirs alone what the refcounts say. The dirty bit is the caller's.
-pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
+/// Refuses an image whose tables share places, or refer to more than can be counted. Changes nothing.
+pub fn refuse_what_cannot_be_repaired(driver: &Qcow2Driver) -> Result<()> {
+    count(driver).map(drop)
+}
+
+/// What is referred to, and how often, but for the refcount structures.
+fn count(driver: &Qcow2Driver) -> Result<(Survey<'_>, References)> {
     driver.bitmaps_apart()?;
     let file = driver.file().storage.len().context("Could not get file size")?;
     let mut count = Count {
@@ -46,7 +50,7 @@ pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
         beyond: 0,
     };
     driver.walk(&mut count)?;
-    let Count { survey, mut references, .. } = count;
+    let Count { survey, references, .. } = count;
     if let Some(what) = survey.clash {
         return Err(Error::corrupt(format!(
             "The image was not closed cleanly and cannot be repaired: tables overlap with {what}"
@@ -56,14 +60,21 @@ pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
     if let Some(missing) = survey.lacking() {
         return Err(missing);
     }
-    let plan = plan(driver, &survey, &mut references)?;
-    drop(survey);
     let most = driver.geometry.refcount_max();
     if let Some((cluster, count)) = references.all().find(|(_, count)| u64::from(*count) > most) {
         return Err(Error::unsupported(format!(
             "The image was not closed cleanly and cannot be repaired: cluster {cluster} needs a refcount of {count}"
         )));
     }
+    Ok((survey, references))
+}
+
+/// Makes the refcounts of an image whose dirty bit is set what its tables say, and the marks of entries whose cluster
+/// is theirs alone what the refcounts say. The dirty bit is the caller's.
+pub fn rebuild(driver: &Qcow2Driver) -> Result<()> {
+    let (survey, mut references) = count(driver)?;
+    let plan = plan(driver, &survey, &mut references)?;
+    drop(survey);
     match plan {
         RepairPlan::InPlace => in_place(driver, &references)?,
         RepairPlan::Elsewhere { start, blocks, table_clusters } => {

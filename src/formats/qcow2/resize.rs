@@ -387,7 +387,8 @@ impl Qcow2Driver {
             if alone {
                 self.tables.forget(at, cluster);
                 self.forget_metadata(at);
-                self.file().storage.discard(at, cluster).context("Could not discard clusters")?;
+                // An offer, which the host need not take.
+                let _ = self.file().storage.discard(at, cluster);
             } else {
                 alloc.freed.push((own, 1, true));
             }

@@ -7,6 +7,7 @@
 //! Source: specification, section "Host cluster management".
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 
 use crate::block::driver::AmendProgress;
 use crate::block::error::Context;
@@ -35,6 +36,9 @@ struct NewRefcounts<'a> {
     /// Where the next search for free clusters starts.
     next: ClusterIndex,
 }
+
+/// How often the reference goes through the entries of the refcount table, which is what its progress counts.
+const PASSES: u64 = 3;
 
 impl NewRefcounts<'_> {
     /// The clusters of the old table and blocks.
@@ -67,7 +71,7 @@ impl NewRefcounts<'_> {
         let entries = driver.refcount_table().len / ENTRY;
         let mut needed = BTreeSet::new();
         for index in 0..entries {
-            progress(index, entries * 2)?;
+            progress(index, entries * PASSES)?;
             let Some(bytes) = self.old_block(index)? else { continue };
             for (slot, cluster) in (0..).zip(old.first_counted(index).run(old.refcounts_per_block())) {
                 let count = refcount::get(order, &bytes, slot);
@@ -149,16 +153,20 @@ impl NewRefcounts<'_> {
         Ok(bytes)
     }
 
-    /// Writes all of it, and flushes.
-    fn write(&self, progress: AmendProgress<'_>) -> Result<()> {
+    /// Writes all of it, and flushes. Gives what there is left to tell of its progress.
+    fn write(&self, progress: AmendProgress<'_>) -> Result<RangeInclusive<u64>> {
         let storage = &self.driver.file().storage;
         let (new, per) = (self.new, self.new.refcounts_per_block());
         let own: BTreeSet<ClusterIndex> = self.blocks.values().copied().chain(self.table.0.run(self.table.1)).collect();
         let bytes = self.table.1.saturating_mul(new.cluster_size());
         let (mut from, mut table) = (None, vec![0; usize::try_from(bytes).unwrap_or(0)]);
-        let total = self.blocks.len() as u64;
+        let (total, entries) = (self.blocks.len() as u64, self.driver.refcount_table().len / ENTRY);
+        let mut told = entries;
         for (n, (index, at)) in (0..).zip(&self.blocks) {
-            progress(total + n, total * 2)?;
+            // They stand for all passes but the first.
+            let done = entries + entries.saturating_mul(PASSES - 1).saturating_mul(n) / total;
+            (told..=done).try_for_each(|done| progress(done, entries * PASSES))?;
+            told = done + 1;
             let mut bytes = self.counts_of(*index, &mut from)?;
             let first = new.first_counted(*index);
             for cluster in own.range(first..first + per) {
@@ -174,7 +182,8 @@ impl NewRefcounts<'_> {
         }
         storage.announce(Event::REFTABLE_UPDATE);
         self.driver.file().write_metadata("refcount table", new.offset_of(self.table.0), &table)?;
-        storage.flush().context("Could not flush")
+        storage.flush().context("Could not flush")?;
+        Ok(told..=entries * PASSES)
     }
 }
 
@@ -208,7 +217,7 @@ impl Qcow2Driver {
         let new = plan.new;
         let needed = plan.find_needed(progress)?;
         plan.place(needed)?;
-        plan.write(progress)?;
+        let left = plan.write(progress)?;
         let clusters = u32::try_from(plan.table.1).map_err(|_| Error::invalid("File too large"))?;
         self.update_header(|header| {
             header.fields.refcount_table_offset = new.offset_of(plan.table.0);
@@ -220,10 +229,14 @@ impl Qcow2Driver {
         storage.flush().context("Could not write qcow2 header")?;
         storage.announce(Event::CLUSTER_FREE);
         for cluster in &plan.old {
-            storage.discard(new.offset_of(*cluster), new.cluster_size()).context("Could not discard clusters")?;
+            // An offer, which the host need not take.
+            let _ = storage.discard(new.offset_of(*cluster), new.cluster_size());
         }
         // It is done, whatever is wanted by now.
-        let _ = progress(1, 1);
+        let total = *left.end();
+        for done in left {
+            let _ = progress(done, total);
+        }
         Ok(())
     }
 }
