@@ -602,6 +602,46 @@ fn a_resize_on_a_full_disk_names_the_file() {
     for format in ["raw", "qcow2"] {
         dir.judge(&["create", "-q", "-f", format, "small/image", "64M"]);
         let args = ["resize", "-f", format, "--preallocation=full", "small/image", "90M"];
+/// A target that has to be written in place and is the source under another name: refused before anything is lost.
+#[test]
+fn what_is_read_is_not_written_over_under_another_name() {
+    need("losetup");
+    need_root("mounting a file");
+    let dir = Scratch::new();
+    let bytes = pattern(7, 3 << 20);
+    fs::write(dir.file("a"), &bytes).unwrap();
+    fs::hard_link(dir.file("a"), dir.file("hard")).unwrap();
+    fs::write(dir.file("bound"), "").unwrap();
+    dir.sh("mount --bind a bound");
+    dir.judge(&["create", "-q", "-f", "qcow2", "-b", "a", "-F", "raw", "overlay"]);
+    let device = dir.sh("PATH=$PATH:/sbin:/usr/sbin losetup -f --show a").stdout.trim().to_owned();
+    let jobs = [
+        "dd -f raw -O raw bs=1M if=a of=hard",
+        "dd -f raw -O raw bs=1M if=a of=a",
+        "dd -f raw -O raw bs=1M count=2 if=hard of=a",
+        "dd -f raw -O qcow2 bs=1M if=a of=hard",
+        "dd -f raw -O vdi bs=1M if=a of=bound",
+        "dd -f raw -O vmdk bs=1M skip=1 if=bound of=hard",
+        "dd -U -f qcow2 -O raw bs=1M if=overlay of=hard",
+        "convert -U -f raw -O raw a hard",
+        "convert -U -f qcow2 -O qcow2 overlay hard",
+        &format!("dd -f raw -O raw bs=1M if={device} of=a"),
+        &format!("dd -f raw -O raw bs=1M skip=1 if=a of={device}"),
+        &format!("dd -f raw -O raw bs=1M skip=1 if={device} of={device}"),
+        &format!("convert -f raw -O raw {device} a"),
+        &format!("convert -U -f raw -O raw {device} hard"),
+    ];
+    let outs = jobs.map(|line| (line.to_owned(), vimg(&line.split(' ').collect::<Vec<_>>()).dir(dir.path()).run()));
+    let left = fs::read(dir.file("a")).unwrap();
+    dir.sh(&format!("PATH=$PATH:/sbin:/usr/sbin losetup -d {device}; umount bound"));
+    for (line, out) in outs {
+        assert_eq!(out.code, Some(1), "{line}: {out:?}");
+        let said = out.stderr.contains("would be written in place") && out.stderr.contains("is the same file");
+        assert!(said, "{line}: {out:?}");
+    }
+    assert!(left == bytes);
+}
+
         let out = vimg(&args).dir(dir.path()).fails(1);
         assert!(out.stderr.contains("image: "), "{format}: {out:?}");
         assert!(out.stderr.contains("No space left on device"), "{format}: {out:?}");

@@ -4,13 +4,14 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::arguments::Makes;
 use super::exit::Exit;
 use super::passphrase::{PassphraseArgs, TargetPassphraseArgs};
 use super::source::ImageArgs;
 use super::{Complaint, Program, Subcommand, object, size};
-use crate::block::{Error, ImageRef, OpenHow, Opener, OptionValue};
+use crate::block::{Error, ImageRef, Node, OpenHow, Opener, OptionValue};
 use crate::ops::create::{NewImage, Target};
 use crate::ops::dd::pipe::PipedBlocks;
 use crate::ops::dd::{self, Blocks};
@@ -125,7 +126,7 @@ impl Subcommand for DdArgs {
                 dd::pipe::to_pipe(&source, part, pipe::open_sink(sink).map_err(Error::from)?, sink)?;
             }
             None => {
-                let target = self.target(program, &opener, output, part.len)?;
+                let target = self.target(program, &opener, output, part.len, std::slice::from_ref(&source))?;
                 too_far(program, input, part.past_end);
                 dd::copy(&source, part, target)?;
             }
@@ -186,23 +187,30 @@ impl DdArgs {
         if let Some(sink) = sink {
             piped.to_pipe(pipe::open_sink(sink).map_err(Error::from)?, sink)?;
         } else if self.is_raw_output() {
-            piped.to_raw(self.target(program, opener, output, 0)?)?;
+            piped.to_raw(self.target(program, opener, output, 0, &[])?)?;
         } else {
             let temporary = piped.to_temporary()?;
             let how = OpenHow { format: Some("raw".to_owned()), ..OpenHow::default() };
             let source = opener.open(&ImageRef::name(temporary.path().unwrap_or(Path::new(""))), &how)?;
             let part = Blocks::ALL.of(source.virtual_size());
-            dd::copy(&source, part, self.target(program, opener, output, part.len)?)?;
+            dd::copy(&source, part, self.target(program, opener, output, part.len, &[])?)?;
         }
         Ok(Exit::Success)
     }
 
-    fn target(&self, program: &Program, opener: &Opener<'_>, name: &OsStr, size: u64) -> anyhow::Result<StagedTarget> {
+    fn target(
+        &self,
+        program: &Program,
+        opener: &Opener<'_>,
+        name: &OsStr,
+        size: u64,
+        sources: &[Arc<Node>],
+    ) -> anyhow::Result<StagedTarget> {
         let new = self.new_image(opener, name, size)?;
         if self.output_format.is_none() {
             program.warn_of_raw(name, "-O");
         }
-        let target = StagedTarget::make(&new, None, opener, NewImage::creating_output);
+        let target = StagedTarget::make(&new, sources, None, opener, NewImage::creating_output);
         program.notices(opener);
         Ok(target?)
     }

@@ -8,7 +8,7 @@ use super::copy::TargetFacts;
 use super::create::{self, NewImage};
 use crate::block::error::Context;
 use crate::block::{BlockDriver, Error, ExtentKind, GuestOffset, MadeFiles, Node, OpenHow, Opener, Purpose, Result};
-use crate::storage::staging::{Durability, Staging};
+use crate::storage::staging::{Durability, Source, Staging};
 use crate::storage::{self, CacheMode, Storage};
 
 /// See the module.
@@ -22,15 +22,17 @@ pub struct StagedTarget {
 }
 
 impl StagedTarget {
-    /// Makes it. `cache` is what the user says, if that is said; `doing` is what is told of a failure.
+    /// Makes it, of what `sources` hold. `cache` is what the user says, if that is said; `doing` is what is told of a
+    /// failure.
     pub fn make(
         new: &NewImage,
+        sources: &[Arc<Node>],
         cache: Option<CacheMode>,
         opener: &Opener<'_>,
         doing: fn(&NewImage) -> String,
     ) -> Result<Self> {
         let mode = cache.unwrap_or(CacheMode::Unsafe);
-        let staging = Staging::new(mode, durability(cache));
+        let staging = Staging::new(mode, durability(cache)).sparing(files_of(sources));
         let (node, files) = create::create_open(new, &staging, opener, mode, doing)?;
         if new.ids.cid.is_some() {
             node.driver().keep_content_id();
@@ -83,6 +85,29 @@ impl StagedTarget {
         drop((node, files));
         staging.commit().with_context(|| format!("Could not create '{name}'"))
     }
+}
+
+/// All files of the host that images and what they stand on are read from.
+fn files_of(images: &[Arc<Node>]) -> Vec<Source> {
+    let mut files = Vec::new();
+    for image in images {
+        let mut layer = Some(image);
+        while let Some(node) = layer {
+            let of_layer = node.driver().files().iter().filter_map(|child| {
+                let lies_in = match child.storage.host() {
+                    Some(host) => host.lies_in(),
+                    None => vec![child.storage.facts().identity?],
+                };
+                Some(Source { name: child.name.clone(), lies_in })
+            });
+            files.extend(of_layer);
+            for (_, inner) in &node.origin().inner {
+                files.extend(files_of(std::slice::from_ref(inner)));
+            }
+            layer = node.backing();
+        }
+    }
+    files
 }
 
 /// What of a new image is on stable storage when it appears. `unsafe` is the default, but only what the user says is

@@ -164,6 +164,16 @@ impl HostFile {
         self.identity
     }
 
+    /// What its bytes lie in: the file; the device, whichever file names it, as inode 0; the file behind a loop device.
+    pub fn lies_in(&self) -> Vec<Identity> {
+        let mut all = vec![self.identity];
+        if self.kind == FileKind::BlockDevice {
+            all.extend(self.file.metadata().ok().map(|meta| Identity { device: meta.rdev(), inode: 0 }));
+            all.extend(host::behind_loop(&self.file));
+        }
+        all
+    }
+
     /// The host's extent size hint (XFS), where there is one.
     pub fn extent_size_hint(&self) -> Option<u64> {
         host::extent_size_hint(&self.file)

@@ -70,6 +70,7 @@ mod requests {
     ioctl_write_ptr_bad!(fs_set_xattr, request_code_write!(b'X', 32, size_of::<FsXattr>()), FsXattr);
     ioctl_read_bad!(fs_get_flags, request_code_read!(b'f', 1, size_of::<c_long>()), c_int);
     ioctl_write_ptr_bad!(clone_range, request_code_write!(0x94, 13, size_of::<CloneRange>()), CloneRange);
+    ioctl_read_bad!(loop_status, 0x4c05, [u64; 29]);
     ioctl_write_ptr_bad!(fs_set_flags, request_code_write!(b'f', 2, size_of::<c_long>()), c_int);
 }
 
@@ -119,6 +120,17 @@ pub fn sector(file: &File) -> u64 {
         (Ok(_), Ok(size)) if size.is_power_of_two() => size,
         _ => 512,
     }
+}
+
+/// The file behind a loop device, or a partition of one.
+pub fn behind_loop(file: &File) -> Option<Identity> {
+    let mut status = [0u64; 29];
+    // SAFETY: the descriptor is open, and LOOP_GET_STATUS64 writes 232 bytes (`struct loop_info64`, `linux/loop.h`) to
+    // where the array lies.
+    unsafe { loop_status(file.as_raw_fd(), &mut status) }.ok()?;
+    // It begins with the file's device and its inode.
+    let [device, inode, ..] = status;
+    Some(Identity { device, inode })
 }
 
 /// The device need not keep what is in the range (`at` and `len` in whole sectors).

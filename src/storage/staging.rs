@@ -29,7 +29,7 @@ pub use self::make::stays_until_replaced;
 use super::file::HostFile;
 use super::temporary::TemporaryName;
 use super::writeback::{LITTLE, Writeback};
-use super::{CacheMode, Error, FileKind, Preallocation, Result, Storage, error, host};
+use super::{CacheMode, Error, FileKind, Identity, Preallocation, Result, Storage, error, host};
 
 /// What a new file shall be like.
 #[derive(Debug, Clone, Copy, Default)]
@@ -69,6 +69,17 @@ pub struct Staging {
     /// What was made, and is no file of the host.
     made: Mutex<Vec<Arc<dyn Made>>>,
     notices: Mutex<Vec<String>>,
+    /// What the new bytes come from.
+    sources: Vec<Source>,
+}
+
+/// A file that is read meanwhile.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// What it is called.
+    pub name: String,
+    /// What its bytes lie in ([`HostFile::lies_in`]).
+    pub lies_in: Vec<Identity>,
 }
 
 /// What was made where there are no hidden names: others can see it before it is complete.
@@ -132,7 +143,13 @@ impl Staging {
     /// Nothing yet. Files will be made with that cache mode.
     pub fn new(cache: CacheMode, durability: Durability) -> Self {
         let (writeback, files, remote, made, notices) = Default::default();
-        Self { cache, durability, writeback, files, remote, made, notices }
+        Self { cache, durability, writeback, files, remote, made, notices, sources: Vec::new() }
+    }
+
+    /// The same, and none of those files is written in place, or emptied.
+    pub fn sparing(mut self, sources: Vec<Source>) -> Self {
+        self.sources = sources;
+        self
     }
 
     /// A new, empty file that will be called `path`. A device is opened as it is.
@@ -191,6 +208,11 @@ impl Staging {
         if staged.in_place() && staged.secondary {
             // Data that is written over in place must not be seen under the older header.
             let sync = self.durability != Durability::Never;
+            for staged in files.iter().filter(|staged| !staged.secondary) {
+                if let Naming::Replace { old } = &staged.way {
+                    self.spare(old, &staged.path)?;
+                }
+            }
             files.iter().filter(|staged| !staged.secondary).try_for_each(|staged| staged.drop_older_header(sync))?;
             staged.storage.set_len(0, Preallocation::Off)?;
         }

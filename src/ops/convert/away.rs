@@ -211,7 +211,7 @@ impl Job<'_> {
         let path = hidden(&folder.join("pipe"));
         let (format, options) = (new.format, new.options.clone());
         let kept = NewImage { name: path.into_os_string(), format, size: new.size, options, ids: new.ids };
-        let target = StagedTarget::make(&kept, self.cache, opener, NewImage::converting)?;
+        let target = StagedTarget::make(&kept, &self.conversion.sources, self.cache, opener, NewImage::converting)?;
         let done = match target.node().driver().files().len() {
             1 => target.facts().and_then(|facts| self.run(target.node(), facts)),
             _ => {

@@ -54,7 +54,7 @@ pub struct Job<'a> {
 impl Job<'_> {
     /// To a new image. It appears when it is complete. The digest of what was copied, if there was to be one.
     pub fn to_new(&self, new: &NewImage, opener: &Opener<'_>) -> Result<Option<Digest>> {
-        let target = StagedTarget::make(new, self.cache, opener, NewImage::converting)?;
+        let target = StagedTarget::make(new, &self.conversion.sources, self.cache, opener, NewImage::converting)?;
         let copied = target.facts().and_then(|facts| self.run(target.node(), facts));
         let digest = match copied {
             Ok(digest) => digest,

@@ -102,6 +102,7 @@ impl Staging {
             let way = Naming::Replace { old };
             return self.staged(file, Parts { path, full, target, way, temporary, mode, secondary });
         }
+        self.spare(&old, path)?;
         let mut old = old;
         self.track(&mut old, true);
         let storage = Arc::new(old);
@@ -109,6 +110,22 @@ impl Staging {
             (storage.kind() == FileKind::Regular && !secondary).then(|| Arc::new(HeadLast::new(storage.clone())));
         let (way, target, temporary, mode) = (Naming::InPlace, full.clone(), None, None);
         Ok(Staged { path: full, target, storage, head, way, temporary, mode, secondary, committed: false })
+    }
+
+    /// Refuses to write over, or empty, what is still to be read.
+    pub(super) fn spare(&self, old: &HostFile, path: &Path) -> Result<()> {
+        if self.sources.is_empty() || old.kind() == FileKind::CharDevice {
+            return Ok(());
+        }
+        let places = old.lies_in();
+        match self.sources.iter().find(|source| source.lies_in.iter().any(|place| places.contains(place))) {
+            Some(source) => Err(Error::Other(format!(
+                "'{}' would be written in place, and '{}', which is read, is the same file",
+                path.display(),
+                source.name
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// See [`Staging::replace`].
