@@ -539,6 +539,8 @@ fn stable_storage_comes_before_names_and_folders_after() {
     let dir = Scratch::new();
     fs::write(dir.file("s.raw"), pattern(5, 300_000)).unwrap();
     let flat = "-O vmdk -o subformat=monolithicFlat";
+    let apart = "convert -f raw -O qcow2 -o data_file=sub/data s.raw new5";
+    let _sub = Mount::new(dir.file("sub"), "-t tmpfs -o size=8m vimg-test");
     let jobs = [
         ("create -q -f qcow2 new1 1M", "sync link folder"),
         ("create -q -f qcow2 new1 1M", "sync link move folder"),
@@ -548,11 +550,14 @@ fn stable_storage_comes_before_names_and_folders_after() {
         ("convert -t unsafe -f raw -O qcow2 s.raw new3", "link move"),
         (&format!("convert -f raw {flat} s.raw new4"), "sync sync link link"),
         // The older header goes aside, for good; its data does; the new ones come.
-        (&format!("convert -f raw {flat} s.raw new4"), "sync sync move folder move link link folder"),
+        (&format!("convert -f raw {flat} s.raw new4"), "sync sync move folder move link link folder gone gone folder"),
+        // Another file system keeps no order with the header's.
+        (apart, "sync sync link link"),
+        (apart, "sync sync move folder move link sub link folder sub gone gone folder sub"),
     ];
     for (line, expected) in jobs {
         let program = crate::common::vimg_path();
-        let calls = "linkat,link,rename,renameat,renameat2,fsync,fdatasync";
+        let calls = "linkat,link,unlink,unlinkat,rename,renameat,renameat2,fsync,fdatasync";
         dir.sh(&format!("strace -qq -f -y -o trace -e trace={calls} {} {line}", program.display()));
         let trace = fs::read_to_string(dir.file("trace")).unwrap();
         let folder = format!("<{}>", dir.path().display());
@@ -560,9 +565,11 @@ fn stable_storage_comes_before_names_and_folders_after() {
         for call in trace.lines() {
             let step = match call {
                 _ if call.contains("unfinished") || call.contains("+++") || call.contains("---") => continue,
+                _ if call.contains("unlink") => "gone",
                 _ if call.contains("link") => "link",
                 _ if call.contains("rename") => "move",
                 _ if call.contains(&folder) => "folder",
+                _ if call.contains("/sub>") => "sub",
                 _ if call.contains("sync") => "sync",
                 _ => continue,
             };
@@ -595,13 +602,6 @@ fn an_older_header_is_off_the_disk_before_its_data_is_overwritten() {
     assert!(cut < synced && synced < data, "{trace}");
 }
 
-#[test]
-fn a_resize_on_a_full_disk_names_the_file() {
-    let dir = Scratch::new();
-    let small = Mount::new(dir.file("small"), "-t tmpfs -o size=1m vimg-test");
-    for format in ["raw", "qcow2"] {
-        dir.judge(&["create", "-q", "-f", format, "small/image", "64M"]);
-        let args = ["resize", "-f", format, "--preallocation=full", "small/image", "90M"];
 /// A target that has to be written in place and is the source under another name: refused before anything is lost.
 #[test]
 fn what_is_read_is_not_written_over_under_another_name() {
@@ -642,6 +642,13 @@ fn what_is_read_is_not_written_over_under_another_name() {
     assert!(left == bytes);
 }
 
+#[test]
+fn a_resize_on_a_full_disk_names_the_file() {
+    let dir = Scratch::new();
+    let small = Mount::new(dir.file("small"), "-t tmpfs -o size=1m vimg-test");
+    for format in ["raw", "qcow2"] {
+        dir.judge(&["create", "-q", "-f", format, "small/image", "64M"]);
+        let args = ["resize", "-f", format, "--preallocation=full", "small/image", "90M"];
         let out = vimg(&args).dir(dir.path()).fails(1);
         assert!(out.stderr.contains("image: "), "{format}: {out:?}");
         assert!(out.stderr.contains("No space left on device"), "{format}: {out:?}");

@@ -6,7 +6,8 @@
 //!
 //! A power cut can fall between two of them. So the order is: where another image's data is replaced, its header's
 //! name goes first, away to a hidden one; then come the names of the data; the header's own name comes last. Whatever
-//! part is done, an older header never lies beside newer data.
+//! part is done, an older header never lies beside newer data. File systems keep no order among each other: other
+//! folders are synced before the header gets its name, and older files go when all of them are.
 //!
 //! Where the host's policy allows the very name alone (a profile that lists files), the bytes are copied into a file
 //! of that name, which is removed if that fails.
@@ -94,19 +95,22 @@ fn plan(
     let replaces = |staged: &Staged| matches!(staged.way, Naming::Replace { .. });
     let last = files.len().saturating_sub(1);
     let header_first = files.iter().take(last).any(replaces) && files.last().is_some_and(replaces);
+    let sync = |folder: &File| Step { call: Call::Sync { folder: folder.as_raw_fd() }, undo: None, file: last };
+    let synced = durable.map(Vec::as_slice).unwrap_or_default();
     let mut steps = Vec::new();
     let mut aside = Vec::new();
     if let Some(header) = files.last().filter(|_| header_first) {
         let at = |cause| (header.target.clone(), cause);
         aside.extend(move_aside(header, last, &mut steps).map_err(at)?);
-        if let Some((_, folder)) =
-            durable.iter().flat_map(|all| all.iter()).find(|(name, _)| name == folder_of(&header.target))
-        {
-            steps.push(Step { call: Call::Sync { folder: folder.as_raw_fd() }, undo: None, file: last });
-        }
+        let own = synced.iter().find(|(name, _)| name == folder_of(&header.target));
+        steps.extend(own.map(|(_, folder)| sync(folder)));
     }
     for (index, staged) in files.iter().enumerate() {
         let at = |cause| (staged.target.clone(), cause);
+        if index == last {
+            let others = synced.iter().filter(|(name, _)| name != folder_of(&staged.target));
+            steps.extend(others.map(|(_, folder)| sync(folder)));
+        }
         match &staged.way {
             Naming::InPlace | Naming::VeryName => {}
             Naming::Replace { old } => match (is_at(&staged.target, old.identity()), index == last) {
@@ -122,6 +126,9 @@ fn plan(
             },
             Naming::Link { .. } => put(staged, index, &mut steps).map_err(at)?,
         }
+    }
+    if !aside.is_empty() {
+        steps.extend(synced.iter().map(|(_, folder)| sync(folder)));
     }
     steps.extend(aside.into_iter().map(|name| Step { call: Call::Remove { name }, undo: None, file: last }));
     Ok(steps)
