@@ -52,7 +52,13 @@ pub fn decide(node: &Node, new: NewSize, fill: Preallocation, may_shrink: bool) 
     if size < current && !may_shrink {
         return Ok(Decision::WouldShrink);
     }
-    resizing(node)?.check(size, fill)?;
+    let covered = node.backing().map_or(0, |below| below.virtual_size()).min(size);
+    let resizing = resizing(node)?;
+    // What a longer backing file makes of a refusal goes first.
+    resizing.check(size, fill).or_else(|error| match covered > current {
+        true => resizing.check_over(size, fill, covered).and(Err(error)),
+        false => Err(error),
+    })?;
     Ok(Decision::Resize(size))
 }
 

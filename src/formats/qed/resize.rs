@@ -28,6 +28,14 @@ impl Resize for QedDriver {
         state.prepare(self.storage())
     }
 
+    fn check_over(&self, size: u64, fill: Preallocation, _covered: u64) -> Result<()> {
+        match fill {
+            Preallocation::Off => self.check(size, fill),
+            // The reference's words: what it cannot do is to make zeros there in this way.
+            _ => Err(Error::unsupported("Block driver does not support requested flags")),
+        }
+    }
+
     fn resize(&self, size: u64, fill: Preallocation) -> Result<()> {
         self.resize_over(size, fill, 0)
     }
