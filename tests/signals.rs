@@ -2,7 +2,7 @@
 //! in place ends it where the image is consistent.
 
 use crate::common::trace::terminated_at;
-use crate::common::{Scratch, vimg_path, write_pattern};
+use crate::common::{Scratch, judge, vimg_path, write_pattern};
 
 #[test]
 fn a_conversion_says_on_sigusr1_how_far_it_is() {
@@ -102,4 +102,30 @@ fn a_signal_at_any_point_of_a_repair_lets_it_come_to_its_end() {
         calls += 7;
     }
     assert!(before > 3 && mended > 3, "{before} and {mended} of those up to {calls}");
+}
+
+/// What is being filled is not counted yet.
+#[test]
+fn a_signal_while_room_is_filled_leaves_the_old_disk_without_leaks() {
+    let scratch = Scratch::new();
+    let folder = scratch.file("in");
+    std::fs::create_dir(&folder).unwrap();
+    scratch.sh("qemu-img create -q -f qcow2 image 1M; qemu-io -f qcow2 -c 'write -P 1 0 256k' image");
+    let (mut calls, mut filling) = (40, 0);
+    loop {
+        std::fs::copy(scratch.file("image"), scratch.file("changed")).unwrap();
+        let args = ["resize", "-q", "--preallocation=full", "../changed", "64M"];
+        let Some(by_signal) = terminated_at(&folder, &args, calls) else { break };
+        let check = judge(&["check", "--output=json", "-f", "qcow2", "changed"]).dir(scratch.path()).run().json();
+        assert_eq!(check.get("corruptions"), None, "call {calls}: {check}");
+        let info = scratch.judge(&["info", "--output=json", "-f", "qcow2", "changed"]).json();
+        let grown = std::fs::metadata(scratch.file("changed")).unwrap().len() > 32 << 20;
+        if by_signal && info["virtual-size"] == 1 << 20 {
+            scratch.assert_same_content("qcow2", "changed", "qcow2", "image");
+            filling += usize::from(grown && check.get("leaks").is_none());
+        }
+        calls += 5;
+    }
+    // Of those at which its tables are complete, and the size is not changed yet, there may be one or two.
+    assert!(filling > 5, "{filling} of those up to {calls}");
 }

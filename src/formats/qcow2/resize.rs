@@ -187,10 +187,11 @@ impl Qcow2Driver {
             let file = ClusterIndex(storage.len().context("Could not get file size")?.div_ceil(cluster));
             let used = file.max(self.last_used()? + 1);
             let first = alloc.cursor.reserve_area(&mut Counts(self), used, count + tables)?;
-            Counts(self).take(first, count)?;
-            self.tables.write_back()?;
+            // This may take long, and be stopped: nothing of it is counted yet, and nothing waits to be freed.
+            self.settle(alloc)?;
             storage.set_len(geometry.offset_of(first), Preallocation::Off).context("Could not resize file")?;
             storage.set_len(geometry.offset_of(first + count), fill).context("Failed to resize underlying file")?;
+            Counts(self).take(first, count)?;
             area = Some(geometry.offset_of(first));
         }
         let start = guest;
