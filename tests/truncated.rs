@@ -511,3 +511,52 @@ fn cut_while_it_is_converted() {
         assert!(whole_ones > 0 && told > 3, "{format}: {whole_ones} whole, {told} told");
     }
 }
+
+/// What is placed behind the end of such a file would be where its entries say that other data is.
+#[test]
+fn a_cut_vmdk_or_qcow_is_not_written_to() {
+    for kind in KINDS.iter().filter(|kind| ["vmdk", "qcow"].contains(&kind.format) && kind.name != "flat vmdk") {
+        let scratch = Scratch::new();
+        source(&scratch);
+        kind.make(&scratch);
+        fs::write(scratch.file("other"), pattern(5, SIZE)).unwrap();
+        let overlay = format!("qemu-img create -q -f {0} -b i -F {0} over", kind.format);
+        scratch.sh(&format!("{overlay} && qemu-io -f {} -c 'write -P 9 64k 64k' over >/dev/null", kind.format));
+        let file = scratch.file(kind.cut);
+        let whole = fs::metadata(&file).unwrap().len();
+        let format = kind.format;
+        // More than the padding of the last cluster.
+        for len in [(whole - 20_480) / 512 * 512, whole / 3 * 2 / 512 * 512] {
+            cut(&file, len);
+            let before = (fs::read(&file).unwrap(), fs::read(scratch.file("i")).unwrap());
+            for args in [
+                &["convert", "-n", "-f", "raw", "-O", format, "other", "i"][..],
+                &["commit", "-q", "-f", format, "over"],
+                &["commit", "-q", "-d", "-f", format, "over"],
+                &["bench", "-q", "-w", "-c", "1", "-f", format, "i"],
+                &["resize", "-q", "-f", format, "i", "1G"],
+            ] {
+                let out = vimg(args).dir(scratch.path()).run();
+                assert_eq!(out.code, Some(1), "{}: {args:?}: {out:?}", kind.name);
+                // A stream ends with its directory; a resize of a vmdk looks for more.
+                let other = kind.name == "stream-optimized vmdk" || format == "vmdk" && args[0] == "resize";
+                assert!(other || out.stderr.contains("the file is truncated: a "), "{}: {args:?}: {out:?}", kind.name);
+                let after = (fs::read(&file).unwrap(), fs::read(scratch.file("i")).unwrap());
+                assert!(before == after, "{}: {args:?} changed the image", kind.name);
+            }
+        }
+    }
+}
+
+/// What is whole is written to: with a last cluster that the disk's end cuts, and in an extent that begins anywhere.
+#[test]
+fn a_whole_vmdk_or_qcow_is_written_to() {
+    for kind in KINDS.iter().filter(|kind| ["vmdk", "qcow"].contains(&kind.format) && !kind.name.starts_with("stream")) {
+        let scratch = Scratch::new();
+        source(&scratch);
+        kind.make(&scratch);
+        fs::write(scratch.file("other"), pattern(5, SIZE)).unwrap();
+        scratch.vimg(&["convert", "-n", "-f", "raw", "-O", kind.format, "other", "i"]);
+        scratch.assert_same_content(kind.format, "i", "raw", "other");
+    }
+}

@@ -36,6 +36,15 @@ pub struct QcowState {
     prepared: bool,
 }
 
+/// What a walk of the tables finds.
+#[derive(Debug, Clone, Copy)]
+enum Found {
+    Table,
+    /// Clusters from that one on.
+    Clusters(u64),
+    Compressed,
+}
+
 impl Tables for QcowState {
     fn write_tables(&mut self, storage: &dyn Storage) -> Result<()> {
         write_levels(&mut self.l1, &mut self.l2, self.end, storage)
@@ -174,22 +183,22 @@ impl QcowState {
         self.fresh = u64::MAX;
     }
 
-    /// Gives `see` every L2 table and every run of clusters that are there, each with its length, until it says that
+    /// Gives `see` every L2 table and every run of clusters that are there, each with its place and its length, until it says that
     /// this is enough.
-    fn each(&mut self, storage: &dyn Storage, mut see: impl FnMut(u64, u64) -> bool) -> Result<()> {
+    fn each(&mut self, storage: &dyn Storage, mut see: impl FnMut(Found, u64, u64) -> bool) -> Result<()> {
         for number in 0..self.l1_entries() {
             let table = self.l2_table(storage, number)?;
             if table == 0 {
                 continue;
             }
-            let mut goes_on = see(table, self.table_entries() * 8);
+            let mut goes_on = see(Found::Table, table, self.table_entries() * 8);
             let (mut index, last) = (number * self.table_entries(), (number + 1) * self.table_entries());
             while index < last && goes_on {
                 let (entry, run) = self.run(storage, index, last - index)?;
                 goes_on = match entry {
                     QcowEntry::Unallocated => true,
-                    QcowEntry::Plain(at) => see(at, run.saturating_mul(self.cluster())),
-                    QcowEntry::Compressed(at, bytes) => see(at, bytes),
+                    QcowEntry::Plain(at) => see(Found::Clusters(index), at, run.saturating_mul(self.cluster())),
+                    QcowEntry::Compressed(at, bytes) => see(Found::Compressed, at, bytes),
                 };
                 index += run;
             }
@@ -206,28 +215,43 @@ impl QcowState {
         if let Some((at, length)) = self.header.backing() {
             end = end.max(at.saturating_add(length.into()));
         }
-        self.each(storage, |at, len| {
+        self.each(storage, |_, at, len| {
             end = end.max(at.saturating_add(len));
             true
         })?;
         Ok(end)
     }
 
-    /// Makes sure, once, that the image can be written to without harm: header, tables and clusters do not overlap.
+    /// Makes sure, once, that the image can be written to without harm: header, tables and clusters do not overlap, and
+    /// the file has all of them. What it lacks would be given out, and be somebody else's then.
     pub fn prepare(&mut self, storage: &dyn Storage) -> Result<()> {
         if self.prepared {
             return Ok(());
         }
+        let there = storage.len().context("Could not get the size of the file")?;
         let mut runs = Runs::default();
         runs.add(0, HEADER_BYTES as u64);
         if let Some((at, length)) = self.header.backing() {
             runs.add(at, length.into());
         }
         runs.add(self.header.l1_offset(), self.l1_entries() * 8);
-        self.each(storage, |at, len| {
+        let (cluster, size, mut missing) = (self.cluster(), self.header.size(), None);
+        self.each(storage, |found, at, len| {
+            // Of the last cluster the file needs what the disk has of it.
+            let (what, used) = match found {
+                Found::Table => ("an L2 table", len),
+                Found::Compressed => ("a compressed cluster", len),
+                Found::Clusters(index) => ("a cluster", len.min(size.saturating_sub(index.saturating_mul(cluster)))),
+            };
+            if at.saturating_add(used) > there {
+                missing = Some((what, at));
+            }
             runs.add(at, len);
-            !runs.is_overlapping()
+            missing.is_none() && !runs.is_overlapping()
         })?;
+        if let Some((what, at)) = missing {
+            return Err(Error::truncated(what, at, there).context(self.l1.file()));
+        }
         if runs.disjoint().is_none() {
             return Err(Error::corrupt("tables and clusters of the image overlap"));
         }

@@ -3,7 +3,7 @@
 //! A disk is a row of extents, each a file of its own (or the rest of the file that holds the descriptor), each
 //! stored flat, sparse, as zeros, or compressed. What is where: `layout.rs` the structures, `descriptor.rs` the
 //! text, `open.rs` which files there are, `sparse.rs` one extent behind grain tables, `tables.rs` those, `stream.rs` the
-//! open end of a stream-optimized one, `grain.rs` one compressed grain, `sesparse.rs` the extents of vSphere's snapshots, `write.rs` placing, `text.rs`
+//! open end of a stream-optimized one, `grain.rs` one compressed grain, `sesparse.rs` the extents of vSphere's snapshots, `write.rs` placing, `whole.rs` what has to hold before, `text.rs`
 //! changes of the text, `layering.rs` another parent, `create.rs`, `resize.rs` and, for one sparse extent, `length.rs`, with
 //! `intact.rs` for what has to hold before; `check.rs` and, for one sparse extent, `inspect.rs`.
 //!
@@ -26,6 +26,7 @@ mod sparse;
 mod stream;
 mod tables;
 mod text;
+mod whole;
 mod write;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -148,6 +149,8 @@ struct VmdkDriver {
     renewed: Mutex<Option<u32>>,
     /// Whether zeros are kept as such though nothing lies below.
     keeps_zeros: AtomicBool,
+    /// Whether the files were found to hold all that the tables name.
+    whole: Mutex<bool>,
 }
 
 impl VmdkDriver {

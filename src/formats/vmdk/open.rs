@@ -47,7 +47,8 @@ impl VmdkDriver {
         });
         let (renewed, keeps_zeros) = (Mutex::default(), AtomicBool::new(false));
         let (size, replaced) = (AtomicU64::new(size), Mutex::default());
-        Ok(Self { files, parts, descriptor, text_at, replaced, backing, size, write, renewed, keeps_zeros })
+        let whole = Mutex::default();
+        Ok(Self { files, parts, descriptor, text_at, replaced, backing, size, write, renewed, keeps_zeros, whole })
     }
 }
 

@@ -103,6 +103,8 @@ pub struct VmdkState {
     pub next: Sectors,
     /// The open end of a stream-optimized extent.
     pub stream: Option<Stream>,
+    /// Whether all that the tables named was found to lie in the file.
+    pub whole: bool,
     tables: BTreeMap<u64, CachedTable>,
     directory_dirty: bool,
 }
@@ -131,6 +133,7 @@ impl VmdkState {
             rgd: None,
             next,
             stream: None,
+            whole: false,
             tables: BTreeMap::new(),
             directory_dirty: false,
         }

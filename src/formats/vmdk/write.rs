@@ -17,7 +17,7 @@ use super::descriptor::ExtentAccess;
 use super::layout::*;
 use super::sparse::Sparse;
 use super::tables::Grain;
-use super::{Body, VmdkDriver, VmdkPart, grain};
+use super::{Body, VmdkDriver, VmdkPart, grain, whole};
 
 impl VmdkDriver {
     fn sparse_at(&self, at: GuestOffset) -> Option<(&VmdkPart, &Sparse)> {
@@ -127,6 +127,20 @@ impl VmdkDriver {
         }
     }
 
+    /// Makes sure, once, that the image can be written to without harm.
+    fn prepare(&self) -> Result<()> {
+        let mut done = self.whole.lock().unwrap_or_else(|e| e.into_inner());
+        if !*done {
+            for part in &self.parts {
+                if let Body::Sparse { sparse, .. } = &part.body {
+                    whole::check(sparse)?;
+                }
+            }
+            *done = true;
+        }
+        Ok(())
+    }
+
     /// Tables, then the content id, then whatever the cache mode asks for.
     pub(super) fn write_out(&self) -> Result<()> {
         if !self.write {
@@ -161,6 +175,7 @@ impl Write for VmdkDriver {
     }
 
     fn begin(&self) -> Result<()> {
+        self.prepare()?;
         self.renew()
     }
 
@@ -173,6 +188,7 @@ impl Write for VmdkDriver {
         {
             return Err(Error::unsupported(format!("offset {at} lies in an extent that may not be written")));
         }
+        self.prepare()?;
         self.renew()?;
         match &part.body {
             Body::Forbidden => Err(Error::unsupported("the extent is marked NOACCESS")),
