@@ -735,6 +735,12 @@ fn the_footer_of_a_stream_rules() {
         file[at..at + bytes.len()].copy_from_slice(bytes);
         fs::write(s.file("x.vmdk"), file).unwrap();
     };
+    // It does not say where the directory is.
+    for wrong in [2u64, 0, 21, 1 << 40] {
+        with(56, &wrong.to_le_bytes());
+        s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "x.vmdk", "o"]);
+        s.assert_same_content("raw", "d.raw", "raw", "o");
+    }
     // The header knows nothing: version, flags, capacity, grain, descriptor, entries, overhead, compression.
     let wild = 0x7fff_ffff_u64.to_le_bytes();
     for (at, len) in [(4, 4), (8, 4), (12, 8), (20, 8), (28, 8), (36, 8), (44, 4), (64, 8), (77, 2)] {
@@ -742,9 +748,10 @@ fn the_footer_of_a_stream_rules() {
         s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "x.vmdk", "o"]);
         s.assert_same_content("raw", "d.raw", "raw", "o");
     }
-    // Both make sense: the footer's is the disk.
+    // Both make sense: the footer's is the disk, unless it is shorter than the descriptor knows.
     with(footer + 12, &4096u64.to_le_bytes());
-    assert!(s.vimg(&["info", "x.vmdk"]).stdout.contains("virtual size: 2 MiB"));
+    let out = vimg(&["info", "x.vmdk"]).dir(s.path()).fails(1);
+    assert!(out.stderr.contains("capacity of 4096 sectors, the descriptor an extent of 6144"), "{out:?}");
     with(12, &4096u64.to_le_bytes());
     assert!(s.vimg(&["info", "x.vmdk"]).stdout.contains("virtual size: 3 MiB"));
     // The footer is the damaged one.
@@ -766,4 +773,42 @@ fn salvage_reads_on_over_a_parent_that_has_changed() {
     let out = s.vimg(&["convert", "--salvage", "-f", "vmdk", "-O", "raw", "over.vmdk", "o"]);
     assert!(out.stderr.contains("warning: ") && out.stderr.contains("The parent has changed"), "{out:?}");
     s.assert_same_content("vmdk", "base.vmdk", "raw", "o");
+}
+
+/// A grain that is another one's, or not as long as the header says, is no disk.
+#[test]
+fn a_damaged_grain_size_of_a_stream_is_seen() {
+    let s = Scratch::new();
+    disk(&s, "d.raw", 3 << 20);
+    s.judge(&["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", "d.raw", "d.vmdk"]);
+    fs::write(s.file("e.raw"), pattern(1, 65536)).unwrap();
+    s.judge(&["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", "e.raw", "e.vmdk"]);
+    let (long, short) = (fs::read(s.file("d.vmdk")).unwrap(), fs::read(s.file("e.vmdk")).unwrap());
+    for (sectors, whole) in [(64u64, &long), (256, &long), (64, &short)] {
+        let mut file = whole.clone();
+        file[20..28].copy_from_slice(&sectors.to_le_bytes());
+        fs::write(s.file("x.vmdk"), file).unwrap();
+        crate::common::judge(&["convert", "-f", "vmdk", "-O", "raw", "x.vmdk", "o"]).dir(s.path()).fails(1);
+        let _ = fs::remove_file(s.file("o"));
+        let out = vimg(&["convert", "-f", "vmdk", "-O", "raw", "x.vmdk", "o"]).dir(s.path()).fails(1);
+        assert!(out.stderr.contains("x.vmdk: "), "{out:?}");
+        assert!(!s.file("o").exists());
+    }
+}
+
+#[test]
+fn a_header_without_capacity_is_refused_where_the_descriptor_knows_better() {
+    let s = Scratch::new();
+    disk(&s, "d.raw", 3 << 20);
+    for (subformat, file) in
+        [("monolithicSparse", "d.vmdk"), ("streamOptimized", "d.vmdk"), ("twoGbMaxExtentSparse", "d-s001.vmdk")]
+    {
+        let option = format!("subformat={subformat}");
+        s.judge(&["convert", "-f", "raw", "-O", "vmdk", "-o", &option, "d.raw", "d.vmdk"]);
+        let mut bytes = fs::read(s.file(file)).unwrap();
+        bytes[12..20].fill(0);
+        fs::write(s.file(file), bytes).unwrap();
+        let out = vimg(&["convert", "-f", "vmdk", "-O", "raw", "d.vmdk", "o"]).dir(s.path()).fails(1);
+        assert!(out.stderr.contains("capacity of 0 sectors, the descriptor an extent of 6144"), "{out:?}");
+    }
 }

@@ -123,6 +123,11 @@ pub fn decode(wrap: Wrap, encoded: &[u8], out: &mut [u8]) -> Result<()> {
 
 /// Decodes until `out` is full or the stream ends, and says how many bytes came out.
 pub fn decode_some(wrap: Wrap, encoded: &[u8], out: &mut [u8]) -> Result<usize> {
+    decode_and_look_on(wrap, encoded, out).map(|(done, _)| done)
+}
+
+/// The same, and whether the stream has more than `out` takes.
+pub fn decode_and_look_on(wrap: Wrap, encoded: &[u8], out: &mut [u8]) -> Result<(usize, bool)> {
     let decoded: std::result::Result<_, DecompressionError> = DECODER.with_borrow_mut(|kept| {
         let decoder = kept.get_or_insert_with(Decompressor::new);
         match wrap {
@@ -131,14 +136,22 @@ pub fn decode_some(wrap: Wrap, encoded: &[u8], out: &mut [u8]) -> Result<usize> 
         }
     });
     // A stream that has no end, or one behind what is wanted, is still good for what is wanted.
-    decoded.or_else(|_| decode_loosely(wrap, encoded, out))
+    decoded.map(|done| (done, false)).or_else(|_| decode_loosely(wrap, encoded, out))
 }
 
-fn decode_loosely(wrap: Wrap, encoded: &[u8], out: &mut [u8]) -> Result<usize> {
+fn decode_loosely(wrap: Wrap, encoded: &[u8], out: &mut [u8]) -> Result<(usize, bool)> {
     let mut decoder = Decompress::new(wrap == Wrap::Zlib);
     let status = decoder.decompress(encoded, out, FlushDecompress::Finish).map_err(|_| Error::Invalid)?;
     let done = position(decoder.total_out());
-    if status != Status::StreamEnd && done < out.len() { Err(Error::Short) } else { Ok(done) }
+    if status == Status::StreamEnd {
+        return Ok((done, false));
+    }
+    if done < out.len() {
+        return Err(Error::Short);
+    }
+    let rest = encoded.get(position(decoder.total_in())..).unwrap_or_default();
+    let _ = decoder.decompress(rest, &mut [0], FlushDecompress::Finish);
+    Ok((done, position(decoder.total_out()) > done))
 }
 
 fn position(total: u64) -> usize {

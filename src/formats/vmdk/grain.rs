@@ -17,12 +17,16 @@ pub fn longest(grain: u64) -> u64 {
     grain + grain / 512 + 1024
 }
 
-/// Decodes a zlib stream; what it leaves of a last, short grain is zero. Gives the bytes that it had.
+/// Decodes a zlib stream; what it leaves of a last, short grain is zero. Gives the bytes that it had; one that has more
+/// than a grain is refused.
 pub fn decode(input: &[u8], out: &mut [u8]) -> Result<usize> {
-    let done = deflate::decode_some(Wrap::Zlib, input, out).map_err(|error| match error {
+    let (done, longer) = deflate::decode_and_look_on(Wrap::Zlib, input, out).map_err(|error| match error {
         codec::Error::Short => Error::corrupt("Compressed grain is cut off"),
         error => Error::corrupt(format!("Compressed grain is damaged: {error}")),
     })?;
+    if longer {
+        return Err(Error::corrupt(format!("Compressed grain has more than {} bytes", out.len())));
+    }
     if let Some(rest) = out.get_mut(done..) {
         rest.fill(0);
     }

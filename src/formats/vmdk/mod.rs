@@ -235,7 +235,15 @@ impl BlockDriver for VmdkDriver {
     }
 
     fn decode(&self, unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {
-        grain::decode(input, out).map(drop).map_err(|error| error.in_file_at(unit.place.at.get()))
+        let damaged = |error: Error| error.in_file_at(unit.place.at.get());
+        let done = grain::decode(input, out).map_err(damaged)? as u64;
+        // An encoder may store what the disk has of its last grain alone.
+        let part = &self.parts[self.part_at(unit.start.get())?];
+        let least = unit.len.min(part.end().saturating_sub(unit.start.get()));
+        match done < least {
+            true => Err(damaged(Error::corrupt(format!("Compressed grain has {done} bytes, not {least}")))),
+            false => Ok(()),
+        }
     }
 
     fn files(&self) -> &[Child] {
@@ -356,6 +364,14 @@ impl VmdkDriver {
         let (skip, host_len) = if sparse.shape.markers {
             let marker: GrainMarker = read(&*sparse.storage, &sparse.name, "a grain marker", marker_at)?;
             let skip = size_of::<GrainMarker>() as u64;
+            let (told, here) = (marker.sector.get(), Sectors::within(inside / grain * grain));
+            let missing = marker.bytes.get() == 0 && end()? <= marker_at + skip;
+            // On the extent or on the disk.
+            if told != here && told != Sectors::within(part.start.get()) + here && !missing {
+                let name = &sparse.name;
+                let text = format!("{name}: the grain at {at} has the marker of sector {}, not of {}", told.0, here.0);
+                return Err(Error::corrupt(text).in_file_at(marker_at));
+            }
             match u64::from(marker.bytes.get()) {
                 // The whole grain is missing, as its reader will find.
                 0 if end()? <= marker_at + skip => (skip, 1),

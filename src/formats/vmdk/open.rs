@@ -74,6 +74,9 @@ fn open_alone(file: &Child, head: &[u8]) -> Result<(Descriptor, TextAt, Vec<Vmdk
     if descriptor.extents.len() > 1 {
         return Err(no_disk());
     }
+    if let Some(line) = descriptor.extents.first() {
+        check_capacity(&sparse, line.sectors)?;
+    }
     // The header says which of the two it is; the text may be copied from elsewhere, and its line tells nothing.
     descriptor.create_type = if sparse.shape.compressed { "streamOptimized" } else { "monolithicSparse" }.to_owned();
     let len_of_disk = bytes(sparse.state().capacity)?;
@@ -203,7 +206,22 @@ fn open_extent(
     let mut head = vec![0; 512];
     metadata::read(&*storage, &name, "the header", 0, &mut head)?;
     let sparse = Sparse::open(&name, storage, &head)?;
+    check_capacity(&sparse, line.sectors)?;
     Ok(Body::Sparse { file, sparse: Box::new(sparse) })
+}
+
+/// Refuses an extent of which the header says that it is empty, or the footer that it is shorter, and the descriptor that
+/// it is not: what is missing would be missed by nobody.
+fn check_capacity(sparse: &Sparse, line: Sectors) -> Result<()> {
+    let state = sparse.state();
+    let capacity = state.capacity;
+    match capacity < line && (capacity == Sectors(0) || state.stream.is_some()) {
+        true => Err(Error::corrupt(format!(
+            "{}: the header has a capacity of {} sectors, the descriptor an extent of {}",
+            sparse.name, capacity.0, line.0
+        ))),
+        false => Ok(()),
+    }
 }
 
 /// Opens the first file of these names that is there.

@@ -55,7 +55,7 @@ impl Sparse {
 
     fn open_hosted(name: &str, storage: Arc<dyn Storage>, first: SparseHeader) -> Result<Self> {
         let length = storage.len().context("Could not get the length of the extent")?;
-        let streamed = first.gd_at.get() == GD_AT_END;
+        let streamed = first.gd_at.get() == GD_AT_END || is_stream(&*storage, name, length, &first)?;
         let header = if streamed { ruling(&*storage, name, length, first)? } else { first };
         check(&header)?;
         let (grain_sectors, overhead) = (header.grain_sectors.get(), header.overhead.get());
@@ -210,6 +210,23 @@ fn ruling(storage: &dyn Storage, file: &str, length: u64, first: SparseHeader) -
         }
     }
     Ok(footer)
+}
+
+/// Whether a file is a stream though its header places the directory elsewhere: it ends as one does, with a footer that
+/// holds and names the directory before it.
+fn is_stream(storage: &dyn Storage, file: &str, length: u64, first: &SparseHeader) -> Result<bool> {
+    let (true, Some(at)) = (first.compressed() || first.has(FLAG_MARKERS), length.checked_sub(3 * SECTOR)) else {
+        return Ok(false);
+    };
+    let before: Marker = read(storage, file, "the marker of the footer", at)?;
+    if before.kind.get() != MARKER_FOOTER || before.bytes.get() != 0 {
+        return Ok(false);
+    }
+    let footer: SparseHeader = read(storage, file, "the footer", at + SECTOR)?;
+    let gd_at = footer.gd_at.get();
+    let sound = footer.magic == *MAGIC && gd_at != GD_AT_END && gd_at != first.gd_at.get();
+    let sound = sound && footer.compressed() && holds(storage, file, at + SECTOR, &footer)?;
+    Ok(sound && directory_marker(storage, file, gd_at)?.is_some())
 }
 
 /// Whether a header can be that of a stream whose footer is at `end`.
