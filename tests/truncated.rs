@@ -551,7 +551,8 @@ fn a_cut_vmdk_or_qcow_is_not_written_to() {
 /// What is whole is written to: with a last cluster that the disk's end cuts, and in an extent that begins anywhere.
 #[test]
 fn a_whole_vmdk_or_qcow_is_written_to() {
-    for kind in KINDS.iter().filter(|kind| ["vmdk", "qcow"].contains(&kind.format) && !kind.name.starts_with("stream")) {
+    for kind in KINDS.iter().filter(|kind| ["vmdk", "qcow"].contains(&kind.format) && !kind.name.starts_with("stream"))
+    {
         let scratch = Scratch::new();
         source(&scratch);
         kind.make(&scratch);

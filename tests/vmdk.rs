@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 
 use crate::common::{Scratch, assert_same_bytes, judge, need, pattern, plain, vimg};
 
@@ -250,6 +250,23 @@ fn split_images_grow_by_new_extents() {
         s.assert_same_content("vmdk", "d.vmdk", "raw", "d.raw");
         s.vimg(&["convert", "-f", "vmdk", "-O", "raw", "d.vmdk", "back.raw"]);
         s.assert_same_content("raw", "back.raw", "raw", "d.raw");
+    }
+}
+
+/// Guest data is for those alone who could read it before.
+#[test]
+fn new_extents_have_the_mode_of_their_neighbours() {
+    for (subformat, letter) in [("twoGbMaxExtentSparse", 's'), ("twoGbMaxExtentFlat", 'f')] {
+        for mode in [0o600, 0o640, 0o666] {
+            let s = Scratch::new();
+            s.judge(&["create", "-q", "-f", "vmdk", "-o", &format!("subformat={subformat}"), "d.vmdk", "3G"]);
+            s.sh(&format!("chmod {mode:o} *.vmdk"));
+            s.vimg(&["resize", "-f", "vmdk", "d.vmdk", "7G"]);
+            for name in ["d.vmdk".to_owned(), format!("d-{letter}003.vmdk"), format!("d-{letter}004.vmdk")] {
+                let has = fs::metadata(s.file(&name)).unwrap().permissions().mode() & 0o777;
+                assert_eq!(has, mode, "{name}");
+            }
+        }
     }
 }
 

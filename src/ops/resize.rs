@@ -8,7 +8,7 @@ use crate::block::error::Context;
 use crate::block::io::Scratch;
 use crate::block::{Error, ErrorKind, ExtentKind, GuestOffset, Node, Resize, ResizeFiles, Result, name};
 use crate::storage::lock::Access;
-use crate::storage::staging::{CreateHow, Durability, Staging};
+use crate::storage::staging::{CreateHow, Durability, Like, Staging};
 use crate::storage::{self, CacheMode, Preallocation, Storage};
 
 /// The size that is asked for.
@@ -161,7 +161,9 @@ impl ResizeFiles for FilesBeside<'_> {
             let advice = "If a resize that was stopped has left it there, remove it and try again.";
             return Err(Error::invalid(text).hint(advice));
         }
-        let how = CreateHow { secondary: true, ..CreateHow::default() };
+        let neighbour = self.node.driver().files().last();
+        let like = neighbour.and_then(|file| Like::file(Path::new(&file.name)));
+        let how = CreateHow { secondary: true, like, ..CreateHow::default() };
         let made = self
             .staging()
             .get_or_insert_with(|| Staging::new(CacheMode::Writeback, Durability::Always))

@@ -89,8 +89,12 @@ impl CreateFile for File {
         secondary: bool,
         staging: &Staging,
     ) -> Result<Arc<dyn Storage>> {
-        let how =
-            CreateHow { nocow: options.switch(NOCOW), extent_size_hint: options.number("extent_size_hint"), secondary };
+        let how = CreateHow {
+            nocow: options.switch(NOCOW),
+            extent_size_hint: options.number("extent_size_hint"),
+            secondary,
+            like: None,
+        };
         Ok(staging.create_with(path, &how)?)
     }
 }

@@ -19,8 +19,9 @@ mod make;
 mod publish;
 mod steps;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::{Path, PathBuf, absolute};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -41,6 +42,23 @@ pub struct CreateHow {
     pub extent_size_hint: Option<u64>,
     /// A part of an image: gets its name before the one that holds the header.
     pub secondary: bool,
+    /// Whose owner and permissions it gets; `None` for those of any new file.
+    pub like: Option<Like>,
+}
+
+/// The owner and the permissions of a file.
+#[derive(Debug, Clone, Copy)]
+pub struct Like {
+    owner: (u32, u32),
+    mode: u32,
+}
+
+impl Like {
+    /// Those of the file at `path`, if there is one.
+    pub fn file(path: &Path) -> Option<Self> {
+        let meta = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
+        Some(Self { owner: (meta.uid(), meta.gid()), mode: meta.mode() & 0o777 })
+    }
 }
 
 const DEFAULT_HINT: u64 = 1 << 20;
@@ -165,7 +183,10 @@ impl Staging {
         }
         let hint = how.extent_size_hint.unwrap_or(DEFAULT_HINT);
         let hint = u32::try_from(hint).map_err(|_| Error::Other("Extent size hint is too large".to_owned()))?;
-        let staged = self.make(path, how.secondary)?;
+        let mut staged = self.make(path, how.secondary)?;
+        if let Some(like) = how.like {
+            staged.take_after(like)?;
+        }
         if staged.storage.kind() == FileKind::Regular {
             if how.nocow {
                 host::set_nocow(staged.storage.file());
@@ -340,6 +361,22 @@ impl Staged {
     fn finish_head(&self, sync: bool) -> Result<()> {
         let Some(head) = &self.head else { return Ok(()) };
         head.finish().and_then(|()| if sync { self.storage.sync() } else { Ok(()) }).map_err(|error| self.failed(error))
+    }
+
+    /// Gives a new file the owner, as far as we may, and the permissions of another one.
+    fn take_after(&mut self, like: Like) -> Result<()> {
+        if !matches!(self.way, Naming::Link { .. } | Naming::VeryName) {
+            return Ok(());
+        }
+        let (file, (user, group)) = (self.storage.file(), like.owner);
+        let given = fchown(file, Some(user), Some(group)).or_else(|_| fchown(file, None, Some(group)));
+        // Another group gets what everybody gets.
+        let mode = if given.is_ok() { like.mode } else { like.mode & (0o707 | (like.mode & 0o007) << 3) };
+        if self.mode.is_none() {
+            return host::set_mode(file, mode).map_err(|cause| self.failed(cause.into()));
+        }
+        self.mode = Some(mode);
+        Ok(())
     }
 
     fn failed(&self, error: Error) -> Error {
