@@ -26,7 +26,7 @@ use crate::storage::{Preallocation, Storage, Zeroing};
 use super::create::{SPLIT, SUBFORMATS, SparseLayout, Subformat, extent_name};
 use super::descriptor::{self, ExtentAccess};
 use super::layout::*;
-use super::{Body, VmdkDriver, VmdkPart, intact};
+use super::{Body, VmdkDriver, VmdkPart, intact, whole};
 
 impl Resize for VmdkDriver {
     fn check(&self, size: u64, fill: Preallocation) -> Result<()> {
@@ -198,6 +198,7 @@ impl VmdkDriver {
                 }
                 self.alone(*file)?;
                 let (at, room) = self.text_at;
+                whole::check(sparse)?;
                 intact::check(sparse, room.map(|room| (at, room)))?;
             }
             _ => return Err(Error::unsupported("An extent of this kind cannot be resized")),
