@@ -525,8 +525,10 @@ fn a_cut_vmdk_or_qcow_is_not_written_to() {
         let file = scratch.file(kind.cut);
         let whole = fs::metadata(&file).unwrap().len();
         let format = kind.format;
-        // More than the padding of the last cluster.
-        for len in [(whole - 20_480) / 512 * 512, whole / 3 * 2 / 512 * 512] {
+        // More than the padding of the last cluster; a stream may lack that much behind its last grain.
+        let first = usize::from(kind.name == "stream-optimized vmdk");
+        for len in &[(whole - 20_480) / 512 * 512, whole / 3 * 2 / 512 * 512][first..] {
+            let len = *len;
             cut(&file, len);
             let before = (fs::read(&file).unwrap(), fs::read(scratch.file("i")).unwrap());
             for args in [
@@ -542,10 +544,7 @@ fn a_cut_vmdk_or_qcow_is_not_written_to() {
                 let other = kind.name == "stream-optimized vmdk" || format == "vmdk" && args[0] == "resize";
                 assert!(other || out.stderr.contains("the file is truncated: a "), "{}: {args:?}: {out:?}", kind.name);
                 let after = (fs::read(&file).unwrap(), fs::read(scratch.file("i")).unwrap());
-                // A stream that lacks nothing but its end gets a new content id before it refuses a grain that it has.
-                let from = if kind.name == "stream-optimized vmdk" { 65_536 } else { 0 };
-                let same = before.0[from..] == after.0[from..] && before.1[from..] == after.1[from..];
-                assert!(same, "{}: {args:?} changed the image", kind.name);
+                assert!(before == after, "{}: {args:?} changed the image", kind.name);
             }
         }
     }
