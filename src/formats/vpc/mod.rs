@@ -27,9 +27,7 @@ use self::layout::{
 };
 use self::parent::VpcParent;
 use crate::block::error::Context;
-use crate::block::{
-    BlockDriver, Child, Create, Error, Format, OpenRequest, OptionTree, Result, TRAILER_BYTES, Trailer,
-};
+use crate::block::{BlockDriver, Child, Create, Error, Format, OpenRequest, OptionTree, Result, Trailer};
 
 /// The format.
 #[derive(Debug)]
@@ -55,7 +53,7 @@ impl Format for Vpc {
             let needed = footer.current_size().saturating_add(FOOTER_BYTES as u64);
             let whole = needed == end.len || (footer.is_unfinished() && needed < end.len);
             footer.is_sound() && footer.kind() == FIXED && whole
-        }) || padded_footer(end.bytes, end.len).is_some()
+        })
     }
 
     fn strong_options(&self) -> &'static [&'static str] {
@@ -67,7 +65,7 @@ impl Format for Vpc {
         let write = purpose.writes();
         let rule = size_rule(options)?;
         let length = file.storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
-        let (footer, fixed_end) = find_footer(&file, length, write)?;
+        let (footer, fixed_end) = find_footer(&file, length)?;
         if !footer.is_sound() {
             return Err(Error::corrupt("Incorrect header checksum"));
         }
@@ -113,22 +111,11 @@ fn read_footer(file: &Child, at: u64) -> Result<Option<Footer>> {
     Ok(Footer::parse(raw))
 }
 
-/// The sound footer of a fixed disk that has nothing but zeros behind it, in whole sectors, and its place. `end` is the
-/// last part of a file, `len` its length.
-fn padded_footer(end: &[u8], len: u64) -> Option<(Footer, u64)> {
-    let start = len.checked_sub(end.len() as u64)?;
-    let last = start + end.iter().rposition(|byte| *byte != 0)? as u64;
-    let place = last / SECTOR * SECTOR;
-    let bytes = end.get(usize::try_from(place.checked_sub(start)?).ok()?..)?;
-    let footer = Footer::parse(*bytes.first_chunk::<FOOTER_BYTES>()?)?;
-    (footer.is_sound() && footer.kind() == FIXED && footer.current_size() == place).then_some((footer, place))
-}
-
 /// The footer that counts, and for a fixed disk where its data ends.
 ///
 /// A dynamic disk has a copy at the start ("Dynamic Hard Disk Image"); the one at the end is asked only where
 /// that one is damaged.
-fn find_footer(file: &Child, length: u64, write: bool) -> Result<(Footer, Option<u64>)> {
+fn find_footer(file: &Child, length: u64) -> Result<(Footer, Option<u64>)> {
     let invalid = || match length {
         0 => Error::corrupt("File too small for a VHD header"),
         _ => Error::corrupt("invalid VPC image"),
@@ -147,13 +134,6 @@ fn find_footer(file: &Child, length: u64, write: bool) -> Result<(Footer, Option
     // Virtual PC before 2004 wrote one byte less.
     if let (None, Some(at)) = (&found, length.checked_sub(FOOTER_BYTES as u64 - 1)) {
         found = read_footer(file, at)?.map(|footer| (footer, at));
-    }
-    // What is written to keeps its footer at its end: there, padding is damage.
-    if let (None, None, false) = (&found, &front, write) {
-        let at = length.saturating_sub(TRAILER_BYTES);
-        let mut end = vec![0; usize::try_from(length - at).unwrap_or(0)];
-        file.read_metadata(FOOTER, at, &mut end)?;
-        found = padded_footer(&end, length);
     }
     match (found, front) {
         (Some((footer, at)), None) if footer.kind() == FIXED => Ok((footer, Some(at))),
