@@ -94,7 +94,8 @@ impl Opener<'_> {
 
     fn may_open_files(&self, image: &str, named: &str, files: Option<Vec<PathBuf>>) -> Result<()> {
         let allowed = |path: &PathBuf| std::fs::canonicalize(path).is_ok_and(|path| self.allows(&path));
-        match self.policy == Policy::Follow || files.is_some_and(|files| files.iter().all(allowed)) {
+        let all = |files: Vec<PathBuf>| self.may_search() && files.iter().all(allowed);
+        match self.policy == Policy::Follow || files.is_some_and(all) {
             true => Ok(()),
             false => Err(forbidden(image, named)),
         }

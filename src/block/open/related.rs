@@ -46,12 +46,21 @@ impl Beside<'_> {
         super::lock(storage, access, self.instead)
     }
 
+    /// A name that the image has, seen from where we are. The host is not asked where nothing may come of it: who sees
+    /// the answer would learn it.
+    fn beside(&self, name: &OsStr) -> Option<OsString> {
+        match self.opener.may_search() {
+            true => name::find_literally_beside(self.image, name),
+            false => name::literally_beside(self.image, name),
+        }
+    }
+
     /// Where a file is that the image names. Its name is a path, however it is spelt: never a protocol.
     fn locate(&self, role: &str, name: &OsStr) -> Result<OsString> {
         let shown = name.to_string_lossy();
-        let beside = name::find_literally_beside(self.image, name);
+        let beside = self.beside(name);
         // The reference makes and opens a data file from the working directory on, whichever folder the image is in.
-        if role == DATA_FILE && Path::new(name).exists() {
+        if role == DATA_FILE && self.opener.may_search() && Path::new(name).exists() {
             let same = |other: &OsString| same_file(Path::new(name), Path::new(other));
             if let Some(other) = beside.filter(|other| Path::new(other).exists() && !same(other)) {
                 self.notice(Notice::Warning(format!(
@@ -132,7 +141,7 @@ impl Related for Beside<'_> {
     }
 
     fn shown(&self, name: &OsStr) -> String {
-        let path = name::find_literally_beside(self.image, name);
+        let path = self.beside(name);
         path.as_deref().unwrap_or(name).to_string_lossy().into_owned()
     }
 
