@@ -87,6 +87,14 @@ fn what_was_done_is_told_to_programs() {
     let value = done(&["convert", "-O", "vmdk", "--digest", "sha256", "--verify", "top", "o"]);
     assert_eq!((value["target"]["format"].as_str(), value["verified"].as_bool()), (Some("vmdk"), Some(true)));
     assert_eq!(value["target"]["virtual-size"], 1 << 20);
+    // One that is there may be larger.
+    done(&["create", "-f", "qcow2", "there", "5M"]);
+    for args in [
+        &["convert", "-n", "-O", "qcow2", "top", "there"][..],
+        &["convert", "-n", "--verify", "--target-image-opts", "top", "driver=qcow2,file.filename=there"],
+    ] {
+        assert_eq!(done(args)["target"]["virtual-size"], 5 << 20, "{args:?}");
+    }
     // What is listed too.
     for args in [
         &["create", "-f", "vpc", "-o", "help"][..],
@@ -98,6 +106,22 @@ fn what_was_done_is_told_to_programs() {
         let named = |name: &str| options.iter().find(|option| option["name"] == name).unwrap();
         assert_eq!((named("subformat")["kind"].as_str(), named("size")["kind"].as_str()), (Some("text"), Some("size")));
         assert_eq!(named("subformat")["choices"], serde_json::json!(["dynamic", "fixed"]));
+    }
+    // So are the objects: as many and the same as in words.
+    for args in [&["create"][..], &["convert"], &["resize"], &["checksum"], &["commit"], &["rebase"], &["snapshot"]] {
+        let value = done(&[args, &["--object", "help"]].concat());
+        let words = own(&[args, &["--object", "help"]].concat()).ok().stdout;
+        let words: Vec<&str> = words.lines().skip(1).map(str::trim).collect();
+        assert_eq!(value["object-types"], serde_json::json!(words));
+    }
+    for name in ["secret", "throttle-group", "authz-list", "main-loop"] {
+        let value = done(&["create", "--object", &format!("{name},help")]);
+        let words = own(&["create", "--object", &format!("{name},help")]).ok().stdout;
+        let mut words: Vec<&str> = words.lines().skip(1).map(|line| line.trim().split('=').next().unwrap()).collect();
+        words.sort_unstable();
+        let named: Vec<_> = value["properties"].as_array().unwrap().iter().map(|property| &property["name"]).collect();
+        assert_eq!((value["object-type"].as_str(), named.len()), (Some(name), words.len()));
+        assert!(named.iter().zip(&words).all(|(named, word)| named == word), "{value} {words:?}");
     }
     assert_eq!(done(&["checksum", "--digest", "sha256", "o"])["images"][0]["digest"]["hex"], value["digest"]["hex"]);
     // Without it they say it in words.

@@ -286,9 +286,9 @@ impl Subcommand for ConvertArgs {
                     interrupt.iter().for_each(Interrupt::begin);
                     let done = job.away(new, way, &opener);
                     interrupt.iter().for_each(Interrupt::end);
-                    done
+                    done.map(|digest| (digest, new.size))
                 }
-                None => job.to_new(new, &opener),
+                None => job.to_new(new, &opener).map(|digest| (digest, new.size)),
             },
             None => {
                 let (image, how) = self.existing_image(program, name)?;
@@ -296,7 +296,7 @@ impl Subcommand for ConvertArgs {
             }
         };
         program.notices(&opener);
-        let digest = done?;
+        let (digest, size) = done?;
         for name in &conversion.skipped_bitmaps {
             program.warn(&format!("Skipping inconsistent bitmap '{name}'"));
         }
@@ -306,7 +306,7 @@ impl Subcommand for ConvertArgs {
         if let Some(digest) = digest.filter(|_| self.digest.is_shown() && !program.tells_results()) {
             program.println(&digest.to_string());
         }
-        program.result(self.result(&conversion, digest));
+        program.result(self.result(&conversion, size, digest));
         Ok(Exit::Success)
     }
 }
@@ -350,8 +350,8 @@ impl ConvertArgs {
         }
     }
 
-    /// What was done, for programs.
-    fn result(&self, conversion: &Conversion, digest: Option<Digest>) -> Value {
+    /// What was done, for programs: a target of that size was made, or written to.
+    fn result(&self, conversion: &Conversion, size: u64, digest: Option<Digest>) -> Value {
         let image = |node: &Arc<Node>| {
             let (name, format) = (node.name(), node.driver().format());
             json!({"filename": name, "format": format, "virtual-size": node.virtual_size()})
@@ -359,10 +359,7 @@ impl ConvertArgs {
         let mut members = json!({"sources": conversion.sources.iter().map(image).collect::<Vec<_>>()});
         let target = self.operands.last().map(|name| name.to_string_lossy());
         let format = if self.target_image_opts { self.target_format.as_deref() } else { Some(self.target_format()) };
-        members["target"] = json!({"filename": target, "format": format});
-        if let Some(new) = &conversion.new {
-            members["target"]["virtual-size"] = new.size.into();
-        }
+        members["target"] = json!({"filename": target, "format": format, "virtual-size": size});
         if let Some(digest) = digest {
             members["digest"] = json!({"kind": digest.kind.name(), "hex": digest.hex()});
         }

@@ -8,10 +8,12 @@ mod members;
 mod properties;
 mod types;
 
+use serde_json::{Value, json};
+
 use self::credentials::{check_certificates, check_helper, check_shared_keys, read, tls};
-use self::members::{Members, PropertyValue, does_not_accept, json, list};
+use self::members::{Members, PropertyValue, does_not_accept, list};
 use self::properties::{check_properties, check_together, last_of, throttle_limits};
-use self::types::{ELSEWHERE, ObjectType, PropertyKind, Standing, TYPES};
+use self::types::{ELSEWHERE, ObjectType, Property, PropertyKind, Standing, TYPES};
 use super::{Complaint, Program, secret_file};
 use crate::block::throttle::Limits;
 use crate::block::{SecretBytes, Secrets, TlsCredentials, TlsKind};
@@ -74,7 +76,7 @@ pub struct SealedSecret {
 pub fn parse(text: &str) -> Result<Object, Complaint> {
     // It may hold a secret, or name a file with one.
     secret_file::keep_from_core_files();
-    let given = if text.starts_with('{') { json(text)? } else { list(text)? };
+    let given = if text.starts_with('{') { members::json(text)? } else { list(text)? };
     let kind = given.iter().find(|(key, _)| key == "qom-type").map(|(_, value)| value.text("qom-type")).transpose()?;
     let row = kind.and_then(|kind| TYPES.iter().find(|row| row.name == kind));
     if given.iter().any(|(_, value)| *value == PropertyValue::Help) {
@@ -214,8 +216,14 @@ fn unseal(secrets: &Secrets, secret: &Secret, sealed: &SealedSecret) -> anyhow::
 }
 
 fn help(program: &Program, kind: Option<&str>) {
-    let Some(ObjectType { name, properties, .. }) = kind.and_then(|kind| TYPES.iter().find(|row| row.name == kind))
-    else {
+    let row = kind.and_then(|kind| TYPES.iter().find(|row| row.name == kind));
+    if program.tells_results() {
+        return program.result(match row {
+            Some(row) => json!({"object-type": row.name, "properties": properties_to_json(row)}),
+            None => json!({"object-types": TYPES.iter().map(|row| row.name).collect::<Vec<_>>()}),
+        });
+    }
+    let Some(ObjectType { name, properties, .. }) = row else {
         program.println("List of user creatable objects:");
         TYPES.iter().for_each(|row| program.println(&format!("  {}", row.name)));
         return;
@@ -235,6 +243,28 @@ fn help(program: &Program, kind: Option<&str>) {
         .collect();
     lines.sort();
     lines.iter().for_each(|line| program.println(line));
+}
+
+/// The properties of a type for programs, by name.
+fn properties_to_json(row: &ObjectType) -> Vec<Value> {
+    let mut properties: Vec<_> = row.properties.iter().collect();
+    properties.sort_by_key(|property| property.name);
+    let json = |property: &&Property| {
+        let kind = match property.kind {
+            PropertyKind::Text | PropertyKind::Choice(..) => "text",
+            PropertyKind::Serial | PropertyKind::Integer => "number",
+            PropertyKind::Switch => "switch",
+            PropertyKind::Numbers => "numbers",
+            PropertyKind::Limits => "limits",
+            PropertyKind::Rules => "rules",
+        };
+        let mut object = json!({"name": property.name, "kind": kind, "required": property.required});
+        if let PropertyKind::Choice(_, choices) = property.kind {
+            object["choices"] = choices.into();
+        }
+        object
+    };
+    properties.iter().map(json).collect()
 }
 
 #[cfg(test)]

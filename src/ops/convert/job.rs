@@ -66,8 +66,8 @@ impl Job<'_> {
         Ok(digest)
     }
 
-    /// To an image that is there. The digest of what was copied, if there was to be one.
-    pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<Option<Digest>> {
+    /// To an image that is there, whose size comes with the digest.
+    pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<(Option<Digest>, u64)> {
         let cache = self.cache.unwrap_or(CacheMode::Unsafe);
         let target = opener.open(image, &OpenHow { purpose: Purpose::Write, cache, ..how.clone() })?;
         let facts = TargetFacts { reads_zero: self.conversion.target_is_zero, ..TargetFacts::default() };
@@ -77,13 +77,13 @@ impl Job<'_> {
             // first error is the one to tell.
             let _ = target.driver().flush();
         }
-        let digest = done?;
+        let (digest, size) = (done?, target.virtual_size());
         if self.conversion.proof.verify {
             drop(target);
             let again = opener.open(image, &OpenHow { purpose: Purpose::ReadBack, cache, ..how.clone() })?;
             self.verify(&again, digest)?;
         }
-        Ok(digest)
+        Ok((digest, size))
     }
 
     /// Whether the target, opened again, holds what was copied; behind that a new image is zeros.
