@@ -57,9 +57,34 @@ for line in "$@"; do
     echo "$line|$(_vimg vimg '' '')"
 done
 "#;
-    let none =
-        ["convert -m ", "convert -l ", "create --uuid=", "convert -r ", "convert -O x", "snapshot -d ", "check -r x"];
-    let files = ["convert ", "convert --passphrase-file ", "convert -B ", "info "];
+    let none = [
+        "convert -m ",
+        "convert -l ",
+        "create --uuid=",
+        "convert -r ",
+        "convert -O x",
+        "snapshot -d ",
+        "check -r x",
+        // Sizes.
+        "create a ",
+        "create -f qcow2 -o cluster_size=4k a 1",
+        "create -qf qcow2 -b b -F raw a ",
+        "--untrusted resize -f raw a ",
+        "resize a +1",
+    ];
+    let files = [
+        "convert ",
+        "convert --passphrase-file ",
+        "convert -B ",
+        "info ",
+        "create ",
+        "create -f qcow2 -b ",
+        "create -f qcow2 -b b ",
+        "resize ",
+        "resize -f raw ",
+        "convert a ",
+        "compare a ",
+    ];
     let lines: Vec<String> = none.iter().chain(&files).map(|line| format!("vimg {line}")).collect();
     let args: Vec<&str> = ["-c", script, "bash"].into_iter().chain(lines.iter().map(String::as_str)).collect();
     let out = plain("bash", &args).dir(scratch.path()).ok();

@@ -36,7 +36,7 @@ _vimg_awaits() {
 }
 
 _vimg() {
-    local line=${COMP_LINE:0:COMP_POINT} words=() command= option= value= lead= format= takes kind rest word said value_said letter at
+    local line=${COMP_LINE:0:COMP_POINT} words=() command= option= value= lead= format= takes kind rest word said value_said letter at operands=0
     COMPREPLY=()
     # Words as the shell will see them: for its completion '=' and ':' end one.
     read -ra words <<<"$line"
@@ -46,8 +46,8 @@ _vimg() {
     for ((at = 1; at < last; at++)); do
         case ${words[at]} in
             --*=*) ;;
-            -*) [[ $(_vimg_awaits '' "${words[at]}") ]] && at=$((at + 1)) ;;
-            *) command=${words[at]} && break ;;
+            -*) [[ $(_vimg_awaits "$command" "${words[at]}") ]] && at=$((at + 1)) ;;
+            *) if [[ $command ]]; then operands=$((operands + 1)); else command=${words[at]}; fi ;;
         esac
     done
 
@@ -98,6 +98,9 @@ _vimg() {
     elif [[ $current != *=* ]] && takes=$(_vimg_operands "$command"); then
         COMPREPLY=($(compgen -W "$takes" -- "$current"))
         compopt -o nospace 2>/dev/null
+    elif [[ $operands == "$(_vimg_sized "$command")" ]]; then
+        # It is a size.
+        compopt +o default +o bashdefault 2>/dev/null
     fi
 
     # What is before the last of these, bash leaves alone.

@@ -340,11 +340,17 @@ fn bash(whole: &Command) -> String {
         key_values
             .extend(listed.map(|(key, values)| (format!("'{} '{format}' {key}'", scope.name()), values.join(" "))));
     }
+    // How many operands a command has in front of its size.
+    let sized = commands.iter().filter_map(|(name, command)| {
+        let before = command.get_positionals().position(|operand| operand.get_id() == "size")?;
+        Some((format!("'{name}'"), before.to_string()))
+    });
     [
         "# Completions of vimg for bash, made by 'vimg generate'.\n".to_owned(),
         format!("\n_vimg_commands() {{\n    echo '{}'\n}}\n", names.join(" ")),
         table("_vimg_options", "$1", all_options),
         table("_vimg_operands", "$1", [("'dd'".to_owned(), dd_keys())]),
+        table("_vimg_sized", "$1", sized),
         table("_vimg_takes", "\"$1 $2\"", takes),
         table("_vimg_keys", "\"$1 $2\"", keys),
         table("_vimg_key_values", "\"$1 $2 $3\"", key_values),
