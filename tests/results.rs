@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::common::{Scratch, own, pattern, sh, vimg, vimg_path};
+use crate::common::{Scratch, judge, own, pattern, sh, vimg, vimg_path};
 
 fn schema(name: &str) -> Value {
     let path = format!("{}/doc/{name}.schema.json", env!("CARGO_MANIFEST_DIR"));
@@ -213,6 +213,58 @@ fn what_failed_is_told_to_programs() {
     let error = fails(&["convert", "-O", "raw", "--expect-digest", zeros, "a", "o"]);
     assert_eq!((kind(&error).as_str(), error["file"].as_str()), ("mismatch", Some("a")));
     assert!(!scratch.file("o").exists());
+}
+
+/// Of a header that cannot be, where the field is that is wrong.
+#[test]
+fn the_wrong_field_of_a_header_is_told_to_programs() {
+    let scratch = Scratch::new();
+    for format in ["qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels"] {
+        let made = judge(&["create", "-q", "-f", format, format, "4M"]).dir(scratch.path()).run();
+        assert_eq!(made.code, Some(0), "{made:?}");
+    }
+    // What is written where, and where that is found to be wrong.
+    for (image, format, at, bytes, told) in [
+        ("qcow2", "qcow2", 0, &b"X"[..], Some(0)),
+        ("qcow2", "qcow2", 7, &[9], Some(4)),
+        ("qcow2", "qcow2", 23, &[30], Some(20)),
+        ("qcow2", "qcow2", 47, &[1], Some(40)),
+        ("qcow2", "qcow2", 79, &[0x40], Some(72)),
+        ("qcow2", "qcow2", 99, &[7], Some(96)),
+        ("qcow", "qcow", 7, &[7], Some(4)),
+        ("qcow", "qcow", 32, &[30], Some(32)),
+        ("qcow", "qcow", 39, &[2], Some(36)),
+        ("qed", "qed", 4, &[1], Some(4)),
+        ("qed", "qed", 16, &[0x40], Some(16)),
+        ("qed", "qed", 40, &[1], Some(40)),
+        ("vmdk", "vmdk", 4, &[9], Some(4)),
+        ("vmdk", "vmdk", 0x14, &[3], Some(0x14)),
+        ("vmdk", "vmdk", 0x2c, &[0xff; 4], Some(0x2c)),
+        ("vdi", "vdi", 0x40, &[1], Some(0x40)),
+        ("vdi", "vdi", 0x154, &[1], Some(0x154)),
+        ("vdi", "vdi", 0x178, &[3], Some(0x178)),
+        ("vhdx", "vhdx", 0, b"V", Some(0)),
+        ("vpc", "vpc", 512, b"x", Some(512)),
+        ("vpc", "vpc", 512 + 32, &[3], Some(512 + 32)),
+        ("parallels", "parallels", 0, b"x", Some(0)),
+        ("parallels", "parallels", 16, &[9], Some(16)),
+        ("parallels", "parallels", 28, &[0; 4], Some(28)),
+        // The name of a compatible feature says nothing.
+        ("qcow2", "qcow2", 87, &[0x40], None),
+    ] {
+        let sound = fs::read(scratch.file(image)).unwrap();
+        let mut wrong = sound.clone();
+        wrong[at..at + bytes.len()].copy_from_slice(bytes);
+        fs::write(scratch.file(image), wrong).unwrap();
+        let (code, value) = result(&scratch, &["convert", "-f", format, "-O", "raw", image, "o"]);
+        assert_eq!(
+            (code == Some(0), value["error"]["offset"].as_u64()),
+            (told.is_none(), told),
+            "{image} {at}: {value}"
+        );
+        assert!(told.is_none() || value["error"]["file"] == image, "{value}");
+        fs::write(scratch.file(image), sound).unwrap();
+    }
 }
 
 #[test]

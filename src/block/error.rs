@@ -211,6 +211,11 @@ impl Error {
         self
     }
 
+    /// Says which field of the header at the start of the file is wrong: where it is.
+    pub fn in_field(self, at: usize) -> Self {
+        self.in_file_at(u64::try_from(at).unwrap_or_default())
+    }
+
     /// Puts what was being done before this error.
     pub fn context(self, context: impl Into<String>) -> Self {
         Self {

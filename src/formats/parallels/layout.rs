@@ -94,21 +94,28 @@ impl ParallelsHeader {
     /// Takes the bytes in after having checked them.
     pub fn parse(raw: [u8; HEADER_BYTES]) -> Result<Self> {
         if !is_parallels(&raw) {
-            return Err(Error::corrupt("Image not in Parallels format"));
+            let magic = raw.starts_with(MAGIC) || raw.starts_with(MAGIC_CLUSTERS);
+            let field = if magic { offset_of!(Fields, version) } else { offset_of!(Fields, magic) };
+            return Err(Error::corrupt("Image not in Parallels format").in_field(field));
         }
         let header = Self { raw: zerocopy::transmute!(raw) };
         match u64::from(header.raw.sectors.get()) {
-            0 => return Err(Error::corrupt("Invalid image: Zero sectors per track")),
+            0 => {
+                return Err(
+                    Error::corrupt("Invalid image: Zero sectors per track").in_field(offset_of!(Fields, sectors))
+                );
+            }
             sectors if sectors > MOST_CLUSTER_SECTORS => {
-                return Err(Error::corrupt("Invalid image: Too big cluster"));
+                return Err(Error::corrupt("Invalid image: Too big cluster").in_field(offset_of!(Fields, sectors)));
             }
             _ => {}
         }
         if header.entries() > MOST_ENTRIES {
-            return Err(Error::corrupt("Catalog too large"));
+            return Err(Error::corrupt("Catalog too large").in_field(offset_of!(Fields, entries)));
         }
         if header.sectors() > i64::MAX.unsigned_abs() / SECTOR {
-            return Err(Error::corrupt("Could not refresh total sector count: File too large"));
+            let error = Error::corrupt("Could not refresh total sector count: File too large");
+            return Err(error.in_field(offset_of!(Fields, size)));
         }
         Ok(header)
     }

@@ -79,37 +79,45 @@ impl QcowHeader {
     pub fn parse(raw: [u8; HEADER_BYTES]) -> Result<Self> {
         let header = Self { raw: zerocopy::transmute!(raw) };
         if header.raw.magic != MAGIC {
-            return Err(Error::corrupt("Image not in qcow format"));
+            return Err(Error::corrupt("Image not in qcow format").in_field(offset_of!(Fields, magic)));
         }
         let version = header.raw.version.get();
         if version != 1 {
             let error = Error::unsupported(format!("qcow (v1) does not support qcow version {version}"));
+            let error = error.in_field(offset_of!(Fields, version));
             return Err(match version {
                 2 | 3 => error.hint("Try the 'qcow2' driver instead."),
                 _ => error,
             });
         }
         if header.size() <= 1 {
-            return Err(Error::corrupt("Image size is too small (must be at least 2 bytes)"));
+            return Err(
+                Error::corrupt("Image size is too small (must be at least 2 bytes)").in_field(offset_of!(Fields, size))
+            );
         }
         if !(9..=16).contains(&header.raw.cluster_bits) {
-            return Err(Error::corrupt("Cluster size must be between 512 and 64k"));
+            return Err(
+                Error::corrupt("Cluster size must be between 512 and 64k").in_field(offset_of!(Fields, cluster_bits))
+            );
         }
         if !(6..=13).contains(&header.raw.l2_bits) {
-            return Err(Error::corrupt("L2 table size must be between 512 and 64k"));
+            return Err(
+                Error::corrupt("L2 table size must be between 512 and 64k").in_field(offset_of!(Fields, l2_bits))
+            );
         }
         if header.crypt() > 1 {
-            return Err(Error::corrupt("invalid encryption method in qcow header"));
+            return Err(Error::corrupt("invalid encryption method in qcow header").in_field(offset_of!(Fields, crypt)));
         }
         if header.l1_entries(header.size()).is_none_or(|entries| entries > MAX_L1) {
-            return Err(too_large());
+            return Err(too_large().in_field(offset_of!(Fields, size)));
         }
         let l1_end = header.l1_entries(header.size()).and_then(|n| n.checked_mul(8)?.checked_add(header.l1_offset()));
         if l1_end.is_none_or(|end| end > MAX_OFFSET) {
-            return Err(Error::corrupt(format!("no file has an L1 table at {}", header.l1_offset())));
+            let error = Error::corrupt(format!("no file has an L1 table at {}", header.l1_offset()));
+            return Err(error.in_field(offset_of!(Fields, l1_offset)));
         }
         if header.backing().is_some_and(|(_, length)| length > MAX_BACKING_NAME) {
-            return Err(Error::corrupt("Backing file name too long"));
+            return Err(Error::corrupt("Backing file name too long").in_field(offset_of!(Fields, backing_length)));
         }
         Ok(header)
     }

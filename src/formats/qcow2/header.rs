@@ -4,13 +4,14 @@
 //! is checked against the first cluster before it is used.
 
 use std::ffi::{OsStr, OsString};
+use std::mem::offset_of;
 use std::os::unix::ffi::OsStrExt;
 
 use crate::block::error::{Context, Operation, Place};
 use crate::block::{BackingRef, Child, Error, Result};
 
 use super::geometry::Geometry;
-use super::layout::{self, BitmapsExtension, HEADER_FULL, HEADER_V2, HEADER_V3, HeaderFields};
+use super::layout::{self, BitmapsExtension, HEADER_FULL, HEADER_V2, HEADER_V3, HeaderFields, StoredHeader};
 
 /// What errors call it.
 pub const HEADER: &str = "the qcow2 header";
@@ -62,15 +63,17 @@ impl Qcow2Header {
         let mut start = [0; HEADER_FULL];
         read_head(file, &mut start)?;
         if layout::word32(&start, 0) != Some(layout::MAGIC) {
-            return Err(Error::invalid("Image is not in qcow2 format"));
+            return Err(Error::invalid("Image is not in qcow2 format").in_field(offset_of!(StoredHeader, magic)));
         }
         let fields = HeaderFields::of_any_version(&start);
         if !(2..=3).contains(&fields.version) {
-            return Err(Error::unsupported(format!("Unsupported qcow2 version {}", fields.version)));
+            let error = Error::unsupported(format!("Unsupported qcow2 version {}", fields.version));
+            return Err(error.in_field(offset_of!(StoredHeader, version)));
         }
         // What a cut file lacks reads as zeros, as it does for the reference.
         if !(layout::MIN_CLUSTER_BITS..=layout::MAX_CLUSTER_BITS).contains(&fields.cluster_bits) {
-            return Err(Error::unsupported(format!("Unsupported cluster size: 2^{}", fields.cluster_bits)));
+            let error = Error::unsupported(format!("Unsupported cluster size: 2^{}", fields.cluster_bits));
+            return Err(error.in_field(offset_of!(StoredHeader, cluster_bits)));
         }
         if length < HEADER_V2 as u64 {
             return Err(Error::corrupt("qcow2 header too short"));
@@ -78,14 +81,17 @@ impl Qcow2Header {
         let cluster = 1u64 << fields.cluster_bits;
         if fields.version >= 3 {
             if fields.header_length < HEADER_V3 as u32 || length < HEADER_V3 as u64 {
-                return Err(Error::corrupt("qcow2 header too short"));
+                return Err(Error::corrupt("qcow2 header too short").in_field(offset_of!(StoredHeader, header_length)));
             }
             if u64::from(fields.header_length) > cluster {
-                return Err(Error::corrupt("qcow2 header exceeds cluster size"));
+                return Err(Error::corrupt("qcow2 header exceeds cluster size")
+                    .in_field(offset_of!(StoredHeader, header_length)));
             }
         }
         if fields.backing_file_offset > cluster {
-            return Err(Error::corrupt("Invalid backing file offset"));
+            return Err(
+                Error::corrupt("Invalid backing file offset").in_field(offset_of!(StoredHeader, backing_file_offset))
+            );
         }
         let head = usize::try_from(cluster).map_err(|_| Error::corrupt("qcow2 header exceeds cluster size"))?;
         let mut head = vec![0; head];
@@ -115,13 +121,16 @@ impl Qcow2Header {
             header.take_extension(kind, data)?;
         }
         if fields.crypt_method == layout::CRYPT_LUKS && header.crypto.is_none() {
-            return Err(Error::corrupt("Missing CRYPTO header for crypt method 2"));
+            return Err(Error::corrupt("Missing CRYPTO header for crypt method 2")
+                .in_field(offset_of!(StoredHeader, crypt_method)));
         }
         if fields.backing_file_offset != 0 {
             let room = head.get(end..).unwrap_or(&[]);
             let len = fields.backing_file_size;
             if len > layout::MAX_BACKING_NAME || len as usize > room.len() {
-                return Err(Error::corrupt("Backing file name too long"));
+                return Err(
+                    Error::corrupt("Backing file name too long").in_field(offset_of!(StoredHeader, backing_file_size))
+                );
             }
             let name = c_name(room.get(..len as usize).unwrap_or(&[]));
             header.backing_file = (!name.is_empty()).then_some(name);
@@ -143,7 +152,8 @@ impl Qcow2Header {
             if unknown != 0 {
                 names.push(format!("Unknown incompatible feature: {unknown:x}"));
             }
-            return Err(Error::unsupported(format!("Unsupported qcow2 feature(s): {}", names.join(", "))));
+            let error = Error::unsupported(format!("Unsupported qcow2 feature(s): {}", names.join(", ")));
+            return Err(error.in_field(offset_of!(StoredHeader, incompatible)));
         }
         let (kind, marked) = (self.fields.compression_type, self.fields.incompatible & layout::COMPRESSION != 0);
         let complaint = match (kind, marked) {
@@ -152,56 +162,62 @@ impl Qcow2Header {
             (layout::ZSTD, false) => "qcow2: Compression type incompatible feature bit must be set".to_owned(),
             _ => format!("qcow2: unknown compression type: {kind}"),
         };
-        Err(Error::unsupported(complaint))
+        Err(Error::unsupported(complaint).in_field(offset_of!(StoredHeader, compression_type)))
     }
 
     /// The fixed fields that place and size the tables.
     fn check_fields(&self, damaged: bool) -> Result<()> {
         let (fields, geometry) = (&self.fields, self.geometry());
-        let corrupt = |text: &str| Err(Error::corrupt(text));
+        let corrupt = |text: &str, field: usize| Err(Error::corrupt(text).in_field(field));
         if geometry.extended && geometry.subcluster_size() < layout::SECTOR {
             let size = geometry.subcluster_size();
-            return Err(Error::unsupported(format!("Unsupported subcluster size: {size}")));
+            let error = Error::unsupported(format!("Unsupported subcluster size: {size}"));
+            return Err(error.in_field(offset_of!(StoredHeader, cluster_bits)));
         }
         if fields.refcount_order > layout::MAX_REFCOUNT_ORDER {
-            return Err(Error::unsupported("Reference count entry width too large; may not exceed 64 bits"));
+            let error = Error::unsupported("Reference count entry width too large; may not exceed 64 bits");
+            return Err(error.in_field(offset_of!(StoredHeader, refcount_order)));
         }
         if fields.refcount_table_clusters == 0 && !damaged {
-            return corrupt("Image does not contain a reference count table");
+            return corrupt(
+                "Image does not contain a reference count table",
+                offset_of!(StoredHeader, refcount_table_clusters),
+            );
         }
         let refcounts = u64::from(fields.refcount_table_clusters) << geometry.cluster_bits;
         if refcounts > layout::MAX_REFCOUNT_TABLE_BYTES {
-            return corrupt("Reference count table too large");
+            return corrupt("Reference count table too large", offset_of!(StoredHeader, refcount_table_clusters));
         }
         if !geometry.places(fields.refcount_table_offset, refcounts) {
-            return corrupt("Reference count table offset invalid");
+            return corrupt("Reference count table offset invalid", offset_of!(StoredHeader, refcount_table_offset));
         }
         if fields.nb_snapshots > layout::MAX_SNAPSHOTS && !damaged {
-            return corrupt("Snapshot table too large");
+            return corrupt("Snapshot table too large", offset_of!(StoredHeader, nb_snapshots));
         }
         let snapshots = u64::from(fields.nb_snapshots) * layout::SNAPSHOT_ENTRY as u64;
         if !geometry.places(fields.snapshots_offset, snapshots) && !damaged {
-            return corrupt("Snapshot table offset invalid");
+            return corrupt("Snapshot table offset invalid", offset_of!(StoredHeader, snapshots_offset));
         }
         let l1 = u64::from(fields.l1_size) * layout::ENTRY;
         if l1 > layout::MAX_L1_BYTES {
-            return corrupt("Active L1 table too large");
+            return corrupt("Active L1 table too large", offset_of!(StoredHeader, l1_size));
         }
         if !geometry.places(fields.l1_table_offset, l1) {
-            return corrupt("Active L1 table offset invalid");
+            return corrupt("Active L1 table offset invalid", offset_of!(StoredHeader, l1_table_offset));
         }
         if i64::try_from(fields.size).is_err() {
-            return corrupt("Could not refresh total sector count: File too large");
+            return corrupt("Could not refresh total sector count: File too large", offset_of!(StoredHeader, size));
         }
         let wanted = geometry.l1_entries_for(fields.size);
         if wanted > i32::MAX as u64 {
-            return corrupt("Image is too big");
+            return corrupt("Image is too big", offset_of!(StoredHeader, size));
         }
         if u64::from(fields.l1_size) < wanted {
-            return corrupt("L1 table is too small");
+            return corrupt("L1 table is too small", offset_of!(StoredHeader, l1_size));
         }
         if fields.crypt_method > layout::CRYPT_LUKS {
-            return Err(Error::unsupported(format!("Unsupported encryption method {}", fields.crypt_method)));
+            let error = Error::unsupported(format!("Unsupported encryption method {}", fields.crypt_method));
+            return Err(error.in_field(offset_of!(StoredHeader, crypt_method)));
         }
         Ok(())
     }

@@ -20,8 +20,8 @@ macro_rules! on_disk {
 
         #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
         #[repr(C)]
-        struct $disk {
-            $($field: $stored,)*
+        pub(super) struct $disk {
+            $(pub(super) $field: $stored,)*
         }
 
         const _: () = assert!(size_of::<$disk>() == $size);

@@ -103,30 +103,33 @@ impl QedHeader {
     pub fn parse(raw: [u8; HEADER_BYTES], length: u64) -> Result<Self> {
         let header = Self { raw: zerocopy::transmute!(raw) };
         if header.raw.magic != MAGIC {
-            return Err(Error::corrupt("Image not in QED format"));
+            return Err(Error::corrupt("Image not in QED format").in_field(offset_of!(Fields, magic)));
         }
         let unknown = header.features() & !(BACKING_FILE | NEED_CHECK | BACKING_NO_PROBE);
         if unknown != 0 {
-            return Err(Error::unsupported(format!("Unsupported QED features: {unknown:x}")));
+            return Err(Error::unsupported(format!("Unsupported QED features: {unknown:x}"))
+                .in_field(offset_of!(Fields, features)));
         }
         if !is_cluster_size(header.cluster()) {
-            return Err(Error::corrupt("QED cluster size is invalid"));
+            return Err(Error::corrupt("QED cluster size is invalid").in_field(offset_of!(Fields, cluster_size)));
         }
         if !is_table_size(header.raw.table_size.get().into()) {
-            return Err(Error::corrupt("QED table size is invalid"));
+            return Err(Error::corrupt("QED table size is invalid").in_field(offset_of!(Fields, table_size)));
         }
         let largest = largest_disk(header.cluster(), header.raw.table_size.get().into());
         if !header.size().is_multiple_of(512) || header.size() > largest {
-            return Err(Error::corrupt("QED image size is invalid"));
+            return Err(Error::corrupt("QED image size is invalid").in_field(offset_of!(Fields, size)));
         }
         let l1_end = header.l1_offset().saturating_add(header.table_bytes());
         // Lengths are counted in whole sectors.
         let length = length.checked_next_multiple_of(512).unwrap_or(length);
         if !header.is_place(header.l1_offset()) || l1_end > length {
-            return Err(Error::corrupt("QED table offset is invalid"));
+            return Err(Error::corrupt("QED table offset is invalid").in_field(offset_of!(Fields, l1_offset)));
         }
         if header.backing().is_some_and(|(at, bytes)| at + u64::from(bytes) > header.end()) {
-            return Err(Error::corrupt("QED backing filename offset is invalid"));
+            return Err(
+                Error::corrupt("QED backing filename offset is invalid").in_field(offset_of!(Fields, backing_offset))
+            );
         }
         Ok(header)
     }

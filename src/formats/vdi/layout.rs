@@ -177,54 +177,74 @@ impl VdiHeader {
     pub fn parse(raw: [u8; HEADER_BYTES]) -> Result<Self> {
         let header = Self { raw: zerocopy::transmute!(raw) };
         let fields = &header.raw;
-        let refuse = |what: String| Err(Error::unsupported(format!("unsupported VDI image ({what})")));
+        let refuse = |field: usize, what: String| {
+            Err(Error::unsupported(format!("unsupported VDI image ({what})")).in_field(field))
+        };
         if header.size() > MAX_SIZE {
-            return Err(too_large(header.size()));
+            return Err(too_large(header.size()).in_field(offset_of!(Sector, disk_size)));
         }
         let signature = fields.signature.get();
         if signature != SIGNATURE {
-            return Err(Error::corrupt(format!("Image not in VDI format (bad signature {signature:08x})")));
+            let error = Error::corrupt(format!("Image not in VDI format (bad signature {signature:08x})"));
+            return Err(error.in_field(SIGNATURE_AT));
         }
         let version = fields.version.get();
         if version != VERSION_1_1 {
-            return refuse(format!("version {}.{}", version >> 16, version & 0xffff));
+            return refuse(offset_of!(Sector, version), format!("version {}.{}", version >> 16, version & 0xffff));
         }
         if !header.map_offset().is_multiple_of(512) {
-            return refuse(format!("unaligned block map offset {:#x}", header.map_offset()));
+            return refuse(
+                offset_of!(Sector, map_offset),
+                format!("unaligned block map offset {:#x}", header.map_offset()),
+            );
         }
         if !header.data_offset().is_multiple_of(512) {
-            return refuse(format!("unaligned data offset {:#x}", header.data_offset()));
+            return refuse(
+                offset_of!(Sector, data_offset),
+                format!("unaligned data offset {:#x}", header.data_offset()),
+            );
         }
         if fields.sector_size.get() != 512 {
-            return refuse(format!("sector size {} is not 512", fields.sector_size.get()));
+            return refuse(
+                offset_of!(Sector, sector_size),
+                format!("sector size {} is not 512", fields.sector_size.get()),
+            );
         }
         let block = header.block_size();
         if !block.is_power_of_two() || !(512..=MAX_BLOCK_SIZE).contains(&block) {
-            return refuse(format!("block size {block} is not {BLOCK_SIZE}"));
+            return refuse(offset_of!(Sector, block_size), format!("block size {block} is not {BLOCK_SIZE}"));
         }
         let room = u64::from(header.blocks()) * u64::from(block);
         let size = header.size().next_multiple_of(512);
         if size > room {
-            return refuse(format!("disk size {size}, image bitmap has room for {room}"));
+            return refuse(
+                offset_of!(Sector, disk_size),
+                format!("disk size {size}, image bitmap has room for {room}"),
+            );
         }
         let differencing = header.kind() == DIFFERENCING;
         if fields.link != [0; 16] && !differencing {
-            return refuse("non-NULL link UUID".to_owned());
+            return refuse(offset_of!(Sector, link), "non-NULL link UUID".to_owned());
         }
         if fields.parent != [0; 16] && !differencing {
-            return refuse("non-NULL parent UUID".to_owned());
+            return refuse(offset_of!(Sector, parent), "non-NULL parent UUID".to_owned());
         }
         if header.blocks() > MAX_BLOCKS {
-            return refuse(format!("too many blocks {}, max is {MAX_BLOCKS}", header.blocks()));
+            return refuse(
+                offset_of!(Sector, blocks),
+                format!("too many blocks {}, max is {MAX_BLOCKS}", header.blocks()),
+            );
         }
         // A hole of such an image means "ask the parent", which has to be known.
         match header.kind() {
-            3 => return refuse("undo image".to_owned()),
-            DIFFERENCING if header.link().is_none() => return refuse("differencing image".to_owned()),
+            3 => return refuse(offset_of!(Sector, kind), "undo image".to_owned()),
+            DIFFERENCING if header.link().is_none() => {
+                return refuse(offset_of!(Sector, link), "differencing image".to_owned());
+            }
             _ => {}
         }
         if fields.extra.get() != 0 {
-            return refuse(format!("{} extra bytes before each block", fields.extra.get()));
+            return refuse(offset_of!(Sector, extra), format!("{} extra bytes before each block", fields.extra.get()));
         }
         Ok(header)
     }

@@ -1,6 +1,8 @@
 //! The two headers, of which the newer whole one counts, and how they change: the other one is written, with a greater
 //! number, between two flushes ([MS-VHDX], section 2.2.2).
 
+use std::mem::offset_of;
+
 use zerocopy::IntoBytes;
 
 use super::layout::{Guid, HEADERS, Header, MIB, seal};
@@ -25,17 +27,19 @@ impl Headers {
             (Some(first), _) => Some((first, 0)),
             (None, second) => second.map(|second| (second, 1)),
         };
-        let (current, slot) = found.ok_or_else(|| Error::corrupt("No valid VHDX header found"))?;
+        let (current, slot) =
+            found.ok_or_else(|| Error::corrupt("No valid VHDX header found").in_file_at(HEADERS[0]))?;
         let (version, log_version) = (current.version.get(), current.log_version.get());
         if version != 1 || log_version != 0 {
             let text = format!("unsupported VHDX version {version}, with a log of version {log_version}");
-            return Err(Error::unsupported(text));
+            let field = if version == 1 { offset_of!(Header, log_version) } else { offset_of!(Header, version) };
+            return Err(Error::unsupported(text).in_file_at(HEADERS[slot] + field as u64));
         }
         let (offset, length) = (current.log_offset.get(), u64::from(current.log_length.get()));
         if offset < MIB || !offset.is_multiple_of(MIB) || !length.is_multiple_of(MIB) {
-            return Err(Error::corrupt(format!(
-                "log of {length} bytes at {offset}: not in whole mebibytes of the file"
-            )));
+            let error =
+                Error::corrupt(format!("log of {length} bytes at {offset}: not in whole mebibytes of the file"));
+            return Err(error.in_file_at(HEADERS[slot] + offset_of!(Header, log_length) as u64));
         }
         Ok(Self { current, slot })
     }

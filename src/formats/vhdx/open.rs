@@ -20,7 +20,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
     let mut signature = [0; 8];
     file.storage.read_at(0, &mut signature).context("Could not read the VHDX header")?;
     if &signature != SIGNATURE {
-        return Err(Error::corrupt("Image not in VHDX format"));
+        return Err(Error::corrupt("Image not in VHDX format").in_field(0));
     }
     let mut headers = Headers::read(&*file.storage)?;
     let mut replayed = None;
@@ -41,7 +41,8 @@ pub fn open(request: OpenRequest<'_>) -> Result<Box<dyn BlockDriver>> {
     let shape = metadata.shape;
     if shape.entries() * ENTRY > bat.length {
         let (blocks, length) = (shape.blocks(), bat.length);
-        return Err(Error::corrupt(format!("a BAT of {length} bytes is too small for {blocks} blocks")));
+        let error = Error::corrupt(format!("a BAT of {length} bytes is too small for {blocks} blocks"));
+        return Err(error.in_file_at(metadata.size.at));
     }
     let length = storage.len().context("Could not get the size of the file")?;
     if bat.offset.saturating_add(shape.entries() * ENTRY) > length {

@@ -79,9 +79,10 @@ impl RegionTable {
 
     /// The first that is whole.
     pub fn find(storage: &dyn Storage) -> Result<Self> {
+        let none = || Error::corrupt("No valid VHDX region table found").in_file_at(REGION_TABLES[0]);
         match Self::read(storage, 0)? {
             Some(table) => Ok(table),
-            None => Self::read(storage, 1)?.ok_or_else(|| Error::corrupt("No valid VHDX region table found")),
+            None => Self::read(storage, 1)?.ok_or_else(none),
         }
     }
 
@@ -233,9 +234,9 @@ impl Metadata {
             storage.read_at(item.at, &mut value[..usize::try_from(length).unwrap_or(8)]).context(reading)?;
             Ok((item, value))
         };
-        let (_, parameters) = need(FILE_PARAMETERS, 8, "file parameters")?;
+        let (parameters_item, parameters) = need(FILE_PARAMETERS, 8, "file parameters")?;
         let (size_item, size) = need(VIRTUAL_DISK_SIZE, 8, "virtual disk size")?;
-        let (_, sector) = need(LOGICAL_SECTOR, 4, "logical sector size")?;
+        let (sector_item, sector) = need(LOGICAL_SECTOR, 4, "logical sector size")?;
         let parameters = u64::from_le_bytes(parameters);
         let flags = u32::try_from(parameters >> 32).unwrap_or(0);
         let has_parent = flags & HAS_PARENT != 0;
@@ -248,16 +249,19 @@ impl Metadata {
         };
         let Shape { size, block, sector, .. } = shape;
         if !matches!(sector, 512 | 4096) {
-            return Err(Error::unsupported(format!("logical sectors of {sector} bytes")));
+            let error = Error::unsupported(format!("logical sectors of {sector} bytes"));
+            return Err(error.in_file_at(sector_item.at));
         }
         if !block.is_power_of_two() || !(MIN_BLOCK..=MAX_BLOCK).contains(&block) {
-            return Err(Error::corrupt(format!("blocks of {block} bytes")));
+            return Err(Error::corrupt(format!("blocks of {block} bytes")).in_file_at(parameters_item.at));
         }
         if size > MAX_SIZE {
-            return Err(Error::unsupported(format!("a disk of {size} bytes is too large; max of 64TB")));
+            let error = Error::unsupported(format!("a disk of {size} bytes is too large; max of 64TB"));
+            return Err(error.in_file_at(size_item.at));
         }
         if !size.is_multiple_of(sector) {
-            return Err(Error::corrupt(format!("a disk of {size} bytes has no whole number of sectors")));
+            let error = Error::corrupt(format!("a disk of {size} bytes has no whole number of sectors"));
+            return Err(error.in_file_at(size_item.at));
         }
         let locator = find(PARENT_LOCATOR);
         if has_parent && locator.is_none() {
@@ -269,7 +273,7 @@ impl Metadata {
 
 /// Where the items are. What is not known and has to be is refused.
 fn items(bytes: &[u8], region: Region) -> Result<HashMap<[u8; 16], Item>> {
-    let no_table = || Error::corrupt("no VHDX metadata table");
+    let no_table = || Error::corrupt("no VHDX metadata table").in_file_at(region.offset);
     let (header, rest) = MetadataTableHeader::read_from_prefix(bytes).map_err(|_| no_table())?;
     let count = usize::from(header.count.get());
     if &header.signature != b"metadata" || count > MOST_ENTRIES {

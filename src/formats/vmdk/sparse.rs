@@ -8,6 +8,7 @@
 //! Source: *Virtual Disk Format 5.0*, "Hosted Sparse Extents", "ESXi Host Sparse Extents",
 //! "Stream-Optimized Compressed Sparse Extents".
 
+use std::mem::offset_of;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -49,19 +50,20 @@ impl Sparse {
             let header = SparseHeader::parse(head).ok_or_else(|| Error::corrupt("Truncated VMDK header"))?;
             Self::open_hosted(name, storage, header)
         } else {
-            Err(Error::corrupt("Image not in VMDK format"))
+            Err(Error::corrupt("Image not in VMDK format").in_field(offset_of!(SparseHeader, magic)))
         }
     }
 
     fn open_hosted(name: &str, storage: Arc<dyn Storage>, first: SparseHeader) -> Result<Self> {
         let length = storage.len().context("Could not get the length of the extent")?;
         let streamed = first.gd_at.get() == GD_AT_END || is_stream(&*storage, name, length, &first)?;
-        let header = if streamed { ruling(&*storage, name, length, first)? } else { first };
-        check(&header)?;
+        let (header, at) = if streamed { ruling(&*storage, name, length, first)? } else { (first, 0) };
+        check(&header, at)?;
         let (grain_sectors, overhead) = (header.grain_sectors.get(), header.overhead.get());
         let least = overhead.bytes();
         if length < least && !storage.facts().fixed_len {
-            return Err(Error::corrupt(format!("File truncated, expecting at least {least} bytes")));
+            let error = Error::corrupt(format!("File truncated, expecting at least {least} bytes"));
+            return Err(error.in_file_at(at + offset_of!(SparseHeader, overhead) as u64));
         }
         let shape = GrainShape {
             grain: grain_sectors.bytes(),
@@ -161,21 +163,25 @@ impl Sparse {
     }
 }
 
-/// Refuses numbers that cannot be.
-fn check(header: &SparseHeader) -> Result<()> {
+/// Refuses numbers that cannot be, in the header that is at that byte of the file.
+fn check(header: &SparseHeader, at: u64) -> Result<()> {
+    let wrong = |error: Error, field: usize| Err(error.in_file_at(at + field as u64));
     let (version, grain_sectors, gtes) = (header.version.get(), header.grain_sectors.get(), header.gtes.get());
     if version > 3 {
-        return Err(Error::unsupported(format!("Unsupported VMDK version {version}")));
+        let error = Error::unsupported(format!("Unsupported VMDK version {version}"));
+        return wrong(error, offset_of!(SparseHeader, version));
     }
     if gtes == 0 || grain_sectors == Sectors(0) || grain_sectors > Sectors::from(u32::MAX) {
-        return Err(Error::corrupt("L1 entry size is invalid"));
+        let field = if gtes == 0 { offset_of!(SparseHeader, gtes) } else { offset_of!(SparseHeader, grain_sectors) };
+        return wrong(Error::corrupt("L1 entry size is invalid"), field);
     }
     if gtes > HOSTED_GTES {
-        return Err(Error::corrupt("L2 table size too big"));
+        return wrong(Error::corrupt("L2 table size too big"), offset_of!(SparseHeader, gtes));
     }
-    check_grain(grain_sectors)?;
+    check_grain(grain_sectors).or_else(|error| wrong(error, offset_of!(SparseHeader, grain_sectors)))?;
     if header.compression.get() > COMPRESSION_DEFLATE {
-        return Err(Error::unsupported(format!("Unknown compression algorithm {}", header.compression.get())));
+        let error = Error::unsupported(format!("Unknown compression algorithm {}", header.compression.get()));
+        return wrong(error, offset_of!(SparseHeader, compression));
     }
     Ok(())
 }
@@ -194,22 +200,22 @@ fn tables_of(header: &SparseHeader) -> u64 {
 
 /// The header of an extent whose first header says that its directory is found through the footer: all fields are
 /// the footer's, because what was not known when the stream began is only there. Where the footer is the damaged one
-/// of the two, it is the first header with the footer's directory.
-fn ruling(storage: &dyn Storage, file: &str, length: u64, first: SparseHeader) -> Result<SparseHeader> {
+/// of the two, it is the first header with the footer's directory. With it comes where it is in the file.
+fn ruling(storage: &dyn Storage, file: &str, length: u64, first: SparseHeader) -> Result<(SparseHeader, u64)> {
     // The footer is the last but one sector; the last is the end-of-stream marker.
     let at = length.checked_sub(2 * SECTOR).ok_or_else(|| Error::corrupt("No footer: the file is too short"))?;
     let footer: SparseHeader = read(storage, file, "the footer", at)?;
     if footer.magic != *MAGIC || footer.gd_at.get() == GD_AT_END {
         // The file was cut off, or never completely written.
-        return Err(Error::corrupt("Invalid footer"));
+        return Err(Error::corrupt("Invalid footer").in_file_at(at));
     }
     let repaired = SparseHeader { gd_at: footer.gd_at, ..first };
-    for header in [footer, repaired] {
+    for (header, place) in [(footer, at), (repaired, 0)] {
         if holds(storage, file, at, &header)? {
-            return Ok(header);
+            return Ok((header, place));
         }
     }
-    Ok(footer)
+    Ok((footer, at))
 }
 
 /// Whether a file is a stream though its header places the directory elsewhere: it ends as one does, with a footer that
@@ -231,7 +237,7 @@ fn is_stream(storage: &dyn Storage, file: &str, length: u64, first: &SparseHeade
 
 /// Whether a header can be that of a stream whose footer is at `end`.
 fn holds(storage: &dyn Storage, file: &str, end: u64, header: &SparseHeader) -> Result<bool> {
-    if check(header).is_err() || header.compressed() != header.has(FLAG_COMPRESSED) {
+    if check(header, end).is_err() || header.compressed() != header.has(FLAG_COMPRESSED) {
         return Ok(false);
     }
     let tables = tables_of(header);

@@ -128,6 +128,15 @@ const _: () = {
     assert!(offset_of!(DynamicFields, parent_locators) == 576);
 };
 
+/// Where the checksum is in a footer.
+pub const CHECKSUM_AT: u64 = offset_of!(FooterFields, checksum) as u64;
+/// Where a dynamic header says where the table is.
+pub const TABLE_AT: u64 = offset_of!(DynamicFields, table) as u64;
+/// Where it says how many entries that has.
+pub const ENTRIES_AT: u64 = offset_of!(DynamicFields, entries) as u64;
+/// Where it says how long blocks are.
+pub const BLOCK_SIZE_AT: u64 = offset_of!(DynamicFields, block_size) as u64;
+
 /// The mark of a fixed disk that is being resized. The specification reserves the bytes in which it stands.
 const UNFINISHED: [u8; 16] = *b"vimg: resizing..";
 

@@ -22,8 +22,8 @@ use serde_json::Value;
 
 use self::geometry::SizeRule;
 use self::layout::{
-    DIFFERENCING, DynamicHeader, FIXED, FOOTER, FOOTER_BYTES, Footer, HEADER, HEADER_BYTES, MAX_OFFSET, MAX_SIZE,
-    SECTOR,
+    CHECKSUM_AT, DIFFERENCING, DynamicHeader, FIXED, FOOTER, FOOTER_BYTES, Footer, HEADER, HEADER_BYTES, MAX_OFFSET,
+    MAX_SIZE, SECTOR,
 };
 use self::parent::VpcParent;
 use crate::block::error::Context;
@@ -67,7 +67,8 @@ impl Format for Vpc {
         let length = file.storage.len().with_context(|| format!("Could not get size of '{}'", file.name))?;
         let (footer, fixed_end) = find_footer(&file, length)?;
         if !footer.is_sound() {
-            return Err(Error::corrupt("Incorrect header checksum"));
+            let at = fixed_end.unwrap_or(0) + CHECKSUM_AT;
+            return Err(Error::corrupt("Incorrect header checksum").in_file_at(at));
         }
         let rule = rule.unwrap_or_else(|| SizeRule::of(footer.creator()));
         let size = footer.size(rule);
@@ -118,7 +119,7 @@ fn read_footer(file: &Child, at: u64) -> Result<Option<Footer>> {
 fn find_footer(file: &Child, length: u64) -> Result<(Footer, Option<u64>)> {
     let invalid = || match length {
         0 => Error::corrupt("File too small for a VHD header"),
-        _ => Error::corrupt("invalid VPC image"),
+        _ => Error::corrupt("invalid VPC image").in_field(0),
     };
     let front = read_footer(file, 0)?;
     if let Some(front) = &front
@@ -150,8 +151,8 @@ fn read_header(file: &Child, footer: &Footer) -> Result<DynamicHeader> {
     let at = footer.data_offset();
     let mut raw = [0; HEADER_BYTES];
     if at > MAX_OFFSET - HEADER_BYTES as u64 {
-        return Err(Error::corrupt("Error reading dynamic VHD header"));
+        return Err(Error::corrupt("Error reading dynamic VHD header").in_file_at(at));
     }
     file.read_metadata(HEADER, at, &mut raw)?;
-    DynamicHeader::parse(raw).ok_or_else(|| Error::corrupt("Invalid header magic"))
+    DynamicHeader::parse(raw).ok_or_else(|| Error::corrupt("Invalid header magic").in_file_at(at))
 }

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::layout::{
-    BITMAP, DynamicHeader, FOOTER, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR, Sectors, TABLE, UNALLOCATED,
+    BITMAP, BLOCK_SIZE_AT, DynamicHeader, ENTRIES_AT, FOOTER, FOOTER_BYTES, Footer, MAX_OFFSET, MAX_TABLE, SECTOR,
+    Sectors, TABLE, TABLE_AT, UNALLOCATED,
 };
 use crate::block::error::{Context, Operation, Place};
 use crate::block::{Child, Error, HostOffset, Purpose, Result, metadata};
@@ -81,24 +82,27 @@ impl VpcState {
         let (storage, file) = (&*file.storage, &file.name);
         let length = storage.len().context("Could not get the size of the file")?;
         let block = header.block_size();
+        let field = |at: u64| footer.data_offset().saturating_add(at);
         if !block.is_power_of_two() || u64::from(block) < SECTOR {
-            return Err(Error::corrupt(format!("Invalid block size {block}")));
+            return Err(Error::corrupt(format!("Invalid block size {block}")).in_file_at(field(BLOCK_SIZE_AT)));
         }
         let entries = header.entries();
         if entries > u32::MAX / 8 {
-            return Err(Error::corrupt(format!("Max Table Entries too large ({})", entries.cast_signed())));
+            let error = Error::corrupt(format!("Max Table Entries too large ({})", entries.cast_signed()));
+            return Err(error.in_file_at(field(ENTRIES_AT)));
         }
         if u64::from(entries) < size.div_ceil(u64::from(block)) {
-            return Err(Error::corrupt("Page table too small"));
+            return Err(Error::corrupt("Page table too small").in_file_at(field(ENTRIES_AT)));
         }
         let bytes = u64::from(entries) * 4;
         // The last sector may be cut short.
         let length = length.next_multiple_of(SECTOR);
         let end = header.table().checked_add(bytes).filter(|end| *end <= MAX_OFFSET);
-        let end = end.ok_or_else(|| Error::corrupt("Error reading pagetable"))?.next_multiple_of(SECTOR);
+        let beyond = || Error::corrupt("Error reading pagetable").in_file_at(field(TABLE_AT));
+        let end = end.ok_or_else(beyond)?.next_multiple_of(SECTOR);
         let truncated = "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.";
         if end > length {
-            return Err(Error::corrupt(truncated));
+            return Err(Error::corrupt(truncated).in_file_at(field(TABLE_AT)));
         }
         if bytes > MAX_TABLE {
             return Err(Error::unsupported(format!("block allocation table of {bytes} bytes is too long")));
