@@ -96,7 +96,12 @@ impl NewVhdx {
     }
 
     fn bat(&self) -> Region {
-        Region { offset: LOG + self.log, length: self.shape.bat_bytes() }
+        let length = match self.shape.size {
+            // The reference counts the entries of an empty disk below none, and opens it only with all of those.
+            0 => (u64::from(u32::MAX) / self.shape.chunk() * ENTRY).next_multiple_of(MIB),
+            _ => self.shape.bat_bytes(),
+        };
+        Region { offset: LOG + self.log, length }
     }
 
     fn metadata(&self) -> Region {
