@@ -2,6 +2,7 @@
 //! in `both/nbd.case`.
 
 mod server;
+mod wrong;
 
 use std::fs;
 use std::path::Path;
@@ -10,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use self::server::{Manner, Server};
+use self::wrong::{WRONG, WRONG_EXTENDED, Wrong};
 use crate::common::run::{own, plain, vimg_within_memory};
 use crate::common::{Output, Scratch, assert_same_bytes, judge, pattern, vimg};
 
@@ -219,8 +221,11 @@ fn requests_are_under_way_together_and_answered_in_any_order() {
 fn what_a_server_must_not_send_is_an_error_that_names_it() {
     let scratch = Scratch::new();
     let bytes = pattern(2, 4 << 20);
-    for wrong in server::WRONG {
-        let _server = Server::start(&scratch.file("s"), &bytes, Manner { wrong: Some(*wrong), ..Manner::GOOD });
+    let plain = WRONG.iter().map(|wrong| (*wrong, false));
+    let extended = WRONG.iter().chain(WRONG_EXTENDED).map(|wrong| (*wrong, true));
+    for (wrong, extended) in plain.chain(extended) {
+        let manner = Manner { wrong: Some(wrong), extended, ..Manner::GOOD };
+        let _server = Server::start(&scratch.file("s"), &bytes, manner);
         let out = convert(&scratch, "");
         assert!(out.code == Some(1) && out.signal.is_none(), "{wrong:?}: {out:?}");
         let named =
@@ -228,6 +233,39 @@ fn what_a_server_must_not_send_is_an_error_that_names_it() {
         assert!(named, "{wrong:?}: {out:?}");
         assert!(!scratch.file("out").exists(), "{wrong:?}");
     }
+}
+
+/// Requests and replies with extended headers, whose lengths have 64 bits: all that is sent, and what is said of a
+/// disk that is longer than 32 bits can tell.
+#[test]
+fn extended_headers_are_used_where_a_server_knows_them() {
+    let scratch = Scratch::new();
+    let (old, new) = (pattern(5, 6 << 20), pattern(6, 4 << 20));
+    fs::write(scratch.file("new"), [&new[..], &[0; 2 << 20]].concat()).unwrap();
+    let socket = scratch.file("s");
+    for extended in [false, true] {
+        let manner = Manner { extended, several: true, ..Manner::GOOD };
+        let server = Server::start(&socket, &old, manner);
+        scratch.vimg(&["convert", "-n", "-f", "raw", "-O", "raw", "new", "nbd:unix:s"]);
+        assert!(server.bytes() == fs::read(scratch.file("new")).unwrap());
+        assert!([1, 3, 6].iter().all(|command| server.asked(*command) > 0));
+        scratch.vimg(&["compare", "-f", "raw", "-F", "raw", "new", "nbd:unix:s"]);
+        drop(server);
+        let refusing = Server::start(&socket, &old, Manner { wrong: Some(Wrong::Refuses), ..manner });
+        let out = vimg(&["convert", "-n", "-f", "raw", "-O", "raw", "new", "nbd:unix:s"]);
+        let out = out.dir(scratch.path()).fails(1);
+        assert!(out.stderr.contains("No space left on device"), "{out:?}");
+        let out = convert(&scratch, "");
+        assert!(out.code == Some(1) && out.stderr.contains("Input/output error"), "{out:?}");
+        assert!(refusing.bytes() == old);
+    }
+    let manner = Manner { extended: true, size: Some(1 << 50), ..Manner::GOOD };
+    let server = Server::start(&socket, &old, manner);
+    let map = scratch.vimg(&["map", "-f", "raw", "--output=json", "nbd:unix:s"]).json();
+    let runs: Vec<_> =
+        map.as_array().unwrap().iter().map(|run| (run["length"].as_u64(), run["data"].as_bool())).collect();
+    assert_eq!(runs, [(Some(6 << 20), Some(true)), (Some((1 << 50) - (6 << 20)), Some(false))]);
+    assert!(server.asked(7) < 40, "{} requests for two runs", server.asked(7));
 }
 
 #[test]

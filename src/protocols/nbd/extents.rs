@@ -11,7 +11,7 @@ use crate::storage::{HostExtent, HostKind};
 /// Bytes that are asked about at first; then as many as answers of a good size are about.
 const FIRST_LEN: u64 = 256 << 20;
 const LEAST_LEN: u64 = 4 << 20;
-/// What a request without extended headers can ask about.
+/// What a request without extended headers is to ask about at most.
 const MOST_LEN: u64 = 2 << 30;
 /// Runs of an answer that are neither many nor few.
 const GOOD_RUNS: std::ops::RangeInclusive<usize> = 1024..=16384;
@@ -43,10 +43,11 @@ impl KnownExtents {
         Some(HostExtent { len: (end - at).min(max), kind: *kind })
     }
 
-    /// How many bytes to ask about, and what [`Self::learn`] wants to be told.
-    pub fn plan(&self) -> (u64, u64) {
+    /// How many bytes to ask about, and what [`Self::learn`] wants to be told. `extended`: with 64 bits to say how many.
+    pub fn plan(&self, extended: bool) -> (u64, u64) {
         let known = self.lock();
-        (known.ask.unwrap_or(FIRST_LEN), known.writes)
+        let most = if extended { u64::MAX } else { MOST_LEN };
+        (known.ask.unwrap_or(FIRST_LEN).min(most), known.writes)
     }
 
     /// An answer of the server, about `asked` bytes from `at` on in an export of `size` bytes.
@@ -60,7 +61,7 @@ impl KnownExtents {
             many if many > *GOOD_RUNS.end() => asked / 4,
             _ => asked,
         })
-        .map(|len| len.clamp(LEAST_LEN, MOST_LEN));
+        .map(|len| len.max(LEAST_LEN));
         known.start = at;
         known.runs.clear();
         let mut end = at;

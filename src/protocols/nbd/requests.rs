@@ -91,6 +91,8 @@ impl From<io::Error> for Lost {
 pub struct ReplyHead {
     /// Of the request that it is for.
     pub cookie: u64,
+    /// Of the same, with an extended header.
+    offset: Option<u64>,
     kind: HeadKind,
 }
 
@@ -108,17 +110,21 @@ impl ReplyHead {
             layout::SIMPLE_MAGIC if !export.extended => {
                 let reply: SimpleReply = read(receive)?;
                 let kind = HeadKind::Simple { error: reply.error.get() };
-                Ok(Self { cookie: reply.cookie.get(), kind })
+                Ok(Self { cookie: reply.cookie.get(), offset: None, kind })
             }
             layout::CHUNK_MAGIC if export.structured && !export.extended => {
                 let head: ChunkHeader = read(receive)?;
                 let (done, kind, len) = (head.flags.get() & DONE != 0, head.kind.get(), head.len.get().into());
-                Ok(Self { cookie: head.cookie.get(), kind: HeadKind::Chunk { done, kind, len } })
+                Ok(Self { cookie: head.cookie.get(), offset: None, kind: HeadKind::Chunk { done, kind, len } })
             }
             layout::EXTENDED_CHUNK_MAGIC if export.extended => {
                 let head: ExtendedChunkHeader = read(receive)?;
                 let (done, kind, len) = (head.flags.get() & DONE != 0, head.kind.get(), head.len.get());
-                Ok(Self { cookie: head.cookie.get(), kind: HeadKind::Chunk { done, kind, len } })
+                Ok(Self {
+                    cookie: head.cookie.get(),
+                    offset: Some(head.offset.get()),
+                    kind: HeadKind::Chunk { done, kind, len },
+                })
             }
             _ => Err(Lost::broken(format!("the server sent a reply with the wrong magic number 0x{magic:08x}"))),
         }
@@ -179,6 +185,9 @@ impl<'a> Reply<'a> {
 
     /// Takes a chunk: whether it was the last one.
     pub fn take(&mut self, head: &ReplyHead, receive: &mut ReceiveHalf, export: &Export) -> Result<bool, Lost> {
+        if head.offset.is_some_and(|offset| offset != self.at) {
+            return Err(Lost::broken("the server answers a request for another offset"));
+        }
         match head.kind {
             HeadKind::Simple { error: 0 } => {
                 match &mut self.sink {

@@ -326,7 +326,7 @@ impl Storage for Remote {
         if let Some(known) = self.extents.find(at, left) {
             return Ok(known);
         }
-        let (wanted, plan) = self.extents.plan();
+        let (wanted, plan) = self.extents.plan(self.export.extended);
         let (start, len) = self.around(at, self.room(at, wanted));
         let mut runs: Vec<StatusRun> = Vec::new();
         self.request(&Ask::new(command::BLOCK_STATUS, start, len), Sink::Status(&mut runs))?;
