@@ -197,6 +197,16 @@ fn what_a_server_must_not_send_is_an_error_that_names_it() {
 
 #[test]
 fn a_connection_that_ends_at_any_moment_leaves_no_target() {
+    ends_at_any_moment(false);
+}
+
+/// What was asked for is done, and nobody is told.
+#[test]
+fn a_reply_that_is_lost_at_any_moment_leaves_no_target() {
+    ends_at_any_moment(true);
+}
+
+fn ends_at_any_moment(late: bool) {
     let scratch = scratch_with_disk();
     let mut ended = (false, false);
     for request in 0..200 {
@@ -205,7 +215,7 @@ fn a_connection_that_ends_at_any_moment_leaves_no_target() {
         let after = |server: &Server, request: usize| {
             let mut cluster = server.cluster();
             let seen = cluster.asked.values().sum::<usize>();
-            cluster.dies_at = Some(seen + request);
+            (cluster.dies_at, cluster.dies_late) = (Some(seen + request), late);
         };
         if !ended.0 {
             after(&server, request);
@@ -247,6 +257,24 @@ fn a_connection_that_ends_at_any_moment_leaves_no_target() {
         }
     }
     panic!("200 requests for 10 objects");
+}
+
+/// A disk that somebody else has made stays, whatever becomes of the answer.
+#[test]
+fn a_lost_reply_removes_no_disk_that_was_there() {
+    let scratch = scratch_with_disk();
+    let server = Server::on(&scratch.file("s"), BITS);
+    let url = "sheepdog+unix:///a?socket=s";
+    scratch.vimg(&["create", "-q", "-f", "raw", url, "1M"]);
+    for request in 0..4 {
+        {
+            let mut cluster = server.cluster();
+            let seen = cluster.asked.values().sum::<usize>();
+            (cluster.dies_at, cluster.dies_late) = (Some(seen + request), true);
+        }
+        vimg(&["create", "-q", "-f", "raw", url, "1M"]).dir(scratch.path()).fails(1);
+        assert!(server.cluster().has("a"), "{request}");
+    }
 }
 
 #[test]

@@ -91,6 +91,8 @@ pub struct Cluster {
     pub wrong: Option<Wrong>,
     /// The connection on which the request of that number comes is closed in place of the reply.
     pub dies_at: Option<usize>,
+    /// When what was asked for has been done.
+    pub dies_late: bool,
     /// Of the objects of new disks, as a power of two.
     pub object_bits: u8,
     seen: usize,
@@ -276,13 +278,17 @@ impl Cluster {
         *self.asked.entry(head[1]).or_default() += 1;
         let number_of_this = self.seen;
         self.seen += 1;
-        if self.dies_at == Some(number_of_this) {
+        let dies = self.dies_at == Some(number_of_this);
+        if dies && !self.dies_late {
             return (Vec::new(), false);
         }
         let (mut result, mut disk, mut bytes) = match self.act(head, data) {
             Ok((disk, bytes)) => (0, disk, bytes),
             Err(result) => (result, 0, Vec::new()),
         };
+        if dies {
+            return (Vec::new(), false);
+        }
         let mut id = number::<4>(head, 8) as u32;
         let (is_inode, is_read) = (number::<8>(head, 16) >> 63 == 1, head[1] == 2);
         let is_head = is_inode && is_read && number::<8>(head, 40) == 0;

@@ -36,6 +36,26 @@ pub struct NewObject {
     pub copies: (u8, u8),
 }
 
+/// Why there is no new disk.
+#[derive(Debug)]
+pub enum NoDisk {
+    /// The server says no.
+    Refused(Error),
+    /// There was no answer: it may have been made.
+    Unanswered(Error),
+}
+
+/// A reply that is no refusal.
+fn accepted(reply: Reply) -> Result<Reply> {
+    match reply.result.get() {
+        result::SUCCESS => Ok(reply),
+        other => {
+            let (text, errno) = result::meaning(other);
+            Err(Error::Remote { text: format!("{text} (result {other:#04x})"), errno })
+        }
+    }
+}
+
 fn remote(text: String) -> Error {
     Error::Remote { text, errno: Errno::EIO }
 }
@@ -68,10 +88,11 @@ impl Cluster {
     }
 
     /// Makes a disk of zeros. Gives its id.
-    pub fn create(&self, vdi: &str, size: u64) -> Result<u32> {
+    pub fn create(&self, vdi: &str, size: u64) -> std::result::Result<u32, NoDisk> {
         let head = head(opcode::NEW_VDI, flag::WRITE);
         let request = DiskRequest { head, size: size.into(), ..Default::default() };
-        Ok(self.request(request, &names(&[vdi]), &mut [])?.disk.get())
+        let reply = self.exchange(request, &names(&[vdi]), &mut []).map_err(NoDisk::Unanswered)?;
+        Ok(accepted(reply).map_err(NoDisk::Refused)?.disk.get())
     }
 
     /// Removes a disk.
@@ -112,6 +133,11 @@ impl Cluster {
 
     /// Sends a request and `data`, and fills `buf` with what comes back.
     fn request(&self, request: impl Request, data: &[u8], buf: &mut [u8]) -> Result<Reply> {
+        accepted(self.exchange(request, data, buf)?)
+    }
+
+    /// The same, whatever the server says.
+    fn exchange(&self, request: impl Request, data: &[u8], buf: &mut [u8]) -> Result<Reply> {
         let idle = self.idle().pop();
         let mut connection = match idle {
             Some(connection) => connection,
@@ -122,13 +148,7 @@ impl Cluster {
         if reply.result.get() == result::SUCCESS || reply.head.len.get() == 0 {
             self.idle().push(connection);
         }
-        match reply.result.get() {
-            result::SUCCESS => Ok(reply),
-            other => {
-                let (text, errno) = result::meaning(other);
-                Err(Error::Remote { text: format!("{text} (result {other:#04x})"), errno })
-            }
-        }
+        Ok(reply)
     }
 
     fn connect(&self) -> Result<Channel> {

@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use zerocopy::byteorder::little_endian::U32;
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::cluster::{Cluster, NewObject};
+use super::cluster::{Cluster, NewObject, NoDisk};
 use super::layout::{DISK_BITS, Inode, MOST_OBJECTS, NAME, OBJECT_BITS, SIZE_AT, TABLE_AT, data, inode};
 use super::names::{VdiName, VdiState};
 use crate::storage::staging::Made;
@@ -88,7 +88,21 @@ impl Vdi {
     /// Makes one, of no bytes yet. `size` is what it will probably have.
     pub fn create(target: &VdiName, size: Option<u64>) -> Result<Self> {
         let cluster = Cluster::open(target.address.clone())?;
-        let disk = cluster.create(&target.vdi, size.unwrap_or(0).max(LEAST))?;
+        let size = size.unwrap_or(0).max(LEAST);
+        let was_there = match cluster.find(&target.vdi, &VdiState::Current, false) {
+            Ok(_) => true,
+            Err(error) if error.errno() == Some(Errno::ENOENT) => false,
+            Err(error) => return Err(error),
+        };
+        let disk = match cluster.create(&target.vdi, size) {
+            Ok(disk) => disk,
+            Err(NoDisk::Unanswered(error)) if !was_there => {
+                // Who hears of the failure hears of this one.
+                let _ = Self::remove_blank(target, size);
+                return Err(error);
+            }
+            Err(NoDisk::Refused(error) | NoDisk::Unanswered(error)) => return Err(error),
+        };
         let made = cluster.find(&target.vdi, &VdiState::Current, true).and_then(|found| match found == disk {
             true => Self::with(cluster, target, disk, true),
             false => Err(wrong("the server made another VDI than it finds")),
@@ -106,6 +120,16 @@ impl Vdi {
                 Err(error)
             }
         }
+    }
+
+    /// Removes a disk that was not there before it was asked for, if it is there now: one of that size, without
+    /// objects, which nobody writes to.
+    fn remove_blank(target: &VdiName, size: u64) -> Result<()> {
+        let vdi = Self::open(target, true)?;
+        if taken(&vdi.sizes).served == size && taken(&vdi.table).iter().all(|owner| *owner == 0) {
+            vdi.retract();
+        }
+        Ok(())
     }
 
     fn with(cluster: Cluster, target: &VdiName, disk: u32, write: bool) -> Result<Self> {
