@@ -445,6 +445,13 @@ fn the_host_copies_where_it_can() {
     disk(&scratch.file("s.raw"), (6 << 20) + 512, 12);
     vimg(&["convert", "-C", "-f", "raw", "s.raw", "t"]).dir(scratch.path()).ok();
     assert_same_bytes(&scratch.file("s.raw"), &scratch.file("t"));
+    // The same when all has to be read on the way, and by any number of threads.
+    for options in [&["-m", "1"][..], &["-m", "5"], &["--verify"], &["--digest", "sha256"]] {
+        let args = [&["convert", "-C", "-f", "raw", "-O", "qcow2"], options, &["s.raw", "u"]].concat();
+        vimg(&["convert", "-C", "-f", "raw", "-O", "qcow2", "s.raw", "t"]).dir(scratch.path()).ok();
+        vimg(&args).dir(scratch.path()).ok();
+        assert_same_bytes(&scratch.file("t"), &scratch.file("u"));
+    }
     for (cache, source) in [("none", "none"), ("writeback", "directsync"), ("directsync", "writeback")] {
         vimg(&["convert", "-f", "raw", "-t", cache, "-T", source, "s.raw", "t"]).dir(scratch.path()).ok();
         assert_same_bytes(&scratch.file("s.raw"), &scratch.file("t"));

@@ -94,6 +94,9 @@ fn only_tables_are_written() {
         tables("parallels to qcow2", to("qcow2", &["-m", "1"], ("parallels", "a.hds"), "d.qcow2"));
         tables("qcow2 to raw, -C", to("raw", &["-C"], ("qcow2", "a.qcow2"), "c.raw"));
         tables("raw to qcow2, -C", to("qcow2", &["-C"], raw, "c.qcow2"));
+        // Past the cache too, and where zeros are looked for in spite of -C.
+        tables("raw to qcow2, -t none", to("qcow2", &["-t", "none", "-T", "none"], raw, "e.qcow2"));
+        tables("vdi to raw, -C", to("raw", &["-C"], ("vdi", "a.vdi"), "e.raw"));
         // The same bytes with and without sharing, whatever the number of threads. (Here the file system cannot.)
         let from = on.at.join("disk.raw");
         for (format, shared) in [("qcow2", "a.qcow2"), ("raw", "a.raw")] {
@@ -113,6 +116,8 @@ fn only_tables_are_written() {
             let args = [&["convert"], &secret[..], &["-f", "raw", "-O", "qcow2", "-o", options, "small.raw", "own"]];
             let written = on.vimg(&args.concat());
             assert!(written > 15 * MIB, "{kind}: {options}: {written} bytes");
+            let asked = on.vimg(&[&args.concat()[..], &["-C"]].concat());
+            assert!(asked > 15 * MIB, "{kind}: {options} -C: {asked} bytes");
             fs::remove_file(on.at.join("own")).expect("remove");
         }
         if kind == "btrfs" {

@@ -50,6 +50,10 @@ impl BlockDriver for Bare {
         Ok(StoredWord::File)
     }
 
+    fn lets_host_copy(&self) -> bool {
+        true
+    }
+
     fn files(&self) -> &[Child] {
         &self.files
     }

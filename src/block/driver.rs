@@ -140,6 +140,11 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Whether the reference lets the host copy from it and to it, where that is asked for, and then looks for no zeros.
+    fn lets_host_copy(&self) -> bool {
+        false
+    }
+
     /// Keeps guest data encrypted, and has the key.
     fn cipher(&self) -> Option<&dyn Cipher> {
         None

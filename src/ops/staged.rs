@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::copy::TargetFacts;
+use super::copy::{Sharing, TargetFacts};
 use super::create::{self, NewImage};
 use crate::block::error::Context;
 use crate::block::{BlockDriver, Error, ExtentKind, GuestOffset, MadeFiles, Node, OpenHow, Opener, Purpose, Result};
@@ -18,7 +18,7 @@ pub struct StagedTarget {
     files: MadeFiles,
     cache: CacheMode,
     name: String,
-    shares: bool,
+    sharing: Sharing,
 }
 
 impl StagedTarget {
@@ -39,8 +39,12 @@ impl StagedTarget {
         }
         // Space that was asked for is its own.
         let own = new.options.text("preallocation").is_some_and(|mode| matches!(mode, "falloc" | "full"));
-        let shares = !own && create::may_share(opener.drivers(), new);
-        Ok(Self { staging, node, files, cache: mode, name: new.shown(), shares })
+        let sharing = match create::may_share(opener.drivers(), new) {
+            _ if own => Sharing::Never,
+            true => Sharing::Always,
+            false => Sharing::IfAsked,
+        };
+        Ok(Self { staging, node, files, cache: mode, name: new.shown(), sharing })
     }
 
     /// The image.
@@ -56,7 +60,11 @@ impl StagedTarget {
         let holes_are_zeros = self.staging.is_blank() && self.node.driver().cipher().is_none();
         let blank = holes_are_zeros || stores_nothing(self.node.driver())?;
         let reads_zero = self.node.backing().is_none() && blank;
-        Ok(TargetFacts { unnamed, reads_zero, blank, shares: self.shares && unnamed, ..TargetFacts::default() })
+        let sharing = match self.sharing {
+            Sharing::Always if !unnamed => Sharing::IfAsked,
+            sharing => sharing,
+        };
+        Ok(TargetFacts { unnamed, reads_zero, blank, sharing, ..TargetFacts::default() })
     }
 
     /// Opens it again as it lies in its files, to be read; it is closed.

@@ -124,7 +124,7 @@ impl Storage for HostFile {
             best_request: self.direct.as_ref().map(Direct::best_request),
             parallel: (self.direct.is_some() || !regular).then_some(QUEUE),
             identity: Some(self.identity),
-            offload: self.direct.is_none(),
+            offload: true,
             addressed: true,
         }
     }

@@ -155,8 +155,8 @@ pub struct Facts {
     pub parallel: Option<u32>,
     /// Which file it is; `None` for what is no file of the host.
     pub identity: Option<Identity>,
-    /// The kernel may copy from and to [`Storage::host`]: the same bytes are there, at the same offsets, and nothing
-    /// needs to see them pass.
+    /// The kernel may copy from it and to it: nothing needs to see the bytes pass. If it has a [`Storage::host`], the same
+    /// bytes are there, at the same offsets.
     pub offload: bool,
     /// Its offsets mean something to who has no more than its name. False for bytes that are put together here.
     pub addressed: bool,

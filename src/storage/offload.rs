@@ -43,10 +43,23 @@ pub fn offload(
         (None, Offload::Share) => Ok(None),
         (shared, Offload::ShareOrCopy) => {
             let done = shared.unwrap_or(0);
-            let copied = copy(source, from_at + done, target, to_at + done, len - done)?;
+            // The kernel would take what is not aligned, which is slow, or not at all, past its cache.
+            let cached = source.direct.is_none() && target.direct.is_none();
+            let copied = cached && copy(source, from_at + done, target, to_at + done, len - done)?;
             Ok(copied.then_some(len).or(shared.filter(|done| *done > 0)))
         }
     }
+}
+
+/// Whether the kernel has a way to copy from the one to the other, or there is none to say that it has not: of an image
+/// within an image that is not asked.
+pub fn can_copy(from: &dyn Storage, to: &dyn Storage) -> bool {
+    if !(from.facts().offload && to.facts().offload) {
+        return false;
+    }
+    let (Some(source), Some(target)) = (from.host(), to.host()) else { return true };
+    // No byte is copied, but whether any could be is looked at.
+    copy_file_range(source.file(), Some(&mut 0), target.file(), Some(&mut 0), 0).is_ok()
 }
 
 /// Whether files of that file's file system can share bytes: so do XFS and Btrfs. What is made there has its data where

@@ -6,7 +6,7 @@
 //! Invariants: what the file reads as, and how long it gets, is the same as if all were written; only a plain file of the
 //! host is asked where its holes are, so whatever wants to see the bytes pass sees them.
 
-use super::{FileKind, HostKind, Result, Storage};
+use super::{FileKind, HostFile, HostKind, Result, Storage};
 
 /// Bytes that are looked at in one go; the inner loop is left to the vector unit.
 const LANE: usize = 256;
@@ -32,7 +32,8 @@ pub const END: u64 = PAGE as u64;
 
 /// How many of the `len` zeros that are to be written at `at` are there already, because the file has a hole there.
 pub fn are_there(file: &dyn Storage, at: u64, len: u64) -> Result<u64> {
-    let plain = file.facts().offload && file.host().is_some_and(|host| host.kind() == FileKind::Regular);
+    let plain = |host: &HostFile| host.kind() == FileKind::Regular && host.direct.is_none();
+    let plain = file.facts().offload && file.host().is_some_and(plain);
     if !plain || len == 0 {
         return Ok(0);
     }

@@ -181,6 +181,10 @@ impl BlockDriver for Qcow2Driver {
         Some(self.geometry.cluster_size())
     }
 
+    fn lets_host_copy(&self) -> bool {
+        self.cipher.is_none()
+    }
+
     fn decode(&self, unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {
         self.decode_unit(unit, input, out)
     }

@@ -152,6 +152,10 @@ impl BlockDriver for RawDriver {
         None
     }
 
+    fn lets_host_copy(&self) -> bool {
+        true
+    }
+
     fn stored_word(&self, _at: GuestOffset) -> Result<StoredWord> {
         Ok(StoredWord::File)
     }

@@ -18,13 +18,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::digest::GuestDigest;
+use super::host_copy::HostCopy;
 use super::plan::{CHUNK, Chunk, CopyPlan, PlanShape, Zeros};
 use super::rate::Rate;
 use super::source::{self, Content, Joined, Segment};
 use super::target::{self, Piece, PieceKind};
 use super::turn::Turn;
 use super::zero::{SECTOR, SparsePolicy};
-use super::{CopyOptions, Observer, Taking, TargetFacts};
+use super::{CopyOptions, Observer, Sharing, Taking, TargetFacts};
 use crate::block::error::Context;
 use crate::block::io::{Scratch, Step, reserve};
 use crate::block::{Compress, Encoded, Error, ErrorKind, GuestOffset, Node, Result};
@@ -151,12 +152,22 @@ impl<'a> Engine<'a> {
         // after it, as it is published at once or each is finished in its turn. Zeros are made unit by unit.
         let apart = unit > CUT && CUT.is_multiple_of(granule) && zeros != Zeros::Make && compress.is_none();
         let shape = PlanShape { unit: if apart { CUT } else { unit }, zeros };
+        // What cannot be read is to be zeros in the target, not shared.
+        let read = compress.is_some() || options.salvage;
+        let host = (options.offload && !read).then(|| HostCopy::to(target)).flatten();
+        let offload = match (facts.sharing, host.is_some()) {
+            _ if read || one_by_one => None,
+            (Sharing::Always | Sharing::IfAsked, true) => Some(Offload::ShareOrCopy),
+            (Sharing::Always, false) => Some(Offload::Share),
+            (Sharing::IfAsked, false) | (Sharing::Never, _) => None,
+        };
+        let plan = CopyPlan::new(source, shape, options.salvage.then_some(observer)).copied_by_host(host);
         Ok(Self {
             target,
             options,
             facts,
             observer,
-            plan: Mutex::new(CopyPlan::new(source, shape, options.salvage.then_some(observer))),
+            plan: Mutex::new(plan),
             turn: Turn::default(),
             digest: None,
             hashing: Turn::default(),
@@ -166,13 +177,7 @@ impl<'a> Engine<'a> {
             done: AtomicU64::new(0),
             source,
             total: OnceLock::new(),
-            offload: match (options.offload, facts.shares) {
-                // What cannot be read is to be zeros in the target, not shared.
-                _ if compress.is_some() || one_by_one || options.salvage => None,
-                (true, _) => Some(Offload::ShareOrCopy),
-                (false, true) => Some(Offload::Share),
-                (false, false) => None,
-            },
+            offload,
             cannot_offload: AtomicBool::new(false),
             unit,
             granule,
@@ -185,9 +190,9 @@ impl<'a> Engine<'a> {
         })
     }
 
-    /// The same, with what is copied hashed on the way: it has to be read then, and as it is.
+    /// The same, with what is copied hashed on the way: it has to be read then, and need not be copied once more.
     pub fn digesting(mut self, digest: Option<&'a GuestDigest>) -> Self {
-        self.offload = self.offload.filter(|how| digest.is_none() || *how == Offload::Share);
+        self.offload = self.offload.map(|how| if digest.is_some() { Offload::Share } else { how });
         self.digest = digest;
         self
     }
@@ -288,15 +293,11 @@ impl<'a> Engine<'a> {
             Some(_) => short(chunk.len.next_multiple_of(self.unit))?,
             None => len,
         };
-        worker.unread = self.offload() == Some(Offload::ShareOrCopy) && chunk.is_plain();
-        if worker.unread {
-            worker.plain.room(0)?;
-            worker.pieces.clear();
-            worker.pieces.push(Piece { at: chunk.at, len: chunk.len, kind: PieceKind::Data });
-            return self.store(worker, len);
+        worker.unread = self.is_unread(chunk);
+        if !worker.unread {
+            self.fill(worker, len, padded)?;
+            self.hash(&worker.chunk, Some(worker.plain.first(len)))?;
         }
-        self.fill(worker, len, padded)?;
-        self.hash(&worker.chunk, Some(worker.plain.first(len)))?;
         self.decide(worker, len)?;
         if self.compress.is_some() {
             self.encode(worker, padded)?;
@@ -343,7 +344,9 @@ impl<'a> Engine<'a> {
         target::decide(chunk, plain.first(len), self.sparse, self.zeros, pieces);
         if self.granule > 1 {
             target::coarsen(chunk.at, chunk.len, self.granule, flags, pieces);
-            target::fill_kept(chunk, self.target, pieces, plain.room(len)?, scratch)?;
+            if chunk.keeps() {
+                target::fill_kept(chunk, self.target, pieces, plain.room(len)?, scratch)?;
+            }
         }
         if let Some(onto) = self.source.new_backing() {
             onto.keep_same(chunk.at, self.granule, plain.first(len), pieces, unit, scratch)?;

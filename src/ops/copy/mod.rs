@@ -6,6 +6,7 @@
 
 pub mod digest;
 pub mod engine;
+mod host_copy;
 pub mod onto;
 mod piece;
 pub mod plan;
@@ -69,10 +70,22 @@ pub struct TargetFacts {
     pub reads_zero: bool,
     /// Its own layer stores nothing but zeros.
     pub blank: bool,
-    /// It may share data on the disk with the sources, where the file system can.
-    pub shares: bool,
+    /// Whether it may share data on the disk with the sources, where the file system can.
+    pub sharing: Sharing,
     /// In which order it takes what is written.
     pub taking: Taking,
+}
+
+/// Whether a target may share data on the disk with the sources.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Sharing {
+    /// Where the host is asked to copy.
+    #[default]
+    IfAsked,
+    /// In any case.
+    Always,
+    /// Not at all: its space is to be its own.
+    Never,
 }
 
 /// In which order a target takes what is written.

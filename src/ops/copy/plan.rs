@@ -6,6 +6,7 @@
 //! read and the copy goes on (`--salvage`), there are zeros, as short as a sector.
 
 use super::Observer;
+use super::host_copy::HostCopy;
 use super::segment::{Content, Segment};
 use super::source::Joined;
 use super::zero::SECTOR;
@@ -62,6 +63,8 @@ pub struct Chunk<'a> {
     pub zero: bool,
     /// What it is to hold, in order, without a gap.
     pub segments: Vec<Segment<'a>>,
+    /// From there on zeros are looked for in what is stored.
+    pub search_from: u64,
 }
 
 impl<'a> Chunk<'a> {
@@ -74,6 +77,7 @@ impl<'a> Chunk<'a> {
     pub fn part(&self, at: u64, len: u64, part: &mut Chunk<'a>) {
         part.segments.clear();
         (part.number, part.at, part.len, part.zero) = (self.number, at, len, false);
+        part.search_from = self.search_from;
         let (first, end) = (self.segments.partition_point(|segment| segment.end() <= at), part.end());
         for segment in self.segments.iter().skip(first).take_while(|segment| segment.at < end) {
             let mut inside = *segment;
@@ -97,13 +101,9 @@ impl<'a> Chunk<'a> {
         self.segments.iter().any(|segment| matches!(segment.content, Content::Keep))
     }
 
-    /// Whether all of it is stored as it is.
-    pub fn is_plain(&self) -> bool {
-        let plain = |segment: &Segment<'_>| match &segment.content {
-            Content::Stored(mapping) => matches!(mapping.kind, ExtentKind::Data(_)),
-            Content::Zero | Content::Keep => false,
-        };
-        self.segments.iter().all(plain)
+    /// Whether it is known without reading it what is to be written.
+    pub fn is_unsearched(&self) -> bool {
+        self.end() <= self.search_from && !self.keeps()
     }
 }
 
@@ -118,6 +118,9 @@ pub struct CopyPlan<'a> {
     cut: Option<(u64, bool)>,
     /// Is told of maps that cannot be read, where the copy goes on without them.
     salvage: Option<&'a dyn Observer>,
+    /// As long as the host can copy all that was met.
+    host: Option<HostCopy<'a>>,
+    search_from: u64,
     noted: bool,
     /// Where what was last found missing ends: what goes on there is told no more.
     missing_to: u64,
@@ -126,7 +129,26 @@ pub struct CopyPlan<'a> {
 impl<'a> CopyPlan<'a> {
     /// A walk over all of it.
     pub fn new(source: &'a Joined, shape: PlanShape, salvage: Option<&'a dyn Observer>) -> Self {
-        Self { source, shape, at: 0, number: 0, pending: None, cut: None, salvage, noted: false, missing_to: u64::MAX }
+        Self {
+            source,
+            shape,
+            at: 0,
+            number: 0,
+            pending: None,
+            cut: None,
+            salvage,
+            host: None,
+            search_from: 0,
+            noted: false,
+            missing_to: u64::MAX,
+        }
+    }
+
+    /// The same, where the host is asked to copy what it can.
+    pub fn copied_by_host(mut self, host: Option<HostCopy<'a>>) -> Self {
+        self.search_from = if host.is_some() { u64::MAX } else { 0 };
+        self.host = host;
+        self
     }
 
     fn segment(&mut self) -> Result<Option<Segment<'a>>> {
@@ -137,11 +159,18 @@ impl<'a> CopyPlan<'a> {
         if left == 0 {
             return Ok(None);
         }
-        match (self.source.map(self.at, left), self.salvage) {
-            (Err(error), Some(observer)) => Ok(Some(self.lost(error, observer))),
-            (Ok(segment), Some(observer)) => self.without_missing(segment, observer).map(Some),
-            (mapped, _) => mapped.map(Some),
+        let segment = match (self.source.map(self.at, left), self.salvage) {
+            (Err(error), Some(observer)) => self.lost(error, observer),
+            (Ok(segment), Some(observer)) => self.without_missing(segment, observer)?,
+            (mapped, _) => mapped?,
+        };
+        if let (Some(host), Content::Stored(mapping)) = (&mut self.host, &segment.content)
+            && !host.takes(mapping)
+        {
+            self.host = None;
+            self.search_from = segment.at;
         }
+        Ok(Some(segment))
     }
 
     /// Zeros in place of data that lies past the end of its file.
@@ -305,6 +334,7 @@ impl<'a> CopyPlan<'a> {
         chunk.at = at;
         chunk.len = len;
         chunk.number = self.number;
+        chunk.search_from = self.search_from;
         self.number += 1;
     }
 }

@@ -11,7 +11,7 @@ use crate::block::io::{Scratch, Step};
 use crate::block::{GuestOffset, Node, Result, Store};
 use crate::storage::zeros::is_zero;
 
-/// Decides what is done with each part of a chunk whose bytes are in `buf`.
+/// Decides what is done with each part of a chunk. Its bytes are in `buf`, unless no zeros are looked for in them.
 pub fn decide(chunk: &Chunk<'_>, buf: &[u8], sparse: SparsePolicy, zeros: Zeros, pieces: &mut Vec<Piece>) {
     pieces.clear();
     let offset = |at: u64| usize::try_from(at - chunk.at).unwrap_or(usize::MAX).min(buf.len());
@@ -31,10 +31,16 @@ pub fn decide(chunk: &Chunk<'_>, buf: &[u8], sparse: SparsePolicy, zeros: Zeros,
                     end = next.end();
                     rest = others;
                 }
-                sparse.runs(first.at, &buf[offset(first.at)..offset(end)], |start, len, data| {
-                    let kind = if data { PieceKind::Data } else { PieceKind::Zero };
-                    pieces.push(Piece { at: first.at + start as u64, len: len as u64, kind });
-                });
+                let from = end.min(chunk.search_from).max(first.at);
+                if from > first.at {
+                    pieces.push(Piece { at: first.at, len: from - first.at, kind: PieceKind::Data });
+                }
+                if from < end {
+                    sparse.runs(from, &buf[offset(from)..offset(end)], |start, len, data| {
+                        let kind = if data { PieceKind::Data } else { PieceKind::Zero };
+                        pieces.push(Piece { at: from + start as u64, len: len as u64, kind });
+                    });
+                }
                 continue;
             }
         };

@@ -9,7 +9,6 @@ use crate::block::{GuestOffset, Result};
 use crate::ops::copy::plan::{CHUNK, Chunk, Zeros};
 use crate::ops::copy::source::Content;
 use crate::ops::copy::{Taking, target};
-use crate::storage::offload::Offload;
 
 impl<'a> Engine<'a> {
     /// Whether a chunk is gone through in parts. What is compared with a new backing file, encoded or encrypted is held
@@ -29,13 +28,9 @@ impl<'a> Engine<'a> {
 
     /// Decides what is done with each granule.
     fn find_out(&self, whole: &Chunk<'a>, worker: &mut Worker<'a>) -> Result<()> {
-        worker.pieces.clear();
-        if self.offload() == Some(Offload::ShareOrCopy) && whole.is_plain() {
-            worker.pieces.push(Piece { at: whole.at, len: whole.len, kind: PieceKind::Data });
-            return Ok(());
-        }
         let mut pieces = Vec::new();
         match self.digest {
+            _ if self.is_unread(whole) => target::decide(whole, &[], self.sparse, self.zeros, &mut pieces),
             None => self.survey(whole, &mut pieces, worker)?,
             Some(_) => {
                 self.hashing.take(whole.number, true, &self.stop, || self.survey(whole, &mut pieces, worker))?;

@@ -8,7 +8,7 @@ use crate::block::io::{Scratch, Step, write_steps};
 use crate::block::{Error, GuestOffset, Result, Store};
 use crate::ops::copy::plan::Chunk;
 use crate::ops::copy::source::Content;
-use crate::ops::copy::{Taking, target};
+use crate::ops::copy::{Sharing, Taking, target};
 use crate::storage::offload::Offload;
 
 /// Zeros, to be written.
@@ -76,9 +76,14 @@ impl<'a> Engine<'a> {
         self.offload.filter(|_| !self.cannot_offload.load(Ordering::Relaxed))
     }
 
+    /// Whether what is done with a chunk is known without reading it, and all of it is the host's to do, if it can.
+    pub(super) fn is_unread(&self, chunk: &Chunk<'a>) -> bool {
+        self.offload() == Some(Offload::ShareOrCopy) && self.digest.is_none() && chunk.is_unsearched()
+    }
+
     /// Has the host do what it can of what has been placed. Zeros between that are written, where the file has none yet.
     pub(super) fn share(&self, chunk: &Chunk<'a>, steps: &mut [Step<'a>], scratch: &mut Scratch) -> Result<()> {
-        let Some(how) = self.offload() else { return Ok(()) };
+        let Some(most) = self.offload() else { return Ok(()) };
         let zeros_too = self.target.driver().cipher().is_none();
         for step in steps.iter_mut() {
             while step.done < step.len {
@@ -95,6 +100,12 @@ impl<'a> Engine<'a> {
                         continue;
                     }
                     _ => break,
+                };
+                // What was looked at for zeros has been read.
+                let how = match (at < chunk.search_from, self.facts.sharing) {
+                    (true, _) => most,
+                    (false, Sharing::Always) => Offload::Share,
+                    (false, _) => break,
                 };
                 let before = step.done;
                 if !step.offload(&mapping.after(at - segment.at), len, how)? {
