@@ -16,6 +16,9 @@ use super::layout::{self, BitmapsExtension, HEADER_FULL, HEADER_V2, HEADER_V3, H
 /// What errors call it.
 pub const HEADER: &str = "the qcow2 header";
 
+/// Bytes that are read of the first cluster before all of it is: nearly every header ends within them.
+const HEAD_BYTES: usize = 4096;
+
 /// Reads the start of an image. The text of the error is the reference's.
 fn read_head(file: &Child, head: &mut [u8]) -> Result<()> {
     let place = || Place::of_table(Operation::Read, &file.name, HEADER, 0);
@@ -93,13 +96,17 @@ impl Qcow2Header {
                 Error::corrupt("Invalid backing file offset").in_field(offset_of!(StoredHeader, backing_file_offset))
             );
         }
-        let head = usize::try_from(cluster).map_err(|_| Error::corrupt("qcow2 header exceeds cluster size"))?;
-        let mut head = vec![0; head];
+        let cluster = usize::try_from(cluster).map_err(|_| Error::corrupt("qcow2 header exceeds cluster size"))?;
+        let mut head = vec![0; cluster.min(HEAD_BYTES)];
         read_head(file, &mut head)?;
+        if head.len() < cluster && !holds_all(&fields, &head) {
+            head.resize(cluster, 0);
+            read_head(file, &mut head)?;
+        }
         Self::parse(fields, &head, damaged)
     }
 
-    /// The same, from the whole first cluster.
+    /// The same, from the first cluster, or from as much of it as holds everything.
     fn parse(fields: HeaderFields, head: &[u8], damaged: bool) -> Result<Self> {
         let after = fields.header_length as usize;
         let extra = if fields.version >= 3 { head.get(HEADER_FULL..after).unwrap_or(&[]) } else { &[] };
@@ -381,6 +388,26 @@ fn extensions(area: &[u8]) -> Result<Vec<(u32, &[u8])>> {
     Ok(found)
 }
 
+/// Whether the start of the first cluster holds the extensions with their end mark, and the backing file's name.
+fn holds_all(fields: &HeaderFields, head: &[u8]) -> bool {
+    let (after, name) = (fields.header_length as usize, fields.backing_file_offset);
+    if after > head.len() {
+        return false;
+    }
+    if name != 0 {
+        return name.saturating_add(u64::from(fields.backing_file_size)) <= head.len() as u64;
+    }
+    let mut rest = head.get(after..).unwrap_or(&[]);
+    while let Some((start, data)) = rest.split_at_checked(layout::EXT_HEAD) {
+        let (kind, len) = (layout::word32(start, 0).unwrap_or(0), layout::word32(start, 4).unwrap_or(0) as usize);
+        if kind == layout::EXT_END {
+            return len <= data.len();
+        }
+        rest = data.get(len.next_multiple_of(8)..).unwrap_or(&[]);
+    }
+    false
+}
+
 fn feature_names(data: &[u8]) -> Vec<(u8, u8, String)> {
     // The last one may be cut short.
     let names = data.chunks(layout::FEATURE_NAME).map(|entry| match entry {
@@ -404,4 +431,46 @@ pub(super) fn c_string(bytes: &[u8]) -> String {
 /// They are the name of a file.
 fn c_name(bytes: &[u8]) -> OsString {
     OsStr::from_bytes(up_to_nul(bytes)).to_owned()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::Arc;
+
+    use crate::storage::memory::Memory;
+
+    use super::*;
+
+    /// What lies about the end of the first bytes that are read, and beyond them, is found as what lies before it.
+    #[test]
+    fn a_long_header_is_read_whole() {
+        for len in [0usize, 3000, 3500, 3560, 3568, 3576, 3584, 3592, 3600, 3700, 4000, 4096, 9000] {
+            for name in [None, Some("base.qcow2".into())] {
+                for cluster_bits in [12, 13, 16] {
+                    let fields = HeaderFields {
+                        version: 3,
+                        cluster_bits,
+                        refcount_order: 4,
+                        refcount_table_offset: 1 << cluster_bits,
+                        refcount_table_clusters: 1,
+                        ..HeaderFields::default()
+                    };
+                    let unknown = [(0x1234_5678, vec![7; len]), (0x1234_5679, vec![8; 5])];
+                    let header = Qcow2Header {
+                        fields,
+                        backing_file: name.clone(),
+                        unknown: unknown.to_vec(),
+                        ..Qcow2Header::default()
+                    };
+                    let Ok(mut bytes) = header.to_bytes() else { continue };
+                    bytes.resize(3 << cluster_bits, 0);
+                    let storage = Arc::new(Memory::new(bytes));
+                    let file = Child { role: "file".to_owned(), name: "a.qcow2".to_owned(), driver: "file", storage };
+                    let read = Qcow2Header::read(&file).unwrap();
+                    assert_eq!((&read.backing_file, &read.unknown[..]), (&name, &unknown[..]), "{len} {cluster_bits}");
+                }
+            }
+        }
+    }
 }
