@@ -1,12 +1,12 @@
 //! How far it is: the reference's form off a terminal, a bar on a terminal, lines of JSON for programs that ask for
 //! them, one line on SIGUSR1 without any of these.
 //!
-//! SIGUSR1 is blocked in every thread, and waited for in one of its own where it means anything: no handler runs.
+//! SIGUSR1 is blocked in every thread, and looked for when a report could be made, where it means anything: no handler
+//! runs.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use serde_json::json;
 
 use super::Complaint;
-use super::interrupt::spawn_deaf;
 use super::output::JSON_VERSION;
 use super::program::{Program, stderr_line};
 use crate::storage::host;
@@ -154,7 +154,7 @@ impl JsonProgress {
 
 enum ProgressForm {
     /// Nothing, but for a line when a signal asks for it.
-    Silent(Arc<AtomicBool>),
+    Silent(Asked),
     /// The reference's form.
     Plain {
         /// Standard output is for something else.
@@ -164,6 +164,32 @@ enum ProgressForm {
     Bar(ProgressBar),
     /// Lines for programs.
     Json(Mutex<JsonProgress>),
+}
+
+/// Whether a signal has asked for a line that was not written yet.
+struct Asked {
+    /// Where the signal is read. None where it is to be had nowhere: nobody hears it.
+    signal: Option<SignalFd>,
+    unanswered: AtomicBool,
+}
+
+impl Asked {
+    fn new(signal: Option<SignalFd>) -> Self {
+        Self { signal, unanswered: AtomicBool::new(false) }
+    }
+
+    fn is_unanswered(&self) -> bool {
+        let comes = || self.signal.as_ref().is_some_and(|signal| matches!(signal.read_signal(), Ok(Some(_))));
+        if !self.unanswered.load(Ordering::Relaxed) && comes() {
+            self.unanswered.store(true, Ordering::Relaxed);
+        }
+        self.unanswered.load(Ordering::Relaxed)
+    }
+
+    /// Whether there is a line to be written, which is written then.
+    fn answer(&self) -> bool {
+        self.unanswered.swap(false, Ordering::Relaxed)
+    }
 }
 
 /// To standard output, or aside. What could not be written there is found when the program ends.
@@ -220,17 +246,8 @@ impl Progress {
         // Blocked before any thread is made: all inherit it. Where that fails it stays as it was.
         let blocked = signal.thread_block().is_ok();
         let form = if !wanted {
-            let asked = Arc::new(AtomicBool::new(false));
-            if blocked {
-                let flag = asked.clone();
-                // Ends with the program. Where no thread is to be had nobody hears the signal.
-                spawn_deaf(move || {
-                    while signal.wait().is_ok() {
-                        flag.store(true, Ordering::Relaxed);
-                    }
-                });
-            }
-            ProgressForm::Silent(asked)
+            let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+            ProgressForm::Silent(Asked::new(blocked.then(|| SignalFd::with_flags(&signal, flags).ok()).flatten()))
         } else if io::stdout().is_terminal() && can_redraw() {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
             ProgressForm::Bar(bar.with_style(style(bar_templates().0)))
@@ -257,7 +274,7 @@ impl Progress {
     /// Whether a report would be shown now.
     pub fn wanted(&self) -> bool {
         match &self.form {
-            ProgressForm::Silent(asked) => asked.load(Ordering::Relaxed),
+            ProgressForm::Silent(asked) => asked.is_unanswered(),
             _ => true,
         }
     }
@@ -286,7 +303,7 @@ impl Progress {
                 json.lock().unwrap_or_else(PoisonError::into_inner).report(done, total);
             }
             ProgressForm::Silent(asked) => {
-                if asked.swap(false, Ordering::Relaxed) {
+                if asked.answer() {
                     stderr_line(&format!("    ({percent:3.2}/100%)"));
                 }
             }

@@ -197,16 +197,27 @@ impl<'a> Engine<'a> {
         self
     }
 
-    /// Does all of it, by this thread and as many others as can be had, `threads` in all at most.
+    /// Does all of it, by this thread and as many others as can be had, `threads` in all at most; by this one alone where
+    /// there is nothing to copy.
     pub fn run(&self, threads: usize) -> Result<()> {
         let lengths = self.source.lengths()?;
+        let mut worker = Worker::default();
+        let first = self.next(&mut worker);
         std::thread::scope(|scope| {
-            for _ in 1..threads {
-                if std::thread::Builder::new().spawn_scoped(scope, || self.work()).is_err() {
+            for _ in 1..if first { threads } else { 1 } {
+                let others = || {
+                    let mut worker = Worker::default();
+                    if self.next(&mut worker) {
+                        self.work(worker);
+                    }
+                };
+                if std::thread::Builder::new().spawn_scoped(scope, others).is_err() {
                     break;
                 }
             }
-            self.work();
+            if first {
+                self.work(worker);
+            }
         });
         let uncut = lengths.check();
         match (lock(&self.failure).take(), uncut) {
@@ -230,28 +241,35 @@ impl<'a> Engine<'a> {
         *self.total.get_or_init(|| self.source.work(self.zeros == Zeros::Write))
     }
 
-    fn work(&self) {
-        let mut worker = Worker::default();
-        while !self.stop.load(Ordering::Relaxed) {
-            if self.observer.is_cancelled() {
-                return self.fail(u64::MAX, Error::new(ErrorKind::Cancelled, "Interrupted"));
-            }
-            let more = lock(&self.plan).next(&mut worker.chunk);
-            let result = match more {
-                Ok(false) => return,
-                Ok(true) => self.process(&mut worker),
-                Err(error) => {
-                    // What comes after all chunks that are known is the last to be blamed.
-                    worker.chunk.number = u64::MAX;
-                    Err(error)
-                }
-            };
+    /// Does a worker's chunk, and all that it gets after it.
+    fn work(&self, mut worker: Worker<'a>) {
+        loop {
+            let result = self.process(&mut worker);
             worker.steps.clear();
             if let Err(error) = result {
-                self.fail(worker.chunk.number, error);
+                return self.fail(worker.chunk.number, error);
+            }
+            if !self.next(&mut worker) {
                 return;
             }
         }
+    }
+
+    /// Gives a worker the next chunk. False where there is none, or where all is to end.
+    fn next(&self, worker: &mut Worker<'a>) -> bool {
+        if self.stop.load(Ordering::Relaxed) {
+            return false;
+        }
+        if self.observer.is_cancelled() {
+            self.fail(u64::MAX, Error::new(ErrorKind::Cancelled, "Interrupted"));
+            return false;
+        }
+        let more = lock(&self.plan).next(&mut worker.chunk);
+        more.unwrap_or_else(|error| {
+            // What comes after all chunks that are known is the last to be blamed.
+            self.fail(u64::MAX, error);
+            false
+        })
     }
 
     fn fail(&self, number: u64, error: Error) {
