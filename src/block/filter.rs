@@ -30,7 +30,8 @@ pub struct Below {
     pub write: bool,
     /// What the page cache does.
     pub cache: CacheMode,
-    /// The image whose disk the bytes are, if they are one's, and whether its format stores compressed units.
+    /// The image whose disk the bytes are, if they are one's, and whether its format, or that of the image below the
+    /// filters that it is, stores compressed units.
     pub image: Option<(Arc<Node>, bool)>,
 }
 

@@ -3,12 +3,15 @@
 //! Lock order: `writing` before whatever the image's driver locks; it is held across data I/O, because a unit is
 //! written as a whole, and by one at a time.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Once};
 
 use serde_json::Map;
 
+use super::copy_on_read::CopyOnRead;
+use super::throttle::{self, Throttle};
 use crate::block::filter::{Below, Filter, FilterRequest, Filtered, Lower};
 use crate::block::io::{Scratch, zeroed};
+use crate::block::throttle::{ThrottleGroup, Way};
 use crate::block::{self, Effort, Encoded, Error, GuestOffset, Node, Store};
 use crate::storage::lock::Access;
 use crate::storage::{self, Event, Facts, HostExtent, HostFile, Preallocation, Result, Storage, Zeroing};
@@ -27,15 +30,32 @@ impl Filter for Compress {
     }
 
     fn open(&self, request: FilterRequest<'_>) -> block::Result<Filtered> {
-        let Below { child, image, write, .. } = (request.below)("file")?;
+        let FilterRequest { below, objects, .. } = request;
+        let Below { child, image, write, .. } = below("file")?;
         let driver = child.driver;
         let cannot = || Error::unsupported(format!("Compression is not supported for underlying format: {driver}"));
-        let (image, _) = image.filter(|(_, compresses)| *compresses).ok_or_else(cannot)?;
-        if write {
-            let compressing = image.writing()?.compressing().ok_or_else(cannot)?;
-            compressing.begin();
+        let (mut image, _) = image.filter(|(_, compresses)| *compresses).ok_or_else(cannot)?;
+        // Two filters let compressed units through to what they stand over.
+        let (mut groups, mut copies) = (Vec::new(), false);
+        while let Some(inner) = image.filtered() {
+            match image.driver().format() {
+                name if name == Throttle.name() => groups.extend(throttle::group_of(&image, objects)),
+                name if name == CopyOnRead.name() => copies = true,
+                _ => return Err(cannot()),
+            }
+            image = inner.clone();
         }
-        let storage = Arc::new(Compressed { inner: child.storage, image, writing: Mutex::default() });
+        if write {
+            image.writing()?.compressing().ok_or_else(cannot)?;
+        }
+        let storage = Arc::new(Compressed {
+            inner: child.storage,
+            image,
+            groups,
+            copies,
+            begun: Once::new(),
+            writing: Mutex::default(),
+        });
         Ok(Filtered { storage, path: None, strong: Map::new(), access: Access::NONE })
     }
 }
@@ -43,7 +63,14 @@ impl Filter for Compress {
 #[derive(Debug)]
 struct Compressed {
     inner: Arc<dyn Storage>,
+    /// Whose units are compressed: what the bytes are the disk of, or what stands below the filters over that.
     image: Arc<Node>,
+    /// What those let through.
+    groups: Vec<Arc<ThrottleGroup>>,
+    /// One of them stores what is read.
+    copies: bool,
+    /// Not before something is written: what is refused leaves the image as it is.
+    begun: Once,
     writing: Mutex<()>,
 }
 
@@ -79,9 +106,11 @@ impl Compressed {
 
     /// Writes within one unit: what it does not cover is as it was.
     fn write_unit(&self, at: u64, unit: u64, data: &[u8], scratch: &mut Scratch) -> block::Result<()> {
+        self.groups.iter().for_each(|group| group.pass(Way::Write, data.len() as u64));
         let writing = self.image.writing()?;
         let none = || Error::unsupported("this image stores nothing compressed");
         let compressing = writing.compressing().ok_or_else(none)?;
+        self.begun.call_once(|| compressing.begin());
         let start = at - at % unit;
         let len = unit.min(self.image.virtual_size().saturating_sub(start));
         let too_long = |_| Error::invalid("a unit is longer than memory can be");
@@ -114,6 +143,7 @@ impl Storage for Compressed {
     }
 
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let _alone = self.copies.then(|| self.alone());
         self.inner.read_at(at, buf)
     }
 

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use crate::block::filter::{Below, Filter, FilterRequest, Filtered, Lower};
 use crate::block::keys::take_text;
 use crate::block::throttle::{ThrottleGroup, Way};
-use crate::block::{Error, Result};
+use crate::block::{Error, Node, Result, Secrets};
 use crate::storage::lock::Access;
 use crate::storage::{self, Event, Facts, HostExtent, HostFile, Preallocation, Storage, Zeroing};
 
@@ -37,6 +37,11 @@ impl Filter for Throttle {
         let storage = Arc::new(Throttled { inner: child.storage, group });
         Ok(Filtered { storage, path: None, strong, access: Access::NONE })
     }
+}
+
+/// The group of a filter of this kind, as it was opened.
+pub fn group_of(node: &Node, objects: &Secrets) -> Option<Arc<ThrottleGroup>> {
+    objects.throttle_group(node.origin().tree.get(GROUP)?.as_str()?).cloned()
 }
 
 #[derive(Debug)]

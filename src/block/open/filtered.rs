@@ -132,7 +132,7 @@ impl Opener<'_> {
             let path = node.origin().path.clone();
             let child = file.child.clone();
             let compresses = |image: &Arc<Node>| {
-                let format = self.drivers.format(image.driver().format());
+                let format = self.drivers.format(image.beneath_filters().driver().format());
                 format.and_then(|format| format.creating()).is_some_and(|create| create.compresses())
             };
             let image = file.inner.clone().map(|image| (image.clone(), compresses(&image)));
