@@ -57,7 +57,8 @@ struct Job {
     needs: &'static [(&'static str, &'static str)],
     /// What is timed. Words that start with `+` are qemu-img's alone; those that start with `@` say how it is run: `@cold`,
     /// with what is read out of the page cache; `@many`, 200 times in a row; `@xfs` and `@btrfs`, on such a file system;
-    /// `@from` and `@to`, with a `qemu-nbd` of the disk, or of an empty one as long, on `nbd.sock`.
+    /// `@from` and `@to`, with a `qemu-nbd` of the disk, or of an empty one as long, on `nbd.sock`; `@fromkit` and
+    /// `@tokit`, with an `nbdkit`.
     run: &'static str,
 }
 
@@ -200,6 +201,8 @@ const JOBS: &[Job] = &[
     Job { name: "nbd→raw", needs: &[], run: "@from convert -f raw -O raw nbd:unix:nbd.sock out" },
     Job { name: "nbd→qcow2", needs: &[], run: "@from convert -f raw -O qcow2 nbd:unix:nbd.sock out" },
     Job { name: "raw→nbd", needs: &[], run: "@to convert -n -f raw -O raw {disk} nbd:unix:nbd.sock" },
+    Job { name: "nbdkit→raw", needs: &[], run: "@fromkit convert -f raw -O raw nbd:unix:nbd.sock out" },
+    Job { name: "raw→nbdkit", needs: &[], run: "@tokit convert -n -f raw -O raw {disk} nbd:unix:nbd.sock" },
     Job { name: "200 of 1M raw→qcow2", needs: &[MIB], run: "@many convert -f raw -O qcow2 mib.raw out" },
     Job { name: "XFS raw→raw", needs: &[], run: "@xfs convert -f raw -O raw {disk} out" },
     Job { name: "XFS raw→qcow2", needs: &[], run: "@xfs convert -f raw -O qcow2 {disk} out" },
@@ -217,7 +220,10 @@ const PEERS: &[(&str, &str, &str)] = &[
     ("raw→raw", "nbdcopy", "nbdcopy {disk} out"),
     ("qcow2→raw", "nbdcopy", "nbdcopy -- [ qemu-nbd -r -f qcow2 disk.qcow2 ] out"),
     ("nbd→raw", "nbdcopy", "nbdcopy nbd+unix:///?socket=nbd.sock out"),
-    ("raw→nbd", "nbdcopy", "nbdcopy {disk} nbd+unix:///?socket=nbd.sock"),
+    // What is written is on the disk at the end, as it is with the others.
+    ("raw→nbd", "nbdcopy", "nbdcopy --flush {disk} nbd+unix:///?socket=nbd.sock"),
+    ("nbdkit→raw", "nbdcopy", "nbdcopy nbd+unix:///?socket=nbd.sock out"),
+    ("raw→nbdkit", "nbdcopy", "nbdcopy --flush {disk} nbd+unix:///?socket=nbd.sock"),
     ("XFS raw→raw", "cp", "cp {disk} out"),
     ("Btrfs raw→raw", "cp", "cp {disk} out"),
 ];

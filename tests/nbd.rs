@@ -205,16 +205,31 @@ fn convert(scratch: &Scratch, more: &str) -> Output {
 fn requests_are_under_way_together_and_answered_in_any_order() {
     let scratch = Scratch::new();
     let bytes = pattern(1, 32 << 20);
-    for manner in [Manner { together: 4, ..Manner::GOOD }, Manner { together: 4, simple: true, ..Manner::GOOD }] {
-        let server = Server::start(&scratch.file("s"), &bytes, manner);
-        let out = convert(&scratch, "");
-        assert_eq!(out.code, Some(0), "{out:?}");
+    let convert = || {
+        let _ = fs::remove_file(scratch.file("out"));
+        scratch.vimg(&["convert", "-m", "4", "-f", "raw", "-O", "raw", "nbd:unix:s", "out"]);
         assert!(fs::read(scratch.file("out")).unwrap() == bytes);
-        drop(server);
+    };
+    for manner in [Manner { together: 4, ..Manner::GOOD }, Manner { together: 4, simple: true, ..Manner::GOOD }] {
+        let _server = Server::start(&scratch.file("s"), &bytes, manner);
+        convert();
     }
     let server = Server::start(&scratch.file("s"), &bytes, Manner { several: true, ..Manner::GOOD });
-    assert_eq!(convert(&scratch, "").code, Some(0));
+    convert();
     assert!(server.connections() > 1, "one connection to a server that takes several");
+}
+
+/// One on this host that waits for something else has as many requests under way as one that is far away.
+#[test]
+fn a_server_that_is_slow_is_asked_for_more_at_once() {
+    let scratch = Scratch::new();
+    let bytes = vec![7; 128 << 20];
+    let manner = Manner { several: true, delay: Duration::from_millis(25), ..Manner::GOOD };
+    let server = Server::start(&scratch.file("s"), &bytes, manner);
+    let out = convert(&scratch, "");
+    assert_eq!(out.code, Some(0), "{out:?}");
+    assert!(fs::read(scratch.file("out")).unwrap() == bytes);
+    assert_eq!(server.connections(), 4);
 }
 
 #[test]

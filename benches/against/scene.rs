@@ -90,6 +90,14 @@ pub fn set(dir: &Path, disk: &Path, run: &str) {
     if run.starts_with("@to ") {
         shell(dir, &format!("truncate -r '{}' nbd.raw && {serve} nbd.raw", disk.display()));
     }
+    // In the background once it listens.
+    let serve = "nbdkit -P \"$PWD/nbd.pid\" -U \"$PWD/nbd.sock\"";
+    if run.starts_with("@fromkit ") {
+        shell(dir, &format!("{serve} -r file '{}'", disk.display()));
+    }
+    if run.starts_with("@tokit ") {
+        shell(dir, &format!("truncate -r '{}' nbd.raw && {serve} file nbd.raw", disk.display()));
+    }
     if run.contains("grow.qcow2") {
         shell(dir, "rm -f grow.qcow2; qemu-img create -q -f qcow2 grow.qcow2 8G");
     }

@@ -151,7 +151,8 @@ pub struct Facts {
     pub alignment: u32,
     /// Bytes at a time that suit it best; `None` where it does not matter.
     pub best_request: Option<u32>,
-    /// Requests in flight at once that suit it; `None` where one a processor is best (a warm page cache).
+    /// Requests in flight at once that suit it; `None` where one a processor is best (a warm page cache). It may turn out
+    /// later that more do.
     pub parallel: Option<u32>,
     /// Which file it is; `None` for what is no file of the host.
     pub identity: Option<Identity>,

@@ -26,6 +26,8 @@ pub struct Manner {
     pub together: usize,
     /// It takes several connections.
     pub several: bool,
+    /// Each read takes so long.
+    pub delay: Duration,
     /// It ends the connection in place of the reply after so many.
     pub last_after: Option<usize>,
     /// And is there again for another one.
@@ -41,6 +43,7 @@ impl Manner {
         size: None,
         together: 1,
         several: false,
+        delay: Duration::ZERO,
         last_after: None,
         comes_back: false,
     };
@@ -319,6 +322,7 @@ impl Client {
 
     fn answer_read(&mut self, asked: Asked) -> io::Result<()> {
         self.may_answer()?;
+        thread::sleep(self.manner.delay);
         let Asked { at, len, .. } = asked;
         let mut data = vec![0; len as usize];
         {

@@ -197,26 +197,28 @@ impl<'a> Engine<'a> {
         self
     }
 
-    /// Does all of it, by this thread and as many others as can be had, `threads` in all at most; by this one alone where
-    /// there is nothing to copy.
-    pub fn run(&self, threads: usize) -> Result<()> {
+    /// Does all of it, by this thread and as many others as can be had, in all as many as `threads` says before each chunk
+    /// of this one: none ends before there is no more to do. By this one alone where there is nothing to copy.
+    pub fn run(&self, threads: impl Fn() -> usize) -> Result<()> {
         let lengths = self.source.lengths()?;
         let mut worker = Worker::default();
         let first = self.next(&mut worker);
         std::thread::scope(|scope| {
-            for _ in 1..if first { threads } else { 1 } {
-                let others = || {
-                    let mut worker = Worker::default();
-                    if self.next(&mut worker) {
-                        self.work(worker);
-                    }
-                };
-                if std::thread::Builder::new().spawn_scoped(scope, others).is_err() {
-                    break;
+            let mut there = 1;
+            let hire = || {
+                while there < threads() {
+                    let other = || {
+                        let mut worker = Worker::default();
+                        if self.next(&mut worker) {
+                            self.work(worker, || {});
+                        }
+                    };
+                    let hired = std::thread::Builder::new().spawn_scoped(scope, other);
+                    there = if hired.is_ok() { there + 1 } else { usize::MAX };
                 }
-            }
+            };
             if first {
-                self.work(worker);
+                self.work(worker, hire);
             }
         });
         let uncut = lengths.check();
@@ -241,9 +243,10 @@ impl<'a> Engine<'a> {
         *self.total.get_or_init(|| self.source.work(self.zeros == Zeros::Write))
     }
 
-    /// Does a worker's chunk, and all that it gets after it.
-    fn work(&self, mut worker: Worker<'a>) {
+    /// Does a worker's chunk, and all that it gets after it. `before_each`: what is done before each.
+    fn work(&self, mut worker: Worker<'a>, mut before_each: impl FnMut()) {
         loop {
+            before_each();
             let result = self.process(&mut worker);
             worker.steps.clear();
             if let Err(error) = result {

@@ -53,6 +53,11 @@ fn no_address() -> Error {
 }
 
 impl Target {
+    /// Whether the server is on this host.
+    pub fn is_local(&self) -> bool {
+        matches!(self.address, Address::Unix { .. })
+    }
+
     fn new(address: Address, export: String) -> Self {
         let context = BASE_ALLOCATION.to_owned();
         Self { address, export, context, tls: WantedTls::default(), reconnect: 0, patience: 0 }
