@@ -56,9 +56,11 @@ fn difference(theirs: &Output, ours: &Output) -> Option<&'static str> {
     DIFFERENCES.iter().find(said).map(|(what, _)| *what)
 }
 
-/// Whether something is told that qemu-img bears: that it ends past the end of the file by less than a cluster.
+/// Whether something is told that qemu-img bears: that it ends past the end of the file by less than a cluster, or lies
+/// past the end of the data file.
 fn is_cut(ours: &Output) -> bool {
-    ours.stderr.contains("is cut off by the end of the file")
+    let said = ["is cut off by the end of the file", "lies past the end of the data file"];
+    said.iter().any(|words| ours.stderr.contains(words))
 }
 
 /// One program's check of a file.
