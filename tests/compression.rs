@@ -257,6 +257,27 @@ fn a_lack_of_memory_is_an_error() {
     }
 }
 
+/// Beside two MiB for the stack of each.
+#[test]
+fn memory_stays_small_with_many_threads() {
+    let scratch = Scratch::new();
+    real_files(&scratch, "s.raw", 40 << 20);
+    let secret = "secret,id=s,data=abc";
+    for (how, most) in [
+        (&["-c"][..], 100),
+        (&["-c", "-o", "compression_type=zstd"], 100),
+        (&["-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"], 90),
+    ] {
+        let args = ["convert", "-m", "16", "--object", secret, "-f", "raw", "-O", "qcow2"];
+        let args = [&args[..], how, &["s.raw", "t"]].concat();
+        crate::common::run::vimg_within_memory(most << 20, &args).dir(scratch.path()).ok();
+        let image = "driver=qcow2,encrypt.key-secret=s,file.filename=t";
+        let image = if how.contains(&"-c") { "driver=qcow2,file.filename=t" } else { image };
+        let source = "driver=raw,file.filename=s.raw";
+        judge(&["compare", "--object", secret, "--image-opts", image, source]).dir(scratch.path()).ok();
+    }
+}
+
 #[test]
 fn memory_stays_small_with_large_clusters() {
     let scratch = Scratch::new();

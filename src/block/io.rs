@@ -33,6 +33,9 @@ pub struct Scratch {
     sealed: Vec<u8>,
 }
 
+/// The most bytes that are encrypted in one go: whole sectors of any cipher, and little enough for a cache.
+const SEALED: usize = 512 << 10;
+
 /// Makes room for so many more. Lengths are an image's: that there is no memory is an error.
 pub fn reserve(buf: &mut Vec<u8>, more: usize) -> Result<()> {
     buf.try_reserve(more).map_err(|_| Error::from(storage::Error::from(Errno::ENOMEM)))
@@ -166,11 +169,17 @@ impl Node {
     fn put(&self, place: HostPlace, guest: GuestOffset, bytes: &[u8], scratch: &mut Scratch) -> Result<()> {
         self.announce(Event::WRITE_AIO);
         let Some(cipher) = self.driver().cipher() else { return self.put_bytes(place, guest, bytes) };
-        scratch.sealed.clear();
-        reserve(&mut scratch.sealed, bytes.len())?;
-        scratch.sealed.extend_from_slice(bytes);
-        cipher.encrypt(guest, place.at, &mut scratch.sealed)?;
-        self.put_bytes(place, guest, &scratch.sealed)
+        let mut done = 0;
+        for part in bytes.chunks(SEALED) {
+            scratch.sealed.clear();
+            reserve(&mut scratch.sealed, part.len())?;
+            scratch.sealed.extend_from_slice(part);
+            let (place, guest) = (forth(place, done), guest + done);
+            cipher.encrypt(guest, place.at, &mut scratch.sealed)?;
+            self.put_bytes(place, guest, &scratch.sealed)?;
+            done += part.len() as u64;
+        }
+        Ok(())
     }
 
     /// Writes plain bytes, but for runs of at least `hole` zeros that lie in a hole of the file.

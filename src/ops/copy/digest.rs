@@ -8,7 +8,7 @@ use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::plan::{Chunk, CopyPlan, PlanShape, Zeros};
+use super::plan::{CHUNK, Chunk, CopyPlan, PlanShape, Zeros};
 use super::source::{self, Content, Joined};
 use super::turn::Turn;
 use super::zero::SECTOR;
@@ -104,7 +104,7 @@ impl GuestDigest {
 pub fn digest_of(source: &Joined, digest: GuestDigest, observer: &dyn Observer) -> Result<Digest> {
     let lengths = source.lengths()?;
     let readers = Readers {
-        plan: Mutex::new(CopyPlan::new(source, PlanShape { unit: 1, zeros: Zeros::Skip }, None)),
+        plan: Mutex::new(CopyPlan::new(source, PlanShape { unit: 1, zeros: Zeros::Skip, chunk: CHUNK }, None)),
         digest: &digest,
         turn: Turn::default(),
         stop: AtomicBool::new(false),

@@ -36,6 +36,9 @@ use crate::storage::zeros::is_zero;
 /// Where chunks are cut that need not be whole units.
 const CUT: u64 = 64 << 10;
 
+/// Guest data in one chunk, where it is held a second time, encoded.
+const ENCODED_CHUNK: u64 = 1 << 20;
+
 /// To ask whether the file has a hole costs about as much as to write so many bytes.
 const HOLE: usize = 64 << 10;
 
@@ -151,7 +154,8 @@ impl<'a> Engine<'a> {
         // Where parts of a unit are placed alone, a chunk need not be all of it: its place is known to those that come
         // after it, as it is published at once or each is finished in its turn. Zeros are made unit by unit.
         let apart = unit > CUT && CUT.is_multiple_of(granule) && zeros != Zeros::Make && compress.is_none();
-        let shape = PlanShape { unit: if apart { CUT } else { unit }, zeros };
+        let chunk = if compress.is_some() { ENCODED_CHUNK } else { CHUNK };
+        let shape = PlanShape { unit: if apart { CUT } else { unit }, zeros, chunk };
         // What cannot be read is to be zeros in the target, not shared.
         let read = compress.is_some() || options.salvage;
         let host = (options.offload && !read).then(|| HostCopy::to(target)).flatten();

@@ -12,7 +12,7 @@ use super::source::Joined;
 use super::zero::SECTOR;
 use crate::block::{Error, ErrorKind, ExtentKind, Result};
 
-/// Guest data in one chunk, before rounding to units.
+/// Guest data in most chunks, before rounding to units.
 pub const CHUNK: u64 = 2 << 20;
 
 /// The longest run of zeros that is one piece of work.
@@ -25,6 +25,8 @@ pub struct PlanShape {
     pub unit: u64,
     /// What zeros need.
     pub zeros: Zeros,
+    /// Guest data in one chunk, before rounding to units.
+    pub chunk: u64,
 }
 
 /// What zeros in the sources need.
@@ -42,7 +44,7 @@ impl PlanShape {
     /// The most bytes that a chunk spans.
     fn longest(&self) -> u64 {
         // Rounded out to units, and then to the end of a compressed unit of a source.
-        CHUNK + 2 * self.unit.max(1 << 20)
+        self.chunk + 2 * self.unit.max(1 << 20)
     }
 
     fn up(&self, at: u64) -> u64 {
@@ -264,8 +266,8 @@ impl<'a> CopyPlan<'a> {
         let start = first.at;
         let end = self.source.total();
         // Several runs that are close together share a chunk until it is full.
-        let more = if self.shape.unit < CHUNK { self.shape.unit } else { 0 };
-        let full = self.shape.up(start.saturating_add(CHUNK)).saturating_add(more).min(end);
+        let more = if self.shape.unit < self.shape.chunk { self.shape.unit } else { 0 };
+        let full = self.shape.up(start.saturating_add(self.shape.chunk)).saturating_add(more).min(end);
         let mut next = Some(first);
         while let Some(segment) = next {
             let aligned = segment.at == self.shape.up(segment.at);
@@ -314,10 +316,10 @@ impl<'a> CopyPlan<'a> {
         let zero = matches!(segment.content, Content::Zero);
         let mut cut = match self.cut {
             Some((cut, of_zeros)) if of_zeros == zero => cut,
-            _ => segment.at.saturating_add(CHUNK),
+            _ => segment.at.saturating_add(self.shape.chunk),
         };
         if segment.at == start && cut <= start {
-            cut = cut.saturating_add(CHUNK).max(start.saturating_add(1));
+            cut = cut.saturating_add(self.shape.chunk).max(start.saturating_add(1));
         }
         self.cut = Some((cut, zero));
         let stop = self.shape.up(cut).min(full).max(self.shape.up(segment.at + 1));
