@@ -29,6 +29,8 @@ const PARALLEL: u32 = 8;
 const SLOW: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(8));
 /// So many slow ones in a row, and the server waits for something else than a processor.
 const SLOW_ONES: u32 = 8;
+/// Data in one request to a server that answers at once: it stores one while the next one comes.
+const SHORT_WRITE: usize = 1 << 20;
 /// How long one more connection may take to come about.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The longest that anybody waits: a day.
@@ -346,7 +348,8 @@ impl Storage for Remote {
     fn write_at(&self, at: u64, buf: &[u8]) -> Result<()> {
         self.must_have(at, buf.len() as u64)?;
         let mut at = at;
-        for piece in buf.chunks(self.longest()) {
+        let longest = if self.is_slow() { self.longest() } else { self.longest().min(SHORT_WRITE) };
+        for piece in buf.chunks(longest) {
             self.write_piece(at, piece)?;
             at += piece.len() as u64;
         }
