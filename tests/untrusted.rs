@@ -329,12 +329,14 @@ fn files_that_hostile_images_name_are_not_asked_for() {
         hostile(&scratch).into_iter().map(|(image, named)| (format!("in/{image}"), named)).collect();
     symlink("in/relative", scratch.file("led")).unwrap();
     images.push(("led".to_owned(), "secret"));
-    for (path, named) in images {
+    let commands = [&["--untrusted", "info", "--output=json"][..], &["--untrusted", "checksum"]];
+    for ((path, named), command) in images.iter().flat_map(|image| commands.map(|command| (image, command))) {
         let strace = ["-f", "-qq", "-e", "trace=%file,readlink,readlinkat", "-o", "log", vimg_path().to_str().unwrap()]
             .map(str::to_owned);
-        let args = [&strace[..], &["--untrusted", "info", "--output=json", &path].map(str::to_owned)].concat();
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        plain("strace", &args).dir(scratch.path()).ok();
+        let strace: Vec<&str> = strace.iter().map(String::as_str).collect();
+        let args = [&strace[..], command, &[path]].concat();
+        let out = plain("strace", &args).dir(scratch.path()).run();
+        assert_eq!(out.code, Some(i32::from(command.contains(&"checksum"))), "{path}: {out:?}");
         let log = fs::read_to_string(scratch.file("log")).unwrap();
         let asked: Vec<&str> = log.lines().filter(|line| !line.contains("execve(") && line.contains(named)).collect();
         assert!(log.contains(&format!("\"{path}\"")) && asked.is_empty(), "{path}: {asked:?}");

@@ -141,7 +141,7 @@ impl Opener<'_> {
             return Ok(None);
         }
         if let (Some(named), false) = (named, layer.own || options.contains_key("file.filename")) {
-            let path = path_of(layer, named);
+            let path = self.path_of(layer, named);
             let shown = named.name.to_string_lossy();
             self.may_open(&layer.name(), &shown, path.as_deref())?;
             trail.named = Some((layer.name(), shown.into_owned()));
@@ -166,7 +166,7 @@ impl Opener<'_> {
         if let Some(named) = layer.driver().backing()
             && !options.contains_key("file.filename")
         {
-            let full = path_of(layer, named).ok_or_else(|| {
+            let full = self.path_of(layer, named).ok_or_else(|| {
                 let (shown, name) = (layer.name(), named.name.display());
                 Error::invalid(format!("Cannot tell where the backing file '{name}' of '{shown}' is"))
             })?;
@@ -190,6 +190,23 @@ impl Opener<'_> {
         }
         Ok(Ask { path, options, settings, made: None })
     }
+
+    /// What the name of a layer's backing file comes to: as it is written, or, where nothing is there, as it is looked for
+    /// elsewhere. The host is not asked where nothing may come of it.
+    fn path_of(&self, layer: &OpenedLayer, named: &BackingRef) -> Option<OsString> {
+        let base = layer.origin.base.as_deref();
+        if !self.may_search() {
+            return name::beside(base, &named.name);
+        }
+        let there = |name: &OsString| Path::new(name).symlink_metadata().is_ok();
+        match name::find_beside(base, &named.name) {
+            Some(full) if there(&full) => Some(full),
+            as_named => {
+                let mut elsewhere = named.elsewhere.iter().filter_map(|name| name::find_literally_beside(base, name));
+                elsewhere.find(there).or(as_named)
+            }
+        }
+    }
 }
 
 /// The files of a layer, and of the images that it lies in.
@@ -199,20 +216,6 @@ fn files_of(node: &Node) -> Vec<Arc<dyn Storage>> {
         files.extend(files_of(inner));
     }
     files
-}
-
-/// What the name of a layer's backing file comes to: as it is written, or, where nothing is there, as it is looked for
-/// elsewhere.
-fn path_of(layer: &OpenedLayer, named: &BackingRef) -> Option<OsString> {
-    let base = layer.origin.base.as_deref();
-    let there = |name: &OsString| Path::new(name).symlink_metadata().is_ok();
-    match name::find_beside(base, &named.name) {
-        Some(full) if there(&full) => Some(full),
-        as_named => {
-            let mut elsewhere = named.elsewhere.iter().filter_map(|name| name::find_literally_beside(base, name));
-            elsewhere.find(there).or(as_named)
-        }
-    }
 }
 
 /// An error that came up so many layers down.
