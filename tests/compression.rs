@@ -246,9 +246,9 @@ fn a_lack_of_memory_is_an_error() {
     let scratch = Scratch::new();
     fs::write(scratch.file("s.raw"), pattern(1, 4 << 20)).unwrap();
     for (how, bytes) in [
-        (&["-c", "-o", "cluster_size=2M"][..], 9 << 20),
-        (&["-c", "-o", "cluster_size=2M,compression_window=32k"], 6 << 20),
-        (&["-c", "-o", "cluster_size=2M,compression_type=zstd"], 6 << 20),
+        (&["-c", "-o", "cluster_size=2M"][..], 7 << 20),
+        (&["-c", "-o", "cluster_size=2M,compression_window=32k"], 5 << 20),
+        (&["-c", "-o", "cluster_size=2M,compression_type=zstd"], 5 << 20),
     ] {
         let args = [&["convert", "-m", "1", "-f", "raw", "-O", "qcow2"], how, &["s.raw", "t"]].concat();
         let out = crate::common::run::vimg_within_memory(bytes, &args).dir(scratch.path()).fails(1);

@@ -627,3 +627,25 @@ fn salvage_goes_on_where_a_map_cannot_be_read() {
         assert_same_bytes(&scratch.file("theirs"), &scratch.file("ours"));
     }
 }
+
+/// What lies below a filter, or within an image that is the file of another, is placed in the guest's order too.
+#[test]
+fn the_bytes_below_a_filter_are_the_same_for_any_number_of_threads() {
+    let scratch = Scratch::new();
+    let mut source = pattern(7, 9 << 20);
+    source.resize(12 << 20, 0);
+    source.extend(pattern(8, 5 << 20).iter().map(|byte| byte & 1));
+    fs::write(scratch.file("s.raw"), source).unwrap();
+    for driver in ["compress", "raw", "copy-on-read", "preallocate"] {
+        let mut files = Vec::new();
+        for threads in ["1", "5", "5", "16"] {
+            vimg(&["create", "-q", "-f", "qcow2", "t", "17M"]).dir(scratch.path()).ok();
+            let target = format!("driver={driver},file.driver=qcow2,file.file.filename=t");
+            let args = ["convert", "-n", "-m", threads, "-f", "raw", "--target-image-opts", "s.raw", &target];
+            vimg(&args).dir(scratch.path()).ok();
+            judge(&["compare", "-f", "raw", "-F", "qcow2", "s.raw", "t"]).dir(scratch.path()).ok();
+            files.push(fs::read(scratch.file("t")).unwrap());
+        }
+        assert!(files.iter().all(|file| *file == files[0]), "{driver}");
+    }
+}

@@ -81,6 +81,9 @@ impl Encoder {
             Stream::Narrow => Self::Narrow(Box::new(narrow::Encoder::new())),
             Stream::Full | Stream::Zlib => {
                 let level = CompressionLvl::new(how.level.clamp(1, how.stream.levels()).into());
+                // It ends the program where it lacks memory, of which it takes less than that.
+                let bytes = if how.level < 10 { 2 << 20 } else { 16 << 20 };
+                super::reserve::<u8>(&mut Vec::new(), bytes)?;
                 Self::Full(Compressor::new(level.map_err(|_| Error::Encoder)?))
             }
         })

@@ -123,6 +123,7 @@ impl Storage for Verified {
             fixed_len: raw.fixed_len || test.fixed_len,
             new_reads_zero: both(|facts| facts.new_reads_zero),
             alignment: raw.alignment.max(test.alignment),
+            ordered: raw.ordered || test.ordered,
             ..Facts::PLAIN
         }
     }

@@ -190,9 +190,8 @@ impl Storage for Compressed {
         self.inner.allocated()
     }
 
-    /// One request at a time: where data lies is decided by who comes first.
     fn facts(&self) -> Facts {
-        Facts { offload: false, parallel: Some(1), ..self.inner.facts() }
+        Facts { offload: false, ordered: true, ..self.inner.facts() }
     }
 
     fn host(&self) -> Option<&HostFile> {

@@ -235,6 +235,7 @@ impl Storage for Voted {
             new_reads_zero: all().all(|facts| facts.new_reads_zero),
             alignment: all().map(|facts| facts.alignment).max().unwrap_or(1),
             addressed: false,
+            ordered: all().any(|facts| facts.ordered),
             ..Facts::PLAIN
         }
     }

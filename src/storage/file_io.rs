@@ -126,6 +126,7 @@ impl Storage for HostFile {
             identity: Some(self.identity),
             offload: true,
             addressed: true,
+            ordered: false,
         }
     }
 

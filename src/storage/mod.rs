@@ -161,6 +161,9 @@ pub struct Facts {
     pub offload: bool,
     /// Its offsets mean something to who has no more than its name. False for bytes that are put together here.
     pub addressed: bool,
+    /// Where what is written lies in the files below is decided by who comes first: writes in another order leave other
+    /// bytes there.
+    pub ordered: bool,
 }
 
 impl Facts {
@@ -175,6 +178,7 @@ impl Facts {
         identity: None,
         offload: false,
         addressed: true,
+        ordered: false,
     };
 }
 

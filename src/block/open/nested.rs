@@ -126,6 +126,7 @@ impl Storage for NodeStorage {
             // What is encrypted and was never written reads as anything.
             new_reads_zero: driver.cipher().is_none() && files().all(|facts| facts.new_reads_zero),
             parallel: files().filter_map(|facts| facts.parallel).max(),
+            ordered: self.node.writing().is_ok_and(|writing| writing.unit() > 1) || files().any(|facts| facts.ordered),
             offload: driver.lets_host_copy() && files().all(|facts| facts.offload),
             ..Facts::PLAIN
         }

@@ -158,6 +158,9 @@ fn tar(head: &[u8]) -> Option<NoDisk> {
 fn is_summed(header: &[u8]) -> Option<bool> {
     let digits =
         header.get(TAR_CHECKSUM)?.iter().skip_while(|byte| **byte == b' ').take_while(|byte| byte.is_ascii_digit());
+    if digits.clone().next().is_none() {
+        return Some(false);
+    }
     let told = digits.fold(0i64, |sum, digit| sum.wrapping_mul(8).wrapping_add(i64::from(digit & 7)));
     let all = header.iter().enumerate().map(|(at, byte)| if TAR_CHECKSUM.contains(&at) { b' ' } else { *byte });
     let sum: i64 = all.clone().map(i64::from).sum();
@@ -310,6 +313,10 @@ mod tests {
         head[148..154].copy_from_slice(format!("{:06o}", sum + 256).as_bytes());
         assert_eq!(what(&head, "a"), Some("a tar archive"));
         head[148..154].copy_from_slice(format!("{:06o}", sum + 1).as_bytes());
+        assert_eq!(what(&head, "a"), None);
+        // A sum of none that is not told is no checksum.
+        let mut head = [0xff; 512];
+        head[148..156].fill(0);
         assert_eq!(what(&head, "a"), None);
     }
 }

@@ -92,7 +92,12 @@ impl NewVhdx {
         }
         let zero = options.given("block_state_zero").is_none() || options.switch("block_state_zero");
         let shape = Shape { size: size.next_multiple_of(sector), block, sector, fixed, has_parent: false };
-        Ok(Self { shape, log, zero })
+        let new = Self { shape, log, zero };
+        // The reference cannot write, nor open, such a table of an empty disk.
+        if new.bat().length > i32::MAX as u64 {
+            return Err(Error::invalid("An empty disk cannot have blocks so large: its table would take 2 GiB"));
+        }
+        Ok(new)
     }
 
     fn bat(&self) -> Region {

@@ -73,7 +73,8 @@ pub struct Engine<'a> {
     cannot_offload: AtomicBool,
     unit: u64,
     granule: u64,
-    /// Whether pieces are finished one by one: those that share a unit of a file that others can see, or all.
+    /// Whether pieces are finished one by one: those that share a unit of a file that others can see, or all, where the
+    /// target or what it lies in takes them in order.
     one_by_one: bool,
     zeros: Zeros,
     sparse: SparsePolicy,
@@ -165,6 +166,9 @@ impl<'a> Engine<'a> {
             (Sharing::Always, false) => Some(Offload::Share),
             (Sharing::IfAsked, false) | (Sharing::Never, _) => None,
         };
+        // What is an image of its own gives places below as the writes come.
+        let ordered = || target.driver().files().iter().any(|file| file.storage.facts().ordered);
+        let one_by_one = one_by_one || (offload.is_none() && ordered());
         let plan = CopyPlan::new(source, shape, options.salvage.then_some(observer)).copied_by_host(host);
         Ok(Self {
             target,
@@ -297,7 +301,7 @@ impl<'a> Engine<'a> {
 
     /// Whether the order of placements can be seen in the target.
     fn ordered(&self) -> bool {
-        self.unit > 1 || self.in_order()
+        self.unit > 1 || self.one_by_one
     }
 
     fn process(&self, worker: &mut Worker<'a>) -> Result<()> {

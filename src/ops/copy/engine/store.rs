@@ -52,7 +52,7 @@ impl<'a> Engine<'a> {
                     target::place(self.target, &piece, unit.from, early, steps)?;
                 }
                 // The place of the next one may come with a table that lies behind this one.
-                if self.in_order() {
+                if self.one_by_one {
                     write_steps(steps, plain, encoded, self.hole, scratch)?;
                     steps.drain(..).try_for_each(|step| step.placement.publish())?;
                 }
