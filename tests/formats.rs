@@ -168,7 +168,7 @@ fn a_small_odd_disk_converts_between_every_pair_of_kinds() {
 
 #[test]
 fn an_almost_empty_huge_disk_converts_between_every_pair_of_kinds() {
-    let mut matrix = Matrix::new(5 << 40, true);
+    let mut matrix = Matrix::new(3 << 40, true);
     matrix.refusals();
     matrix.go();
 }

@@ -301,8 +301,10 @@ fn a_resize_killed_at_any_system_call_leaves_the_old_or_the_new_disk() {
         fs::copy(scratch.file("whole"), whole.join("disk")).expect("copy");
         let Ended::Done(calls) = killed_at(&whole, &args, usize::MAX) else { panic!("nothing kills it") };
         let mut sizes = [0; 2];
-        // Each of the last ones: the new size comes late, and the calls are not the same in number each time.
-        for n in (1..calls.saturating_sub(16)).step_by(3).chain(calls.saturating_sub(16)..calls + 2) {
+        // Each of the last ones, up to one that is not killed: the new size comes late, and the calls are not the same in
+        // number each time.
+        let late = calls.saturating_sub(16).max(1);
+        for n in (1..late).step_by(6).chain(late..) {
             let (folder, when) = (scratch.file(&format!("{row}-{n}")), format!("{format} to {size}: call {n}"));
             fs::create_dir(&folder).expect("a folder");
             fs::copy(scratch.file("whole"), folder.join("disk")).expect("copy");
@@ -321,7 +323,10 @@ fn a_resize_killed_at_any_system_call_leaves_the_old_or_the_new_disk() {
             assert_eq!(shown.code, Some(0), "{when}: {shown:#?}");
             assert!(fs::read(folder.join("seen")).expect("read") == old[..kept as usize], "{when}");
             fs::remove_dir_all(&folder).expect("remove");
+            if !killed {
+                break;
+            }
         }
-        assert!(sizes[0] > 10 && sizes[1] > 0, "{format} to {size}: {sizes:?}");
+        assert!(sizes[0] > 5 && sizes[1] > 0, "{format} to {size}: {sizes:?}");
     }
 }

@@ -115,18 +115,19 @@ impl Qcow2Header {
             0 => head.len(),
             offset => usize::try_from(offset).unwrap_or(usize::MAX).min(head.len()),
         };
-        let extensions = extensions(head.get(after..end).unwrap_or(&[]));
+        let (extensions, whole) = extensions(head.get(after..end).unwrap_or(&[]));
         // Names first: a feature that we do not know may change what everything else means.
-        for (kind, data) in extensions.iter().flatten() {
+        for (kind, data) in &extensions {
             if *kind == layout::EXT_FEATURE_NAMES {
                 header.feature_names = feature_names(data);
             }
         }
         header.check_features()?;
         header.check_fields(damaged)?;
-        for (kind, data) in extensions? {
+        for (kind, data) in extensions {
             header.take_extension(kind, data)?;
         }
+        whole?;
         if fields.crypt_method == layout::CRYPT_LUKS && header.crypto.is_none() {
             return Err(Error::corrupt("Missing CRYPTO header for crypt method 2")
                 .in_field(offset_of!(StoredHeader, crypt_method)));
@@ -371,21 +372,25 @@ impl Qcow2Header {
     }
 }
 
-/// The extensions in order, without the end marker.
-fn extensions(area: &[u8]) -> Result<Vec<(u32, &[u8])>> {
-    let mut found = Vec::new();
-    let mut rest = area;
-    while let Some((head, after)) = rest.split_at_checked(layout::EXT_HEAD) {
-        let (kind, len) = (layout::word32(head, 0).unwrap_or(0), layout::word32(head, 4).unwrap_or(0) as usize);
-        // The end marker's data means nothing, but lies in the area as any other's.
-        let data = after.get(..len).ok_or_else(|| Error::corrupt("Header extension too large"))?;
-        if kind == layout::EXT_END {
-            break;
+/// The extensions in order, without the end marker, and whether all of them lie in the area: no other ends it.
+fn extensions(area: &[u8]) -> (Vec<(u32, &[u8])>, Result<()>) {
+    let (mut found, mut rest) = (Vec::new(), area);
+    while !rest.is_empty() {
+        let next = rest.split_at_checked(layout::EXT_HEAD).and_then(|(head, after)| {
+            let len = layout::word32(head, 4)? as usize;
+            // The end marker's data means nothing, but lies in the area as any other's.
+            Some((layout::word32(head, 0)?, after.get(..len)?, after.get(len.next_multiple_of(8)..).unwrap_or(&[])))
+        });
+        match next {
+            None => return (found, Err(Error::corrupt("Header extension too large"))),
+            Some((layout::EXT_END, ..)) => break,
+            Some((kind, data, behind)) => {
+                found.push((kind, data));
+                rest = behind;
+            }
         }
-        found.push((kind, data));
-        rest = after.get(len.next_multiple_of(8)..).unwrap_or(&[]);
     }
-    Ok(found)
+    (found, Ok(()))
 }
 
 /// Whether the start of the first cluster holds the extensions with their end mark, and the backing file's name.

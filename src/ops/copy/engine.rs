@@ -159,7 +159,7 @@ impl<'a> Engine<'a> {
         let shape = PlanShape { unit: if apart { CUT } else { unit }, zeros, chunk };
         // What cannot be read is to be zeros in the target, not shared.
         let read = compress.is_some() || options.salvage;
-        let host = (options.offload && !read).then(|| HostCopy::to(target)).flatten();
+        let host = (options.offload && !read).then(|| HostCopy::to(target, unit == 1)).flatten();
         let offload = match (facts.sharing, host.is_some()) {
             _ if read || one_by_one => None,
             (Sharing::Always | Sharing::IfAsked, true) => Some(Offload::ShareOrCopy),
@@ -203,6 +203,11 @@ impl<'a> Engine<'a> {
         self.offload = self.offload.map(|how| if digest.is_some() { Offload::Share } else { how });
         self.digest = digest;
         self
+    }
+
+    /// Guest data in one piece of work.
+    pub fn chunk_len(&self) -> u64 {
+        lock(&self.plan).chunk_len()
     }
 
     /// Does all of it, by this thread and as many others as can be had, in all as many as `threads` says before each chunk

@@ -167,7 +167,7 @@ pub fn copy_with(
         return Err(Error::invalid("output file is smaller than input file"));
     }
     // More than that are not worth a thread.
-    let chunks = usize::try_from(source.total().div_ceil(plan::CHUNK)).unwrap_or(usize::MAX);
+    let chunks = usize::try_from(source.total().div_ceil(engine.chunk_len())).unwrap_or(usize::MAX);
     let most = chunks.clamp(1, MOST_THREADS);
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     engine.run(|| options.threads.unwrap_or_else(|| suitable_threads(source, target, cores)).clamp(1, most))

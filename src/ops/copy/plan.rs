@@ -146,6 +146,11 @@ impl<'a> CopyPlan<'a> {
         }
     }
 
+    /// Guest data in most chunks.
+    pub fn chunk_len(&self) -> u64 {
+        self.shape.chunk.max(1)
+    }
+
     /// The same, where the host is asked to copy what it can.
     pub fn copied_by_host(mut self, host: Option<HostCopy<'a>>) -> Self {
         self.search_from = if host.is_some() { u64::MAX } else { 0 };
@@ -161,16 +166,20 @@ impl<'a> CopyPlan<'a> {
         if left == 0 {
             return Ok(None);
         }
-        let segment = match (self.source.map(self.at, left), self.salvage) {
+        let mut segment = match (self.source.map(self.at, left), self.salvage) {
             (Err(error), Some(observer)) => self.lost(error, observer),
             (Ok(segment), Some(observer)) => self.without_missing(segment, observer)?,
             (mapped, _) => mapped?,
         };
         if let (Some(host), Content::Stored(mapping)) = (&mut self.host, &segment.content)
-            && !host.takes(mapping)
+            && let taken = host.takes(mapping, segment.len)?
+            && taken < segment.len
         {
             self.host = None;
-            self.search_from = segment.at;
+            self.search_from = segment.at + taken;
+            if taken > 0 {
+                segment = segment.split(taken).0;
+            }
         }
         Ok(Some(segment))
     }
