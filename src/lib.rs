@@ -26,16 +26,19 @@
 //!
 //! | what | where | and one line |
 //! |---|---|---|
-//! | a format `foo` that can be read | `formats/foo.rs`: a [`Format`](block::Format) and its [`BlockDriver`](block::BlockDriver) | in [`formats::FORMATS`] |
+//! | a format `foo` that can be read | `formats/foo.rs`: a [`Format`](block::Format) and its [`BlockDriver`](block::BlockDriver); `formats/bochs/` is a small one to begin from | in [`formats::FORMATS`] |
 //! | a protocol `bar:` | `protocols/bar.rs`: a [`Protocol`](block::protocol::Protocol) and the [`Storage`](storage::Storage) that it opens | in [`protocols::PROTOCOLS`] |
 //! | a filter | `filters/baz.rs`: a [`Filter`](block::filter::Filter) and its storage over another one | in [`filters::FILTERS`] |
 //! | `check` of a format | `formats/foo/check.rs`: a [`Check`](block::Check) | the driver's [`checking`](block::BlockDriver::checking) |
 //! | another ability: writing, resizing, snapshots | likewise, a file by its name | the driver's accessor of that name |
-//! | encryption of a format | options and keys: `formats/encryption.rs`, and `formats/sector_cipher.rs`, which makes the cipher | the driver's [`cipher`](block::BlockDriver::cipher); [`encrypts`](block::Create::encrypts) and [`open_options`](block::Create::open_options) for new images |
+//! | encryption of a format | options and keys: `formats/encryption.rs`, and `formats/sector_cipher.rs`, which makes the cipher; `formats/qcow/` does no more than that | the driver's [`cipher`](block::BlockDriver::cipher); [`encrypts`](block::Create::encrypts) and [`open_options`](block::Create::open_options) for new images |
 //! | a cipher of LUKS | the crate that computes it | in the table of `crypto/spec.rs` |
 //! | an option `-o` of a new image | `formats/foo/create.rs`: where it is read from the [`CreateOptions`](block::CreateOptions) | in the format's table of [`OptionSpec`](block::OptionSpec)s |
 //! | an option of a subcommand | a field of its arguments | in the table of `cli/arguments.rs`, if its value is a file, a format or the like |
 //! | a subcommand | `cli/qux.rs`: its arguments and what is done with them | in [`cli::SUBCOMMANDS`] |
+//!
+//! What can be seen from outside has a line in a table of README.md as well: formats, protocols and subcommands under
+//! "Options", and what differs from the reference under "Differences", with its test in `tests/both/deviations.case`.
 //!
 //! # Map, then act
 //!

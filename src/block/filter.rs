@@ -1,5 +1,6 @@
 //! What is known of a filter without an image: its name, how it is spelt, how it is put over what lies below. A filter
-//! stands between a format and its file, or over an image, and changes no byte: it may fail, delay or watch.
+//! stands between a format and its file, or over an image, and what is read through it is what was written through it. It
+//! may fail, delay, watch or compare, and decide how what passes is stored: compressed, or with room behind it.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;

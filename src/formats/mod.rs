@@ -2,7 +2,7 @@
 //!
 //! A format is one folder (or file) here, its `mod` line and one line of [`FORMATS`]. It needs `Format`'s `name`, `probe`
 //! and `open`, and `BlockDriver`'s `format`, `virtual_size`, `extent`, `files` and `info`; all the rest has defaults, which
-//! say that it cannot be done. The smallest one is [`raw`].
+//! say that it cannot be done. [`bochs`] is a small one that is read, [`vdi`] one that does everything.
 
 pub mod bochs;
 mod claims;
