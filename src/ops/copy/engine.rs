@@ -377,7 +377,7 @@ impl<'a> Engine<'a> {
         let Worker { chunk, plain, scratch, pieces, flags, unit, .. } = worker;
         target::decide(chunk, plain.first(len), self.sparse, self.zeros, pieces);
         if self.granule > 1 {
-            target::coarsen(chunk.at, chunk.len, self.granule, flags, pieces);
+            target::coarsen(chunk.at, chunk.len, self.granule, self.source.blank_from(), flags, pieces);
             if chunk.keeps() {
                 target::fill_kept(chunk, self.target, pieces, plain.room(len)?, scratch)?;
             }

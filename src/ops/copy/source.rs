@@ -60,6 +60,11 @@ impl Joined {
         Self { onto: Some(onto), ..Self::new(std::slice::from_ref(node), None) }
     }
 
+    /// From there on what the target keeps is zeros: past the end of its backing file.
+    pub(super) fn blank_from(&self) -> u64 {
+        self.above.filter(|above| above.blank_past).map_or(u64::MAX, |above| above.backing_len)
+    }
+
     /// See [`Joined::onto`].
     pub(super) fn new_backing(&self) -> Option<&Onto> {
         self.onto.as_ref()

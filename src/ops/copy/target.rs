@@ -65,8 +65,8 @@ const KEEP: u8 = 4;
 const START: u8 = 8;
 
 /// Rounds the pieces of the chunk to granules. One that holds any data is data; so is one that is in part to be
-/// zeroed and in part to be kept.
-pub fn coarsen(at: u64, len: u64, granule: u64, flags: &mut Vec<u8>, pieces: &mut Vec<Piece>) {
+/// zeroed and in part to be kept, but for what is kept from `blank` on, which is zeros anyway.
+pub fn coarsen(at: u64, len: u64, granule: u64, blank: u64, flags: &mut Vec<u8>, pieces: &mut Vec<Piece>) {
     let index = |pos: u64| usize::try_from((pos - at) / granule).unwrap_or(usize::MAX);
     flags.clear();
     flags.resize(index(at + len.next_multiple_of(granule)), 0);
@@ -76,7 +76,8 @@ pub fn coarsen(at: u64, len: u64, granule: u64, flags: &mut Vec<u8>, pieces: &mu
         let bit = match piece.kind {
             PieceKind::Data => DATA,
             PieceKind::Zero => ZERO,
-            PieceKind::Keep => KEEP,
+            PieceKind::Keep if piece.at < blank => KEEP,
+            PieceKind::Keep => 0,
         };
         if bit == DATA
             && let Some(first) = part.iter_mut().find(|flag| **flag & DATA == 0)
@@ -87,7 +88,7 @@ pub fn coarsen(at: u64, len: u64, granule: u64, flags: &mut Vec<u8>, pieces: &mu
     }
     let kind_of = |flag: u8| match flag & (DATA | ZERO | KEEP) {
         ZERO => PieceKind::Zero,
-        KEEP => PieceKind::Keep,
+        KEEP | 0 => PieceKind::Keep,
         _ => PieceKind::Data,
     };
     for (i, flag) in flags.iter().enumerate() {
@@ -163,7 +164,7 @@ mod tests {
             piece(49152, 8192, PieceKind::Keep),
             piece(57344, 100, PieceKind::Keep),
         ];
-        coarsen(0, 57444, 16384, &mut Vec::new(), &mut pieces);
+        coarsen(0, 57444, 16384, u64::MAX, &mut Vec::new(), &mut pieces);
         assert_eq!(
             pieces,
             [
@@ -174,5 +175,11 @@ mod tests {
                 piece(49152, 8292, PieceKind::Keep),
             ]
         );
+        let ends = [piece(0, 512, PieceKind::Zero), piece(512, 8192, PieceKind::Keep)];
+        for (blank, kind) in [(512, PieceKind::Zero), (513, PieceKind::Data)] {
+            let mut pieces = ends.to_vec();
+            coarsen(0, 8704, 4096, blank, &mut Vec::new(), &mut pieces);
+            assert_eq!(pieces, [piece(0, 4096, kind), piece(4096, 4608, PieceKind::Keep)]);
+        }
     }
 }

@@ -37,7 +37,8 @@ impl<'a> Engine<'a> {
             }
         }
         if self.granule > 1 {
-            target::coarsen(whole.at, whole.len, self.granule, &mut worker.flags, &mut pieces);
+            let blank = self.source.blank_from();
+            target::coarsen(whole.at, whole.len, self.granule, blank, &mut worker.flags, &mut pieces);
         }
         pieces.retain(|piece| match piece.kind {
             PieceKind::Data => true,
