@@ -642,6 +642,55 @@ fn what_is_read_is_not_written_over_under_another_name() {
     assert!(left == bytes);
 }
 
+/// Nor is it what its own backing file lies in; parts of one device that do not meet are no such thing.
+#[test]
+fn what_an_image_stands_on_is_not_written_over() {
+    need_root("loop devices and a bind mount");
+    let dir = Scratch::new();
+    let bytes = [pattern(3, 2 << 20), pattern(4, 2 << 20)].concat();
+    fs::write(dir.file("raw"), &bytes).unwrap();
+    dir.judge(&["convert", "-f", "raw", "-O", "qcow2", "raw", "base"]);
+    dir.judge(&["create", "-q", "-f", "qcow2", "-b", "raw", "-F", "raw", "middle"]);
+    dir.judge(&["create", "-q", "-f", "qcow2", "source", "4M"]);
+    for name in ["base", "raw"] {
+        dir.sh(&format!(
+            "ln {name} {name}.hard; ln -s {name} {name}.link; touch {name}.bound; mount --bind {name} {name}.bound"
+        ));
+    }
+    let losetup = |args: &str| dir.sh(&format!("PATH=$PATH:/sbin:/usr/sbin losetup {args}")).stdout.trim().to_owned();
+    let [low, high, all, device] = ["-o 0 --sizelimit 2M raw", "-o 2M --sizelimit 2M raw", "raw", "base"]
+        .map(|args| losetup(&format!("-f --show {args}")));
+    let mut refused = Vec::new();
+    for end in ["", ".hard", ".link", ".bound"] {
+        refused.push(format!("convert -O qcow2 -B base -F qcow2 source base{end}"));
+        refused.push(format!("convert -O qed -B middle -F qcow2 source raw{end}"));
+        refused.push(format!("convert -O qcow2 -B middle -F qcow2 -o data_file=raw{end} source new"));
+        refused.push(format!("create -f qcow2 -b middle -F qcow2 -o data_file=raw{end} new"));
+    }
+    refused.push(format!("convert -O qcow2 -B {device} -F qcow2 source base"));
+    refused.push(format!("rebase -u -b {device} -F qcow2 base"));
+    refused.push(format!("rebase -b {device} -F qcow2 base"));
+    refused.push(format!("convert -f raw -O raw {low} {all}"));
+    refused.push(format!("convert -f raw -O raw {high} {all}"));
+    let run = |line: &str| vimg(&line.split(' ').collect::<Vec<_>>()).dir(dir.path()).run();
+    let outs: Vec<_> = refused.iter().map(|line| (line, run(line))).collect();
+    let left = (fs::read(dir.file("raw")).unwrap(), dir.file("new").exists());
+    let same = judge(&["compare", "-f", "raw", "-F", "qcow2", "raw", "base"]).dir(dir.path()).run();
+    let copied = run(&format!("convert -f raw -O raw {low} {high}"));
+    let after = fs::read(dir.file("raw")).unwrap();
+    losetup(&format!("-d {low} {high} {all} {device}"));
+    dir.sh("umount base.bound raw.bound");
+    for (line, out) in outs {
+        assert_eq!(out.code, Some(1), "{line}: {out:?}");
+        let said = ["same filename as the backing file", "is the same file", "infinite loop"];
+        assert!(said.iter().any(|text| out.stderr.contains(text)), "{line}: {out:?}");
+    }
+    assert!(left == (bytes.clone(), false));
+    assert_eq!(same.code, Some(0), "{same:?}");
+    assert_eq!(copied.code, Some(0), "{copied:?}");
+    assert!(after == [&bytes[..2 << 20], &bytes[..2 << 20]].concat());
+}
+
 #[test]
 fn a_resize_on_a_full_disk_names_the_file() {
     let dir = Scratch::new();

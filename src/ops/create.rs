@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::ids::{IdChoice, ImageIds};
+use super::read_from::{files_of, is_among};
 use crate::block::error::Context;
 use crate::block::protocol::{CreateFile, Protocol};
 use crate::block::{
@@ -85,6 +86,19 @@ impl NewImage {
         self.name.to_string_lossy().into_owned()
     }
 
+    /// What it will stand on, opened to be looked at; nothing where that cannot be had: who needs it will tell.
+    pub fn stands_on(&self, opener: &Opener<'_>) -> Option<Arc<Node>> {
+        let path = beside(&self.name, self.options.name("backing_file")?);
+        let format = self.options.text("backing_fmt").map(str::to_owned);
+        let how = OpenHow { format, purpose: Purpose::Look, force_share: true, ..OpenHow::default() };
+        opener.open_named(&ImageRef::name(path), &how).ok()
+    }
+
+    /// The files that are there under its names.
+    pub fn places(&self, opener: &Opener<'_>) -> Vec<Identity> {
+        places(opener.drivers(), &self.name, &self.options)
+    }
+
     /// What is being done, for errors of a conversion.
     pub fn converting(&self) -> String {
         format!("{}: error while converting {}", self.name.to_string_lossy(), self.format.name())
@@ -143,8 +157,9 @@ impl Wanted<'_> {
         }
         let itself = || Error::invalid("Error: Trying to create an image with the same filename as the backing file");
         let path = beside(self.name, backing);
-        let here = identity(opener.drivers(), self.name);
-        if backing == self.name || (here.is_some() && here == identity(opener.drivers(), &path)) {
+        let places = places(opener.drivers(), self.name, &self.options);
+        let at = identity(opener.drivers(), &path);
+        if backing == self.name || at.is_some_and(|at| places.contains(&at)) {
             return Err(itself());
         }
         let no_format = || Error::invalid("Backing file specified without backing format");
@@ -162,13 +177,8 @@ impl Wanted<'_> {
             let error = no_format().hint(format!("Detected format of {format}."));
             return Err(error.advise(format!("-F {format} names it, where that is right")));
         }
-        let mut layer = Some(&node);
-        while let Some(node) = layer {
-            let files = node.driver().files();
-            if here.is_some() && files.iter().any(|file| file.storage.facts().identity == here) {
-                return Err(itself());
-            }
-            layer = node.backing();
+        if is_among(&places, &files_of(std::slice::from_ref(&node))) {
+            return Err(itself());
         }
         if self.options.number("size").is_none() {
             self.options.set("size", OptionValue::Size(node.virtual_size()))?;
@@ -220,6 +230,12 @@ pub fn may_share(drivers: &Drivers, new: &NewImage) -> bool {
 }
 
 /// Which file a name stands for, if it is a regular one that is there.
+/// The files that are there under the names of an image and of its data file.
+fn places(drivers: &Drivers, image: &OsStr, options: &CreateOptions) -> Vec<Identity> {
+    let data = options.name("data_file").map(|name| beside(image, name));
+    [Some(image), data.as_deref()].into_iter().flatten().filter_map(|name| identity(drivers, name)).collect()
+}
+
 fn identity(drivers: &Drivers, name: &OsStr) -> Option<Identity> {
     let Named::Protocol(_, spelt) = drivers.of_name(name).ok()? else { return None };
     let meta = std::fs::metadata(spelt.path?).ok().filter(std::fs::Metadata::is_file)?;

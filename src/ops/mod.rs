@@ -15,6 +15,7 @@ pub mod ids;
 pub mod info;
 pub mod map;
 pub mod measure;
+mod read_from;
 pub mod rebase;
 pub mod resize;
 pub mod snapshot;

@@ -4,14 +4,14 @@
 //! changes over. What stops in between has the old backing file and shows what it showed.
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::copy::{self, CopyOptions, Joined, Observer, Onto, TargetFacts};
 use super::written;
 use crate::block::error::Context;
 use crate::block::{BackingChange, BackingRef, BlockDriver, Error, Node, Result, keeps_its_parent, name};
-use crate::storage::Identity;
+use crate::storage::host_part::parts_at;
 
 /// What the image is to stand on.
 #[derive(Debug, Clone)]
@@ -42,14 +42,18 @@ impl NewBacking {
     fn refuse_loop(&self, node: &Node) -> Result<()> {
         let mut next = self.below.as_ref();
         let mut again = false;
+        let own = node.identity().map(|(own, _)| own);
         while let Some(below) = next {
             again |= below.identity().is_some() && below.identity() == node.identity();
+            // A loop device of it.
+            let same = below.driver().format() == node.driver().format();
+            let mut hosts = below.driver().files().iter().filter_map(|child| child.storage.host());
+            again |= same && hosts.any(|host| host.lies_in().iter().any(|part| Some(part.of) == own));
             next = below.backing();
         }
-        if let (None, Some(named), Some((own, _))) = (&self.below, &self.named, node.identity()) {
+        if let (None, Some(named), Some(own)) = (&self.below, &self.named, own) {
             let path = name::find_beside(node.origin().base.as_deref(), &named.name);
-            let meta = path.and_then(|path| std::fs::metadata(path).ok());
-            again |= meta.is_some_and(|meta| Identity { device: meta.dev(), inode: meta.ino() } == own);
+            again |= path.is_some_and(|path| parts_at(Path::new(&path)).iter().any(|part| part.of == own));
         }
         match again {
             true => {

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use super::copy::{Sharing, TargetFacts};
 use super::create::{self, NewImage};
+use super::read_from::{files_of, is_among};
 use crate::block::error::Context;
 use crate::block::{BlockDriver, Error, ExtentKind, GuestOffset, MadeFiles, Node, OpenHow, Opener, Purpose, Result};
-use crate::storage::staging::{Durability, Source, Staging};
+use crate::storage::staging::{Durability, Staging};
 use crate::storage::{self, CacheMode, Storage};
 
 /// See the module.
@@ -32,7 +33,13 @@ impl StagedTarget {
         doing: fn(&NewImage) -> String,
     ) -> Result<Self> {
         let mode = cache.unwrap_or(CacheMode::Unsafe);
-        let staging = Staging::new(mode, durability(cache)).sparing(files_of(sources));
+        let below = new.stands_on(opener);
+        if is_among(&new.places(opener), &files_of(below.as_slice())) {
+            let error = Error::invalid("Trying to create an image with the same filename as the backing file");
+            return Err(error.context(doing(new)).about(new.shown()));
+        }
+        let read: Vec<_> = sources.iter().cloned().chain(below).collect();
+        let staging = Staging::new(mode, durability(cache)).sparing(files_of(&read));
         let (node, files) = create::create_open(new, &staging, opener, mode, doing)?;
         if new.ids.cid.is_some() {
             node.driver().keep_content_id();
@@ -93,29 +100,6 @@ impl StagedTarget {
         drop((node, files));
         staging.commit().with_context(|| format!("Could not create '{name}'"))
     }
-}
-
-/// All files of the host that images and what they stand on are read from.
-fn files_of(images: &[Arc<Node>]) -> Vec<Source> {
-    let mut files = Vec::new();
-    for image in images {
-        let mut layer = Some(image);
-        while let Some(node) = layer {
-            let of_layer = node.driver().files().iter().filter_map(|child| {
-                let lies_in = match child.storage.host() {
-                    Some(host) => host.lies_in(),
-                    None => vec![child.storage.facts().identity?],
-                };
-                Some(Source { name: child.name.clone(), lies_in })
-            });
-            files.extend(of_layer);
-            for (_, inner) in &node.origin().inner {
-                files.extend(files_of(std::slice::from_ref(inner)));
-            }
-            layer = node.backing();
-        }
-    }
-    files
 }
 
 /// What of a new image is on stable storage when it appears. `unsafe` is the default, but only what the user says is

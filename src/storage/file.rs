@@ -18,6 +18,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::direct::Direct;
+use super::host_part::{HostPart, parts_of};
 use super::kind::FileKind;
 use super::lock::{self, Access};
 use super::reserve::Reserve;
@@ -164,14 +165,9 @@ impl HostFile {
         self.identity
     }
 
-    /// What its bytes lie in: the file; the device, whichever file names it, as inode 0; the file behind a loop device.
-    pub fn lies_in(&self) -> Vec<Identity> {
-        let mut all = vec![self.identity];
-        if self.kind == FileKind::BlockDevice {
-            all.extend(self.file.metadata().ok().map(|meta| Identity { device: meta.rdev(), inode: 0 }));
-            all.extend(host::behind_loop(&self.file));
-        }
-        all
+    /// What its bytes lie in.
+    pub fn lies_in(&self) -> Vec<HostPart> {
+        parts_of(&self.file)
     }
 
     /// The host's extent size hint (XFS), where there is one.

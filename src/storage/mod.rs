@@ -17,6 +17,7 @@ pub mod file;
 mod file_io;
 pub mod holder;
 pub mod host;
+pub mod host_part;
 pub mod in_order;
 pub mod keyring;
 mod kind;

@@ -28,9 +28,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use self::head::HeadLast;
 pub use self::make::stays_until_replaced;
 use super::file::HostFile;
+use super::host_part::HostPart;
 use super::temporary::TemporaryName;
 use super::writeback::{LITTLE, Writeback};
-use super::{CacheMode, Error, FileKind, Identity, Preallocation, Result, Storage, error, host};
+use super::{CacheMode, Error, FileKind, Preallocation, Result, Storage, error, host};
 
 /// What a new file shall be like.
 #[derive(Debug, Clone, Copy, Default)]
@@ -97,7 +98,7 @@ pub struct Source {
     /// What it is called.
     pub name: String,
     /// What its bytes lie in ([`HostFile::lies_in`]).
-    pub lies_in: Vec<Identity>,
+    pub lies_in: Vec<HostPart>,
 }
 
 /// What was made where there are no hidden names: others can see it before it is complete.

@@ -118,7 +118,11 @@ impl Staging {
             return Ok(());
         }
         let places = old.lies_in();
-        match self.sources.iter().find(|source| source.lies_in.iter().any(|place| places.contains(place))) {
+        match self
+            .sources
+            .iter()
+            .find(|source| source.lies_in.iter().any(|part| places.iter().any(|place| place.meets(part))))
+        {
             Some(source) => Err(Error::Other(format!(
                 "'{}' would be written in place, and '{}', which is read, is the same file",
                 path.display(),
