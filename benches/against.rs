@@ -314,6 +314,21 @@ fn contenders(job: &Job, disk: &Path, programs: &[(&'static str, PathBuf)]) -> V
     all
 }
 
+/// The cost of a run. (Over http qemu-img has been seen to wait for ever for what the server had sent: what takes minutes
+/// there is ended, and begins once more.)
+fn measure_within(command: &[String], dir: &Path, disk: &Path, job: &Job) -> Result<cost::Cost, String> {
+    if !job.run.contains("{far}") {
+        return measure(command, dir);
+    }
+    let limited: Vec<String> =
+        ["timeout", "120"].map(str::to_owned).into_iter().chain(command.iter().cloned()).collect();
+    measure(&limited, dir).or_else(|_| {
+        scene::set(dir, disk, job.run);
+        far::take_sent();
+        measure(&limited, dir)
+    })
+}
+
 /// Runs a job by each contender, in turn; one [`Runs`] each.
 fn run_job(
     job: &Job,
@@ -355,7 +370,7 @@ fn run_job(
                 scene::chill(dir, disk);
                 job.needs.iter().for_each(|(file, _)| scene::chill(dir, Path::new(file)));
             }
-            let cost = match measure(&contender.command, dir) {
+            let cost = match measure_within(&contender.command, dir, disk, job) {
                 Err(_) if contender.name == "base" => {
                     unable[turn] = true;
                     continue;

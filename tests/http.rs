@@ -2,6 +2,7 @@
 //! as they were seen.
 
 use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -457,6 +458,65 @@ fn of_a_sparse_image_little_more_than_its_data_is_fetched() {
     scratch.assert_same_content("qcow2", "a", "qcow2", "d");
     let len = fs::metadata(scratch.file("c")).unwrap().len();
     assert!(web.sent() <= len && web.requests().len() as u64 <= len.div_ceil(256 << 10) + 1, "{len} {}", web.sent());
+}
+
+/// What a server is asked for while a disk of runs of data with holes between them, which follow each other in the file,
+/// is made raw: the number of requests for data, the most bytes of one, and how it ended.
+fn scattered(answer: impl Fn(&[u8], &Request) -> Reply + Send + Sync + 'static) -> (Scratch, usize, u64, Output) {
+    let scratch = Scratch::new();
+    let run = pattern(11, 640 << 10);
+    let disk = fs::File::create(scratch.file("disk")).unwrap();
+    (0..128u64).for_each(|n| disk.write_all_at(&run, n << 20).unwrap());
+    disk.set_len(128 << 20).unwrap();
+    scratch.judge(&["convert", "-f", "raw", "-O", "qcow2", "disk", "a"]);
+    let file = fs::read(scratch.file("a")).unwrap();
+    let web = Web::new(move |request| answer(&file, request));
+    let out = run_convert(&scratch, &web.url("a"));
+    let len = |request: &Request| request.range.map_or(0, |(from, to)| to + 1 - from);
+    let data: Vec<u64> = web.requests().iter().map(len).filter(|len| *len > 256 << 10).collect();
+    if out.code == Some(0) {
+        assert_same_bytes(&scratch.file("disk"), &scratch.file("out"));
+        assert!(fs::metadata(scratch.file("out")).unwrap().blocks() * 512 <= 82 << 20);
+    }
+    (scratch, data.len(), data.into_iter().max().unwrap_or(0), out)
+}
+
+fn run_convert(scratch: &Scratch, url: &str) -> Output {
+    run(scratch, &["convert", "-f", "qcow2", "-O", "raw", url, "out"])
+}
+
+/// Several chunks are taken at once, and fetched by one request, as one answer.
+#[test]
+fn what_follows_in_the_file_is_asked_for_once() {
+    let sent = Arc::new(AtomicUsize::new(0));
+    let count = sent.clone();
+    let (_scratch, requests, most, out) = scattered(move |file, request| {
+        let reply = tagged(file, request);
+        count.fetch_add(reply.body.len(), Ordering::SeqCst);
+        reply
+    });
+    assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""));
+    // 80 MiB, a 64th of it at once or a little more.
+    assert!(requests <= 80 && most > 1 << 20, "{requests} {most}");
+    assert!(sent.load(Ordering::SeqCst) <= 81 << 20, "{sent:?}");
+    // A worker that has its answer cut off asks for what is missing, and so it does where less comes than was asked for.
+    let (_scratch, _, _, out) = scattered(|file, request| match (request.range, request.number % 3) {
+        (Some((from, to)), 1) if to - from > 300_000 => tagged(file, request).cut(((to - from) * 7 / 9) as usize),
+        (Some((from, to)), 2) if to - from > 300_000 => {
+            tagged(file, &Request { range: Some((from, from + (to - from) / 3)), ..request.clone() })
+        }
+        _ => tagged(file, request),
+    });
+    assert_eq!((out.code, out.stderr.as_str()), (Some(0), ""));
+    // What is asked for once more has changed.
+    let (scratch, _, _, out) = scattered(|file, request| match request.number {
+        0..9 => tagged(file, request),
+        9 => tagged(file, request).cut(400_000),
+        _ => tagged(file, request).with("ETag", "\"2\""),
+    });
+    assert_eq!(out.code, Some(1));
+    assert!(out.stderr.contains("the file has been changed on the server while it was read"), "{}", out.stderr);
+    assert!(!scratch.file("out").exists());
 }
 
 /// But for the first tables, the server answers no request for one before four of them are there at once, unless they do

@@ -18,15 +18,19 @@ const RW: FileHow = FileHow { write: true, cache: CacheMode::Writeback, access: 
 
 /// A program that another test is just starting holds our descriptors for a moment, until it is that program: so
 /// what ought to be free is tried for minutes.
-fn hold(path: &Path, access: Access) -> HostFile {
+fn patiently<T>(mut take: impl FnMut() -> vimg::storage::Result<T>) -> T {
     let mut tries = 0;
     loop {
-        match HostFile::open(path, &FileHow { access, ..RW }) {
+        match take() {
             Err(error) if error.errno() == Some(Errno::EAGAIN) && tries < 10_000 => tries += 1,
             other => return other.unwrap(),
         }
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
+}
+
+fn hold(path: &Path, access: Access) -> HostFile {
+    patiently(|| HostFile::open(path, &FileHow { access, ..RW }))
 }
 
 fn taking(path: &Path, access: Access) -> String {
@@ -136,7 +140,7 @@ fn what_we_hold_keeps_the_judge_out() {
     }
     // An older file stays locked until the new one has its name.
     let staging = Staging::new(CacheMode::Unsafe, Durability::Never);
-    staging.create(&a).unwrap();
+    patiently(|| staging.create(&a));
     let out = judge(&["resize", "-f", "qcow2", "a", "2M"]).dir(dir.path()).fails(1);
     assert!(out.stderr.contains("lock"), "{out:?}");
     drop(staging);

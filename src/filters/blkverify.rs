@@ -124,6 +124,7 @@ impl Storage for Verified {
             new_reads_zero: both(|facts| facts.new_reads_zero),
             alignment: raw.alignment.max(test.alignment),
             ordered: raw.ordered || test.ordered,
+            by_run: raw.by_run || test.by_run,
             ..Facts::PLAIN
         }
     }

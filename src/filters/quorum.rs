@@ -236,6 +236,7 @@ impl Storage for Voted {
             alignment: all().map(|facts| facts.alignment).max().unwrap_or(1),
             addressed: false,
             ordered: all().any(|facts| facts.ordered),
+            by_run: all().any(|facts| facts.by_run),
             ..Facts::PLAIN
         }
     }

@@ -1,14 +1,19 @@
 //! Bytes that a server gives range by range, as a storage that is only read: what protocols of the net have in common.
 //!
 //! Small reads (of tables, of compressed units) go through a cache of blocks ([`blocks`]), so that they do not cost a
-//! round trip each; a block that follows the one before is fetched together with those behind it. Large reads fetch
-//! what they are for and not a byte more, but for what the cache has; several are under way at once, one a thread.
+//! round trip each; a block that follows the one before is fetched together with those behind it. Large reads, and those
+//! of a run that was announced, fetch what they are for and not a byte more, but for what the cache has; several are
+//! under way at once, one a thread.
 //!
 //! Invariants: every fetch lies in the file; two threads never fetch the same block at the same time.
+//!
+//! Lock order: `runs` is a leaf, never held while anything is fetched.
 
 mod blocks;
 
 use std::fmt;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 
@@ -17,13 +22,14 @@ use crate::storage::{Event, Facts, HostExtent, HostFile, Preallocation, Result, 
 
 /// Gives ranges of a file. It tries again by itself where that may help.
 pub trait Fetch: Send + Sync + fmt::Debug {
-    /// Fills `buf` with the bytes from `at` on, all of which the file has.
-    fn fetch(&self, at: u64, buf: &mut [u8]) -> Result<()>;
+    /// Fills `buf` with the bytes from `at` on, all of which the file has. So many bytes `behind` them will be fetched
+    /// next by the same thread: they may be asked for already.
+    fn fetch(&self, at: u64, buf: &mut [u8], behind: u64) -> Result<()>;
 }
 
 impl Fetch for Box<dyn Fetch> {
-    fn fetch(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        (**self).fetch(at, buf)
+    fn fetch(&self, at: u64, buf: &mut [u8], behind: u64) -> Result<()> {
+        (**self).fetch(at, buf, behind)
     }
 }
 
@@ -36,6 +42,9 @@ const KEPT: usize = 16 << 20;
 /// The most blocks that are fetched together, unless more are asked for.
 const MOST_AHEAD: usize = 8;
 
+/// The most runs that are remembered of those that were announced: what is not read is forgotten.
+const MOST_RUNS: usize = 256;
+
 /// See the module.
 #[derive(Debug)]
 pub struct Ranged<F> {
@@ -44,6 +53,8 @@ pub struct Ranged<F> {
     block: usize,
     blocks: Blocks,
     parallel: u32,
+    /// What was announced, and has not been read to its end.
+    runs: Mutex<Vec<Range<u64>>>,
 }
 
 impl<F: Fetch> Ranged<F> {
@@ -51,7 +62,7 @@ impl<F: Fetch> Ranged<F> {
     /// at once.
     pub fn new(source: F, len: u64, ahead: u64, parallel: u32) -> Self {
         let block = block_size(ahead);
-        Self { source, len, block, blocks: Blocks::new((KEPT / block).max(8)), parallel }
+        Self { source, len, block, blocks: Blocks::new((KEPT / block).max(8)), parallel, runs: Mutex::default() }
     }
 
     /// Keeps what is known already of the file's start.
@@ -79,16 +90,18 @@ impl<F: Fetch> Ranged<F> {
     fn read_some(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         let block = at / self.block as u64;
         let skip = short(at - self.start_of(block));
-        if buf.len() >= self.block && self.blocks.is_absent(block) {
+        let run = self.run(at, buf.len() as u64);
+        if let Some(run) = run.filter(|_| self.blocks.is_absent(block)) {
             // Up to the first block that is there already.
-            let mut len = self.len_of(block).saturating_sub(skip).min(buf.len());
+            let mut len = (self.len_of(block).saturating_sub(skip) as u64).min(run);
             let mut next = block + 1;
-            while len < buf.len() && self.blocks.is_absent(next) {
-                len = (len + self.len_of(next)).min(buf.len());
+            while len < run && self.blocks.is_absent(next) {
+                len = (len + self.len_of(next) as u64).min(run);
                 next += 1;
             }
-            self.source.fetch(at, &mut buf[..len])?;
-            return Ok(len);
+            let here = short(len).min(buf.len());
+            self.source.fetch(at, &mut buf[..here], len - here as u64)?;
+            return Ok(here);
         }
         let bytes = match self.blocks.claim(block) {
             Claim::There(bytes) => bytes,
@@ -98,6 +111,20 @@ impl<F: Fetch> Ranged<F> {
         let len = part.len().min(buf.len());
         buf[..len].copy_from_slice(&part[..len]);
         Ok(len)
+    }
+
+    /// How many bytes from `at` on will be read in one go, if they are not few: `len` of them now, and those of a run that
+    /// was announced.
+    fn run(&self, at: u64, len: u64) -> Option<u64> {
+        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(index) = runs.iter().position(|run| run.contains(&at)) else {
+            return (len >= self.block as u64).then_some(len);
+        };
+        let left = runs[index].end - at;
+        if left <= len {
+            runs.swap_remove(index);
+        }
+        Some(left.max(len))
     }
 
     /// Fetches a block that was claimed, and with it those behind it that are wanted or will be: twice as many as the
@@ -110,7 +137,7 @@ impl<F: Fetch> Ranged<F> {
         let count = short(claimed.end() - block);
         let len = (block..claimed.end()).map(|number| self.len_of(number)).sum();
         let mut bytes = vec![0; len];
-        self.source.fetch(self.start_of(block), &mut bytes)?;
+        self.source.fetch(self.start_of(block), &mut bytes, 0)?;
         let run = u32::try_from(count).unwrap_or(u32::MAX);
         claimed.fill(bytes.chunks(self.block).map(Into::into), run);
         bytes.truncate(self.block);
@@ -180,14 +207,24 @@ impl<F: Fetch> Storage for Ranged<F> {
     }
 
     fn facts(&self) -> Facts {
-        Facts { fixed_len: true, new_reads_zero: false, parallel: Some(self.parallel), ..Facts::PLAIN }
+        Facts { fixed_len: true, new_reads_zero: false, parallel: Some(self.parallel), by_run: true, ..Facts::PLAIN }
     }
 
     fn host(&self) -> Option<&HostFile> {
         None
     }
 
-    fn announce(&self, _event: Event) {}
+    fn announce(&self, event: Event) {
+        let Event::Reads { at, len } = event else { return };
+        let end = at.saturating_add(len).min(self.len);
+        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        if end.saturating_sub(at) >= self.block as u64 {
+            if runs.len() >= MOST_RUNS {
+                runs.remove(0);
+            }
+            runs.push(at..end);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -200,6 +237,7 @@ mod tests {
     #[derive(Debug, Default)]
     struct Told {
         asked: Mutex<Vec<(u64, usize)>>,
+        behind: std::sync::atomic::AtomicU64,
         fails: std::sync::atomic::AtomicBool,
     }
 
@@ -208,7 +246,8 @@ mod tests {
     }
 
     impl Fetch for &Told {
-        fn fetch(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        fn fetch(&self, at: u64, buf: &mut [u8], behind: u64) -> Result<()> {
+            self.behind.fetch_max(behind, std::sync::atomic::Ordering::Relaxed);
             self.asked.lock().unwrap_or_else(|e| e.into_inner()).push((at, buf.len()));
             if self.fails.swap(false, std::sync::atomic::Ordering::Relaxed) {
                 return Err(Errno::ECONNRESET.into());
@@ -268,6 +307,44 @@ mod tests {
         assert_eq!(asked(&told), [(K64 / 2, 65536)]);
         read(&file, K64 / 2, 65535).unwrap();
         assert_eq!(asked(&told), [(0, 2 * 65536)]);
+    }
+
+    #[test]
+    fn runs_that_are_announced_are_fetched_as_such() {
+        let told = Told::default();
+        let behind = || told.behind.swap(0, std::sync::atomic::Ordering::Relaxed);
+        let file = Ranged::new(&told, 100 * K64, K64, 4);
+        // Small reads too, and no byte of what lies around.
+        file.announce(Event::Reads { at: K64 / 2, len: 3 * K64 });
+        read(&file, K64 / 2, 512).unwrap();
+        assert_eq!((asked(&told), behind()), (vec![(K64 / 2, 512)], 3 * K64 - 512));
+        read(&file, K64 / 2 + 512, 65536).unwrap();
+        assert_eq!((asked(&told), behind()), (vec![(K64 / 2 + 512, 65536)], 2 * K64 - 512));
+        // The last of it ends the run.
+        read(&file, 3 * K64 / 2 + 512, 2 * 65536 - 512).unwrap();
+        assert_eq!((asked(&told).len(), behind()), (1, 0));
+        read(&file, K64 / 2, 512).unwrap();
+        assert_eq!((asked(&told), behind()), (vec![(0, 65536)], 0));
+        // It stops at what is there.
+        read(&file, 13 * K64, 1).unwrap();
+        file.announce(Event::Reads { at: 10 * K64, len: 8 * K64 });
+        read(&file, 10 * K64, 65536).unwrap();
+        assert_eq!((asked(&told), behind()), (vec![(13 * K64, 65536), (10 * K64, 65536)], 2 * K64));
+        read(&file, 11 * K64, 4 * 65536).unwrap();
+        let expected = vec![(11 * K64, 2 * 65536), (14 * K64, 65536)];
+        assert_eq!((asked(&told), behind()), (expected, 3 * K64));
+        // What is never read is forgotten, and the file's end is the end of all.
+        (0..MOST_RUNS as u64).for_each(|n| file.announce(Event::Reads { at: 90 * K64 + n, len: K64 }));
+        read(&file, 15 * K64, 65536).unwrap();
+        assert_eq!(behind(), 0);
+        file.announce(Event::Reads { at: 95 * K64, len: u64::MAX });
+        read(&file, 95 * K64, 512).unwrap();
+        assert_eq!(behind(), 5 * K64 - 512);
+        // A few bytes are no run.
+        asked(&told);
+        file.announce(Event::Reads { at: 40 * K64 + 1, len: K64 - 1 });
+        read(&file, 40 * K64 + 1, 512).unwrap();
+        assert_eq!(asked(&told), [(40 * K64, 65536)]);
     }
 
     #[test]

@@ -248,7 +248,7 @@ fn is_late(error: &std::io::Error) -> bool {
 }
 
 impl Fetch for TftpFile {
-    fn fetch(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+    fn fetch(&self, at: u64, buf: &mut [u8], _behind: u64) -> Result<()> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let end = at.saturating_add(buf.len() as u64);
         while state.came < end {

@@ -1,10 +1,25 @@
-//! What a driver is about to do with a file, for whoever makes errors at such moments.
+//! What is about to be done with a file: for whoever makes errors at such moments, and for servers, which are asked for
+//! much at once where it is known that much will be read.
 //!
 //! The names are those of the reference's published interface (QAPI, `BlkdebugEvent`).
 
-/// A moment in the life of an image. It is announced to the file in which what follows happens, or starts.
+/// What is about to be done. It is announced to the file in which it happens, or starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Event(usize);
+pub enum Event {
+    /// A moment in the life of an image.
+    Moment(Moment),
+    /// Whoever says so is going to read these bytes, each of them once and from the first to the last.
+    Reads {
+        /// Where they start.
+        at: u64,
+        /// How many there are.
+        len: u64,
+    },
+}
+
+/// A moment that has a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moment(usize);
 
 /// Every name there is.
 const NAMES: [&str; 48] = [
@@ -63,7 +78,7 @@ const fn named(name: &str) -> Event {
     let mut n = 0;
     while n < NAMES.len() {
         if same(NAMES[n].as_bytes(), name.as_bytes()) {
-            return Event(n);
+            return Event::Moment(Moment(n));
         }
         n += 1;
     }
@@ -137,6 +152,6 @@ impl Event {
 
     /// The event with that name, if there is one.
     pub fn parse(name: &str) -> Option<Self> {
-        NAMES.iter().position(|known| *known == name).map(Event)
+        NAMES.iter().position(|known| *known == name).map(|n| Event::Moment(Moment(n)))
     }
 }

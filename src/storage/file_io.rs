@@ -127,6 +127,7 @@ impl Storage for HostFile {
             offload: true,
             addressed: true,
             ordered: false,
+            by_run: false,
         }
     }
 

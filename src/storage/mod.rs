@@ -165,6 +165,9 @@ pub struct Facts {
     /// Where what is written lies in the files below is decided by who comes first: writes in another order leave other
     /// bytes there.
     pub ordered: bool,
+    /// It is asked for run by run, each of which costs a while before it comes: long ones are better, and it wants to know
+    /// of them before ([`Event::Reads`]).
+    pub by_run: bool,
 }
 
 impl Facts {
@@ -180,6 +183,7 @@ impl Facts {
         offload: false,
         addressed: true,
         ordered: false,
+        by_run: false,
     };
 }
 

@@ -17,6 +17,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use super::ahead::{Ahead, Taken};
 use super::digest::GuestDigest;
 use super::host_copy::HostCopy;
 use super::plan::{CHUNK, Chunk, CopyPlan, PlanShape, Zeros};
@@ -56,6 +57,7 @@ pub struct Engine<'a> {
     facts: TargetFacts,
     observer: &'a dyn Observer,
     plan: Mutex<CopyPlan<'a>>,
+    taken: Taken,
     turn: Turn,
     /// What is copied, hashed in the order of the chunks.
     digest: Option<&'a GuestDigest>,
@@ -90,6 +92,7 @@ pub struct Engine<'a> {
 #[derive(Default)]
 struct Worker<'a> {
     chunk: Chunk<'a>,
+    ahead: Ahead<'a>,
     plain: Pages,
     /// The chunk has not been read, and need not be if the host does all of it.
     unread: bool,
@@ -114,13 +117,15 @@ struct Unit {
 }
 
 impl<'a> Engine<'a> {
-    /// Ready to run.
+    /// Ready to run. With a digest what is copied is hashed on the way: it has to be read then, and need not be copied once
+    /// more.
     pub fn new(
         source: &'a Joined,
         target: &'a Node,
         options: &'a CopyOptions,
         facts: TargetFacts,
         observer: &'a dyn Observer,
+        digest: Option<&'a GuestDigest>,
     ) -> Result<Self> {
         let writing = target.writing()?;
         // Asked for, or the only way in (stream-optimized).
@@ -155,7 +160,12 @@ impl<'a> Engine<'a> {
         // Where parts of a unit are placed alone, a chunk need not be all of it: its place is known to those that come
         // after it, as it is published at once or each is finished in its turn. Zeros are made unit by unit.
         let apart = unit > CUT && CUT.is_multiple_of(granule) && zeros != Zeros::Make && compress.is_none();
-        let chunk = if compress.is_some() { ENCODED_CHUNK } else { CHUNK };
+        // What is an image of its own gives places below as the writes come.
+        let ordered = target.driver().files().iter().any(|file| file.storage.facts().ordered);
+        // Runs of zeros that are left out are shorter than a chunk, whatever is taken.
+        let free = unit == 1 && !one_by_one && !ordered && digest.is_none() && least <= CUT;
+        let taken = Taken::from(source, free);
+        let chunk = if compress.is_some() { ENCODED_CHUNK } else { taken.chunk() };
         let shape = PlanShape { unit: if apart { CUT } else { unit }, zeros, chunk };
         // What cannot be read is to be zeros in the target, not shared.
         let read = compress.is_some() || options.salvage;
@@ -166,9 +176,9 @@ impl<'a> Engine<'a> {
             (Sharing::Always, false) => Some(Offload::Share),
             (Sharing::IfAsked, false) | (Sharing::Never, _) => None,
         };
-        // What is an image of its own gives places below as the writes come.
-        let ordered = || target.driver().files().iter().any(|file| file.storage.facts().ordered);
-        let one_by_one = one_by_one || (offload.is_none() && ordered());
+        let one_by_one = one_by_one || (offload.is_none() && ordered);
+        // What is hashed has been read.
+        let offload = offload.map(|how| if digest.is_some() { Offload::Share } else { how });
         let plan = CopyPlan::new(source, shape, options.salvage.then_some(observer)).copied_by_host(host);
         Ok(Self {
             target,
@@ -176,8 +186,9 @@ impl<'a> Engine<'a> {
             facts,
             observer,
             plan: Mutex::new(plan),
+            taken,
             turn: Turn::default(),
-            digest: None,
+            digest,
             hashing: Turn::default(),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -196,13 +207,6 @@ impl<'a> Engine<'a> {
             detect: target.manner().detect_zeroes.filter(|_| least == 0 && compress.is_none()),
             compress,
         })
-    }
-
-    /// The same, with what is copied hashed on the way: it has to be read then, and need not be copied once more.
-    pub fn digesting(mut self, digest: Option<&'a GuestDigest>) -> Self {
-        self.offload = self.offload.map(|how| if digest.is_some() { Offload::Share } else { how });
-        self.digest = digest;
-        self
     }
 
     /// Guest data in one piece of work.
@@ -280,7 +284,7 @@ impl<'a> Engine<'a> {
             self.fail(u64::MAX, Error::new(ErrorKind::Cancelled, "Interrupted"));
             return false;
         }
-        let more = lock(&self.plan).next(&mut worker.chunk);
+        let more = worker.ahead.next(self.taken, &self.plan, &mut worker.chunk);
         more.unwrap_or_else(|error| {
             // What comes after all chunks that are known is the last to be blamed.
             self.fail(u64::MAX, error);

@@ -4,6 +4,7 @@
 //! open already: who made the target, and whether it has its name yet, is not decided here. What the user wants is
 //! [`CopyOptions`]; what was found out about the target is [`TargetFacts`].
 
+mod ahead;
 pub mod digest;
 pub mod engine;
 mod host_copy;
@@ -162,7 +163,7 @@ pub fn copy_with(
     observer: &dyn Observer,
     digest: Option<&GuestDigest>,
 ) -> Result<()> {
-    let engine = engine::Engine::new(source, target, options, facts, observer)?.digesting(digest);
+    let engine = engine::Engine::new(source, target, options, facts, observer, digest)?;
     if target.virtual_size() < source.total() {
         return Err(Error::invalid("output file is smaller than input file"));
     }
@@ -176,11 +177,12 @@ pub fn copy_with(
 /// One thread for each of the cores, or as many as the storage on either side wants requests in flight: each has one at a time. (Where
 /// plain data is written to a file, the second of two cores saves 30 to 40 % of the time for 25 % more CPU time.)
 fn suitable_threads(source: &Joined, target: &Node, cores: usize) -> usize {
-    let layers = source
-        .nodes()
-        .chain([target])
-        .flat_map(|node| std::iter::successors(Some(node), |node| node.backing().map(|below| &**below)));
-    let wishes = layers.flat_map(|node| node.driver().files()).filter_map(|file| file.storage.facts().parallel);
+    let below = |node| std::iter::successors(Some(node), |node: &&Node| node.backing().map(|below| &**below));
+    let wishes = source
+        .layers()
+        .chain(below(target))
+        .flat_map(|node| node.driver().files())
+        .filter_map(|file| file.storage.facts().parallel);
     wishes.max().map_or(cores, |most| cores.max(usize::try_from(most).unwrap_or(MOST_THREADS)))
 }
 

@@ -82,12 +82,16 @@ impl Joined {
         self.parts.iter().map(|part| &*part.node)
     }
 
+    /// The same, each followed by what lies below it.
+    pub fn layers(&self) -> impl Iterator<Item = &Node> {
+        self.nodes().flat_map(|node| std::iter::successors(Some(node), |node| node.backing().map(|below| &**below)))
+    }
+
     /// How long the files are that the sources lie in, or were when those were opened.
     pub fn lengths(&self) -> Result<FileLengths<'_>> {
-        let below = |node| std::iter::successors(Some(node), |node: &&Node| node.backing().map(|below| &**below));
         let mut lengths = Vec::new();
         // Those of a layer that is written to are that writer's to change.
-        for node in self.nodes().flat_map(below).filter(|node| node.is_only_read()) {
+        for node in self.layers().filter(|node| node.is_only_read()) {
             // Where the disk ends with its file, it has the length that the file had.
             let disk = if node.driver().short_unit().is_none() { node.virtual_size() } else { 0 };
             let mut least = disk.saturating_sub(SECTOR - 1);

@@ -92,7 +92,7 @@ impl FtpFile {
 }
 
 impl Fetch for FtpFile {
-    fn fetch(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+    fn fetch(&self, at: u64, buf: &mut [u8], _behind: u64) -> Result<()> {
         self.persistence.fetch(at, buf, |at, buf| self.ask(at, buf))
     }
 }

@@ -1,16 +1,23 @@
 //! One request, and what came of it: connections that are kept, timeouts, TLS, who asks.
 //!
 //! No request is sent twice here, and no redirect followed.
+//!
+//! Lock order: `addresses` is a leaf, never held while anything is looked up.
 
+use std::collections::HashMap;
 use std::io::Read;
-use std::sync::OnceLock;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use ureq::config::Config;
 use ureq::http::header::{
     ACCEPT_RANGES, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, COOKIE, ETAG, LAST_MODIFIED,
     LOCATION, RANGE, RETRY_AFTER,
 };
-use ureq::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode};
+use ureq::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri};
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
+use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 use ureq::{Agent, BodyReader};
 use zeroize::Zeroizing;
 
@@ -24,6 +31,9 @@ use crate::storage::error::strerror;
 /// The most connections that are kept.
 const IDLE: usize = 16;
 
+/// What comes from a server passes through a buffer of so many bytes, which the processor's cache holds.
+const BUFFER: usize = 64 << 10;
+
 /// See the module.
 #[derive(Debug)]
 pub struct Client {
@@ -33,7 +43,12 @@ pub struct Client {
     pub untrusted: bool,
     /// Without TLS, and with it: made when they are needed first.
     agents: [OnceLock<Result<Agent, String>>; 2],
+    addresses: Addresses,
 }
+
+/// Where servers are: looked up once, not before each request, and once more when one of them has not answered.
+#[derive(Debug, Clone, Default)]
+struct Addresses(Arc<Mutex<HashMap<String, Vec<SocketAddr>>>>);
 
 /// What a server says of a file beside its bytes.
 pub struct Answer {
@@ -55,7 +70,7 @@ pub struct NoAnswer {
 impl Client {
     /// With these wishes.
     pub fn new(wishes: Wishes, signer: Option<Box<dyn Sign>>, untrusted: bool) -> Self {
-        Self { wishes, signer, untrusted, agents: Default::default() }
+        Self { wishes, signer, untrusted, agents: Default::default(), addresses: Addresses::default() }
     }
 
     /// Asks for a range of a file: bytes `from` to `to`, the last of them included. A name, a password and cookies are
@@ -78,7 +93,7 @@ impl Client {
                 request = request.header(name, value);
             }
         }
-        let (parts, body) = request.call().map_err(|error| no_answer(at, &error))?.into_parts();
+        let (parts, body) = request.call().map_err(|error| self.no_answer(at, &error))?.into_parts();
         Ok(Answer { status: parts.status, headers: parts.headers, body: body.into_reader() })
     }
 
@@ -99,7 +114,7 @@ impl Client {
             request = request.header(name, value);
         }
         let request = request.body(body).map_err(|error| NoAnswer { text: error.to_string(), passing: false })?;
-        let answer = self.agent(at)?.run(request).map_err(|error| no_answer(at, &error))?;
+        let answer = self.agent(at)?.run(request).map_err(|error| self.no_answer(at, &error))?;
         let (parts, body) = answer.into_parts();
         Ok(Answer { status: parts.status, headers: parts.headers, body: body.into_reader() })
     }
@@ -109,6 +124,11 @@ impl Client {
         let Some(signer) = &self.signer else { return Ok(Vec::new()) };
         let headers = signer.headers(request).map_err(|text| NoAnswer { text, passing: false })?;
         headers.into_iter().map(|(name, value)| Ok((name, secret_header(value.as_bytes())?))).collect()
+    }
+
+    fn no_answer(&self, at: &Address, error: &ureq::Error) -> NoAnswer {
+        self.addresses.forget();
+        no_answer(at, error)
     }
 
     fn agent(&self, at: &Address) -> Result<&Agent, NoAnswer> {
@@ -123,6 +143,7 @@ impl Client {
         let mut config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
+            .input_buffer_size(BUFFER)
             .max_idle_connections(IDLE)
             .max_idle_connections_per_host(IDLE)
             .user_agent(concat!("vimg/", env!("CARGO_PKG_VERSION")))
@@ -135,7 +156,33 @@ impl Client {
         if at.is_secure() {
             config = config.tls_config(tls(self.wishes.verify));
         }
-        Ok(config.build().new_agent())
+        Ok(Agent::with_parts(config.build(), DefaultConnector::default(), self.addresses.clone()))
+    }
+}
+
+impl Addresses {
+    fn known(&self) -> std::sync::MutexGuard<'_, HashMap<String, Vec<SocketAddr>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn forget(&self) {
+        self.known().clear();
+    }
+}
+
+impl Resolver for Addresses {
+    fn resolve(&self, uri: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        // With the scheme, from which the port may come.
+        let server =
+            format!("{}://{}", uri.scheme_str().unwrap_or_default(), uri.authority().map_or("", |at| at.as_str()));
+        if let Some(known) = self.known().get(&server) {
+            let mut addresses = self.empty();
+            known.iter().for_each(|address| addresses.push(*address));
+            return Ok(addresses);
+        }
+        let addresses = DefaultResolver::default().resolve(uri, config, timeout)?;
+        self.known().insert(server, addresses.to_vec());
+        Ok(addresses)
     }
 }
 
@@ -168,6 +215,12 @@ fn secret_header(bytes: &[u8]) -> Result<HeaderValue, NoAnswer> {
         .map_err(|_| NoAnswer { text: "The cookie, name or password has a line end".to_owned(), passing: false })?;
     value.set_sensitive(true);
     Ok(value)
+}
+
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Answer").field("status", &self.status).finish_non_exhaustive()
+    }
 }
 
 impl Answer {
@@ -225,8 +278,9 @@ impl Answer {
         self.header(ACCEPT_RANGES).is_some_and(|unit| unit.eq_ignore_ascii_case("bytes"))
     }
 
-    /// The next bytes into `buf`, as many as come; the second is why there are no more, if there should be.
-    pub fn read(&mut self, buf: &mut [u8]) -> (usize, Option<NoAnswer>) {
+    /// The next bytes into `buf`, as many as come; the second is why there are no more, if there should be. `ends`: these
+    /// are the last ones.
+    pub fn read(&mut self, buf: &mut [u8], ends: bool) -> (usize, Option<NoAnswer>) {
         let mut done = 0;
         while done < buf.len() {
             match self.body.read(&mut buf[done..]) {
@@ -237,7 +291,9 @@ impl Answer {
             }
         }
         // What has been read to its end can be used again.
-        let _ = self.body.read(&mut [0]);
+        if ends {
+            let _ = self.body.read(&mut [0]);
+        }
         (done, None)
     }
 }

@@ -3,7 +3,9 @@
 //! Invariants: every byte is of the version that was there when the file was opened, as far as the server tells
 //! versions apart; the number of requests for a range is bounded; what has come of a range is not asked for again.
 //!
-//! Lock order: `place` is a leaf, never held while a request is under way.
+//! An answer of which more will be read is kept, as far as it goes, for whoever reads on where it stands.
+//!
+//! Lock order: `place` and `begun` are leaves, never held while a request is under way.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -18,6 +20,9 @@ use crate::storage::{Error, Result};
 /// How many redirects lead to a file at most.
 const MOST_REDIRECTS: usize = 10;
 
+/// The most answers that are kept: twice as many as are read at once. The oldest one is not read on.
+const MOST_BEGUN: usize = 2 * super::PARALLEL as usize;
+
 /// See the module.
 #[derive(Debug)]
 pub struct HttpFile {
@@ -29,6 +34,16 @@ pub struct HttpFile {
     len: u64,
     version: Option<String>,
     persistence: Persistence,
+    begun: Mutex<Vec<Begun>>,
+}
+
+/// An answer that was read in part.
+#[derive(Debug)]
+struct Begun {
+    answer: Answer,
+    /// Where in the file it stands, and ends.
+    at: u64,
+    end: u64,
 }
 
 impl From<NoAnswer> for Trouble {
@@ -48,8 +63,8 @@ impl HttpFile {
         let origin = Address::parse(url).ok_or_else(|| Error::Other(format!("'{url}' is no URL")))?;
         let last = (start as u64).saturating_sub(1);
         let (place, len, version, bytes) = again::open(|| Self::ask_first(&client, &origin, last))?;
-        let persistence = Persistence::default();
-        Ok((Self { client, origin, place: Mutex::new(place), len, version, persistence }, bytes))
+        let (place, persistence, begun) = (Mutex::new(place), Persistence::default(), Mutex::default());
+        Ok((Self { client, origin, place, len, version, persistence, begun }, bytes))
     }
 
     /// How long it is.
@@ -81,37 +96,55 @@ impl HttpFile {
             return Err(Trouble::passing(format!("the server sends {bytes} of the first bytes of {total}")));
         }
         let mut start = vec![0; usize::try_from(bytes).map_err(|_| Trouble::lasting("the answer is too long"))?];
-        match answer.read(&mut start) {
+        match answer.read(&mut start, true) {
             (_, None) => Ok((place, total, version, start)),
             (_, Some(no)) => Err(no.into()),
         }
     }
 
-    /// As much of a range as comes in one answer.
-    fn ask(&self, at: u64, buf: &mut [u8]) -> (usize, std::result::Result<(), Trouble>) {
-        let last = at.saturating_add(buf.len() as u64).saturating_sub(1);
-        let place = lock(&self.place).clone();
-        let (place, mut answer) = match follow(&self.client, &self.origin, place, at, last) {
-            Ok(answer) => answer,
+    /// As much of a range as comes in one answer, which may go on `behind` it.
+    fn ask(&self, at: u64, buf: &mut [u8], behind: u64) -> (usize, std::result::Result<(), Trouble>) {
+        let last = at.saturating_add(buf.len() as u64).saturating_add(behind).saturating_sub(1);
+        let mut begun = match self.take_begun(at).map_or_else(|| self.begin(at, last), Ok) {
+            Ok(begun) => begun,
             Err(trouble) => return (0, Err(trouble)),
         };
+        let left = begun.end - begun.at;
+        let len = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
+        let (done, broken) = begun.answer.read(&mut buf[..len], len as u64 == left);
+        begun.at += done as u64;
+        if let Some(no) = broken {
+            return (done, Err(no.into()));
+        }
+        if begun.at < begun.end {
+            let mut all = lock(&self.begun);
+            if all.len() >= MOST_BEGUN {
+                all.remove(0);
+            }
+            all.push(begun);
+        }
+        (done, Ok(()))
+    }
+
+    fn take_begun(&self, at: u64) -> Option<Begun> {
+        let mut all = lock(&self.begun);
+        let index = all.iter().position(|begun| begun.at == at)?;
+        Some(all.remove(index))
+    }
+
+    /// Sends a request, and looks at what the answer says of itself.
+    fn begin(&self, at: u64, last: u64) -> std::result::Result<Begun, Trouble> {
+        let place = lock(&self.place).clone();
+        let (place, answer) = follow(&self.client, &self.origin, place, at, last)?;
         if is_gone(answer.status) && place.uri != self.origin.uri {
             // Where redirects led is no longer there: perhaps they lead elsewhere now.
             *lock(&self.place) = self.origin.clone();
-            return (0, Err(Trouble::passing(unwelcome(answer.status, &answer).text)));
+            return Err(Trouble::passing(unwelcome(answer.status, &answer).text));
         }
-        if let Err(trouble) = self.judge(&answer) {
-            return (0, Err(trouble));
-        }
+        self.judge(&answer)?;
         *lock(&self.place) = place;
-        match part(&answer, at, last) {
-            Ok((bytes, _)) => {
-                let len = usize::try_from(bytes).unwrap_or(usize::MAX).min(buf.len());
-                let (done, broken) = answer.read(&mut buf[..len]);
-                (done, broken.map_or(Ok(()), |no| Err(no.into())))
-            }
-            Err(trouble) => (0, Err(trouble)),
-        }
+        let (bytes, _) = part(&answer, at, last)?;
+        Ok(Begun { answer, at, end: at + bytes })
     }
 
     /// Whether it is an answer, and of the version that we read.
@@ -133,8 +166,8 @@ impl HttpFile {
 }
 
 impl Fetch for HttpFile {
-    fn fetch(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        self.persistence.fetch(at, buf, |at, buf| self.ask(at, buf))
+    fn fetch(&self, at: u64, buf: &mut [u8], behind: u64) -> Result<()> {
+        self.persistence.fetch(at, buf, |at, buf| self.ask(at, buf, behind))
     }
 }
 
