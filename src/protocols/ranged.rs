@@ -37,7 +37,7 @@ impl Fetch for Box<dyn Fetch> {
 const BLOCK: std::ops::RangeInclusive<u64> = 4096..=4 << 20;
 
 /// What is kept, in bytes.
-const KEPT: usize = 16 << 20;
+const KEPT: usize = 24 << 20;
 
 /// The most blocks that are fetched together, unless more are asked for.
 const MOST_AHEAD: usize = 8;

@@ -83,7 +83,7 @@ impl<'a> Ahead<'a> {
                 bytes += match &segment.content {
                     // It is fetched through a cache of blocks, which holds what workers need that are close together.
                     Content::Stored(mapping) if matches!(mapping.kind, ExtentKind::Compressed(_)) => {
-                        segment.len.saturating_mul((most / CHUNK).max(1))
+                        segment.len.saturating_mul(most.div_ceil(CHUNK))
                     }
                     Content::Stored(_) => segment.len,
                     Content::Zero | Content::Keep => 0,
