@@ -7,8 +7,8 @@
 //! bytes are the same; memory is one set of buffers a worker, each of `MOST` bytes or little more; the first failure
 //! stops everybody.
 //!
-//! Lock order: `hashing` alone; `turn` before whatever the target's driver locks; `plan`, `failure` and `rate` are leaves and
-//! never held together.
+//! Lock order: `hashing` alone; `turn`, then `writer`, before whatever the target's driver locks; `plan`, `failure` and `rate` are
+//! leaves and never held together.
 
 mod large;
 mod store;
@@ -62,6 +62,8 @@ pub struct Engine<'a> {
     /// What is copied, hashed in the order of the chunks.
     digest: Option<&'a GuestDigest>,
     hashing: Turn,
+    /// Who writes, where one at a time can.
+    writer: Option<Mutex<()>>,
     stop: AtomicBool,
     /// The failure of the first chunk that has one, and that chunk.
     failure: Mutex<Option<(u64, Error)>>,
@@ -190,6 +192,7 @@ impl<'a> Engine<'a> {
             turn: Turn::default(),
             digest,
             hashing: Turn::default(),
+            writer: store::one_writer(source, target).then(Mutex::default),
             stop: AtomicBool::new(false),
             failure: Mutex::new(None),
             rate,

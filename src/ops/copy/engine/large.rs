@@ -141,6 +141,7 @@ impl<'a> Engine<'a> {
             let inside = |step: &Step<'_>| (step.from + step.len).min(to).saturating_sub(step.from + step.done) as u64;
             self.wait(worker.steps[next..].iter().map(inside).sum());
             let Worker { plain, scratch, steps, .. } = &mut *worker;
+            let _alone = self.alone();
             for step in steps[next..].iter_mut().take_while(|step| step.from < to) {
                 let (start, end) = (step.from + step.done, (step.from + step.len).min(to));
                 if start < end {
