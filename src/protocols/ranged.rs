@@ -12,8 +12,7 @@
 mod blocks;
 
 use std::fmt;
-use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
@@ -43,7 +42,16 @@ const KEPT: usize = 24 << 20;
 const MOST_AHEAD: usize = 8;
 
 /// The most runs that are remembered of those that were announced: what is not read is forgotten.
-const MOST_RUNS: usize = 256;
+const MOST_RUNS: usize = 1024;
+
+/// A run that was announced.
+#[derive(Debug)]
+struct Run {
+    start: u64,
+    end: u64,
+    /// Up to there it has been asked for.
+    asked: u64,
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -54,7 +62,7 @@ pub struct Ranged<F> {
     blocks: Blocks,
     parallel: u32,
     /// What was announced, and has not been read to its end.
-    runs: Mutex<Vec<Range<u64>>>,
+    runs: Mutex<Vec<Run>>,
 }
 
 impl<F: Fetch> Ranged<F> {
@@ -90,16 +98,21 @@ impl<F: Fetch> Ranged<F> {
     fn read_some(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         let block = at / self.block as u64;
         let skip = short(at - self.start_of(block));
-        let run = self.run(at, buf.len() as u64);
-        if let Some(run) = run.filter(|_| self.blocks.is_absent(block)) {
-            // Up to the first block that is there already.
-            let mut len = (self.len_of(block).saturating_sub(skip) as u64).min(run);
-            let mut next = block + 1;
-            while len < run && self.blocks.is_absent(next) {
-                len = (len + self.len_of(next) as u64).min(run);
-                next += 1;
+        let (asked, run) = self.run(at, buf.len() as u64);
+        // What has been asked for comes, whatever is there meanwhile.
+        if asked > 0 || run.is_some() && self.blocks.is_absent(block) {
+            let mut len = asked;
+            if let (0, Some(run)) = (asked, run) {
+                // Up to the first block that is there already.
+                len = (self.len_of(block).saturating_sub(skip) as u64).min(run);
+                let mut next = block + 1;
+                while len < run && self.blocks.is_absent(next) {
+                    len = (len + self.len_of(next) as u64).min(run);
+                    next += 1;
+                }
             }
             let here = short(len).min(buf.len());
+            self.has_read(at, here as u64, len);
             self.source.fetch(at, &mut buf[..here], len - here as u64)?;
             return Ok(here);
         }
@@ -113,18 +126,28 @@ impl<F: Fetch> Ranged<F> {
         Ok(len)
     }
 
-    /// How many bytes from `at` on will be read in one go, if they are not few: `len` of them now, and those of a run that
-    /// was announced.
-    fn run(&self, at: u64, len: u64) -> Option<u64> {
-        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(index) = runs.iter().position(|run| run.contains(&at)) else {
-            return (len >= self.block as u64).then_some(len);
-        };
-        let left = runs[index].end - at;
-        if left <= len {
-            runs.swap_remove(index);
+    fn runs(&self) -> MutexGuard<'_, Vec<Run>> {
+        self.runs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many bytes from `at` on have been asked for, as a part of a run that was announced; and how many will be read in
+    /// one go, if they are not few: `len` of them now, and those of such a run.
+    fn run(&self, at: u64, len: u64) -> (u64, Option<u64>) {
+        match self.runs().iter().find(|run| (run.start..run.end).contains(&at)) {
+            Some(run) => (run.asked.saturating_sub(at), Some((run.end - at).max(len))),
+            None => (0, (len >= self.block as u64).then_some(len)),
         }
-        Some(left.max(len))
+    }
+
+    /// Notes that `here` bytes from `at` on are read, and `len` are asked for.
+    fn has_read(&self, at: u64, here: u64, len: u64) {
+        let mut runs = self.runs();
+        let Some(index) = runs.iter().position(|run| (run.start..run.end).contains(&at)) else { return };
+        if at + here >= runs[index].end {
+            runs.swap_remove(index);
+        } else {
+            runs[index].asked = at + len;
+        }
     }
 
     /// Fetches a block that was claimed, and with it those behind it that are wanted or will be: twice as many as the
@@ -217,12 +240,12 @@ impl<F: Fetch> Storage for Ranged<F> {
     fn announce(&self, event: Event) {
         let Event::Reads { at, len } = event else { return };
         let end = at.saturating_add(len).min(self.len);
-        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut runs = self.runs();
         if end.saturating_sub(at) >= self.block as u64 {
             if runs.len() >= MOST_RUNS {
                 runs.remove(0);
             }
-            runs.push(at..end);
+            runs.push(Run { start: at, end, asked: at });
         }
     }
 }
@@ -333,6 +356,15 @@ mod tests {
         read(&file, 11 * K64, 4 * 65536).unwrap();
         let expected = vec![(11 * K64, 2 * 65536), (14 * K64, 65536)];
         assert_eq!((asked(&told), behind()), (expected, 3 * K64));
+        // But not where it has been asked for by then. A small end of a run is no reason to fetch what lies around it.
+        file.announce(Event::Reads { at: 20 * K64, len: 3 * K64 + 512 });
+        read(&file, 20 * K64, 65536).unwrap();
+        file.blocks.put(22, (22 * K64..23 * K64).map(byte).collect(), 1);
+        read(&file, 21 * K64, 2 * 65536).unwrap();
+        read(&file, 23 * K64, 512).unwrap();
+        let expected = vec![(20 * K64, 65536), (21 * K64, 2 * 65536), (23 * K64, 512)];
+        assert_eq!((asked(&told), behind()), (expected, 2 * K64 + 512));
+        assert!(file.runs().iter().all(|run| run.start != 20 * K64));
         // What is never read is forgotten, and the file's end is the end of all.
         (0..MOST_RUNS as u64).for_each(|n| file.announce(Event::Reads { at: 90 * K64 + n, len: K64 }));
         read(&file, 15 * K64, 65536).unwrap();

@@ -93,20 +93,31 @@ impl<'a> Ahead<'a> {
         }
     }
 
-    /// Tells servers what will be read of their files.
+    /// Tells servers what will be read of their files. A run ends where something else has to be asked for: nobody may hold
+    /// an answer, of which a server perhaps gives but a few at once, while it waits for another one.
     fn announce(&self) {
         let mut runs: Vec<(&Child, u64, u64)> = Vec::new();
+        let mut goes_on = true;
         for segment in self.0.iter().flatten().flat_map(|chunk| &chunk.segments) {
             let Content::Stored(mapping) = &segment.content else { continue };
-            let ExtentKind::Data(place) = mapping.kind else { continue };
-            let Some(file) = mapping.node.driver().files().get(place.file) else { continue };
-            let at = place.at.get();
+            let place = match mapping.kind {
+                ExtentKind::Data(place) => Some(place),
+                _ => None,
+            };
+            let file = place.and_then(|place| Some((place.at.get(), mapping.node.driver().files().get(place.file)?)));
+            let Some((at, file)) = file else {
+                goes_on = false;
+                continue;
+            };
             match runs.last_mut() {
-                Some((last, start, len)) if std::ptr::eq(*last, file) && start.checked_add(*len) == Some(at) => {
+                Some((last, start, len))
+                    if goes_on && std::ptr::eq(*last, file) && start.checked_add(*len) == Some(at) =>
+                {
                     *len += segment.len;
                 }
                 _ => runs.push((file, at, segment.len)),
             }
+            goes_on = true;
         }
         runs.into_iter().for_each(|(file, at, len)| file.storage.announce(Event::Reads { at, len }));
     }

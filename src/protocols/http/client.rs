@@ -94,6 +94,9 @@ impl Client {
             }
         }
         let (parts, body) = request.call().map_err(|error| self.no_answer(at, &error))?.into_parts();
+        if parts.status.is_server_error() {
+            self.addresses.forget();
+        }
         Ok(Answer { status: parts.status, headers: parts.headers, body: body.into_reader() })
     }
 

@@ -3,11 +3,13 @@
 //! Invariants: every byte is of the version that was there when the file was opened, as far as the server tells
 //! versions apart; the number of requests for a range is bounded; what has come of a range is not asked for again.
 //!
-//! An answer of which more will be read is kept, as far as it goes, for whoever reads on where it stands.
+//! An answer of which more will be read is kept, as far as it goes, until its reader goes on where it stands, or asks for
+//! something else.
 //!
 //! Lock order: `place` and `begun` are leaves, never held while a request is under way.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 
 use ureq::http::StatusCode;
 
@@ -19,9 +21,6 @@ use crate::storage::{Error, Result};
 
 /// How many redirects lead to a file at most.
 const MOST_REDIRECTS: usize = 10;
-
-/// The most answers that are kept: twice as many as are read at once. The oldest one is not read on.
-const MOST_BEGUN: usize = 2 * super::PARALLEL as usize;
 
 /// See the module.
 #[derive(Debug)]
@@ -44,6 +43,8 @@ struct Begun {
     /// Where in the file it stands, and ends.
     at: u64,
     end: u64,
+    /// Who reads it: one at a time, so that nobody waits for an answer with another one in hand.
+    reader: ThreadId,
 }
 
 impl From<NoAnswer> for Trouble {
@@ -117,23 +118,22 @@ impl HttpFile {
             return (done, Err(no.into()));
         }
         if begun.at < begun.end {
-            let mut all = lock(&self.begun);
-            if all.len() >= MOST_BEGUN {
-                all.remove(0);
-            }
-            all.push(begun);
+            lock(&self.begun).push(begun);
         }
         (done, Ok(()))
     }
 
     fn take_begun(&self, at: u64) -> Option<Begun> {
         let mut all = lock(&self.begun);
-        let index = all.iter().position(|begun| begun.at == at)?;
+        let reader = thread::current().id();
+        let index = all.iter().position(|begun| begun.at == at && begun.reader == reader)?;
         Some(all.remove(index))
     }
 
     /// Sends a request, and looks at what the answer says of itself.
     fn begin(&self, at: u64, last: u64) -> std::result::Result<Begun, Trouble> {
+        let reader = thread::current().id();
+        lock(&self.begun).retain(|begun| begun.reader != reader);
         let place = lock(&self.place).clone();
         let (place, answer) = follow(&self.client, &self.origin, place, at, last)?;
         if is_gone(answer.status) && place.uri != self.origin.uri {
@@ -144,7 +144,7 @@ impl HttpFile {
         self.judge(&answer)?;
         *lock(&self.place) = place;
         let (bytes, _) = part(&answer, at, last)?;
-        Ok(Begun { answer, at, end: at + bytes })
+        Ok(Begun { answer, at, end: at + bytes, reader })
     }
 
     /// Whether it is an answer, and of the version that we read.
