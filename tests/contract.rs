@@ -316,7 +316,7 @@ fn random_operations_match_a_plain_buffer() {
             }
             // Whatever chance brings, there are data behind a growth, and a shrunk disk grows again.
             for size in [5 << 20, 1 << 20, 4 << 20] {
-                for _ in 0..25 {
+                for _ in 0..16 {
                     case.step();
                 }
                 if case.resize_to(size) {

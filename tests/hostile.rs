@@ -284,7 +284,7 @@ fn mutated_images_in_process() {
         let format = vimg::block::format::find(FORMATS, &fixture.format).expect("a format of ours");
         let bytes = inside::bytes_of(&*files.get(&fixture.name).expect("fixture"));
         // Large ones cost more and tell no more.
-        let count = if bytes.len() > 3 << 20 { 40 } else { 150 };
+        let count = if bytes.len() > 3 << 20 { 20 } else { 100 };
         for mutation in mutations(&bytes, &fixture.name, count) {
             cases.push((format, fixture.name.clone(), mutation));
         }
@@ -447,7 +447,7 @@ fn mutated_images_through_the_program() {
         let mut all = mutations(&bytes, &fixture.name, 400);
         // Others than those that start the list that runs in process.
         all.reverse();
-        for mutation in all.into_iter().take(7) {
+        for mutation in all.into_iter().take(5) {
             cases.push((fixture.name.clone(), fixture.format.clone(), bytes.clone(), mutation));
         }
     }

@@ -118,7 +118,7 @@ fn the_same_bytes_whatever_the_number_of_threads() {
 #[test]
 fn a_real_disk_goes_through_every_format() {
     let scratch = Scratch::new();
-    build(&scratch, "disk.raw", "8G", DATA_MIB);
+    build(&scratch, "disk.raw", "2G", DATA_MIB / 3);
     let raw = scratch.file("disk.raw");
     let made = |kind: &Kind, from: (&str, &Path), to: &str| {
         let (folder, what) = (scratch.file(to), format!("{} to {}", from.0, kind.name()));

@@ -676,12 +676,21 @@ fn what_an_image_stands_on_is_not_written_over() {
     refused.push(format!("rebase -b {device} -F qcow2 base"));
     refused.push(format!("convert -f raw -O raw {low} {all}"));
     refused.push(format!("convert -f raw -O raw {high} {all}"));
+    refused.push(format!("convert -n -f qcow2 -O raw base {device}"));
+    refused.push(format!("convert -n -f qcow2 -O raw middle {all}"));
+    refused.push(format!("convert -n -f raw -O raw {high} {all}"));
+    refused.push(format!("convert -n -f raw -O raw {high} raw"));
     let run = |line: &str| vimg(&line.split(' ').collect::<Vec<_>>()).dir(dir.path()).run();
     let outs: Vec<_> = refused.iter().map(|line| (line, run(line))).collect();
     let left = (fs::read(dir.file("raw")).unwrap(), dir.file("new").exists());
     let same = judge(&["compare", "-f", "raw", "-F", "qcow2", "raw", "base"]).dir(dir.path()).run();
     let copied = run(&format!("convert -f raw -O raw {low} {high}"));
     let after = fs::read(dir.file("raw")).unwrap();
+    let fresh = pattern(5, 2 << 20);
+    fs::write(dir.file("fresh"), &fresh).unwrap();
+    let onto = [("fresh", low.as_str()), (&low, &high)]
+        .map(|(from, to)| run(&format!("convert -n -f raw -O raw {from} {to}")));
+    let after_onto = fs::read(dir.file("raw")).unwrap();
     losetup(&format!("-d {low} {high} {all} {device}"));
     dir.sh("umount base.bound raw.bound");
     for (line, out) in outs {
@@ -693,6 +702,8 @@ fn what_an_image_stands_on_is_not_written_over() {
     assert_eq!(same.code, Some(0), "{same:?}");
     assert_eq!(copied.code, Some(0), "{copied:?}");
     assert!(after == [&bytes[..2 << 20], &bytes[..2 << 20]].concat());
+    assert!(onto.iter().all(|out| out.code == Some(0)), "{onto:?}");
+    assert!(after_onto == [&fresh[..], &fresh[..]].concat());
 }
 
 #[test]

@@ -101,6 +101,20 @@ pub struct Source {
     pub lies_in: Vec<HostPart>,
 }
 
+impl Source {
+    /// Refuses to write over one of these, under whichever name: to the file `name`, whose bytes lie in `places`.
+    pub fn spare<'a>(sources: impl IntoIterator<Item = &'a Self>, places: &[HostPart], name: &str) -> Result<()> {
+        let is_there = |source: &&Self| source.lies_in.iter().any(|part| places.iter().any(|place| place.meets(part)));
+        match sources.into_iter().find(is_there) {
+            Some(source) => Err(Error::Other(format!(
+                "'{name}' would be written in place, and '{}', which is read, is the same file",
+                source.name
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
 /// What was made where there are no hidden names: others can see it before it is complete.
 pub trait Made: std::fmt::Debug + Send + Sync {
     /// It is complete.

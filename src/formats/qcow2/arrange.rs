@@ -57,6 +57,12 @@ impl Qcow2Driver {
         self.finish_bitmaps(&mut alloc)?;
         let old = self.bitmap_list();
         let gone = self.places_of_others(&old, wanted)?;
+        if !wanted.is_empty() {
+            // Refused here, not when room has been taken for them.
+            let mut header = self.header().clone();
+            header.bitmaps = Some(BitmapsExtension::default());
+            header.to_bytes()?;
+        }
         let mut taken = Places::new();
         let (list, place) = match self.put_bitmaps(&mut alloc, &old, wanted, &mut taken) {
             Ok(new) => new,

@@ -186,15 +186,18 @@ impl<'a> Checker<'a> {
         if !self.fix.is_asked_for() {
             return Ok(());
         }
-        let fields = self.driver.header().fields;
+        let (incompatible, stale) = {
+            let header = self.driver.header();
+            (header.fields.incompatible, header.is_stale())
+        };
         let wrong = self.report.corruptions > 0 || self.report.check_errors > 0;
         let flags = if wrong { 0 } else { layout::DIRTY | layout::CORRUPT };
-        if fields.incompatible & flags == 0 && fields.autoclear & !layout::AUTOCLEAR == 0 {
+        if incompatible & flags == 0 && !stale {
             return Ok(());
         }
         self.driver.update_header(|header| {
             header.fields.incompatible &= !flags;
-            header.fields.autoclear &= layout::AUTOCLEAR;
+            header.clear_stale();
         })?;
         self.flush()
     }

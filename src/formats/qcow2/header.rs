@@ -298,6 +298,22 @@ impl Qcow2Header {
         Err(Error::corrupt(complaint))
     }
 
+    /// Whether there are bitmaps that a program without them may have made wrong: they are as good as gone.
+    pub fn has_stale_bitmaps(&self) -> bool {
+        self.bitmaps.is_some() && self.fields.autoclear & layout::BITMAPS == 0
+    }
+
+    /// Forgets stale bitmaps, and the autoclear bits that we do not know, as whoever writes to the image has to.
+    pub fn clear_stale(&mut self) {
+        self.bitmaps = self.bitmaps.take().filter(|_| self.fields.autoclear & layout::BITMAPS != 0);
+        self.fields.autoclear &= layout::AUTOCLEAR;
+    }
+
+    /// Whether there is something that [`Self::clear_stale`] takes away.
+    pub fn is_stale(&self) -> bool {
+        self.fields.autoclear & !layout::AUTOCLEAR != 0 || self.has_stale_bitmaps()
+    }
+
     /// Names a backing file, or none.
     pub fn set_backing(&mut self, new: Option<&BackingRef>) {
         self.backing_file = new.map(|new| new.name.clone());
@@ -353,8 +369,14 @@ impl Qcow2Header {
         for (kind, data) in &self.unknown {
             put(*kind, data);
         }
-        put(layout::EXT_END, &[]);
         let head = fields.stored().len() + if v3 { self.extra.len() } else { 0 };
+        // The name, or the end of the cluster, ends the extensions as well as a mark, for which there may be no room.
+        let name = self.backing_file.as_ref().map_or(0, |name| name.len());
+        let (bare, cluster) = ((head + tail.len() + name) as u64, 1 << fields.cluster_bits);
+        let ends_itself = name > 0 || bare == cluster;
+        if !ends_itself || bare + layout::EXT_HEAD as u64 <= cluster {
+            tail.extend_from_slice(&[0; layout::EXT_HEAD]);
+        }
         (fields.backing_file_offset, fields.backing_file_size) = match &self.backing_file {
             Some(name) => ((head + tail.len()) as u64, name.len() as u32),
             None => (0, 0),
@@ -365,7 +387,7 @@ impl Qcow2Header {
         }
         bytes.extend_from_slice(&tail);
         bytes.extend_from_slice(self.backing_file.as_deref().unwrap_or_default().as_bytes());
-        if bytes.len() as u64 > 1 << fields.cluster_bits {
+        if bytes.len() as u64 > cluster {
             return Err(Error::invalid("The header does not fit in the first cluster"));
         }
         Ok(bytes)

@@ -49,7 +49,7 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
         true => check::readable_snapshots(&files[0], &header),
         false => snapshot_table::read_table(&files[0], &header)?,
     };
-    if header.bitmaps.is_some() && header.fields.autoclear & layout::BITMAPS == 0 {
+    if header.has_stale_bitmaps() {
         let text = match header.fields.version {
             2 => {
                 "This qcow2 v2 image contains bitmaps, but they may have been modified by a program without persistent \
@@ -100,16 +100,16 @@ pub fn open(request: OpenRequest<'_>) -> Result<Qcow2Driver> {
 impl Qcow2Driver {
     /// What must be put right before anything is written.
     fn make_ready(&self, related: &dyn Related) -> Result<()> {
-        let (incompatible, autoclear) = {
+        let (incompatible, stale) = {
             let header = self.header();
-            (header.fields.incompatible, header.fields.autoclear)
+            (header.fields.incompatible, header.is_stale())
         };
         if incompatible & layout::DIRTY != 0 {
             self.repair(related)?;
             self.update_header(|header| header.fields.incompatible &= !layout::DIRTY)?;
         }
-        if autoclear & !layout::AUTOCLEAR != 0 {
-            self.update_header(|header| header.fields.autoclear &= layout::AUTOCLEAR)?;
+        if stale {
+            self.update_header(Qcow2Header::clear_stale)?;
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use crate::crypto::Digest;
 use crate::ops::checksum::{self, Copied};
 use crate::ops::copy::{self, Above, CopyOptions, GuestDigest, Joined, Observer, TargetFacts};
 use crate::ops::create::NewImage;
+use crate::ops::read_from::spare;
 use crate::ops::staged::StagedTarget;
 use crate::storage::{CacheMode, Identity};
 
@@ -70,6 +71,7 @@ impl Job<'_> {
     pub fn to_existing(&self, image: &ImageRef, how: &OpenHow, opener: &Opener<'_>) -> Result<(Option<Digest>, u64)> {
         let cache = self.cache.unwrap_or(CacheMode::Unsafe);
         let target = opener.open(image, &OpenHow { purpose: Purpose::Write, cache, ..how.clone() })?;
+        spare(&self.conversion.sources, &target).map_err(|error| error.about(target.name()))?;
         let facts = TargetFacts { reads_zero: self.conversion.target_is_zero, ..TargetFacts::default() };
         let done = self.run(&target, facts);
         if done.is_err() {

@@ -12,7 +12,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
 
 use super::head::HeadLast;
-use super::{Durability, Naming, Staged, Staging};
+use super::{Durability, Naming, Source, Staged, Staging};
 use crate::storage::file::{self, HostFile, cache_flags};
 use crate::storage::lock::{self, Access};
 use crate::storage::temporary::TemporaryName;
@@ -117,19 +117,7 @@ impl Staging {
         if self.sources.is_empty() || old.kind() == FileKind::CharDevice {
             return Ok(());
         }
-        let places = old.lies_in();
-        match self
-            .sources
-            .iter()
-            .find(|source| source.lies_in.iter().any(|part| places.iter().any(|place| place.meets(part))))
-        {
-            Some(source) => Err(Error::Other(format!(
-                "'{}' would be written in place, and '{}', which is read, is the same file",
-                path.display(),
-                source.name
-            ))),
-            None => Ok(()),
-        }
+        Source::spare(&self.sources, &old.lies_in(), &path.to_string_lossy())
     }
 
     /// See [`Staging::replace`].
