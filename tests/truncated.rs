@@ -4,6 +4,7 @@
 mod written;
 
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 
 use crate::common::trace::disturbed_at;
@@ -370,5 +371,48 @@ fn cut_while_it_is_converted() {
             }
         }
         assert!(whole_ones > 0 && told > 3, "{format}: {whole_ones} whole, {told} told");
+    }
+}
+
+/// The same where nothing is written: neither are the disks identical, since zeros are read in place of what is gone,
+/// nor do they differ for that.
+#[test]
+fn cut_while_it_is_compared_or_piped() {
+    const END: u64 = (4 << 20) + 1000;
+    let scratch = Scratch::new();
+    write_pattern(&scratch.file("disk.raw"), 0, 5, 9 << 20);
+    scratch.sh("cp disk.raw half.raw && truncate -s 4195304 half.raw && truncate -s 9M half.raw");
+    scratch.judge(&["convert", "-f", "raw", "-O", "qcow2", "disk.raw", "disk.qcow2"]);
+    let folder = scratch.file("work");
+    fs::create_dir(&folder).expect("a folder");
+    let source = folder.join("source");
+    let compare = |format, other| vec!["compare", "-f", format, "-F", "raw", "source", other];
+    let pipe = vec!["dd", "-f", "raw", "bs=1M", "if=source", "of=../pipe"];
+    scratch.sh("mkfifo pipe");
+    // It is never without a reader, nor without a writer: that is open for both.
+    let mut end = fs::OpenOptions::new().read(true).write(true).open(scratch.file("pipe")).expect("open");
+    std::thread::spawn(move || while end.read(&mut [0; 1 << 16]).is_ok() {});
+    // What nobody may be told of a source that was open when it was cut.
+    for (format, args, wrong) in [
+        ("raw", compare("raw", "../disk.raw"), 1),
+        ("raw", compare("raw", "../half.raw"), 0),
+        ("qcow2", compare("qcow2", "../disk.raw"), 1),
+        ("raw", pipe, i32::MAX),
+    ] {
+        let (mut n, mut told) = (1, 0);
+        loop {
+            fs::copy(scratch.file(&format!("disk.{format}")), &source).expect("copy");
+            let cut = || cut(&source, END);
+            let Some((code, said)) = disturbed_at(&folder, &args, n, cut) else { break };
+            let when = format!("{args:?} cut at call {n}: {code}: {said}");
+            assert!(told == 0 || code != wrong, "{when}");
+            if said.contains("source: the file was cut short at offset 4195304 while it was read") {
+                assert_eq!(code, if args[0] == "dd" { 1 } else { 4 }, "{when}");
+                told += 1;
+            }
+            assert!(code < 2 || said.contains("source"), "{when}");
+            n += 11;
+        }
+        assert!(told > 2, "{args:?}: {told} told");
     }
 }

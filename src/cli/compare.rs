@@ -159,6 +159,7 @@ fn tell(program: &Program, failure: &CompareFailure, (typed, node): (&OsString, 
     let (what, exit) = match failure.step {
         CompareStep::Status => (format!("Sector allocation test failed for {typed}"), Exit::NoStatus),
         CompareStep::Read => (format!("Error while reading offset {at} of {typed}"), Exit::Unreadable),
+        CompareStep::Whole => (format!("Error while reading {typed}"), Exit::Unreadable),
     };
     let cause = failure.cause(node.name());
     program.error(&cause.map_or_else(|| what.clone(), |cause| format!("{what}: {cause}")));

@@ -13,6 +13,7 @@ pub mod create;
 pub mod dd;
 pub mod ids;
 pub mod info;
+pub mod lengths;
 pub mod map;
 pub mod measure;
 mod read_from;

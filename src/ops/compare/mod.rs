@@ -13,6 +13,7 @@ use std::num::NonZero;
 use self::engine::Engine;
 use crate::block::{Error, ErrorKind, Node};
 use crate::ops::copy::{MOST_THREADS, Observer};
+use crate::ops::lengths::{self, FileLengths};
 
 /// How it is done.
 #[derive(Debug, Clone, Copy, Default)]
@@ -41,6 +42,8 @@ pub enum CompareStep {
     Status,
     /// To read.
     Read,
+    /// To read all of it: a file got shorter meanwhile.
+    Whole,
 }
 
 /// Which of the two.
@@ -124,6 +127,14 @@ impl<'a> Comparison<'a> {
         let chunks = usize::try_from((to - from).div_ceil(plan::CHUNK)).unwrap_or(usize::MAX);
         let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
         let threads = self.options.threads.unwrap_or_else(cores).clamp(1, MOST_THREADS);
-        Engine::new(self, from, to).run(threads.min(chunks.max(1)))
+        let whole = |side, at| move |error| Box::new(CompareFailure { step: CompareStep::Whole, side, at, error });
+        let lengths = |node, side| FileLengths::of(lengths::layers(node)).map_err(whole(side, from));
+        let (left, right) = (lengths(self.left, Side::Left)?, lengths(self.right, Side::Right)?);
+        let found = Engine::new(self, from, to).run(threads.min(chunks.max(1)));
+        if found.is_ok() {
+            left.check().map_err(whole(Side::Left, to))?;
+            right.check().map_err(whole(Side::Right, to))?;
+        }
+        found
     }
 }

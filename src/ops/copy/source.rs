@@ -9,8 +9,8 @@ use super::onto::Onto;
 use super::segment::status;
 pub use super::segment::{Content, Segment, read, read_told};
 use super::zero::SECTOR;
-use crate::block::{Child, Error, ErrorKind, ExtentKind, GuestOffset, Node, Result};
-use crate::storage::FileKind;
+use crate::block::{ExtentKind, GuestOffset, Node, Result};
+use crate::ops::lengths::{self, FileLengths};
 
 /// The sources, one after the other.
 #[derive(Debug)]
@@ -84,25 +84,12 @@ impl Joined {
 
     /// The same, each followed by what lies below it.
     pub fn layers(&self) -> impl Iterator<Item = &Node> {
-        self.nodes().flat_map(|node| std::iter::successors(Some(node), |node| node.backing().map(|below| &**below)))
+        self.nodes().flat_map(lengths::layers)
     }
 
     /// How long the files are that the sources lie in, or were when those were opened.
     pub fn lengths(&self) -> Result<FileLengths<'_>> {
-        let mut lengths = Vec::new();
-        // Those of a layer that is written to are that writer's to change.
-        for node in self.layers().filter(|node| node.is_only_read()) {
-            // Where the disk ends with its file, it has the length that the file had.
-            let disk = if node.driver().short_unit().is_none() { node.virtual_size() } else { 0 };
-            let mut least = disk.saturating_sub(SECTOR - 1);
-            for file in node.driver().files() {
-                if file.storage.host().is_some_and(|host| host.kind() == FileKind::Regular) {
-                    lengths.push((file, file.len()?.max(least)));
-                }
-                least = 0;
-            }
-        }
-        Ok(FileLengths(lengths))
+        FileLengths::of(self.layers())
     }
 
     /// The length of all together.
@@ -163,23 +150,5 @@ impl Joined {
             at = segment.end();
         }
         sum
-    }
-}
-
-/// How long files were before they were read: what is gone from one since reads as zeros that were never stored.
-pub struct FileLengths<'a>(Vec<(&'a Child, u64)>);
-
-impl FileLengths<'_> {
-    /// An error for the first file that has been cut short since.
-    pub fn check(&self) -> Result<()> {
-        for (file, before) in &self.0 {
-            let now = file.len()?;
-            if now < *before {
-                let name = &file.name;
-                let text = format!("{name}: the file was cut short at offset {now} while it was read");
-                return Err(Error::new(ErrorKind::Truncated, text));
-            }
-        }
-        Ok(())
     }
 }

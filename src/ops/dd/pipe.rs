@@ -12,6 +12,7 @@ use super::{Blocks, DiskPart};
 use crate::block::error::Context;
 use crate::block::io::Scratch;
 use crate::block::{Error, GuestOffset, Node, Result};
+use crate::ops::lengths::{self, FileLengths};
 use crate::ops::staged::StagedTarget;
 use crate::storage::file::FileHow;
 use crate::storage::temporary::{TemporaryName, large_file};
@@ -101,6 +102,7 @@ impl<R: Read> PipedBlocks<R> {
 pub fn to_pipe(source: &Node, part: DiskPart, mut sink: impl Write, name: &Path) -> Result<()> {
     let (mut scratch, mut buffer) = (Scratch::default(), vec![0; PIECE]);
     let (mut done, len) = (0, part.len.next_multiple_of(SECTOR));
+    let lengths = FileLengths::of(lengths::layers(source))?;
     while done < len {
         let n = usize::try_from(len - done).map_or(PIECE, |left| left.min(PIECE));
         let wanted = usize::try_from(part.len - done).map_or(n, |left| left.min(n));
@@ -110,7 +112,7 @@ pub fn to_pipe(source: &Node, part: DiskPart, mut sink: impl Write, name: &Path)
         put(&mut sink, name, done, piece)?;
         done += n as u64;
     }
-    Ok(())
+    lengths.check()
 }
 
 fn put(sink: &mut impl Write, name: &Path, at: u64, piece: &[u8]) -> Result<()> {
