@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::run::plain;
 use crate::common::trace::{Ended, killed_at};
-use crate::common::{Scratch, pattern, vimg, write_pattern};
+use crate::common::{Scratch, need, pattern, sh, vimg, write_pattern};
 
 /// What goes on after a kill hangs if it takes longer.
 const WATCHDOG: Duration = Duration::from_secs(5 * 60);
@@ -197,6 +197,42 @@ fn killed_at_each_system_call_leaves_no_mixture_of_two_images() {
         fs::remove_dir_all(&folder).expect("remove");
     }
     assert!(before > 50 && after > 2, "{before} before, {after} after");
+}
+
+/// What gives files their names is a process of its own. If that alone is killed, the program takes back what it did.
+#[test]
+fn the_process_that_names_files_may_be_killed() {
+    need("strace");
+    let scratch = Scratch::new();
+    let create = ["create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", "disk.vmdk"];
+    let mut killed = 0;
+    for (call, most) in [("renameat2", 4), ("linkat", 3)] {
+        for n in 1..=most {
+            let folder = scratch.file(&format!("{call}-{n}"));
+            fs::create_dir(&folder).expect("a folder");
+            vimg(&[create.as_slice(), &["2M"]].concat()).dir(&folder).ok();
+            let line = format!(
+                "strace -f -qq -o ../trace -e trace={call} -e inject={call}:signal=KILL:when={n} {} {} 1M",
+                crate::common::vimg_path().display(),
+                create.join(" ")
+            );
+            let out = sh(&line).dir(&folder).run();
+            let names: Vec<_> = fs::read_dir(&folder).expect("folder").map(|e| e.expect("entry").file_name()).collect();
+            assert_eq!(names.len(), 2, "{call} {n}: {names:?}, {out:?}");
+            let wanted = match out.code {
+                Some(0) => 1 << 20,
+                Some(1) => 2 << 20,
+                other => panic!("{call} {n}: {other:?}: {out:?}"),
+            };
+            let info = vimg(&["info", "--output=json", "disk.vmdk"]).dir(&folder).ok().stdout;
+            assert!(info.contains(&format!("\"virtual-size\": {wanted},")), "{call} {n}: {out:?}, {info}");
+            assert_eq!(fs::metadata(folder.join("disk-flat.vmdk")).expect("data").len(), wanted, "{call} {n}: {out:?}");
+            let was = fs::read_to_string(scratch.file("trace")).expect("trace").contains("killed by SIGKILL");
+            assert_eq!(out.code == Some(1), was, "{call} {n}: {out:?}");
+            killed += u32::from(was);
+        }
+    }
+    assert!(killed >= 3, "{killed}");
 }
 
 /// A raw disk has the length of its file, which grows in one step.

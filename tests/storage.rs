@@ -618,7 +618,9 @@ fn what_is_read_is_not_written_over_under_another_name() {
     fs::write(dir.file("bound"), "").unwrap();
     dir.sh("mount --bind a bound");
     dir.judge(&["create", "-q", "-f", "qcow2", "-b", "a", "-F", "raw", "overlay"]);
-    let device = dir.sh("PATH=$PATH:/sbin:/usr/sbin losetup -f --show a").stdout.trim().to_owned();
+    let losetup = |args: &str| dir.sh(&format!("PATH=$PATH:/sbin:/usr/sbin losetup {args}")).stdout.trim().to_owned();
+    let device = losetup("-f --show a");
+    let second = losetup(&format!("-f --show {device}"));
     let jobs = [
         "dd -f raw -O raw bs=1M if=a of=hard",
         "dd -f raw -O raw bs=1M if=a of=a",
@@ -634,10 +636,14 @@ fn what_is_read_is_not_written_over_under_another_name() {
         &format!("dd -f raw -O raw bs=1M skip=1 if={device} of={device}"),
         &format!("convert -f raw -O raw {device} a"),
         &format!("convert -U -f raw -O raw {device} hard"),
+        &format!("convert -f raw -O qcow2 a {second}"),
+        &format!("convert -n -f raw -O raw {second} {device}"),
+        &format!("convert -n -f raw -O raw {second} a"),
     ];
     let outs = jobs.map(|line| (line.to_owned(), vimg(&line.split(' ').collect::<Vec<_>>()).dir(dir.path()).run()));
     let left = fs::read(dir.file("a")).unwrap();
-    dir.sh(&format!("PATH=$PATH:/sbin:/usr/sbin losetup -d {device}; umount bound"));
+    losetup(&format!("-d {second} {device}"));
+    dir.sh("umount bound");
     for (line, out) in outs {
         assert_eq!(out.code, Some(1), "{line}: {out:?}");
         let said = out.stderr.contains("would be written in place") && out.stderr.contains("is the same file");

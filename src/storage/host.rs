@@ -122,15 +122,24 @@ pub fn sector(file: &File) -> u64 {
     }
 }
 
-/// The file behind a loop device, or behind that of a partition, and where in it the loop device begins.
-pub fn behind_loop(file: &File) -> Option<(Identity, u64)> {
+/// What is behind a loop device.
+pub enum BehindLoop {
+    /// A file.
+    File(Identity),
+    /// A block device of that number.
+    Device(u64),
+}
+
+/// What is behind a loop device, or behind that of a partition, and where in it the loop device begins.
+pub fn behind_loop(file: &File) -> Option<(BehindLoop, u64)> {
     let mut status = [0u64; 29];
     // SAFETY: the descriptor is open, and LOOP_GET_STATUS64 writes 232 bytes (`struct loop_info64`, `linux/loop.h`) to
     // where the array lies.
     unsafe { loop_status(file.as_raw_fd(), &mut status) }.ok()?;
     // It begins with the file's device, its inode, the device that it is if it is one, and the offset.
-    let [device, inode, _, offset, ..] = status;
-    Some((Identity { device, inode }, offset))
+    let [device, inode, number, offset, ..] = status;
+    let behind = if number == 0 { BehindLoop::File(Identity { device, inode }) } else { BehindLoop::Device(number) };
+    Some((behind, offset))
 }
 
 /// The device need not keep what is in the range (`at` and `len` in whole sectors).

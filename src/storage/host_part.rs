@@ -8,6 +8,7 @@ use std::path::Path;
 use nix::fcntl::OFlag;
 use nix::libc;
 
+use super::host::BehindLoop;
 use super::{Identity, host};
 
 /// A part of a file of the host, or of a device.
@@ -40,25 +41,49 @@ impl HostPart {
     }
 }
 
+/// How many loop devices over each other are looked through.
+const MOST_LOOPS: usize = 8;
+
 /// What an open file's bytes lie in.
 pub fn parts_of(file: &File) -> Vec<HostPart> {
     let Ok(meta) = file.metadata() else { return Vec::new() };
     let mut all = vec![HostPart::whole(Identity { device: meta.dev(), inode: meta.ino() })];
-    if !meta.file_type().is_block_device() {
-        return all;
-    }
-    let (device, len) = (meta.rdev(), host::device_size(file).unwrap_or(u64::MAX));
-    all.push(HostPart::of_device(device, 0, len));
-    let mut start = 0;
-    if let Some((disk, at)) = disk_of_partition(device) {
-        start = at;
-        all.push(HostPart::of_device(disk, at, len));
-    }
-    if let Some((of, offset)) = host::behind_loop(file) {
-        let from = offset.saturating_add(start);
-        all.push(HostPart { of, from, to: from.saturating_add(len) });
+    if meta.file_type().is_block_device() {
+        let len = host::device_size(file).unwrap_or(u64::MAX);
+        add_device(&mut all, (meta.rdev(), Some(file)), 0, len, MOST_LOOPS);
     }
     all
+}
+
+/// Adds `len` bytes from `from` of a device, which may be open already, and what they lie in.
+fn add_device(all: &mut Vec<HostPart>, device: (u64, Option<&File>), from: u64, len: u64, loops: usize) {
+    let (number, file) = device;
+    all.push(HostPart::of_device(number, from, len));
+    let mut start = from;
+    if let Some((disk, at)) = disk_of_partition(number) {
+        start = start.saturating_add(at);
+        all.push(HostPart::of_device(disk, start, len));
+    }
+    let opened = if file.is_none() { open_device(number) } else { None };
+    let Some((behind, offset)) = file.or(opened.as_ref()).and_then(host::behind_loop) else { return };
+    let from = offset.saturating_add(start);
+    match behind {
+        BehindLoop::File(of) => all.push(HostPart { of, from, to: from.saturating_add(len) }),
+        BehindLoop::Device(number) if loops > 0 => add_device(all, (number, None), from, len, loops - 1),
+        BehindLoop::Device(_) => {}
+    }
+}
+
+/// A block device by its number, under the name that the kernel gives it.
+fn open_device(number: u64) -> Option<File> {
+    let folder = format!("/sys/dev/block/{}:{}", libc::major(number), libc::minor(number));
+    let path = Path::new("/dev").join(std::fs::canonicalize(folder).ok()?.file_name()?);
+    let file = open_quietly(&path).ok()?;
+    (file.metadata().ok()?.rdev() == number).then_some(file)
+}
+
+fn open_quietly(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().read(true).custom_flags((OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).bits()).open(path)
 }
 
 /// The same of what has a name; nothing where that cannot be told.
@@ -66,11 +91,7 @@ pub fn parts_at(path: &Path) -> Vec<HostPart> {
     let Ok(meta) = std::fs::metadata(path) else { return Vec::new() };
     match meta.file_type().is_block_device() {
         false => vec![HostPart::whole(Identity { device: meta.dev(), inode: meta.ino() })],
-        true => {
-            let flags = (OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).bits();
-            let file = OpenOptions::new().read(true).custom_flags(flags).open(path);
-            file.map_or(Vec::new(), |file| parts_of(&file))
-        }
+        true => open_quietly(path).map_or(Vec::new(), |file| parts_of(&file)),
     }
 }
 

@@ -26,7 +26,7 @@ use nix::fcntl::{FcntlArg, OFlag, copy_file_range, fcntl};
 use nix::unistd::{Whence, lseek};
 
 use super::make::{create_new, errno, folder_of, is_policy, named};
-use super::steps::{Call, Step, run_apart};
+use super::steps::{Call, Step, left_aside, run_apart};
 use super::{Naming, Staged};
 use crate::storage::file::{FileHow, HostFile};
 use crate::storage::lock::Access;
@@ -48,7 +48,7 @@ pub(super) fn publish(files: &mut [Staged], durable: bool) -> Result<()> {
                     // A project that files cannot be moved out of is a policy too.
                     Errno::EXDEV => copy_all(files, durable)?,
                     _ if is_policy(&cause) => copy_all(files, durable)?,
-                    _ => return Err(named("create", &target, cause)),
+                    _ => return Err(not_named(&target, cause, &steps)),
                 }
             }
         },
@@ -70,6 +70,15 @@ pub(super) fn publish(files: &mut [Staged], durable: bool) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Why a file has not got its name, and where older ones are that have not got theirs back.
+fn not_named(target: &Path, cause: io::Error, steps: &[Step]) -> Error {
+    let error = named("create", target, cause);
+    let aside: String = left_aside(steps)
+        .map(|(name, hidden)| format!("; what was '{}' is '{}' now", name.to_string_lossy(), hidden.to_string_lossy()))
+        .collect();
+    if aside.is_empty() { error } else { Error::Other(format!("{error}{aside}")) }
 }
 
 /// The folders in which names are given. One that cannot be opened for reading cannot be asked.

@@ -2,10 +2,10 @@
 //!
 //! Invariant: what runs in that process makes system calls on memory that is there already, and nothing else.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
@@ -62,30 +62,31 @@ impl Call {
     }
 }
 
-/// Whether a step of a plan has been made, seen from its traces. Names that are taken away were there before.
-fn is_done(steps: &[Step], step: &Step) -> bool {
+fn is_at(file: &CString, name: &CString) -> bool {
     let stat = |name: &CString| nix::sys::stat::stat(name.as_c_str()).map(|stat| (stat.st_dev, stat.st_ino)).ok();
-    let is_at = |file: &CString, name: &CString| stat(file).is_some_and(|file| stat(name) == Some(file));
-    let is_gone = |name: &CString| nix::sys::stat::lstat(name.as_c_str()) == Err(Errno::ENOENT);
-    // What has got a name may have got another one since.
-    let mut moves = steps.iter().filter_map(|step| match &step.call {
-        Call::Move { from, to } | Call::MoveToFree { from, to } => Some((from, to)),
-        _ => None,
-    });
-    let linked = |name: &CString| {
-        steps.iter().find_map(|step| match &step.call {
-            Call::Link { file, to } if to == name => Some(file),
-            _ => None,
-        })
-    };
-    match &step.call {
-        Call::Link { file, to } => is_at(file, to) || moves.any(|(from, next)| from == to && is_at(file, next)),
-        Call::Move { from, to } | Call::MoveToFree { from, to } => match linked(from) {
-            Some(file) => is_at(file, to),
-            None => is_gone(from),
-        },
-        Call::Remove { name } => is_gone(name),
-        Call::Sync { .. } => true,
+    stat(file).is_some_and(|file| stat(name) == Some(file))
+}
+
+fn is_gone(name: &CString) -> bool {
+    nix::sys::stat::lstat(name.as_c_str()) == Err(Errno::ENOENT)
+}
+
+impl Call {
+    /// Whether it has been made, where all before it have and none behind it, seen from its traces. Names that are moved
+    /// or taken away were there before.
+    fn is_made(&self) -> bool {
+        match self {
+            Self::Link { file, to } => is_at(file, to),
+            Self::Move { from: name, .. } | Self::MoveToFree { from: name, .. } | Self::Remove { name } => {
+                is_gone(name)
+            }
+            Self::Sync { .. } => false,
+        }
+    }
+
+    /// Cannot fail: what it does is done once the names are given.
+    fn tidies(&self) -> bool {
+        matches!(self, Self::Remove { .. } | Self::Sync { .. })
     }
 }
 
@@ -124,30 +125,85 @@ fn move_to_free(from: &CString, to: &CString) -> std::result::Result<(), Errno> 
     }
 }
 
-/// Makes the calls; one that fails has those before it taken back, and is told by its number.
-fn run(steps: &[Step]) -> std::result::Result<(), (usize, Errno)> {
+/// Makes the calls; one that fails has those before it taken back, and is told by its number. `made` is called after each
+/// that was made.
+fn run(steps: &[Step], made: impl Fn()) -> std::result::Result<(), (usize, Errno)> {
     for (index, step) in steps.iter().enumerate() {
         if let Err(errno) = step.call.run() {
-            for undo in steps.iter().take(index).rev().filter_map(|step| step.undo.as_ref()) {
-                // The first failure is the one to tell.
-                let _ = undo.run();
-            }
+            take_back(steps.get(..index).unwrap_or_default());
             return Err((index, errno));
         }
+        made();
     }
     Ok(())
 }
 
-/// What is left of a plan whose process was killed: what it did is taken back, unless that is all of it.
-fn after_a_kill(steps: &[Step]) -> std::result::Result<(), (usize, io::Error)> {
-    let done: Vec<bool> = steps.iter().map(|step| is_done(steps, step)).collect();
-    let Some(first) = done.iter().position(|done| !done) else { return Ok(()) };
-    let before = steps.iter().zip(done).take(first).rev().filter(|(_, done)| *done);
-    for undo in before.filter_map(|(step, _)| step.undo.as_ref()) {
-        // The kill is what is told.
+fn take_back(made: &[Step]) {
+    for undo in made.iter().rev().filter_map(|step| step.undo.as_ref()) {
+        // Why that had to be is what is told.
         let _ = undo.run();
     }
+}
+
+/// What is left of a plan whose process was killed when it had said of `made` calls that they were made: what it did is
+/// taken back, unless all names are given by then, and what remains is done here.
+fn after_a_kill(steps: &[Step], made: usize) -> std::result::Result<(), (usize, io::Error)> {
+    let (before, behind) = steps.split_at(made.min(steps.len()));
+    let unsaid = behind.first().filter(|step| step.call.is_made());
+    let rest = behind.get(usize::from(unsaid.is_some())..).unwrap_or_default();
+    if rest.iter().all(|step| step.call.tidies()) {
+        return run(rest, || {}).map_err(|(index, errno)| (index, errno.into()));
+    }
+    if let Some(undo) = unsaid.and_then(|step| step.undo.as_ref()) {
+        let _ = undo.run();
+    }
+    if let Some(Step { call: Call::MoveToFree { from, to }, .. }) = rest.first()
+        && is_at(from, to)
+    {
+        // On a file system where that takes two calls it has both names.
+        let _ = remove(to);
+    }
+    take_back(before);
     Err((0, io::Error::other("the process that gives files their names was killed")))
+}
+
+/// Older files that are still called otherwise, after a plan that failed: the name, and the one they have.
+pub(super) fn left_aside(steps: &[Step]) -> impl Iterator<Item = (&CStr, &CStr)> {
+    steps.iter().filter_map(|step| match (&step.call, &step.undo) {
+        (Call::MoveToFree { from, to }, Some(Call::MoveToFree { .. })) if !is_gone(to) && !is_at(to, from) => {
+            Some((from.as_c_str(), to.as_c_str()))
+        }
+        _ => None,
+    })
+}
+
+/// How many calls have been made, told by one process to another: an event counter (eventfd(2)), which never fills.
+struct Counter(File);
+
+impl Counter {
+    fn new() -> io::Result<Self> {
+        // SAFETY: eventfd takes two numbers and touches no memory.
+        let number = Errno::result(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
+        // SAFETY: the descriptor is new, and nobody else's.
+        Ok(Self(unsafe { File::from_raw_fd(number) }))
+    }
+
+    /// One more has been made. Nothing is allocated.
+    fn count(&self) {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: `one` is eight bytes, and write reads no more.
+        unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+    }
+
+    /// How many there were.
+    fn all(&self) -> usize {
+        let mut bytes = [0; 8];
+        // Nothing can be read where nothing was counted.
+        match (&self.0).read_exact(&mut bytes) {
+            Ok(()) => usize::try_from(u64::from_ne_bytes(bytes)).unwrap_or(usize::MAX),
+            Err(_) => 0,
+        }
+    }
 }
 
 /// Makes the calls of a plan, the number of the one that failed beside its error. More than one is for a process of its
@@ -157,20 +213,21 @@ fn after_a_kill(steps: &[Step]) -> std::result::Result<(), (usize, io::Error)> {
 /// and no signals, so that what ends this process lets it finish. It needs a fraction of a millisecond, or the time of
 /// a folder's sync. Where no process can be made, this one does the same itself.
 pub(super) fn run_apart(steps: &[Step]) -> std::result::Result<(), (usize, io::Error)> {
-    let here = || run(steps).map_err(|(index, errno)| (index, errno.into()));
+    let here = || run(steps, || {}).map_err(|(index, errno)| (index, errno.into()));
     if steps.len() < 2 {
         return here();
     }
     let whole = |errno: Errno| (0, io::Error::from(errno));
     // All that is allocated is allocated before: a copy of a process with threads may not.
     let Ok((answer, tell)) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK) else { return here() };
+    let Ok(counter) = Counter::new() else { return here() };
     let told = tell.as_raw_fd();
     let mut stack = vec![0; 128 << 10];
     let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK).map_err(whole)?;
     let child = || {
         // SAFETY: setsid takes nothing and touches no memory.
         unsafe { libc::setsid() };
-        let (index, errno) = run(steps).err().unwrap_or((0, Errno::UnknownErrno));
+        let (index, errno) = run(steps, || counter.count()).err().unwrap_or((0, Errno::UnknownErrno));
         let text = [index.to_le_bytes(), (errno as usize).to_le_bytes()];
         // SAFETY: `text` is that long, and write reads no more.
         unsafe { libc::write(told, text.as_ptr().cast(), size_of_val(&text)) };
@@ -186,7 +243,7 @@ pub(super) fn run_apart(steps: &[Step]) -> std::result::Result<(), (usize, io::E
     let mut text = [0; 2 * size_of::<usize>()];
     let (index, errno) = match File::from(answer).read_exact(&mut text) {
         Ok(()) => text.split_at(size_of::<usize>()),
-        Err(_) => return after_a_kill(steps),
+        Err(_) => return after_a_kill(steps, counter.all()),
     };
     let number = |bytes: &[u8]| bytes.try_into().map_or(0, usize::from_le_bytes);
     match i32::try_from(number(errno)) {
@@ -209,33 +266,92 @@ mod tests {
         CString::new(path.as_os_str().as_bytes()).unwrap()
     }
 
-    /// A new file goes over an older one: the calls, and the names in the folder and the bytes under `target` afterwards.
-    fn killed_after(calls: usize) -> (bool, Vec<String>, Vec<u8>) {
-        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let (target, hidden) = (dir.path().join("target"), dir.path().join(".vimg-1.tmp"));
-        fs::write(&target, b"old").unwrap();
-        fs::write(dir.path().join("new"), b"new").unwrap();
-        let file = File::open(dir.path().join("new")).unwrap();
-        let from = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
-        let (link, back) = (Call::Link { file: from, to: c(&hidden) }, Call::Remove { name: c(&hidden) });
-        let steps = [
-            Step { call: link, undo: Some(back), file: 0 },
-            Step { call: Call::Move { from: c(&hidden), to: c(&target) }, undo: None, file: 0 },
-        ];
-        run(&steps[..calls]).unwrap();
-        let done = after_a_kill(&steps);
-        assert!(done.as_ref().is_err_and(|(_, error)| error.to_string().ends_with("was killed")) || done.is_ok());
-        let names = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        let mut names: Vec<String> = names.collect();
-        names.sort_unstable();
-        (done.is_ok(), names, fs::read(&target).unwrap())
+    /// What is there and what it holds, but for the scratch folder's own file.
+    fn held(dir: &Path) -> Vec<(String, String)> {
+        let mut all: Vec<_> = fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), fs::read_to_string(path).unwrap()))
+            .filter(|(name, _)| name != "new")
+            .collect();
+        all.sort_unstable();
+        all
+    }
+
+    /// Kills a plan after each number of calls, before and after the last of them was counted: all of it is there, or
+    /// nothing.
+    fn kill_anywhere(older: &[(&str, &str)], newer: &[(&str, &str)], plan: impl Fn(&Path, &CString) -> Vec<Step>) {
+        let (mut calls, mut last) = (0, false);
+        while !last {
+            for uncounted in 0..=calls.min(1) {
+                let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+                older.iter().for_each(|(name, text)| fs::write(dir.path().join(name), text).unwrap());
+                fs::write(dir.path().join("new"), "new").unwrap();
+                let file = File::open(dir.path().join("new")).unwrap();
+                let from = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+                let steps = plan(dir.path(), &from);
+                run(&steps[..calls], || {}).unwrap();
+                let done = after_a_kill(&steps, calls - uncounted);
+                let wanted = if done.is_ok() { newer } else { older };
+                let wanted: Vec<_> =
+                    wanted.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect();
+                assert_eq!(held(dir.path()), wanted, "{calls} calls, {uncounted} not counted: {done:?}");
+                assert_eq!(left_aside(&steps).count(), 0);
+                assert!(done.is_err() || calls > 0);
+                last = calls == steps.len();
+                assert!(done.is_ok() || !last, "{done:?}");
+            }
+            calls += 1;
+        }
     }
 
     #[test]
-    fn a_killed_plan_leaves_no_hidden_name() {
-        let names = vec!["new".to_owned(), "target".to_owned()];
-        assert_eq!(killed_after(0), (false, names.clone(), b"old".to_vec()));
-        assert_eq!(killed_after(1), (false, names.clone(), b"old".to_vec()));
-        assert_eq!(killed_after(2), (true, names, b"new".to_vec()));
+    fn a_killed_plan_leaves_the_older_file_or_the_newer() {
+        kill_anywhere(&[("target", "old")], &[("target", "new")], |dir, from| {
+            let (target, hidden) = (c(&dir.join("target")), c(&dir.join(".vimg-1.tmp")));
+            let undo = Some(Call::Remove { name: hidden.clone() });
+            vec![
+                Step { call: Call::Link { file: from.clone(), to: hidden.clone() }, undo, file: 0 },
+                Step { call: Call::Move { from: hidden, to: target }, undo: None, file: 0 },
+            ]
+        });
+    }
+
+    #[test]
+    fn a_killed_plan_of_several_files_leaves_all_of_the_older_ones_or_of_the_newer() {
+        let older = [("head", "old head"), ("part", "old part")];
+        kill_anywhere(&older, &[("head", "new"), ("more", "new"), ("part", "new")], |dir, from| {
+            let name = |name: &str| c(&dir.join(name));
+            let aside = |from: &str, to: &str| {
+                let undo = Some(Call::MoveToFree { from: name(to), to: name(from) });
+                Step { call: Call::MoveToFree { from: name(from), to: name(to) }, undo, file: 0 }
+            };
+            let put = |to: &str| {
+                let undo = Some(Call::Remove { name: name(to) });
+                Step { call: Call::Link { file: from.clone(), to: name(to) }, undo, file: 0 }
+            };
+            let remove = |from: &str| Step { call: Call::Remove { name: name(from) }, undo: None, file: 0 };
+            vec![
+                aside("head", ".vimg-1.tmp"),
+                put("more"),
+                aside("part", ".vimg-2.tmp"),
+                put("part"),
+                put("head"),
+                remove(".vimg-1.tmp"),
+                remove(".vimg-2.tmp"),
+            ]
+        });
+    }
+
+    #[test]
+    fn what_could_not_be_taken_back_is_known() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let (name, hidden) = (c(&dir.path().join("head")), c(&dir.path().join(".vimg-1.tmp")));
+        fs::write(dir.path().join("head"), "old").unwrap();
+        let undo = Some(Call::MoveToFree { from: hidden.clone(), to: name.clone() });
+        let call = Call::MoveToFree { from: name.clone(), to: hidden.clone() };
+        let steps = [Step { call, undo, file: 0 }];
+        run(&steps, || {}).unwrap();
+        assert_eq!(left_aside(&steps).collect::<Vec<_>>(), [(name.as_c_str(), hidden.as_c_str())]);
     }
 }
