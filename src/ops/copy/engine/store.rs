@@ -37,9 +37,9 @@ impl<'a> Engine<'a> {
         let plain = plain.first(len);
         let early = self.facts.unnamed;
         let deferred_zeros = !self.ordered();
-        // Before the turn, in which some of it may be written.
+        // Before the turn, in which some of it may be written. What is counted is the guest's, however short it is stored.
         let data = pieces.iter().filter(|piece| piece.kind == PieceKind::Data).map(|piece| piece.len);
-        self.wait(data.chain(units.iter().map(|unit| unit.bytes as u64)).sum());
+        self.wait(data.chain(units.iter().map(|unit| unit.len)).sum());
         self.in_turn(chunk.number, || {
             for piece in pieces.iter() {
                 let from = short_len(piece.at - chunk.at);
