@@ -2,6 +2,7 @@
 
 use vimg::storage::Preallocation;
 
+use crate::common::run::vimg;
 use crate::common::{Scratch, assert_same_bytes, judge, write_pattern};
 use crate::rig::{Pair, assert_survives_mutations, create, open_bytes};
 
@@ -242,4 +243,45 @@ fn what_overlaps_is_not_written_to() {
         crate::rig::assert_writes_change_nothing("qcow", bad.clone());
         crate::rig::assert_resizes_change_nothing("qcow", bad, &[2 * M + 4096 + 512]);
     }
+}
+
+/// Whatever it lies in: the header's sector, a table, what is free or another cluster.
+#[test]
+fn a_cluster_that_does_not_begin_with_a_sector_is_not_read() {
+    let scratch = Scratch::new();
+    scratch.judge(&["create", "-q", "-f", "qcow", "a.qcow", "2M"]);
+    scratch.qemu_io("qcow", "a.qcow", &["write -P 5 0 4k", "write -P 6 8k 4k", "write -P 7 64k 4k"]);
+    let good = std::fs::read(scratch.file("a.qcow")).unwrap();
+    let entry = u64::from_be_bytes(good[48..56].try_into().unwrap());
+    write_pattern(&scratch.file("new"), 0, 3, 8192);
+    let (mut read, mut refused) = (0, 0);
+    for at in [1, 48, 511, 512, 513, 1024, entry - 1, entry, entry + 1, entry + 512, entry + 4097, entry + 8192 + 256] {
+        let mut bad = good.clone();
+        bad[entry as usize + 8..][..8].copy_from_slice(&at.to_be_bytes());
+        std::fs::write(scratch.file("a.qcow"), &bad).unwrap();
+        let convert = |to| ["convert", "-f", "qcow", "-O", "raw", "a.qcow", to];
+        let theirs = judge(&convert("theirs")).dir(scratch.path()).run();
+        let ours = vimg(&convert("ours")).dir(scratch.path()).run();
+        assert_eq!(ours.code, theirs.code, "{at}: {ours:?}");
+        if ours.code == Some(0) {
+            assert_same_bytes(&scratch.file("ours"), &scratch.file("theirs"));
+            read += 1;
+            continue;
+        }
+        let said = format!("a.qcow: error while reading at byte 4096: no data can be at offset {at}");
+        assert!(ours.stderr.contains(&said), "{ours:?}");
+        refused += 1;
+        let map = ["map", "--output=json", "a.qcow"];
+        assert_eq!(scratch.vimg(&map).stdout, scratch.judge(&map).stdout);
+        for run in [vimg, judge] {
+            let compared = run(&["compare", "a.qcow", "a.qcow"]).dir(scratch.path()).fails(4);
+            assert!(compared.stderr.contains("Error while reading offset 4096 of a.qcow"), "{compared:?}");
+        }
+        let checked = vimg(&["check", "a.qcow"]).dir(scratch.path()).fails(2);
+        assert!(checked.stderr.contains(&format!("cluster 1 at offset {at} does not begin with a sector")));
+        for run in [judge, vimg] {
+            run(&["convert", "-n", "-f", "raw", "-O", "qcow", "new", "a.qcow"]).dir(scratch.path()).fails(1);
+        }
+    }
+    assert_eq!((read, refused), (4, 8));
 }

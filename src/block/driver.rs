@@ -40,6 +40,13 @@ pub trait BlockDriver: Send + Sync + fmt::Debug {
         Some(512)
     }
 
+    /// Whether its tables may name that place in a file, where the run starts that is at `at`. What lies at another one
+    /// is shown where it is, but is not the guest's, and reading it fails.
+    fn may_be_at(&self, at: GuestOffset, place: HostPlace) -> bool {
+        let _ = (at, place);
+        true
+    }
+
     /// Whose word counts for what has a place in a file, in the run at `at`.
     fn stored_word(&self, at: GuestOffset) -> Result<StoredWord> {
         let _ = at;

@@ -276,7 +276,8 @@ impl Mapping<'_> {
 
     /// How many bytes of the run's start are in the file, or may be left out there (see
     /// [`BlockDriver::short_unit`](super::BlockDriver::short_unit)). All of them where nobody can tell. Of what is
-    /// encrypted nothing is left out: a sector of which a part is missing would read as anything.
+    /// encrypted nothing is left out: a sector of which a part is missing would read as anything. None of them at a place
+    /// where none can be (see [`BlockDriver::may_be_at`](super::BlockDriver::may_be_at)).
     pub fn there(&self) -> Result<u64> {
         let place = match self.kind {
             ExtentKind::Data(place) => place,
@@ -285,6 +286,9 @@ impl Mapping<'_> {
             }
             ExtentKind::Zero(_) | ExtentKind::Unallocated(_) => return Ok(self.len),
         };
+        if !self.node.driver().may_be_at(self.start, place) {
+            return Ok(0);
+        }
         let from = place.at.get();
         let Some(short) = self.node.driver().short_unit() else { return Ok(self.len) };
         let sealed = self.node.driver().cipher().map(|cipher| u64::from(cipher.sector().get()));
@@ -308,7 +312,7 @@ impl Mapping<'_> {
         Ok(end.map_or(unit.host_len, |end| end.saturating_sub(at).min(unit.host_len)))
     }
 
-    /// The error for a run that is past the end of its file.
+    /// The error for a run that is past the end of its file, or where no data can be.
     pub fn missing(&self) -> Error {
         let place = match self.kind {
             ExtentKind::Data(place) => place,
@@ -319,11 +323,15 @@ impl Mapping<'_> {
         };
         let found = self.node.file_end(place, u64::MAX).and_then(|end| Ok((end, self.node.child(place)?)));
         match found {
-            Ok((end, child)) => Error::truncated("data", place.at.get(), end.unwrap_or_default()).at(child.doing(
-                Operation::Read,
-                self.start,
-                place.at,
-            )),
+            Ok((end, child)) => {
+                let error = match self.kind {
+                    ExtentKind::Data(place) if !self.node.driver().may_be_at(self.start, place) => {
+                        Error::corrupt(format!("no data can be at offset {}", place.at.get()))
+                    }
+                    _ => Error::truncated("data", place.at.get(), end.unwrap_or_default()),
+                };
+                error.at(child.doing(Operation::Read, self.start, place.at))
+            }
             Err(error) => error,
         }
     }

@@ -131,6 +131,9 @@ impl QcowDriver {
             } else if last > length {
                 tally.wrong(format!("cluster {index} at offset {at} lies past the end of the file"));
             } else {
+                if !compressed && !at.is_multiple_of(512) {
+                    tally.wrong(format!("cluster {index} at offset {at} does not begin with a sector"));
+                }
                 *end = (*end).max(last);
             }
         })

@@ -161,6 +161,11 @@ impl BlockDriver for QcowDriver {
         Ok(Extent { start: at, len, kind })
     }
 
+    /// Clusters begin with a sector of the file: the reference reads no others, nor writes to them (10.0.2).
+    fn may_be_at(&self, at: GuestOffset, place: HostPlace) -> bool {
+        place.at.get() % 512 == at.get() % 512
+    }
+
     fn decode(&self, unit: &CompressedUnit, input: &[u8], out: &mut [u8]) -> Result<()> {
         let (at, host) = (unit.start, unit.place.at.get());
         deflate::decode(Wrap::Raw, input, out)
@@ -252,6 +257,10 @@ impl Write for QcowDriver {
         let (entry, run) = state.run(self.storage(), index, within.saturating_add(len).div_ceil(self.cluster))?;
         let zero = matches!(store, Store::Zero { .. });
         match entry {
+            QcowEntry::Plain(host) if !host.is_multiple_of(512) => {
+                let error = Error::corrupt(format!("no data can be at offset {host}")).in_file_at(host);
+                Err(error.naming(&self.files[0].name))
+            }
             QcowEntry::Plain(host) => {
                 let len = len.min(run.saturating_mul(self.cluster).saturating_sub(within));
                 Placed::over(at, len, store, HostPlace::main(host.saturating_add(within)))
