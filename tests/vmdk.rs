@@ -369,6 +369,7 @@ fn a_child_knows_its_parent() {
     s.qemu_io("vmdk", "base.vmdk", &["write -P 1 0 512"]);
     let out = vimg(&["convert", "-f", "vmdk", "-O", "raw", "over.vmdk", "x.raw"]).dir(s.path()).fails(1);
     assert!(out.stderr.contains("The parent has changed since this image was made"), "{out:?}");
+    assert!(out.stderr.contains("'rebase -u' names the parent again"), "{out:?}");
     assert!(!s.file("x.raw").exists());
 }
 

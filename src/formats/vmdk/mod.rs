@@ -268,7 +268,8 @@ impl BlockDriver for VmdkDriver {
             Some(cid) => Err(Error::corrupt(format!(
                 "The parent has changed since this image was made: its CID is {cid:x}, not {:x}",
                 self.descriptor.parent_cid
-            ))),
+            ))
+            .advise("where that was a commit of this image that was stopped, 'rebase -u' names the parent again")),
             None => Err(Error::corrupt("The parent is not a vmdk image")),
         }
     }
