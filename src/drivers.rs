@@ -1,12 +1,15 @@
 //! The table of drivers: what vimg can open and make stands here and nowhere else.
 
 use crate::block::Drivers;
+use crate::block::bytes::Bytes;
 use crate::filters::FILTERS;
 use crate::formats::FORMATS;
 use crate::protocols::PROTOCOLS;
 
 /// Every driver there is.
-pub const DRIVERS: &Drivers = &Drivers { formats: FORMATS, protocols: PROTOCOLS, filters: FILTERS };
+pub const DRIVERS: &Drivers = &Drivers { formats: FORMATS, protocols: PROTOCOLS, bytes: BYTES, filters: FILTERS };
+
+const BYTES: &[Bytes] = &Bytes::all::<{ PROTOCOLS.len() }>(PROTOCOLS);
 
 #[cfg(test)]
 mod tests {

@@ -778,6 +778,52 @@ fn a_disk_behind_a_loop_device_is_written_in_place() {
     dir.sh(&format!("cmp src {}", device.0.display()));
 }
 
+/// `-O host_device`: the disk goes onto the device, which is as it was but for that.
+#[test]
+fn a_device_in_the_place_of_the_format() {
+    let dir = Scratch::new();
+    fs::write(dir.file("disk"), vec![7; 1 << 20]).unwrap();
+    let device = Loop::new(&dir.file("disk"), "");
+    let name = device.0.to_str().unwrap();
+    dir.judge(&["create", "-q", "-f", "qcow2", "large", "2M"]);
+    dir.judge(&["create", "-q", "-f", "qcow2", "small", "512k"]);
+    dir.qemu_io("qcow2", "small", &["write -P 1 64k 100k"]);
+    let both = |args: &[&str]| {
+        let [theirs, ours] = [judge(args), vimg(args)].map(|run| {
+            sh(&format!("head -c 1M /dev/zero | tr '\\0' x > {name}")).ok();
+            let out = run.dir(dir.path()).run();
+            (out.code, out.stdout, out.stderr.replace("vimg: ", "qemu-img: "), fs::read(&device.0).unwrap())
+        });
+        assert!(theirs.3 == ours.3, "{args:?}");
+        assert_eq!((theirs.0, theirs.1, theirs.2), (ours.0, ours.1, ours.2), "{args:?}");
+        ours.3
+    };
+    let copied = both(&["convert", "-p", "-f", "qcow2", "-O", "host_device", "small", name]);
+    assert_eq!((&copied[..64 << 10], &copied[64 << 10..][..100 << 10]), (&[0; 64 << 10][..], &[1; 100 << 10][..]));
+    for args in [
+        &["dd", "-f", "qcow2", "-O", "host_device", "if=small", &format!("of={name}")][..],
+        &["create", "-f", "host_device", name, "1000"],
+        &["create", "-f", "host_device", name, "1M"],
+        &["create", "-f", "host_device", name, "2M"],
+        &["create", "-f", "host_device", name],
+        &["create", "-f", "host_device", &format!("host_device:{name}"), "1M"],
+        &["create", "-f", "host_device", &format!("file:{name}"), "1M"],
+        &["create", "-f", "file", name, "1M"],
+        &["create", "-f", "host_device", "-o", "help", name],
+        &["create", "-f", "host_device", "-b", "small", "-F", "qcow2", name],
+        &["convert", "-f", "qcow2", "-O", "host_device", "large", name],
+        &["convert", "-f", "qcow2", "-O", "file", "small", name],
+        &["convert", "-c", "-f", "qcow2", "-O", "host_device", "small", name],
+        &["convert", "-f", "raw", "-O", "host_device", name, name],
+        &["convert", "-f", "raw", "-O", "raw", name, name],
+        &["measure", "-O", "host_device", "small"],
+    ] {
+        both(args);
+    }
+    dir.sh("qemu-img resize -q small 1M");
+    dir.vimg(&["convert", "--verify", "-f", "qcow2", "-O", "host_device", "small", name]);
+}
+
 /// Ended half-way, a convert leaves neither the target nor a temporary file.
 #[test]
 fn a_signal_takes_the_temporary_file_along() {

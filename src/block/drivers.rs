@@ -5,6 +5,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
+use super::bytes::Bytes;
 use super::filter::{Filter, Lower, Wrapped};
 use super::nearest::nearest;
 use super::protocol::{Protocol, Spelt};
@@ -18,6 +19,8 @@ pub struct Drivers {
     pub formats: &'static [&'static dyn Format],
     /// Ways to bytes; file last.
     pub protocols: &'static [&'static dyn Protocol],
+    /// The same as formats, in the place of one that is made.
+    pub bytes: &'static [Bytes],
     /// What stands between a format and its file, or over an image.
     pub filters: &'static [&'static dyn Filter],
 }
@@ -66,6 +69,11 @@ impl Drivers {
     /// The protocol with that name.
     pub fn protocol(&self, name: &str) -> Option<&'static dyn Protocol> {
         self.protocols.iter().copied().find(|protocol| protocol.name() == name)
+    }
+
+    /// The protocol with that name, as the format of what it makes.
+    pub fn bytes(&self, name: &str) -> Option<&'static dyn Format> {
+        self.bytes.iter().find(|bytes| bytes.name() == name).map(|bytes| bytes as &dyn Format)
     }
 
     /// The filter with that name.

@@ -387,6 +387,9 @@ fn kind_of(error: &storage::Error) -> (ErrorKind, Vec<Beside>) {
     if let Some(inner) = inner_image(error) {
         return (inner.kind, inner.all_hints().into_iter().map(Beside::Hint).collect());
     }
+    if let storage::Error::Existing(cause) = error {
+        return kind_of(cause);
+    }
     let kind = match error {
         storage::Error::Locked { .. } | storage::Error::LockByte(_) => ErrorKind::Locked,
         _ => match error.errno() {

@@ -9,6 +9,7 @@
 //! `open` knows, by their first bytes, some that do not exist here.
 
 mod bare;
+pub mod bytes;
 pub mod check;
 pub mod cursor;
 pub mod driver;

@@ -117,8 +117,8 @@ pub trait Protocol: Sync + fmt::Debug {
         None
     }
 
-    /// Able to make new files under that name.
-    fn creating(&self, path: &Path) -> Option<&'static dyn CreateFile>;
+    /// Able to make new files.
+    fn creating(&self) -> Option<&'static dyn CreateFile>;
 }
 
 /// Able to take whole files from front to back.

@@ -245,7 +245,7 @@ impl Subcommand for ConvertArgs {
         let Some((name, sources)) = self.operands.split_last().filter(|(_, sources)| !sources.is_empty()) else {
             return Err(Complaint::value("Must specify image file name").into());
         };
-        let way = if self.no_create { None } else { WayOut::find(opener.drivers(), name) };
+        let way = if self.no_create { None } else { WayOut::find(opener.drivers(), self.target_format(), name) };
         if let Some(way) = &way {
             self.check_way(name, way)?;
         }
@@ -435,7 +435,7 @@ impl ConvertArgs {
     /// The new image as typed: what follows from the sources is not filled in yet.
     fn new_image(&self, opener: &Opener<'_>, name: &OsStr, given: &options::Pairs) -> anyhow::Result<NewImage> {
         // What is sent whole is no file of its protocol's making.
-        let sent = WayOut::find(opener.drivers(), name).is_some_and(|way| !way.is_pipe());
+        let sent = WayOut::find(opener.drivers(), self.target_format(), name).is_some_and(|way| !way.is_pipe());
         let place = if sent { None } else { Some(name) };
         let target = Target::find(opener.drivers(), self.target_format(), place)?;
         let mut options = target.options();

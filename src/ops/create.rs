@@ -3,7 +3,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::ids::{IdChoice, ImageIds};
@@ -17,22 +17,23 @@ use crate::block::{
 use crate::storage::staging::{Durability, Staging};
 use crate::storage::{self, CacheMode, Identity, Preallocation, Storage};
 
-/// What a new image goes to: a format, and a protocol by the name.
+/// What a new image goes to: a format, or a protocol in its place, and a protocol by the name.
 #[derive(Clone, Copy)]
 pub struct Target {
     /// The format.
     pub format: &'static dyn Format,
     /// Its ability to be created.
     pub create: &'static dyn Create,
-    /// What makes its files; nothing where no name was given.
+    /// What makes files of that name, unless the format is a protocol; nothing where no name was given.
     files: Option<&'static dyn CreateFile>,
 }
 
 impl Target {
-    /// The format with that name, and the protocol of that file name.
+    /// The format, or protocol, with that name, and the protocol of that file name.
     pub fn find(drivers: &Drivers, format: &str, name: Option<&OsStr>) -> Result<Self> {
         let format = match drivers.find(format) {
-            Some(Driver::Protocol(_) | Driver::Filter(_)) => return Err(no_format(format)),
+            Some(Driver::Filter(_)) => return Err(no_format(format)),
+            Some(Driver::Protocol(_)) => drivers.bytes(format).ok_or_else(|| no_format(format))?,
             _ => format::find(drivers.formats, format)?,
         };
         let files = name.map(|name| place(drivers, name)).transpose()?.map(|place| place.maker);
@@ -96,7 +97,7 @@ impl NewImage {
 
     /// The files that are there under its names.
     pub fn places(&self, opener: &Opener<'_>) -> Vec<Identity> {
-        places(opener.drivers(), &self.name, &self.options)
+        places(opener.drivers(), self.format, &self.name, &self.options)
     }
 
     /// What is being done, for errors of a conversion.
@@ -157,7 +158,7 @@ impl Wanted<'_> {
         }
         let itself = || Error::invalid("Error: Trying to create an image with the same filename as the backing file");
         let path = beside(self.name, backing);
-        let places = places(opener.drivers(), self.name, &self.options);
+        let places = places(opener.drivers(), self.target.format, self.name, &self.options);
         let at = identity(opener.drivers(), &path);
         if backing == self.name || at.is_some_and(|at| places.contains(&at)) {
             return Err(itself());
@@ -197,7 +198,7 @@ struct NewFilePlace {
 
 impl NewFilePlace {
     fn of(protocol: &dyn Protocol, path: PathBuf) -> Result<Self> {
-        let maker = protocol.creating(&path).ok_or_else(|| no_creation(protocol.name()))?;
+        let maker = protocol.creating().ok_or_else(|| no_creation(protocol.name()))?;
         Ok(Self { protocol: protocol.name(), maker, path })
     }
 }
@@ -219,26 +220,39 @@ fn place(drivers: &Drivers, name: &OsStr) -> Result<NewFilePlace> {
     NewFilePlace::of(protocol, path)
 }
 
+/// Where the main file of an image goes: its format may say so.
+fn main_place(drivers: &Drivers, format: &dyn Format, name: &OsStr) -> Result<NewFilePlace> {
+    let Some(protocol) = drivers.protocol(format.name()) else { return place(drivers, name) };
+    // What is wrong with the name is told by what would make the file.
+    let spelt = drivers.spelt(protocol, name).map_or_else(|_| Some(name.to_owned()), |spelt| spelt.path);
+    NewFilePlace::of(protocol, spelt.unwrap_or_default().into())
+}
+
 /// Where the main file of a new image will lie, if it is one of the host.
-pub fn path_of_new(drivers: &Drivers, name: &OsStr) -> Option<PathBuf> {
-    place(drivers, name).ok().map(|place| place.path).filter(|path| !path.as_os_str().is_empty())
+pub fn path_of_new(drivers: &Drivers, new: &NewImage) -> Option<PathBuf> {
+    main_place(drivers, new.format, &new.name).ok().map(|place| place.path).filter(|path| !path.as_os_str().is_empty())
 }
 
 /// Whether the main file of a new image may share blocks with others.
 pub fn may_share(drivers: &Drivers, new: &NewImage) -> bool {
-    place(drivers, &new.name).is_ok_and(|place| place.maker.may_share(&new.options))
+    main_place(drivers, new.format, &new.name).is_ok_and(|place| place.maker.may_share(&new.options))
+}
+
+/// The files that are there under the names of an image and of its data file.
+fn places(drivers: &Drivers, format: &dyn Format, image: &OsStr, options: &CreateOptions) -> Vec<Identity> {
+    let main = main_place(drivers, format, image).ok().and_then(|place| identity_of(&place.path));
+    let data = options.name("data_file").and_then(|name| identity(drivers, &beside(image, name)));
+    main.into_iter().chain(data).collect()
 }
 
 /// Which file a name stands for, if it is a regular one that is there.
-/// The files that are there under the names of an image and of its data file.
-fn places(drivers: &Drivers, image: &OsStr, options: &CreateOptions) -> Vec<Identity> {
-    let data = options.name("data_file").map(|name| beside(image, name));
-    [Some(image), data.as_deref()].into_iter().flatten().filter_map(|name| identity(drivers, name)).collect()
-}
-
 fn identity(drivers: &Drivers, name: &OsStr) -> Option<Identity> {
     let Named::Protocol(_, spelt) = drivers.of_name(name).ok()? else { return None };
-    let meta = std::fs::metadata(spelt.path?).ok().filter(std::fs::Metadata::is_file)?;
+    identity_of(Path::new(&spelt.path?))
+}
+
+fn identity_of(path: &Path) -> Option<Identity> {
+    let meta = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
     Some(Identity { device: meta.dev(), inode: meta.ino() })
 }
 
@@ -296,7 +310,7 @@ pub fn create_in(
 fn make(new: &NewImage, staging: &Staging, opener: &Opener<'_>) -> Result<MadeFiles> {
     let format = new.format.name();
     let create = new.format.creating().ok_or_else(|| no_format(format))?;
-    let place = place(opener.drivers(), &new.name)?;
+    let place = main_place(opener.drivers(), new.format, &new.name)?;
     let files = Files {
         drivers: opener.drivers(),
         place: &place,

@@ -56,7 +56,7 @@ impl Protocol for File {
         open_host(self.name(), request, "a regular file", |kind| kind == FileKind::Regular)
     }
 
-    fn creating(&self, _path: &Path) -> Option<&'static dyn CreateFile> {
+    fn creating(&self) -> Option<&'static dyn CreateFile> {
         Some(&File)
     }
 }

@@ -58,7 +58,7 @@ impl Protocol for HostDevice {
         open_host(self.name, request, WANTED, |kind| kind != FileKind::Regular)
     }
 
-    fn creating(&self, _path: &Path) -> Option<&'static dyn CreateFile> {
+    fn creating(&self) -> Option<&'static dyn CreateFile> {
         if self.default { Some(&DEVICE) } else { Some(&CDROM) }
     }
 }
@@ -75,6 +75,7 @@ impl CreateFile for HostDevice {
         }
         let (name, shown) = (self.name, path.display());
         let wrong = match std::fs::metadata(path) {
+            _ if path.as_os_str().is_empty() => format!("The '{name}' block driver requires a file name"),
             Ok(meta) if is_device_type(meta.file_type()) => return Ok(()),
             Ok(_) => format!("'{name}' driver requires '{shown}' to be {WANTED}"),
             Err(error) => format!("Could not open '{shown}': {}", strerror(&error)),

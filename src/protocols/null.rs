@@ -78,7 +78,7 @@ impl Protocol for Null {
         Ok(OpenedFile { storage, path, based: false, strong, locking: false })
     }
 
-    fn creating(&self, _path: &Path) -> Option<&'static dyn CreateFile> {
+    fn creating(&self) -> Option<&'static dyn CreateFile> {
         None
     }
 }

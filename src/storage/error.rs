@@ -59,6 +59,12 @@ pub enum Error {
         /// What that protocol takes.
         wanted: &'static str,
     },
+    /// What is there and has to be taken for the new file cannot be opened.
+    #[error(
+        "Protocol driver 'host_device' does not support creating new images, so an existing image must be selected as \
+         the target; however, opening the given target as an existing image failed: {0}"
+    )]
+    Existing(Box<Error>),
     /// A device has the size that it has.
     #[error("Cannot grow device files")]
     GrowDevice,
@@ -102,6 +108,7 @@ impl Error {
             Error::WrongKind { .. } | Error::GrowDevice => Some(Errno::EINVAL),
             Error::UnsupportedPreallocation(_) | Error::DevicePreallocation(_) => Some(Errno::ENOTSUP),
             Error::Image { errno, .. } => *errno,
+            Error::Existing(cause) => cause.errno(),
             Error::Remote { errno, .. } => Some(*errno),
             Error::Other(_) => None,
         }

@@ -135,9 +135,10 @@ impl Opener<'_> {
             _ => None,
         };
         let format = match driver.as_deref().map(|name| (name, self.drivers.find(name))) {
-            Some((_, Some(Driver::Protocol(protocol)))) => {
-                return self.bare(protocol, path, options, settings, how, trail);
-            }
+            Some((name, Some(Driver::Protocol(protocol)))) => match self.drivers.bytes(name).filter(|_| own) {
+                Some(bytes) => Some(bytes),
+                None => return self.bare(protocol, path, options, settings, how, trail),
+            },
             Some((_, Some(Driver::Filter(filter)))) => {
                 let ask = Ask { path, options, settings, made: None };
                 return self.filtered(filter, ask, how, trail)?.into_layer(how, trail);
@@ -169,7 +170,8 @@ impl Opener<'_> {
         let found = key.as_ref().and_then(|key| self.held.find(key, file.base.as_ref()));
         if file.locking && found.is_none() {
             let access = settings.access();
-            let access = if raw && !how.exclusive { access.of_raw() } else { access };
+            let plain = raw || self.drivers.protocol(format.name()).is_some();
+            let access = if plain && !how.exclusive { access.of_raw() } else { access };
             trail.lock(&*file.child.storage, access.and(file.access))?;
         }
         let mut child = file.child;

@@ -168,7 +168,7 @@ mod tests {
             std::fs::write(at(name), name).unwrap();
         }
         let mut allowed = Allowed::default();
-        let drivers = Drivers { formats: &[], protocols: &[], filters: &[] };
+        let drivers = Drivers { formats: &[], protocols: &[], bytes: &[], filters: &[] };
         allowed.add(&drivers, at("in").as_os_str()).unwrap();
         let opener = Opener::new(&drivers, Policy::Refuse(allowed), &NO_SECRETS);
         let opens = |name: &str| opener.allows_open(&HostFile::open(&at(name), &FileHow::default()).unwrap());

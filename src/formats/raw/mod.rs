@@ -8,6 +8,7 @@ mod measure;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::block::bytes::{allocate_start, make_disk};
 use crate::block::error::Context;
 use crate::block::info::ImageInfo;
 use crate::block::io::punch_at;
@@ -17,7 +18,7 @@ use crate::block::{
     BlockDriver, Child, Create, CreateOptions, CreateRequest, Error, Extent, FileOrder, Format, GuestOffset, HostPlace,
     OpenRequest, OptionKind, OptionSpec, Placed, Resize, Result, Store, StoredWord, Write,
 };
-use crate::storage::{self, Preallocation, Storage};
+use crate::storage::{self, Preallocation};
 
 /// The format.
 #[derive(Debug)]
@@ -90,31 +91,8 @@ impl Create for Raw {
     }
 
     fn create(&self, request: &CreateRequest<'_>) -> Result<()> {
-        let size = request.size.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX);
-        let fill = request.options.text("preallocation").and_then(Preallocation::parse).unwrap_or_default();
-        let file = request.files.main()?;
-        file.set_len(size, fill)?;
-        if !file.facts().fixed_len {
-            return allocate_start(&*file, size, fill);
-        }
-        // What would still be recognised as something else goes away.
-        let room = file.len().context("Could not get size")?;
-        let zeros = vec![0; usize::try_from(SECTOR.min(room)).unwrap_or(0)];
-        file.write_at(0, &zeros).context("Could not write")
+        make_disk(request)
     }
-}
-
-/// Allocates the first block of a file that was empty, in whole sectors: the reference does it for the sake of
-/// probing alignment.
-fn allocate_start(file: &dyn Storage, len: u64, fill: Preallocation) -> Result<()> {
-    let head = match len {
-        _ if fill != Preallocation::Off => return Ok(()),
-        0 => return Ok(()),
-        1..4096 => SECTOR,
-        _ => 4096,
-    };
-    let zeros = vec![0; usize::try_from(head).unwrap_or(0)];
-    file.write_at(0, &zeros).context("Could not write")
 }
 
 #[derive(Debug)]

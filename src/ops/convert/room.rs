@@ -48,7 +48,7 @@ pub fn lacking(conversion: &Conversion, new: &NewImage, drivers: &Drivers) -> Op
     if conversion.copy.compress || always || conversion.backed || options.makes_file() {
         return None;
     }
-    let path = path_of_new(drivers, &new.name)?;
+    let path = path_of_new(drivers, new)?;
     let (folder, held) = folder_of(&path)?;
     let room = room::of_folder(&folder)?;
     let disk: u64 = conversion.sources.iter().map(|source| source.virtual_size()).sum();

@@ -18,8 +18,12 @@ pub enum WayOut {
 }
 
 impl WayOut {
-    /// The one that a name leads to; nothing for what is written in any order.
-    pub fn find(drivers: &Drivers, name: &OsStr) -> Option<Self> {
+    /// The one that a name leads to; nothing for what is written in any order, or where a protocol is named in the place
+    /// of the format: that says how it is written.
+    pub fn find(drivers: &Drivers, format: &str, name: &OsStr) -> Option<Self> {
+        if drivers.protocol(format).is_some() {
+            return None;
+        }
         let path = Path::new(name);
         if pipe::is_pipe(path) {
             return Some(Self::Pipe(path.to_owned()));

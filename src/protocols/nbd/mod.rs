@@ -100,7 +100,7 @@ impl Protocol for Nbd {
         Ok(OpenedFile { storage: Arc::new(storage), path, based: false, strong, locking: false })
     }
 
-    fn creating(&self, _path: &Path) -> Option<&'static dyn CreateFile> {
+    fn creating(&self) -> Option<&'static dyn CreateFile> {
         Some(&Nbd)
     }
 }

@@ -85,7 +85,7 @@ impl Protocol for Sheepdog {
         Ok(OpenedFile { storage, path, based: false, strong, locking: false })
     }
 
-    fn creating(&self, _path: &Path) -> Option<&'static dyn CreateFile> {
+    fn creating(&self) -> Option<&'static dyn CreateFile> {
         Some(&Sheepdog)
     }
 }

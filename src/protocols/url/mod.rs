@@ -138,7 +138,7 @@ impl Protocol for ByUrl {
         self.send
     }
 
-    fn creating(&self, _path: &Path) -> Option<&'static dyn CreateFile> {
+    fn creating(&self) -> Option<&'static dyn CreateFile> {
         None
     }
 }

@@ -107,7 +107,7 @@ impl Protocol for Vvfat {
         Ok(OpenedFile { storage, path: None, based: false, strong, locking: false })
     }
 
-    fn creating(&self, _path: &Path) -> Option<&'static dyn CreateFile> {
+    fn creating(&self) -> Option<&'static dyn CreateFile> {
         None
     }
 }

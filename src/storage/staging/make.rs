@@ -182,15 +182,9 @@ fn claim(target: &Path, path: &Path) -> Result<Option<File>> {
 fn open_existing(path: &Path, cache: CacheMode) -> Result<HostFile> {
     let name = path.to_string_lossy();
     let is_device = fs::metadata(path).is_ok_and(|meta| !meta.is_file() && !meta.is_dir() && meta.rdev() != 0);
-    let device = |cause: Error| {
-        Error::Other(format!(
-            "Protocol driver 'host_device' does not support creating new images, so an existing image must be \
-             selected as the target; however, opening the given target as an existing image failed: {cause}"
-        ))
-    };
     if is_device {
         let how = file::FileHow { write: true, cache, access: Access::WRITE.of_raw(), ..file::FileHow::default() };
-        return HostFile::open(path, &how).map_err(device);
+        return HostFile::open(path, &how).map_err(|cause| Error::Existing(cause.into()));
     }
     let open = file::open(path, "create", true, cache)?;
     let old = HostFile::from_file(open, cache, &name).map_err(|error| match error {
