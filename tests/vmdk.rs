@@ -830,3 +830,39 @@ fn a_header_without_capacity_is_refused_where_the_descriptor_knows_better() {
         assert!(out.stderr.contains("capacity of 0 sectors, the descriptor an extent of 6144"), "{out:?}");
     }
 }
+
+/// Extents of one file, under its name and others of it: for a reader it is open and locked once. (What comes of a lock
+/// for each is quadratic: the kernel looks at all locks of a file for each that is taken.) Two that are written to are
+/// in each other's way.
+#[test]
+fn a_file_of_many_extents_is_locked_once() {
+    const EXTENTS: usize = 60;
+    need("strace");
+    let s = Scratch::new();
+    fs::write(s.file("f.raw"), pattern(7, EXTENTS * 512)).unwrap();
+    let names = ["f.raw", "./f.raw", ".//f.raw"];
+    let line = |n: usize| format!("RW 1 FLAT \"{}\" {}\n", names[n % 3], n * 7 % EXTENTS);
+    let lines: String = (0..EXTENTS).map(line).collect();
+    fs::write(s.file("d.vmdk"), descriptor("vmfs", &lines)).unwrap();
+    let program = crate::common::vimg_path();
+    for line in ["info d.vmdk", "map --output=json d.vmdk", "convert -O raw d.vmdk ours"] {
+        let trace = "-qq -f -y -o trace -e trace=openat,fcntl";
+        let ours = s.sh(&format!("strace {trace} {} {line}", program.display())).stdout;
+        let trace = fs::read_to_string(s.file("trace")).unwrap();
+        let count = |what: &str| trace.lines().filter(|call| call.contains(what) && call.contains("f.raw")).count();
+        assert!(count("openat(") <= 2 * names.len(), "{line}: {trace}");
+        assert!((1..=8 * names.len()).contains(&count("F_OFD_SETLK")), "{line}: {trace}");
+        if line.starts_with("map") {
+            assert_eq!(ours, s.judge(&line.split(' ').collect::<Vec<_>>()).stdout);
+        }
+    }
+    s.judge(&["convert", "-O", "raw", "d.vmdk", "theirs"]);
+    assert_same_bytes(&s.file("ours"), &s.file("theirs"));
+    for run in [judge, vimg] {
+        let out = run(&["bench", "-w", "-c", "1", "-s", "512", "d.vmdk"]).dir(s.path()).fails(1);
+        assert!(
+            out.stderr.contains(" lock\nIs another process using the image") && out.stderr.contains("f.raw]?"),
+            "{out:?}"
+        );
+    }
+}

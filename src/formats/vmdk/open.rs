@@ -3,15 +3,16 @@
 //! A file that is one extent of several, or an image whose descriptor leaves a part of the disk out, is refused: as a
 //! disk it would be another, shorter one.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex};
 
 use crate::block::error::Context;
 use crate::block::{
     BackingRef, Child, Error, ErrorKind, GuestOffset, HostOffset, OpenRequest, Related, Result, metadata,
 };
-use crate::storage::Storage;
+use crate::storage::{Identity, Storage};
 
 use super::descriptor::{self, Descriptor, ExtentAccess, ExtentLine, ExtentType};
 use super::layout::*;
@@ -34,7 +35,7 @@ impl VmdkDriver {
         } else if head.starts_with(COWD_MAGIC) || is_sesparse(&head) {
             return Err(no_disk());
         } else {
-            open_row(&mut files, related, look_only)?
+            open_row(&mut files, related, (write, look_only))?
         };
         if write && parts.iter().any(|part| part.grain().is_some_and(|grain| !part.start.get().is_multiple_of(grain))) {
             return Err(Error::unsupported("An extent that begins within a grain can be read, but not written"));
@@ -120,7 +121,7 @@ pub(super) fn read_text(storage: &dyn Storage, file: &str, at: u64, len: u64) ->
 fn open_row(
     files: &mut Vec<Child>,
     related: &dyn Related,
-    look_only: bool,
+    (write, look_only): (bool, bool),
 ) -> Result<(Descriptor, TextAt, Vec<VmdkPart>)> {
     let main = files[0].storage.clone();
     let len = main.len().context("Could not get the length of the descriptor")?;
@@ -139,8 +140,9 @@ fn open_row(
         return Err(Error::corrupt("invalid VMDK image descriptor"));
     }
     let (mut parts, mut start, mut entries) = (Vec::new(), 0u64, 0);
+    let mut opened = Opened { related, shared: (!write).then(HashMap::new), by_identity: HashMap::new() };
     for (index, line) in descriptor.extents.iter().enumerate() {
-        let body = open_extent(index, line, &descriptor, files, related, look_only)?;
+        let body = open_extent(index, line, &descriptor, files, &mut opened, look_only)?;
         if let Body::Sparse { sparse, .. } = &body {
             entries += sparse.directory_entries();
         }
@@ -174,7 +176,7 @@ fn open_extent(
     line: &ExtentLine,
     descriptor: &Descriptor,
     files: &mut Vec<Child>,
-    related: &dyn Related,
+    opened: &mut Opened<'_>,
     look_only: bool,
 ) -> Result<Body> {
     match (line.access, line.kind) {
@@ -183,7 +185,8 @@ fn open_extent(
         _ => {}
     }
     let names = descriptor.names(&line.file);
-    let child = match open_first(&format!("extents.{index}"), &names, related) {
+    let related = opened.related;
+    let child = match opened.open(format!("extents.{index}"), &names) {
         Err(error) if look_only && error.kind == ErrorKind::Forbidden => {
             return Ok(Body::Closed { name: names.first().map(|name| related.shown(name)).unwrap_or_default() });
         }
@@ -221,6 +224,33 @@ fn check_capacity(sparse: &Sparse, line: Sectors) -> Result<()> {
             sparse.name, capacity.0, line.0
         ))),
         false => Ok(()),
+    }
+}
+
+/// The files of extents. Where they are only read, extents of one file share it, as it is open and locked, whatever they
+/// call it: there may be tens of thousands of them, and the host looks at all locks of a file for each that it takes.
+/// For a writer each extent has its own, and with them the locks by which two of one file are refused.
+struct Opened<'a> {
+    related: &'a dyn Related,
+    /// By the names that the file may have; nothing for a writer.
+    shared: Option<HashMap<Vec<OsString>, Child>>,
+    by_identity: HashMap<Identity, Arc<dyn Storage>>,
+}
+
+impl Opened<'_> {
+    /// Opens the first file of these names that is there.
+    fn open(&mut self, role: String, names: &[OsString]) -> Result<Child> {
+        if let Some(child) = self.shared.as_ref().and_then(|shared| shared.get(names)) {
+            return Ok(Child { role, ..child.clone() });
+        }
+        let mut child = open_first(&role, names, self.related)?;
+        if let Some(shared) = &mut self.shared {
+            if let Some(identity) = child.storage.facts().identity {
+                child.storage = self.by_identity.entry(identity).or_insert_with(|| child.storage.clone()).clone();
+            }
+            shared.insert(names.to_vec(), child.clone());
+        }
+        Ok(child)
     }
 }
 
