@@ -61,6 +61,14 @@ impl Geometry {
         1 << self.cluster_bits
     }
 
+    /// Bytes between the end of a disk's last subcluster and the end of its cluster.
+    pub fn behind_last_subcluster(&self, size: u64) -> u64 {
+        match size % self.cluster_size() {
+            0 => 0,
+            last => self.cluster_size() - last.next_multiple_of(self.subcluster_size()),
+        }
+    }
+
     /// Bytes in the unit of allocation status: the subcluster, or the cluster where there are none.
     pub fn subcluster_size(&self) -> u64 {
         if self.extended { self.cluster_size() / u64::from(SUBCLUSTERS) } else { self.cluster_size() }

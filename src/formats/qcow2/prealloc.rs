@@ -78,7 +78,7 @@ pub fn preallocate(planner: &mut Planner, file: &Arc<dyn Storage>, layout: &Layo
         planner.l1.push(at);
     }
     planner.plan.out().finish()?;
-    let end = geometry.offset_of(data_end);
+    let end = geometry.offset_of(data_end).saturating_sub(geometry.behind_last_subcluster(layout.size));
     if !layout.data_file && file.len().context("Could not get file size")? < end {
         file.set_len(end, Preallocation::Off).context("Could not resize file")?;
     }

@@ -234,8 +234,9 @@ impl Qcow2Driver {
                 let new = L2Entry::own(HostOffset(host) + step * cluster).with_zero(zero);
                 self.set_l2_entry(table, index + step, new, bitmap)?;
             }
-            host_end = host_end.max(host + n * cluster);
             guest = guest + n * cluster;
+            let behind = if guest.get() == end { geometry.behind_last_subcluster(size) } else { 0 };
+            host_end = host_end.max(host + n * cluster - behind);
             if self.tables.is_full() {
                 self.settle(alloc)?;
             }
