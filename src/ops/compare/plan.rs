@@ -207,7 +207,12 @@ fn same_bytes(left: &Mapping<'_>, right: &Mapping<'_>) -> bool {
     }
 }
 
+/// Whether both places are one in the same file of the host. Not through a filter, or over a log: the bytes that come from
+/// there may be others, or none.
 fn one_place(left: &Node, a: HostPlace, right: &Node, b: HostPlace) -> bool {
-    let identity = |node: &Node, place: HostPlace| node.driver().files().get(place.file)?.storage.facts().identity;
+    let identity = |node: &Node, place: HostPlace| {
+        let facts = node.driver().files().get(place.file)?.storage.facts();
+        facts.identity.filter(|_| facts.offload)
+    };
     a.at == b.at && identity(left, a).is_some_and(|one| identity(right, b) == Some(one))
 }
