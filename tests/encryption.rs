@@ -46,8 +46,12 @@ sys.stdout.write('\n[%s, core %s, echo %s]\n' % (how, core, echo))
 "#;
 
 fn on_terminal(scratch: &Scratch, answers: &str, args: &[&str]) -> String {
-    let program = vimg_path();
-    let mut all = vec!["-c", TERMINAL, answers, program.to_str().unwrap()];
+    on_terminal_of(scratch, vimg_path().to_str().unwrap(), answers, args)
+}
+
+/// The same of that program.
+fn on_terminal_of(scratch: &Scratch, program: &str, answers: &str, args: &[&str]) -> String {
+    let mut all = vec!["-c", TERMINAL, answers, program];
     all.extend(args);
     plain("python3", &all).dir(scratch.path()).ok().stdout
 }
@@ -104,6 +108,34 @@ fn a_terminal_is_asked_for_passphrases() {
 
     let said = on_terminal(&scratch, "x,x", &["create", "-q", "-f", "qcow2", "-o", "encryption=on", "d", "1M"]);
     assert!(said.starts_with("Password for 'd': \nOnce more, for 'd': \n\n[exit 0"), "{said}");
+}
+
+/// Under the reference's name nobody is asked: what else would wait for an answer that never comes.
+#[test]
+fn qemu_img_asks_for_nothing() {
+    let scratch = Scratch::new();
+    disk(&scratch);
+    fs::create_dir(scratch.file("bin")).unwrap();
+    std::os::unix::fs::symlink(vimg_path(), scratch.file("bin/qemu-img")).unwrap();
+    let ours = scratch.file("bin/qemu-img");
+    let encryption = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let secret = "secret,id=s,data=abc";
+    scratch.judge(&["create", "-q", "--object", secret, "-f", "qcow2", "-o", encryption, "a", "1M"]);
+    for args in [
+        &["check", "a"][..],
+        &["map", "a"],
+        &["convert", "-O", "raw", "a", "b"],
+        &["convert", "-f", "raw", "-O", "qcow2", "-o", "encrypt.format=luks", "disk", "c"],
+        &["create", "-f", "luks", "d", "1M"],
+        &["resize", "a", "2M"],
+        &["compare", "a", "a"],
+        &["amend", "--object", secret, "-f", "qcow2", "-o", "encrypt.state=active", "a"],
+    ] {
+        let [theirs, ours] =
+            ["qemu-img", ours.to_str().unwrap()].map(|program| on_terminal_of(&scratch, program, "no", args));
+        assert_eq!(ours, theirs, "{args:?}");
+        assert!(ours.contains("exit ") && !ours.contains("Password for"), "{ours}");
+    }
 }
 
 /// What goes to a pipe is opened again on its way, to find out where its data lie: with its own passphrase.

@@ -143,13 +143,18 @@ fn info_shows_several_images() {
 
 /// Runs `convert -p` on a terminal with so many columns; what it showed.
 fn bar(scratch: &Scratch, term: &str, columns: u16) -> String {
+    bar_of(scratch, vimg_path().to_str().unwrap(), "vimg", term, columns)
+}
+
+/// The same of that program, called so.
+fn bar_of(scratch: &Scratch, program: &str, name: &str, term: &str, columns: u16) -> String {
     let script = r#"
 import fcntl, os, pty, struct, sys, termios
 pid, fd = pty.fork()
 if pid == 0:
     fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack('HHHH', 24, int(sys.argv[2]), 0, 0))
     os.environ['TERM'] = sys.argv[1]
-    os.execv(sys.argv[3], ['vimg', 'convert', '-p', '-O', 'raw', 'a', 'b'])
+    os.execvp(sys.argv[3], [sys.argv[4], 'convert', '-p', '-f', 'raw', '-O', 'raw', 'a', 'b'])
 shown = b''
 while True:
     try:
@@ -162,9 +167,13 @@ while True:
 assert os.waitpid(pid, 0)[1] == 0
 sys.stdout.write(shown.decode())
 "#;
-    let program = vimg_path();
-    let args = ["-c", script, term, &columns.to_string(), program.to_str().unwrap()];
+    let args = ["-c", script, term, &columns.to_string(), program, name];
     plain("python3", &args).dir(scratch.path()).ok().stdout
+}
+
+/// What stands before the first report, and behind the last one: those between come as the work goes.
+fn ends(shown: &str) -> (&str, &str) {
+    (shown.split_once('\r').unwrap().0, &shown[shown.rfind("    (").unwrap()..])
 }
 
 #[test]
@@ -175,6 +184,10 @@ fn progress_suits_the_terminal() {
     let dumb = bar(&scratch, "dumb", 80);
     assert!(dumb.contains("(100.00/100%)") && !dumb.contains('\x1b'), "{dumb:?}");
     assert!(bar(&scratch, "", 80).contains("(100.00/100%)"));
+    // Nor where a program reads it that expects qemu-img.
+    let named = bar_of(&scratch, vimg_path().to_str().unwrap(), "qemu-img", "xterm", 80);
+    let theirs = bar_of(&scratch, "qemu-img", "qemu-img", "xterm", 80);
+    assert_eq!(ends(&named), ends(&theirs));
     let drawn = bar(&scratch, "xterm", 80);
     assert!(drawn.contains("3.00 MiB") && drawn.ends_with("\n"), "{drawn:?}");
     let last = |shown: &str| {

@@ -109,7 +109,7 @@ impl Subcommand for BitmapArgs {
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
-        let secrets = self.passphrase.given_to(secrets)?;
+        let secrets = self.passphrase.given_to(program, secrets)?;
         let actions = self.actions()?;
         let [name, bitmap] = &self.operands[..] else {
             return Err(Complaint::value("Expecting filename and bitmap name").into());

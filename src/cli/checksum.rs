@@ -64,7 +64,7 @@ impl Subcommand for ChecksumArgs {
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
-        let secrets = self.passphrase.given_to(secrets)?;
+        let secrets = self.passphrase.given_to(program, secrets)?;
         if self.operands.is_empty() {
             return Err(Complaint::usage("Expecting image file names").into());
         }

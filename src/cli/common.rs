@@ -21,12 +21,12 @@ impl Common {
     /// See [`object::define`]. What no secret is named for is asked for.
     pub fn define(&self, program: &Program) -> anyhow::Result<Option<Secrets>> {
         let secrets = object::define(program, &self.object)?;
-        secrets.map(|secrets| self.passphrase.given_to(secrets)).transpose()
+        secrets.map(|secrets| self.passphrase.given_to(program, secrets)).transpose()
     }
 
     /// The same where a key slot may get a passphrase.
     pub fn define_with_new(&self, new: &NewPassphraseArgs, program: &Program) -> anyhow::Result<Option<Secrets>> {
         let secrets = object::define(program, &self.object)?;
-        secrets.map(|secrets| self.passphrase.and_new(new, secrets)).transpose()
+        secrets.map(|secrets| self.passphrase.and_new(new, program, secrets)).transpose()
     }
 }

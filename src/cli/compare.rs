@@ -92,7 +92,7 @@ impl CompareArgs {
     /// What fails here fails before anything is compared.
     fn compare(&self, program: &Program, names: [&OsString; 2]) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
-        let secrets = self.passphrase.given_to(secrets)?;
+        let secrets = self.passphrase.given_to(program, secrets)?;
         let typed = names.iter().filter(|_| !self.image_opts).map(PathBuf::from);
         let opener = typed.fold(program.opener(&secrets), |opener, path| opener.allowing(&path));
         let cache = self.cache.as_deref().map_or(Ok(CacheMode::Writeback), cache::source)?;

@@ -230,7 +230,7 @@ impl Subcommand for ConvertArgs {
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
-        let secrets = self.passphrase.and_target(&self.target_passphrase, secrets)?;
+        let secrets = self.passphrase.and_target(&self.target_passphrase, program, secrets)?;
         let warnings = self.snapshot.iter().flat_map(|snapshot| &snapshot.warnings);
         warnings.for_each(|(warning, hint)| program.deprecated(warning, hint));
         let mut request = self.request();

@@ -104,7 +104,7 @@ impl Subcommand for DdArgs {
         let source =
             ImageArgs { format: self.format.as_deref(), image_opts: self.image_opts, force_share: self.force_share };
         source.check()?;
-        let secrets = self.passphrase.and_target(&self.target_passphrase, secrets)?;
+        let secrets = self.passphrase.and_target(&self.target_passphrase, program, secrets)?;
         let (image, how) = source.image(program, input)?;
         let opener = program.opener(&secrets).allowing(output.as_ref());
         let opener = if self.image_opts { opener } else { opener.allowing(input.as_ref()) };

@@ -63,7 +63,7 @@ impl Subcommand for InfoArgs {
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
-        let secrets = self.passphrase.given_to(secrets)?;
+        let secrets = self.passphrase.given_to(program, secrets)?;
         if self.operands.is_empty() || (self.operands.len() > 1 && !program.is_vimg()) {
             return Err(Complaint::usage("Expecting one image file name").into());
         }

@@ -62,7 +62,7 @@ impl Subcommand for MapArgs {
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
-        let secrets = self.passphrase.given_to(secrets)?;
+        let secrets = self.passphrase.given_to(program, secrets)?;
         let [name] = &self.operands[..] else {
             return Err(Complaint::usage("Expecting one image file name").into());
         };

@@ -75,7 +75,7 @@ impl Subcommand for MeasureArgs {
 
     fn run(self, program: &Program) -> anyhow::Result<Exit> {
         let Some(secrets) = object::define(program, &self.object)? else { return Ok(Exit::Success) };
-        let secrets = self.passphrase.given_to(secrets)?;
+        let secrets = self.passphrase.given_to(program, secrets)?;
         let warnings = self.snapshot.iter().flat_map(|snapshot| &snapshot.warnings);
         warnings.for_each(|(warning, hint)| program.deprecated(warning, hint));
         let wrong = |text: &str| Err(Complaint::value(text).into());

@@ -1,4 +1,5 @@
-//! Passphrases that no option names: from a file that the user names, or asked for on the terminal with echo off.
+//! Passphrases that no option names: from a file that the user names, or asked for on the terminal with echo off, but
+//! not under the reference's name, which asks nothing.
 //!
 //! Lock order: `known`, held while the user is asked, so that no two prompts mix; then what [`Hidden`] takes.
 
@@ -12,7 +13,7 @@ use nix::errno::Errno;
 
 use super::signals::have_effect;
 use super::terminal::Hidden;
-use super::{Complaint, help, secret_file};
+use super::{Complaint, Program, help, secret_file};
 use crate::block::secrets::AskPassphrase;
 use crate::block::{Error, KeyUse, Result, SecretBytes, Secrets};
 use crate::storage::error::strerror;
@@ -50,23 +51,28 @@ impl PassphraseArgs {
     }
 
     /// Where images that name no secret get their passphrases.
-    pub fn given_to(&self, secrets: Secrets) -> anyhow::Result<Secrets> {
+    pub fn given_to(&self, program: &Program, secrets: Secrets) -> anyhow::Result<Secrets> {
         let image = self.read()?;
-        Ok(Passphrases { read: image.clone(), written: image, ..Passphrases::default() }.given_to(secrets))
+        Ok(Passphrases { read: image.clone(), written: image, ..Passphrases::of(program) }.given_to(secrets))
     }
 
     /// The same where there is a target.
-    pub fn and_target(&self, target: &TargetPassphraseArgs, secrets: Secrets) -> anyhow::Result<Secrets> {
+    pub fn and_target(
+        &self,
+        target: &TargetPassphraseArgs,
+        program: &Program,
+        secrets: Secrets,
+    ) -> anyhow::Result<Secrets> {
         let read = self.read()?;
         let written = target.target_passphrase_file.as_deref().map(from_file).transpose()?;
-        Ok(Passphrases { read, written, ..Passphrases::default() }.given_to(secrets))
+        Ok(Passphrases { read, written, ..Passphrases::of(program) }.given_to(secrets))
     }
 
     /// The same where a key slot gets another one.
-    pub fn and_new(&self, new: &NewPassphraseArgs, secrets: Secrets) -> anyhow::Result<Secrets> {
+    pub fn and_new(&self, new: &NewPassphraseArgs, program: &Program, secrets: Secrets) -> anyhow::Result<Secrets> {
         let image = self.read()?;
         let added = new.new_passphrase_file.as_deref().map(from_file).transpose()?;
-        Ok(Passphrases { read: image.clone(), written: image, added, ..Passphrases::default() }.given_to(secrets))
+        Ok(Passphrases { read: image.clone(), written: image, added, ..Passphrases::of(program) }.given_to(secrets))
     }
 }
 
@@ -96,11 +102,17 @@ struct Passphrases {
     written: Option<SecretBytes>,
     /// Of key slots that are filled.
     added: Option<SecretBytes>,
+    /// There is a terminal, which is asked.
+    asks: bool,
     /// What was typed, by the names of the images; what is made may get the name of one that is read.
     known: Mutex<BTreeMap<(String, Made), SecretBytes>>,
 }
 
 impl Passphrases {
+    fn of(program: &Program) -> Self {
+        Self { asks: program.is_vimg() && io::stdin().is_terminal(), ..Self::default() }
+    }
+
     fn given_to(self, secrets: Secrets) -> Secrets {
         secrets.or_ask(Arc::new(self))
     }
@@ -116,7 +128,7 @@ impl AskPassphrase for Passphrases {
         if let Some(passphrase) = file {
             return Ok(Some(passphrase.clone()));
         }
-        if !io::stdin().is_terminal() {
+        if !self.asks {
             return Ok(None);
         }
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -145,7 +157,7 @@ impl AskPassphrase for Passphrases {
     }
 
     fn can_ask(&self) -> bool {
-        [&self.read, &self.written, &self.added].into_iter().any(Option::is_some) || io::stdin().is_terminal()
+        [&self.read, &self.written, &self.added].into_iter().any(Option::is_some) || self.asks
     }
 }
 

@@ -1,5 +1,5 @@
-//! How far it is: the reference's form off a terminal, a bar on a terminal, lines of JSON for programs that ask for
-//! them, one line on SIGUSR1 without any of these.
+//! How far it is: the reference's form off a terminal or under its name, else a bar, lines of JSON for programs that ask
+//! for them, one line on SIGUSR1 without any of these.
 //!
 //! SIGUSR1 is blocked in every thread, and looked for when a report could be made, where it means anything: no handler
 //! runs.
@@ -85,7 +85,7 @@ impl ProgressArgs {
             let out = host::descriptor(fd).with_context(|| format!("Progress cannot go to descriptor {fd}"))?;
             return Ok(Progress::with_form(ProgressForm::Json(Mutex::new(JsonProgress::new(out, phase))), step));
         }
-        Ok(Progress::with_step(wished.is_some() && !quiet, program.tells_results(), step))
+        Ok(Progress::with_step(wished.is_some() && !quiet, program, step))
     }
 
     /// By the option, or else by the variable.
@@ -239,8 +239,8 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// At nothing done, for people; `wanted` is `-p` without `-q`, `aside` where standard output has something else.
-    fn with_step(wanted: bool, aside: bool, step: f64) -> Self {
+    /// At nothing done, for people; `wanted` is `-p` without `-q`.
+    fn with_step(wanted: bool, program: &Program, step: f64) -> Self {
         let mut signal = SigSet::empty();
         signal.add(Signal::SIGUSR1);
         // Blocked before any thread is made: all inherit it. Where that fails it stays as it was.
@@ -248,11 +248,12 @@ impl Progress {
         let form = if !wanted {
             let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
             ProgressForm::Silent(Asked::new(blocked.then(|| SignalFd::with_flags(&signal, flags).ok()).flatten()))
-        } else if io::stdout().is_terminal() && can_redraw() {
+        } else if program.is_vimg() && io::stdout().is_terminal() && can_redraw() {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
             ProgressForm::Bar(bar.with_style(style(bar_templates().0)))
         } else {
-            ProgressForm::Plain { aside }
+            // Standard output has something else where results are told.
+            ProgressForm::Plain { aside: program.tells_results() }
         };
         Self::with_form(form, step)
     }
