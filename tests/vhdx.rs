@@ -323,6 +323,22 @@ fn a_torn_entry_of_a_log_is_none() {
         let error = open_bytes(torn.clone(), "vhdx", write).expect_err("a log without a start");
         assert!(error.message().contains("no whole sequence"), "{}", error.message());
     }
+    // So are entries whose tail is where no entry can be, with a sound one before them or not.
+    for tail in [1, 0x8000, 4096 + 512, 1 << 20, 0xffff_f000] {
+        let ends = [image.len() as u64; 2];
+        let change = entry(43, tail, [0x5a; 16], ends, &[(BAT, Change::Sector(&[0; 4096]))]);
+        let mut alone = image.clone();
+        alone[LOG..LOG + first + second].fill(0);
+        put(&mut alone, LOG, &change);
+        let mut last = image.clone();
+        put(&mut last, LOG + first + second, &change);
+        for wrong in [alone, last] {
+            for write in [false, true] {
+                let error = open_bytes(wrong.clone(), "vhdx", write).expect_err("a log without a start");
+                assert!(error.message().contains("no whole sequence"), "{tail:#x}: {}", error.message());
+            }
+        }
+    }
     // What it must not do is refused.
     let cut = &image[..image.len() - 4096];
     let error = open_bytes(cut.to_vec(), "vhdx", false).expect_err("a file that is too short");

@@ -2,7 +2,9 @@
 //!
 //! Source: [MS-VHDX], sections 2.3.1 to 2.3.3. A valid entry has its checksum, the header's log GUID, and sectors that
 //! all have its number. A sequence is entries one behind the other with growing numbers, and counts if the first entry
-//! that the last one needs (its tail) is among them. Of those the one with the greatest number is active.
+//! that the last one needs (its tail) is among them. Of those the one with the greatest number is active. A tail where
+//! no entry can be (section 2.3.1.1 wants a multiple of 4096 bytes within the log) is none of them; but the entry that
+//! has it is as valid as others, and says that there were changes.
 //!
 //! No two valid entries share a sector: only the first sector of one starts with `loge`. So the log is gone through once.
 
@@ -70,7 +72,6 @@ impl Log {
         let (header, _) = LogEntryHeader::read_from_prefix(sector).ok()?;
         let (length, tail) = (u64::from(header.length.get()), u64::from(header.tail.get()));
         let sound = length >= SECTOR && length.is_multiple_of(SECTOR) && length <= self.len();
-        let sound = sound && tail.is_multiple_of(SECTOR) && tail < self.len();
         let sound = sound && header.sequence.get() > 0 && header.log_guid == headers.current.log_guid;
         if !sound {
             return None;
