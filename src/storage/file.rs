@@ -8,7 +8,7 @@
 //! and alone by the step that makes a file longer, which must not cut off what a write has just appended.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -75,6 +75,7 @@ impl HostFile {
         }
         let mut this = Self::from_file(open(path, "open", how.write, how.cache)?, how.cache, &name)?;
         this.keep_space = how.keep_space;
+        this.check_end()?;
         if how.write && this.kind == FileKind::BlockDevice && host::is_read_only(&this.file) {
             return Err(Error::Step { what: "The device is not writable", cause: Errno::EACCES.into() });
         }
@@ -114,6 +115,16 @@ impl HostFile {
             track: None,
             keep_space: false,
         })
+    }
+
+    /// Refuses what is no file with bytes by position, and says that it is empty: most of those in `/proc`.
+    fn check_end(&self) -> Result<()> {
+        let seems_empty = || self.kind == FileKind::Regular && self.file.metadata().is_ok_and(|meta| meta.len() == 0);
+        let end = || (&*self.file).seek(SeekFrom::End(0));
+        match seems_empty().then(end) {
+            Some(Err(cause)) => Err(Error::Step { what: "Could not refresh total sector count", cause }),
+            _ => Ok(()),
+        }
     }
 
     /// Its writes are counted; `early` starts their write-back while it is being written. (Under `O_DIRECT` there is
