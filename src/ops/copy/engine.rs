@@ -381,12 +381,16 @@ impl<'a> Engine<'a> {
 
     /// Decides what is done with each part of the chunk.
     fn decide(&self, worker: &mut Worker<'a>, len: usize) -> Result<()> {
-        let Worker { chunk, plain, scratch, pieces, flags, unit, .. } = worker;
+        let Worker { chunk, plain, scratch, pieces, flags, unit, told, .. } = worker;
         target::decide(chunk, plain.first(len), self.sparse, self.zeros, pieces);
         if self.granule > 1 {
             target::coarsen(chunk.at, chunk.len, self.granule, self.source.blank_from(), flags, pieces);
             if chunk.keeps() {
-                target::fill_kept(chunk, self.target, pieces, plain.room(len)?, scratch)?;
+                target::fill_kept(chunk, pieces, plain.room(len)?, |at, part| match self.compress {
+                    // What is encoded as a whole is copied as a whole, as the reference does.
+                    Some(_) => self.read_through(at, part, scratch, told),
+                    None => self.target.read(GuestOffset(at), part, scratch),
+                })?;
             }
         }
         if let Some(onto) = self.source.new_backing() {
@@ -413,6 +417,18 @@ impl<'a> Engine<'a> {
         if self.observer.wants_progress() {
             self.observer.progress(done, self.total());
         }
+    }
+
+    /// Reads what the sources show there, whichever of their layers holds it.
+    fn read_through(&self, at: u64, buf: &mut [u8], scratch: &mut Scratch, told: &mut Vec<Range<u64>>) -> Result<()> {
+        let mut done = 0;
+        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let segment = self.source.map_through(at + done as u64, rest.len() as u64)?;
+            let len = short_len(segment.len).min(rest.len());
+            self.read(&segment, &mut rest[..len], scratch, told)?;
+            done += len;
+        }
+        Ok(())
     }
 
     fn read(

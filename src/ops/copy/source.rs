@@ -133,6 +133,18 @@ impl Joined {
         Ok(Segment { at, len: mapping.len, content })
     }
 
+    /// The same through all layers, wherever the target's backing file stands among them.
+    pub fn map_through(&self, at: u64, max: u64) -> Result<Segment<'_>> {
+        let index = self.parts.partition_point(|part| part.start + part.len <= at);
+        let Some(part) = self.parts.get(index) else {
+            return Ok(Segment { at, len: max, content: Content::Zero });
+        };
+        let max = max.min(part.start + part.len - at);
+        let mapping = status(&part.node, GuestOffset(part.from + (at - part.start)), max, usize::MAX)?;
+        let content = if mapping.is_zero() { Content::Zero } else { Content::Stored(mapping) };
+        Ok(Segment { at, len: mapping.len, content })
+    }
+
     /// How many bytes are stored: what there is to do; with `zeros` those that are zero too.
     /// What cannot be told counts as nothing, and is passed in growing steps.
     pub fn work(&self, zeros: bool) -> u64 {

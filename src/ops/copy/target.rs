@@ -7,7 +7,7 @@ pub use super::piece::{Piece, PieceKind};
 use super::plan::{Chunk, Zeros};
 use super::segment::Content;
 use super::zero::SparsePolicy;
-use crate::block::io::{Scratch, Step};
+use crate::block::io::Step;
 use crate::block::{GuestOffset, Node, Result, Store};
 use crate::storage::zeros::is_zero;
 
@@ -103,13 +103,12 @@ pub fn coarsen(at: u64, len: u64, granule: u64, blank: u64, flags: &mut Vec<u8>,
 }
 
 /// Fills those parts of `buf` that are written although they are to be kept (they share a granule with data)
-/// with what the target reads as now.
+/// with what `read` finds there.
 pub fn fill_kept(
     chunk: &Chunk<'_>,
-    target: &Node,
     pieces: &[Piece],
     buf: &mut [u8],
-    scratch: &mut Scratch,
+    mut read: impl FnMut(u64, &mut [u8]) -> Result<()>,
 ) -> Result<()> {
     for kept in chunk.segments.iter().filter(|segment| matches!(segment.content, Content::Keep)) {
         let first = pieces.partition_point(|piece| piece.at + piece.len <= kept.at);
@@ -122,7 +121,7 @@ pub fn fill_kept(
             let range = usize::try_from(from - chunk.at).unwrap_or(usize::MAX)
                 ..usize::try_from(to - chunk.at).unwrap_or(usize::MAX);
             if let Some(part) = buf.get_mut(range) {
-                target.read(GuestOffset(from), part, scratch)?;
+                read(from, part)?;
             }
         }
     }
