@@ -6,6 +6,11 @@
 //! 128 KiB (nine runs each in turn, kernel 6.18, 1.4 of 24 GiB free; by two threads 0.15 to 0.25 s in pieces of 1 MiB). With
 //! memory free, pieces of 1 MiB are as fast as those of 2 MiB and a fifth faster than those of 256 KiB.
 //!
+//! A piece of 1 MiB at a place that is a multiple of that gets one page of 1 MiB, for which the same holds as for those of
+//! 2 MiB: 1400 MiB at such places took 0.31 to 2.2 s (ten runs, 5 of 24 GiB free). A write that begins there begins with
+//! half a piece, so that no piece behind it does: a copy to parallels, all of whose clusters lie so, 1.1 to 1.7 s before,
+//! 0.4 s since.
+//!
 //! Invariant: what is written, and where, does not depend on any of this.
 
 use std::fs::File;
@@ -17,10 +22,12 @@ const PIECE: usize = 1 << 20;
 
 /// Writes all of `buf` at `at`.
 pub fn write_all_at(file: &File, at: u64, buf: &[u8]) -> io::Result<()> {
-    let mut at = at;
-    for piece in buf.chunks(PIECE) {
+    let (mut at, mut left) = (at, buf);
+    while !left.is_empty() {
+        let most = if at.is_multiple_of(PIECE as u64) { PIECE / 2 } else { PIECE };
+        let (piece, behind) = left.split_at(most.min(left.len()));
         file.write_all_at(piece, at)?;
-        at = at.saturating_add(piece.len() as u64);
+        (at, left) = (at.saturating_add(piece.len() as u64), behind);
     }
     Ok(())
 }
@@ -31,12 +38,14 @@ mod tests {
 
     #[test]
     fn all_pieces_are_written() {
-        let file = tempfile::tempfile().unwrap();
         let bytes: Vec<u8> = (0..3 << 20).map(|i: u32| (i / 1000) as u8).collect();
-        write_all_at(&file, 777, &bytes).unwrap();
-        let mut read = vec![1; bytes.len()];
-        file.read_exact_at(&mut read, 777).unwrap();
-        assert!(read == bytes);
-        assert_eq!(file.metadata().unwrap().len(), 777 + bytes.len() as u64);
+        for at in [0, 777, 1 << 20, (5 << 20) + 4096] {
+            let file = tempfile::tempfile().unwrap();
+            write_all_at(&file, at, &bytes).unwrap();
+            let mut read = vec![1; bytes.len()];
+            file.read_exact_at(&mut read, at).unwrap();
+            assert!(read == bytes);
+            assert_eq!(file.metadata().unwrap().len(), at + bytes.len() as u64);
+        }
     }
 }
