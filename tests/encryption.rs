@@ -31,7 +31,9 @@ while True:
     if not piece:
         break
     shown, since = shown + piece, since + piece
-    if since.endswith(b': ') and answers:
+    # An error may come in pieces that end so too.
+    asked = b'Password' in since or b'Once more' in since
+    if since.endswith(b': ') and asked and answers:
         answer, since = answers.pop(0), b''
         if answer == 'TERM':
             os.kill(pid, 15)

@@ -284,7 +284,7 @@ fn mutated_images_in_process() {
         let format = vimg::block::format::find(FORMATS, &fixture.format).expect("a format of ours");
         let bytes = inside::bytes_of(&*files.get(&fixture.name).expect("fixture"));
         // Large ones cost more and tell no more.
-        let count = if bytes.len() > 3 << 20 { 20 } else { 100 };
+        let count = if bytes.len() > 3 << 20 { 15 } else { 75 };
         for mutation in mutations(&bytes, &fixture.name, count) {
             cases.push((format, fixture.name.clone(), mutation));
         }

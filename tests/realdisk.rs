@@ -114,7 +114,7 @@ fn the_same_bytes_whatever_the_number_of_threads() {
     }
 }
 
-/// Every kind of image of that disk, made from raw; and from one kind of each format to every other format.
+/// Every kind of image of that disk, made from raw; and from one kind of each format to every second other format.
 #[test]
 fn a_real_disk_goes_through_every_format() {
     let scratch = Scratch::new();
@@ -141,8 +141,9 @@ fn a_real_disk_goes_through_every_format() {
             fs::remove_dir_all(scratch.file(&name)).expect("remove");
         }
     }
-    for (from, image) in &firsts {
-        for (to, _) in firsts.iter().filter(|(to, _)| to.format != from.format) {
+    // Every second pair: of small disks all are gone through elsewhere.
+    for (index, (from, image)) in firsts.iter().enumerate() {
+        for (to, _) in firsts.iter().skip(index % 2).step_by(2).filter(|(to, _)| to.format != from.format) {
             made(to, (from.format, image), "other");
             fs::remove_dir_all(scratch.file("other")).expect("remove");
         }

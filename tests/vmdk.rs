@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 
-use crate::common::{Scratch, assert_same_bytes, judge, need, pattern, plain, vimg};
+use crate::common::{Scratch, assert_same_bytes, judge, need, pattern, plain, vimg, vimg_path};
 
 const SUBFORMATS: [&str; 5] =
     ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized"];
@@ -369,6 +369,8 @@ fn a_child_knows_its_parent() {
     s.qemu_io("vmdk", "base.vmdk", &["write -P 1 0 512"]);
     let out = vimg(&["convert", "-f", "vmdk", "-O", "raw", "over.vmdk", "x.raw"]).dir(s.path()).fails(1);
     assert!(out.stderr.contains("The parent has changed since this image was made"), "{out:?}");
+    let line = ["convert", "-f", "vmdk", "-O", "raw", "over.vmdk", "x.raw"];
+    let out = plain(vimg_path().to_str().expect("a path"), &line).dir(s.path()).fails(1);
     assert!(out.stderr.contains("'rebase -u' names the parent again"), "{out:?}");
     assert!(!s.file("x.raw").exists());
 }
