@@ -289,7 +289,7 @@ fn mutated_images_in_process() {
             cases.push((format, fixture.name.clone(), mutation));
         }
     }
-    assert!(cases.len() >= 3000, "only {} cases", cases.len());
+    assert!(cases.len() >= 2000, "only {} cases", cases.len());
     let next = AtomicUsize::new(0);
     let (tell, told) = mpsc::channel();
     let workers = 2;
