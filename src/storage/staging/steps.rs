@@ -84,6 +84,11 @@ impl Call {
         }
     }
 
+    /// Takes something back: why that had to be is what is told.
+    fn run_if_it_can(&self) {
+        let _ = self.run();
+    }
+
     /// Cannot fail: what it does is done once the names are given.
     fn tidies(&self) -> bool {
         matches!(self, Self::Remove { .. } | Self::Sync { .. })
@@ -125,37 +130,50 @@ fn move_to_free(from: &CString, to: &CString) -> std::result::Result<(), Errno> 
     }
 }
 
-/// Makes the calls; one that fails has those before it taken back, and is told by its number. `made` is called after each
-/// that was made.
-fn run(steps: &[Step], made: impl Fn()) -> std::result::Result<(), (usize, Errno)> {
+/// What is said of a plan while it is under way: so much for each call that was made, and so much when taking back
+/// begins, and for each call that takes one back.
+const MADE: u64 = 1;
+const BACK: u64 = 1 << 32;
+
+/// Makes the calls; one that fails has those before it taken back, and is told by its number. How far it is goes to
+/// `say`: [`MADE`], [`BACK`].
+fn run(steps: &[Step], say: impl Fn(u64)) -> std::result::Result<(), (usize, Errno)> {
     for (index, step) in steps.iter().enumerate() {
         if let Err(errno) = step.call.run() {
-            take_back(steps.get(..index).unwrap_or_default());
+            say(BACK);
+            for undo in undoing(steps.get(..index).unwrap_or_default()) {
+                undo.run_if_it_can();
+                say(BACK);
+            }
             return Err((index, errno));
         }
-        made();
+        say(MADE);
     }
     Ok(())
 }
 
-fn take_back(made: &[Step]) {
-    for undo in made.iter().rev().filter_map(|step| step.undo.as_ref()) {
-        // Why that had to be is what is told.
-        let _ = undo.run();
-    }
+/// What takes calls back, in that order.
+fn undoing(made: &[Step]) -> impl Iterator<Item = &Call> {
+    made.iter().rev().filter_map(|step| step.undo.as_ref())
 }
 
-/// What is left of a plan whose process was killed when it had said of `made` calls that they were made: what it did is
-/// taken back, unless all names are given by then, and what remains is done here.
-fn after_a_kill(steps: &[Step], made: usize) -> std::result::Result<(), (usize, io::Error)> {
-    let (before, behind) = steps.split_at(made.min(steps.len()));
+/// What is left of a plan whose process was killed when it had `said` so much: what it did is taken back, unless all
+/// names are given by then, and what remains is done here.
+fn after_a_kill(steps: &[Step], said: u64) -> std::result::Result<(), (usize, io::Error)> {
+    let number = |said: u64| usize::try_from(said).unwrap_or(usize::MAX);
+    let killed = Err((0, io::Error::other("the process that gives files their names was killed")));
+    let (before, behind) = steps.split_at(number(said % BACK).min(steps.len()));
+    if let Some(back) = number(said / BACK).checked_sub(1) {
+        // A call had failed. What has been taken back once is not what it was: the older file may be there again.
+        let mut rest = undoing(before).skip(back);
+        let next = rest.next().filter(|undo| !undo.is_made());
+        next.into_iter().chain(rest).for_each(Call::run_if_it_can);
+        return killed;
+    }
     let unsaid = behind.first().filter(|step| step.call.is_made());
     let rest = behind.get(usize::from(unsaid.is_some())..).unwrap_or_default();
     if rest.iter().all(|step| step.call.tidies()) {
-        return run(rest, || {}).map_err(|(index, errno)| (index, errno.into()));
-    }
-    if let Some(undo) = unsaid.and_then(|step| step.undo.as_ref()) {
-        let _ = undo.run();
+        return run(rest, |_| {}).map_err(|(index, errno)| (index, errno.into()));
     }
     if let Some(Step { call: Call::MoveToFree { from, to }, .. }) = rest.first()
         && is_at(from, to)
@@ -163,8 +181,9 @@ fn after_a_kill(steps: &[Step], made: usize) -> std::result::Result<(), (usize, 
         // On a file system where that takes two calls it has both names.
         let _ = remove(to);
     }
-    take_back(before);
-    Err((0, io::Error::other("the process that gives files their names was killed")))
+    let made = before.len() + usize::from(unsaid.is_some());
+    undoing(steps.get(..made).unwrap_or_default()).for_each(Call::run_if_it_can);
+    killed
 }
 
 /// Older files that are still called otherwise, after a plan that failed: the name, and the one they have.
@@ -177,7 +196,7 @@ pub(super) fn left_aside(steps: &[Step]) -> impl Iterator<Item = (&CStr, &CStr)>
     })
 }
 
-/// How many calls have been made, told by one process to another: an event counter (eventfd(2)), which never fills.
+/// How far a plan is, told by one process to another: an event counter (eventfd(2)), which never fills.
 struct Counter(File);
 
 impl Counter {
@@ -188,19 +207,19 @@ impl Counter {
         Ok(Self(unsafe { File::from_raw_fd(number) }))
     }
 
-    /// One more has been made. Nothing is allocated.
-    fn count(&self) {
-        let one = 1u64.to_ne_bytes();
-        // SAFETY: `one` is eight bytes, and write reads no more.
-        unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+    /// Adds so much. Nothing is allocated.
+    fn add(&self, so_much: u64) {
+        let bytes = so_much.to_ne_bytes();
+        // SAFETY: these are eight bytes, and write reads no more.
+        unsafe { libc::write(self.0.as_raw_fd(), bytes.as_ptr().cast(), bytes.len()) };
     }
 
-    /// How many there were.
-    fn all(&self) -> usize {
+    /// All that was added.
+    fn sum(&self) -> u64 {
         let mut bytes = [0; 8];
-        // Nothing can be read where nothing was counted.
+        // Nothing can be read where nothing was added.
         match (&self.0).read_exact(&mut bytes) {
-            Ok(()) => usize::try_from(u64::from_ne_bytes(bytes)).unwrap_or(usize::MAX),
+            Ok(()) => u64::from_ne_bytes(bytes),
             Err(_) => 0,
         }
     }
@@ -213,7 +232,7 @@ impl Counter {
 /// and no signals, so that what ends this process lets it finish. It needs a fraction of a millisecond, or the time of
 /// a folder's sync. Where no process can be made, this one does the same itself.
 pub(super) fn run_apart(steps: &[Step]) -> std::result::Result<(), (usize, io::Error)> {
-    let here = || run(steps, || {}).map_err(|(index, errno)| (index, errno.into()));
+    let here = || run(steps, |_| {}).map_err(|(index, errno)| (index, errno.into()));
     if steps.len() < 2 {
         return here();
     }
@@ -227,7 +246,7 @@ pub(super) fn run_apart(steps: &[Step]) -> std::result::Result<(), (usize, io::E
     let child = || {
         // SAFETY: setsid takes nothing and touches no memory.
         unsafe { libc::setsid() };
-        let (index, errno) = run(steps, || counter.count()).err().unwrap_or((0, Errno::UnknownErrno));
+        let (index, errno) = run(steps, |so_much| counter.add(so_much)).err().unwrap_or((0, Errno::UnknownErrno));
         let text = [index.to_le_bytes(), (errno as usize).to_le_bytes()];
         // SAFETY: `text` is that long, and write reads no more.
         unsafe { libc::write(told, text.as_ptr().cast(), size_of_val(&text)) };
@@ -243,7 +262,7 @@ pub(super) fn run_apart(steps: &[Step]) -> std::result::Result<(), (usize, io::E
     let mut text = [0; 2 * size_of::<usize>()];
     let (index, errno) = match File::from(answer).read_exact(&mut text) {
         Ok(()) => text.split_at(size_of::<usize>()),
-        Err(_) => return after_a_kill(steps, counter.all()),
+        Err(_) => return after_a_kill(steps, counter.sum()),
     };
     let number = |bytes: &[u8]| bytes.try_into().map_or(0, usize::from_le_bytes);
     match i32::try_from(number(errno)) {
@@ -290,8 +309,8 @@ mod tests {
                 let file = File::open(dir.path().join("new")).unwrap();
                 let from = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
                 let steps = plan(dir.path(), &from);
-                run(&steps[..calls], || {}).unwrap();
-                let done = after_a_kill(&steps, calls - uncounted);
+                run(&steps[..calls], |_| {}).unwrap();
+                let done = after_a_kill(&steps, (calls - uncounted) as u64);
                 let wanted = if done.is_ok() { newer } else { older };
                 let wanted: Vec<_> =
                     wanted.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect();
@@ -343,6 +362,40 @@ mod tests {
         });
     }
 
+    /// A call fails, and the process is killed at each point of taking the others back, before and after that was said.
+    #[test]
+    fn what_was_taken_back_is_not_taken_back_again() {
+        for killed_at in 0..=3 {
+            for unsaid in 0..=1 {
+                let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+                let name = |name: &str| c(&dir.path().join(name));
+                for (name, text) in [("head", "old head"), ("part", "old part"), ("new", "new")] {
+                    fs::write(dir.path().join(name), text).unwrap();
+                }
+                let file = File::open(dir.path().join("new")).unwrap();
+                let from = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+                let aside = |from: &str, to: &str| {
+                    let undo = Some(Call::MoveToFree { from: name(to), to: name(from) });
+                    Step { call: Call::MoveToFree { from: name(from), to: name(to) }, undo, file: 0 }
+                };
+                let undo = Some(Call::Remove { name: name("part") });
+                let steps = [
+                    aside("head", ".vimg-1.tmp"),
+                    aside("part", ".vimg-2.tmp"),
+                    Step { call: Call::Link { file: from, to: name("part") }, undo, file: 0 },
+                    aside("nothing", ".vimg-3.tmp"),
+                ];
+                run(&steps[..3], |_| {}).unwrap();
+                steps[3].call.run().unwrap_err();
+                let undone = undoing(&steps[..3]).take(killed_at).map(|undo| undo.run().unwrap()).count() as u64;
+                let said = 3 * MADE + BACK + undone.saturating_sub(unsaid) * BACK;
+                assert!(after_a_kill(&steps, said).is_err());
+                let wanted = [("head", "old head"), ("part", "old part")];
+                assert_eq!(held(dir.path()), wanted.map(|(name, text)| (name.to_owned(), text.to_owned())));
+            }
+        }
+    }
+
     #[test]
     fn what_could_not_be_taken_back_is_known() {
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
@@ -351,7 +404,7 @@ mod tests {
         let undo = Some(Call::MoveToFree { from: hidden.clone(), to: name.clone() });
         let call = Call::MoveToFree { from: name.clone(), to: hidden.clone() };
         let steps = [Step { call, undo, file: 0 }];
-        run(&steps, || {}).unwrap();
+        run(&steps, |_| {}).unwrap();
         assert_eq!(left_aside(&steps).collect::<Vec<_>>(), [(name.as_c_str(), hidden.as_c_str())]);
     }
 }
