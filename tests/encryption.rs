@@ -32,7 +32,7 @@ while True:
         break
     shown, since = shown + piece, since + piece
     # An error may come in pieces that end so too.
-    asked = b'Password' in since or b'Once more' in since
+    asked = b'assword for ' in since or b'Once more, for ' in since
     if since.endswith(b': ') and asked and answers:
         answer, since = answers.pop(0), b''
         if answer == 'TERM':
